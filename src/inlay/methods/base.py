@@ -1,0 +1,207 @@
+"""The contracts that every method fulfils, and the home of a method's trained tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlay.errors import AdapterError
+from inlay.storage.base import FrozenLinear
+
+Targets = str | tuple[str, ...]
+Kind = Literal["linear", "conv1d", "embedding"]
+
+
+class Params(nn.Module):
+    """The tensors of one adapter at one place: attribute access, floats stored in fp32 or wider."""
+
+    def __init__(self, trained: Mapping[str, Tensor], fixed: Mapping[str, Tensor] | None = None):
+        super().__init__()
+        for name, value in trained.items():
+            self.register_parameter(name, nn.Parameter(value))
+        for name, value in (fixed or {}).items():
+            self.register_buffer(name, value)
+
+    def __getattr__(self, name: str) -> Tensor:
+        return super().__getattr__(name)  # pyright: ignore[reportReturnType]
+
+    def names(self) -> Iterator[str]:
+        """Every stored tensor's name, trained ones first."""
+        yield from self._parameters
+        yield from (n for n in self._buffers if n not in self._non_persistent_buffers_set)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Hyperparameters of one method; its subclasses are the five kinds.
+
+    A class that users can name carries `name`, `paper`, `learning_rate_factor` (relative to
+    LoRA's formula), and `peft_type` with the two maps below when HF PEFT has the method too.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    learning_rate_factor: ClassVar[float] = 1.0
+    mergeable: ClassVar[bool]
+    default_targets: ClassVar[Targets] = "all-linear"
+    peft_type: ClassVar[str | None] = None
+    peft_keys: ClassVar[Mapping[str, str]] = {}
+    """Our field -> the key in HF PEFT's adapter_config.json."""
+    peft_fixed: ClassVar[Mapping[str, object]] = {}
+    """Keys HF PEFT needs that are always the same for this method."""
+
+    def for_layer(self, layer_name: str) -> Method:
+        """Return the hyperparameters at this layer (rank and alpha patterns)."""
+        del layer_name
+        return self
+
+    def to_peft(self) -> dict[str, object]:
+        """Return HF PEFT's configuration keys for these hyperparameters."""
+        ours = {theirs: getattr(self, mine) for mine, theirs in self.peft_keys.items()}
+        return {**self.peft_fixed, **ours}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, object]) -> Method:
+        """Build the hyperparameters from HF PEFT's configuration keys."""
+        found = {mine: config[theirs] for mine, theirs in cls.peft_keys.items() if theirs in config}
+        return cls(**found)
+
+    def peft_tensors(self, kind: Kind) -> Mapping[str, str]:
+        """Our tensor name -> the key after the module path in adapter_model.safetensors."""
+        del kind
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightMethod(Method):
+    """A map on a weight, W -> W': additive or multiplicative, mergeable.
+
+    LAW (eval): `forward(p, x, base) == x @ weight(p, base.dequantize()).T + bias(p, base.bias)`.
+    """
+
+    mergeable: ClassVar[bool] = True
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv1d")
+    reads_base: ClassVar[bool] = False
+    """Whether its tensors were computed from W, so that no other adapter may stand below it."""
+
+    def init(self, base: FrozenLinear, kind: Kind, seed: torch.Generator) -> Params:
+        """Create the trained tensors for one layer; the adapted layer starts as a no-op."""
+        raise NotImplementedError
+
+    def count(self, shape: tuple[int, int]) -> int:
+        """Return how many parameters one layer of shape (out, in) trains, in closed form."""
+        raise NotImplementedError
+
+    def weight(self, p: Params, w: Tensor) -> Tensor:
+        """DEFINITION: (out, in) -> (out, in); also the merge, also the oracle."""
+        raise NotImplementedError
+
+    def bias(self, p: Params, b: Tensor | None) -> Tensor | None:
+        """The bias of the adapted layer: the base's, unless the method says otherwise."""
+        del p
+        return b
+
+    def forward(self, p: Params, x: Tensor, base: FrozenLinear, training: bool) -> Tensor:
+        """Return the adapted output the fast way; never builds a dense weight."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenMethod(Method):
+    """A map on a layer's output, h -> h', given the layer's input x; not mergeable."""
+
+    mergeable: ClassVar[bool] = False
+    default_targets: ClassVar[Targets] = "residual"
+
+    def init(self, width_in: int, width_out: int, like: Tensor, seed: torch.Generator) -> Params:
+        """Create the trained tensors for a place of these widths, on `like`'s device."""
+        raise NotImplementedError
+
+    def count(self, shape: tuple[int, int]) -> int:
+        """Return how many parameters one place of shape (out, in) trains, in closed form."""
+        raise NotImplementedError
+
+    def hidden(self, p: Params, x: Tensor, h: Tensor, training: bool) -> Tensor:
+        """DEFINITION: the layer's input x and output h -> the new output, h's shape."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectMethod(Method):
+    """A choice of existing parameters to train; the trained copies are the weight (mergeable)."""
+
+    mergeable: ClassVar[bool] = True
+    default_targets: ClassVar[Targets] = "all"
+
+    def selects(self, module: nn.Module, parameter: str) -> bool:
+        """Say whether this parameter of this module trains."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptMethod(Method):
+    """Virtual tokens before every sequence, given to attention as keys and values."""
+
+    mergeable: ClassVar[bool] = False
+    default_targets: ClassVar[Targets] = ()
+    tokens: int
+
+    def init(self, model: nn.Module, seed: torch.Generator) -> Params:
+        """Create the trained tensors for this model."""
+        raise NotImplementedError
+
+    def count_for(self, config: object) -> int:
+        """Return how many parameters a model of this transformers config trains, closed form."""
+        raise NotImplementedError
+
+    def keys_values(self, p: Params, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Return, per Transformer layer, keys and values, each (1, kv heads, tokens, head dim)."""
+        raise NotImplementedError
+
+
+def stored(base: FrozenLinear, *shape: int) -> Tensor:
+    """Return an empty tensor where `base` lies, in fp32 or wider: how adapters are stored."""
+    dtype = torch.promote_types(base.dtype, torch.float32)
+    return torch.empty(*shape, dtype=dtype, device=base.device)
+
+
+def kaiming_uniform(base: FrozenLinear, rows: int, columns: int, seed: torch.Generator) -> Tensor:
+    """Uniform in ±1/sqrt(columns), as nn.Linear and HF PEFT initialise A."""
+    bound = columns**-0.5
+    drawn = torch.empty(rows, columns).uniform_(-bound, bound, generator=seed)
+    return stored(base, rows, columns).copy_(drawn)
+
+
+def zeros(base: FrozenLinear, *shape: int) -> Tensor:
+    """Zeros where `base` lies, in the dtype adapters are stored in."""
+    return stored(base, *shape).zero_()
+
+
+def project(x: Tensor, a: Tensor) -> Tensor:
+    """`x @ a.T` in x's dtype; integer x are ids, which read columns of `a`; a: (r, in)."""
+    if x.is_floating_point():
+        return F.linear(x, a.to(x.dtype))
+    return F.embedding(x, a.T)
+
+
+def checked_probability(value: float, field: str) -> None:
+    """Raise unless 0 <= value < 1."""
+    if not 0 <= value < 1:
+        raise AdapterError(f"{field} must be at least 0 and below 1, not {value!r}")
+
+
+def checked_positive(value: float, field: str) -> None:
+    """Raise unless the value is above zero and finite."""
+    if not 0 < value < float("inf"):
+        raise AdapterError(f"{field} must be a positive number, not {value!r}")
+
+
+def replaced(method: Method, **changes: object) -> Method:
+    """Return a copy of the method with other hyperparameters."""
+    return dataclasses.replace(method, **changes)

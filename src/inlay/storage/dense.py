@@ -1,0 +1,123 @@
+"""Dense weights, kept in the dtype they were loaded in, seen through the storage protocol.
+
+The layer stays the model's own `nn.Linear`, `nn.Embedding` or transformers `Conv1D`; these
+views only translate. Nothing is copied.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from inlay.storage.base import FrozenLinear
+
+
+class DenseView(FrozenLinear):
+    """A layer's own dense weight; subclasses say how it lies in memory."""
+
+    storage = "dense"
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight as it lies in memory."""
+        weight: Tensor = self.layer.weight  # pyright: ignore[reportAssignmentType]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.layer, "bias", None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.matrix().shape
+        return rows, columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """The weight as (out, in), without a copy."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix())
+
+    def linear(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix(), self.bias)
+
+    def matmul_t(self, g: Tensor) -> Tensor:
+        return g @ self.matrix()
+
+    def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
+        matrix = self.matrix().detach()
+        return matrix if rows is None else matrix[rows]
+
+    def requantized(self, w: Tensor, bias: Tensor | None) -> nn.Module:
+        layer = copy.copy(self.layer)
+        layer._parameters = dict(self.layer._parameters)
+        stored = self.from_matrix(w).to(self.dtype).contiguous()
+        layer.weight = nn.Parameter(stored, requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.to(self.dtype), requires_grad=False)
+        return layer
+
+    def from_matrix(self, w: Tensor) -> Tensor:
+        """Turn an (out, in) matrix into the layer's own layout."""
+        return w
+
+
+class DenseLinear(DenseView):
+    """`nn.Linear`: weight (out, in)."""
+
+    def matrix(self) -> Tensor:
+        return self.weight
+
+
+class DenseConv1D(DenseView):
+    """transformers' `Conv1D` (GPT-2): weight (in, out)."""
+
+    def matrix(self) -> Tensor:
+        return self.weight.T
+
+    def from_matrix(self, w: Tensor) -> Tensor:
+        return w.T
+
+
+class DenseEmbedding(DenseView):
+    """`nn.Embedding`: weight (vocabulary, width); as a matrix (width, vocabulary) on one-hot ids."""
+
+    def matrix(self) -> Tensor:
+        return self.weight.T
+
+    def from_matrix(self, w: Tensor) -> Tensor:
+        return w.T
+
+    def matmul(self, x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return F.linear(x, self.matrix())
+        layer = self.layer
+        assert isinstance(layer, nn.Embedding)
+        return F.embedding(x, self.weight, layer.padding_idx)
+
+    def linear(self, x: Tensor) -> Tensor:
+        return self.matmul(x)
+
+
+VIEWS: dict[type[nn.Module], type[DenseView]] = {
+    nn.Linear: DenseLinear,
+    nn.Embedding: DenseEmbedding,
+    Conv1D: DenseConv1D,
+}
