@@ -1,0 +1,564 @@
+"""One definition of a run: the YAML file's keys, the command's flags and the docs come from it."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    StringConstraints,
+    ValidationError,
+    create_model,
+)
+
+from inlay.errors import UsageError, did_you_mean
+from inlay.methods.catalog import MethodSpec, catalog
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class RunConfig(BaseModel):
+    """Everything that defines a training run. Build one with `load_config`.
+
+    A hyperparameter of the chosen method (`rank`, `alpha`, ...) stands beside the other keys and
+    is kept in `hyperparameters`; only what the user set is there, the method knows the rest.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: Text = Field(description="base model: a folder, a hub id, or 'pocket' (embedded)")
+    data: Text = Field(description="training data: a file, a hub id, or 'reports' (generated)")
+    output: Text = Field(description="folder that receives everything the run writes")
+
+    revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
+    storage: Literal["dense", "nf4", "int8"] = Field(
+        "dense", description="how the frozen weights are held"
+    )
+    double_quant: bool = Field(True, description="nf4: quantise the block scales too")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype to compute in; auto keeps the model's own"
+    )
+
+    method: Text = Field("lora", description="fine-tuning method; see `inlay methods`")
+    hyperparameters: dict[str, Any] = Field(
+        default_factory=dict, description="the method's own hyperparameters"
+    )
+    targets: Text | list[Text] | None = Field(
+        None,
+        description="layers to adapt: 'all-linear', a group, names, suffixes or regexes; "
+        "default: the method's own",
+    )
+    exclude: list[Text] = Field(default_factory=list, description="layers to leave out")
+    layers: Text | None = Field(None, description="Transformer blocks to adapt, such as '0-3,8'")
+    modules_to_save: list[Text] = Field(
+        default_factory=list, description="modules to train and save in full, such as a new head"
+    )
+
+    eval_data: Text | None = Field(
+        None, description="held-out data; default: a part split off the training data"
+    )
+    prompt: Text | None = Field(None, description="column of the data that holds the prompt")
+    completion: Text | None = Field(None, description="column of the data that holds the answer")
+    text: Text | None = Field(None, description="column of the data that holds plain text")
+    template: Text | None = Field(
+        None, description="prompt written with columns in braces, such as 'Findings: {findings}'"
+    )
+    split: list[Fraction] = Field(
+        default_factory=lambda: [0.8, 0.1, 0.1],
+        min_length=3,
+        max_length=3,
+        description="fractions for train, validation and test; they add up to 1",
+    )
+    split_by: Text | None = Field(
+        None, description="column whose equal values stay on one side of the split"
+    )
+    skip_empty: bool = Field(
+        False, description="leave out rows with an empty prompt or completion instead of stopping"
+    )
+    max_rows: PositiveInt | None = Field(None, description="read at most this many rows")
+    max_length: PositiveInt = Field(1024, description="tokens a row may have; longer ones are cut")
+    packing: bool = Field(
+        False, description="several rows in one sequence; refused where rows would see each other"
+    )
+
+    epochs: float = Field(3, gt=0, allow_inf_nan=False, description="passes over the training rows")
+    max_steps: PositiveInt | None = Field(
+        None, description="stop after this many optimiser steps, whatever `epochs` says"
+    )
+    batch_size: PositiveInt = Field(4, description="rows in one forward pass")
+    gradient_accumulation: PositiveInt = Field(
+        4, description="forward passes to one optimiser step"
+    )
+    learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        "auto", description="peak learning rate; auto: from the model's width and the method"
+    )
+    scheduler: Literal["linear", "constant", "cosine"] = Field(
+        "linear", description="how the learning rate goes after the warmup"
+    )
+    warmup: NotNegative = Field(
+        0.03, description="warmup: steps, or below 1 the fraction of all steps"
+    )
+    weight_decay: NotNegative = Field(0.0, description="AdamW's weight decay")
+    max_grad_norm: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="gradients are clipped to this norm"
+    )
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto", description="recompute activations to save memory; auto: on a GPU only"
+    )
+    seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="seed of the split, the order and the adapter"
+    )
+    threads: PositiveInt | None = Field(None, description="CPU threads; default: torch's choice")
+
+    evaluate: bool = Field(True, description="compare base and tuned on held-out rows at the end")
+    eval_rows: PositiveInt = Field(200, description="held-out rows to measure the loss on, at most")
+    generate_rows: int = Field(32, ge=0, description="held-out rows to generate for, at most")
+    generate_tokens: PositiveInt = Field(128, description="tokens to generate for a row, at most")
+
+    log_every: PositiveInt = Field(10, description="steps between two lines of metrics.jsonl")
+    save_every: PositiveInt = Field(100, description="steps between two checkpoints")
+    keep_checkpoints: PositiveInt = Field(2, description="checkpoints to keep")
+    resume: bool = Field(False, description="go on from the last complete checkpoint in `output`")
+    overwrite: bool = Field(False, description="replace a run that already lies in `output`")
+
+
+SYNONYMS = {
+    "lr": "learning_rate",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "grad_accum": "gradient_accumulation",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "model_name_or_path": "model",
+    "model_id": "model",
+    "base_model": "model",
+    "dataset": "data",
+    "train_data": "data",
+    "train_file": "data",
+    "validation_data": "eval_data",
+    "output_dir": "output",
+    "out": "output",
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "layers_to_transform": "layers",
+    "peft_type": "method",
+    "adapter": "method",
+    "quantization": "storage",
+    "load_in_4bit": "storage",
+    "max_seq_length": "max_length",
+    "lr_scheduler_type": "scheduler",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup",
+    "logging_steps": "log_every",
+    "save_steps": "save_every",
+    "save_total_limit": "keep_checkpoints",
+    "resume_from_checkpoint": "resume",
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+}
+"""Names that other tools use -> ours, for `Did you mean`."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What the command needs to know to offer one key as a flag."""
+
+    key: str
+    """The key in the run file, and the key to hand to `load_config`."""
+    help: str
+    default: object
+    choices: tuple[str, ...]
+    expected: str
+    """What a value looks like, in words: `a whole number of at least 1`."""
+    kind: Literal["switch", "value", "list", "pairs"]
+    """A switch takes no value (`--x`, `--no-x`), a list one or more, pairs `name=value` ones."""
+
+    @property
+    def option(self) -> str:
+        """The flag as typed: `--learning-rate`."""
+        return "--" + self.key.replace("_", "-")
+
+
+def flags() -> list[Flag]:
+    """Return a flag for every key of `RunConfig` but `hyperparameters`, in order."""
+    return [flag for flag in flags_of(RunConfig) if flag.key != "hyperparameters"]
+
+
+def method_flags(method: str) -> list[Flag]:
+    """Return a flag for every hyperparameter of the method of this name.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    return flags_of(hyperparameter_model(method))
+
+
+def flags_of(definition: type[BaseModel]) -> list[Flag]:
+    """Return a flag for every field of a pydantic model."""
+    schema = properties(definition)
+    return [
+        Flag(
+            key=key,
+            help=field.description or "",
+            default=None if field.is_required() else field.get_default(call_default_factory=True),
+            choices=choices(schema[key]),
+            expected=expected(schema[key]),
+            kind=flag_kind(schema[key]),
+        )
+        for key, field in definition.model_fields.items()
+    ]
+
+
+def flag_kind(schema: Mapping[str, Any]) -> Literal["switch", "value", "list", "pairs"]:
+    """Return how a value of this JSON schema is typed on a command line."""
+    types = [option.get("type") for option in schema.get("anyOf", [schema])]
+    if types == ["boolean"]:
+        return "switch"
+    if "array" in types:
+        return "list"
+    return "pairs" if "object" in types else "value"
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Mapping[str, object] | None = None
+) -> RunConfig:
+    """Return the run that a YAML file and overrides (flags) define; overrides win.
+
+    An override may be a value or the text of one (`"3"`, `["q_proj", "v_proj"]`, `["a=1"]`).
+
+    Raises:
+        UsageError: with one line for each problem of the file, its keys and its values.
+    """
+    lines: dict[str, int] = {}
+    values: dict[str, object] = {}
+    if path is not None:
+        values, lines = read_yaml(Path(path))
+    typed = parsed_overrides(overrides or {}, str(values.get("method", "lora")))
+    for key in typed:
+        lines.pop(key, None)
+    return checked_config({**values, **typed}, source=str(path or ""), lines=lines)
+
+
+def checked_config(
+    values: Mapping[str, object], *, source: str = "", lines: Mapping[str, int] | None = None
+) -> RunConfig:
+    """Return the run these keys define, hyperparameters of the method among them.
+
+    Raises:
+        UsageError: with one line for each problem.
+    """
+    own = {k: v for k, v in values.items() if k in RunConfig.model_fields}
+    rest = {k: v for k, v in values.items() if k not in RunConfig.model_fields}
+    method, problems = method_of(own)
+    nested = own.pop("hyperparameters", {})
+    if not isinstance(nested, dict) or not all(isinstance(k, str) for k in nested):
+        problems["hyperparameters"] = wrong(
+            "hyperparameters", nested, "a mapping from names to values"
+        )
+        nested = {}
+    for key in nested.keys() & rest.keys():
+        problems[key] = f"{key!r} is given twice, by itself and in 'hyperparameters'"
+    if method:
+        hyper, found = checked_hyperparameters(method, {**nested, **rest})
+        own["hyperparameters"] = hyper
+        problems |= found
+    config, found = validated(RunConfig, own)
+    problems |= {key: text for key, text in found.items() if key not in problems}
+    if isinstance(config, RunConfig):
+        problems |= contradictions(config)
+    if problems or not isinstance(config, RunConfig):
+        raise UsageError("\n".join(located(problems, source, lines or {})))
+    return config
+
+
+def method_of(values: Mapping[str, object]) -> tuple[str | None, dict[str, str]]:
+    """Return the method's name when there is such a method, and the problem when not."""
+    name = values.get("method", RunConfig.model_fields["method"].default)
+    if isinstance(name, str) and name in catalog():
+        return name, {}
+    if not isinstance(name, str):
+        return None, {"method": wrong("method", name, "the name of a method")}
+    known = ", ".join(catalog())
+    hint = did_you_mean(name, catalog())
+    return None, {"method": f"there is no method {name!r}; there are {known}.{hint}"}
+
+
+@cache
+def hyperparameter_model(method: str) -> type[BaseModel]:
+    """Return a pydantic model with the method's hyperparameters as fields, none required."""
+    spec = spec_of(method)
+    fields: dict[str, Any] = {
+        name: (field.type, Field(field.default, description=described(method, field.default)))
+        for name, field in spec.fields.items()
+    }
+    strict = ConfigDict(extra="forbid", strict=True)
+    return create_model(spec.class_name, __config__=strict, __module__=__name__, **fields)
+
+
+def described(method: str, default: object) -> str:
+    """Return the help text of a method's hyperparameter."""
+    return f"{method}; default {default!r}"
+
+
+def spec_of(method: str) -> MethodSpec:
+    """Return what the catalogue knows of a method; raise when it has none of this name."""
+    if method not in catalog():
+        raise UsageError(
+            f"there is no method {method!r}; there are {', '.join(catalog())}."
+            + did_you_mean(method, catalog())
+        )
+    return catalog()[method]
+
+
+def checked_hyperparameters(
+    method: str, values: Mapping[str, object]
+) -> tuple[dict[str, object], dict[str, str]]:
+    """Return the method's hyperparameters among these values, and the problems by key."""
+    model = hyperparameter_model(method)
+    unknown = {k for k in values if k not in model.model_fields}
+    problems = {key: unknown_key(key, method) for key in unknown}
+    given = {k: v for k, v in values.items() if k not in unknown}
+    _, found = validated(model, given)
+    return given, problems | found
+
+
+def unknown_key(key: str, method: str) -> str:
+    """Return the sentence for a key that neither the run nor the method has."""
+    others = [name for name, spec in catalog().items() if key in spec.fields]
+    known = [*RunConfig.model_fields, *spec_of(method).fields]
+    if others:
+        return f"{key!r} belongs to the method {' and '.join(others)}, not to {method!r}"
+    if SYNONYMS.get(str(key)) in known:
+        return f"there is no key {key!r}. Did you mean {SYNONYMS[str(key)]!r}?"
+    return f"there is no key {key!r}.{did_you_mean(str(key), known)}"
+
+
+def validated(
+    definition: type[BaseModel], values: Mapping[str, object]
+) -> tuple[BaseModel | None, dict[str, str]]:
+    """Return the model these values make, or None and one sentence for each wrong key."""
+    try:
+        return definition(**values), {}
+    except ValidationError as error:
+        schema = properties(definition)
+        problems: dict[str, str] = {}
+        for item in error.errors(include_url=False):
+            key = str(item["loc"][0])
+            if item["type"] == "missing":
+                problems[key] = f"{key!r} is missing: {definition.model_fields[key].description}"
+            else:
+                problems[key] = wrong(key, values[key], expected(schema[key]))
+        return None, problems
+
+
+def contradictions(config: RunConfig) -> dict[str, str]:
+    """Return the problems of keys that are right by themselves and wrong together."""
+    problems: dict[str, str] = {}
+    if abs(sum(config.split) - 1) > 1e-6:
+        total = f"{sum(config.split):g}"
+        problems["split"] = f"'split' must add up to 1; {config.split} adds up to {total}"
+    elif config.split[0] == 0:
+        problems["split"] = f"'split' {config.split} leaves nothing to train on"
+    if config.resume and config.overwrite:
+        problems["resume"] = "'resume' and 'overwrite' exclude each other; give one of them"
+    if config.text and (config.prompt or config.completion or config.template):
+        problems["text"] = (
+            "'text' trains on a whole column, so it excludes 'prompt', 'template' and 'completion'"
+        )
+    if config.prompt and config.template:
+        problems["template"] = "'template' and 'prompt' both say what the prompt is; give one"
+    return problems
+
+
+def wrong(key: str, value: object, wanted: str) -> str:
+    """Return the sentence for a value that is not what the key takes."""
+    return f"{key!r} must be {wanted}, not {shortened(value)}"
+
+
+def shortened(value: object) -> str:
+    """Return a value as Python writes it, cut to a length and depth that a sentence bears."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    short.maxlevel = 2
+    return short.repr(value)
+
+
+def located(problems: Mapping[str, str], source: str, lines: Mapping[str, int]) -> list[str]:
+    """Return the problems in the order of the file, each with its file and line if it has one."""
+    ordered = sorted(problems, key=lambda key: lines.get(key, 1 << 30))
+    places = {key: f"{source}:{lines[key]}: " for key in problems if key in lines}
+    return [places.get(key, "") + problems[key] for key in ordered]
+
+
+# What a value should look like, in words, from pydantic's JSON schema.
+
+
+def properties(definition: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """Return the JSON schema of every field."""
+    return definition.model_json_schema()["properties"]
+
+
+def choices(schema: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the words a field is limited to, or none."""
+    return tuple(schema.get("enum", ()))
+
+
+def expected(schema: Mapping[str, Any]) -> str:
+    """Return in words what a JSON schema asks for."""
+    if "anyOf" in schema:
+        return " or ".join(expected(option) for option in schema["anyOf"])
+    if "const" in schema:
+        return repr(schema["const"])
+    if "enum" in schema:
+        return "one of " + ", ".join(repr(word) for word in schema["enum"])
+    words = {
+        "integer": "a whole number",
+        "number": "a number",
+        "boolean": "true or false",
+        "null": "nothing",
+        "object": "a mapping from names to values",
+        "string": "text",
+    }
+    if schema.get("type") == "array":
+        count = f"{schema['minItems']} " if "minItems" in schema else ""
+        items = schema.get("items", {})
+        return f"a list of {count}" + {"number": "numbers", "integer": "whole numbers"}.get(
+            str(items.get("type")), "texts"
+        )
+    return words.get(str(schema.get("type")), "a value") + bounds(schema)
+
+
+def bounds(schema: Mapping[str, Any]) -> str:
+    """Return the limits of a number in words."""
+    words = {
+        "minimum": "of at least",
+        "exclusiveMinimum": "above",
+        "maximum": "of at most",
+        "exclusiveMaximum": "below",
+    }
+    limits = [f"{text} {schema[name]}" for name, text in words.items() if name in schema]
+    return " " + " and ".join(limits) if limits else ""
+
+
+# YAML, and the text of flags.
+
+
+class RunLoader(yaml.SafeLoader):
+    """YAML's safe subset, where `1e-4` is a number and a key stands only once."""
+
+
+RunLoader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:float"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+RunLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*([eE][-+]?\d+)|\d+\.\d*|\.\d+([eE][-+]?\d+)?|\.(inf|nan))$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(path: Path) -> tuple[dict[str, object], dict[str, int]]:
+    """Return a run file's keys with their values, and with their line numbers.
+
+    Raises:
+        UsageError: the file is missing, is not UTF-8 or YAML, or repeats a key.
+    """
+    source = read_text(path)
+    try:
+        root = yaml.compose(source, Loader=RunLoader)
+        if root is None:
+            return {}, {}
+        if not isinstance(root, yaml.MappingNode):
+            raise UsageError(
+                f"{path}:{root.start_mark.line + 1}: a run file holds 'key: value' lines"
+            )
+        lines = key_lines(root, path)
+        values = yaml.load(source, Loader=RunLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise UsageError(f"{path}:{line}: this is not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: this is not YAML: {error}") from None
+    except (RecursionError, ValueError) as error:
+        raise UsageError(f"{path}: this YAML cannot be read: {error}") from None
+    return cast("dict[str, object]", values), lines
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a run file, or raise with what is wrong with it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8: byte {error.start} is {error.reason}") from None
+    except OSError as error:
+        raise UsageError(f"the run file {path} cannot be read: {error.strerror}") from None
+
+
+def key_lines(mapping: yaml.MappingNode, path: Path) -> dict[str, int]:
+    """Return the line of every key; raise when one repeats, in nested mappings too."""
+    lines: dict[str, int] = {}
+    nested: dict[str, int] = {}
+    for key, value in mapping.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+            raise UsageError(f"{path}:{line}: a key must be a word")
+        if key.value in lines:
+            first = lines[key.value]
+            raise UsageError(f"{path}:{line}: {key.value!r} stands twice, first in line {first}")
+        lines[key.value] = line
+        if isinstance(value, yaml.MappingNode):
+            nested |= key_lines(value, path)
+    return nested | lines
+
+
+def parsed_overrides(overrides: Mapping[str, object], method: str) -> dict[str, object]:
+    """Return overrides with the text of flags turned into values; None means not given."""
+    given = {k: v for k, v in overrides.items() if v is not None}
+    name = str(given.get("method", method))
+    known = {flag.key: flag for flag in flags()}
+    if name in catalog():
+        known |= {flag.key: flag for flag in method_flags(name)}
+    return {k: from_text(known[k], v) if k in known else v for k, v in given.items()}
+
+
+def from_text(flag: Flag, value: object) -> object:
+    """Return the value that a flag's text stands for; anything but text stays as it is."""
+    items = [value] if isinstance(value, str) else value
+    if flag.kind == "pairs" and isinstance(items, list):
+        pairs = [str(item).partition("=") for item in items]
+        return {name: scalar(flag, text) for name, _, text in pairs}
+    if flag.kind == "list" and isinstance(items, list):
+        parsed = [scalar(flag, item) for item in items]
+        single = len(parsed) == 1 and "text or" in flag.expected
+        return parsed[0] if single else parsed
+    return scalar(flag, value)
+
+
+def scalar(flag: Flag, value: object) -> object:
+    """Return a number, a truth value or nothing when the flag takes such and the text is one."""
+    if not isinstance(value, str):
+        return value
+    if "number" in flag.expected or "true or false" in flag.expected or flag.kind == "pairs":
+        try:
+            return cast("object", yaml.load(value, Loader=RunLoader))
+        except yaml.YAMLError:
+            return value
+    return value
