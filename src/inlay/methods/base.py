@@ -56,6 +56,11 @@ class Method:
     peft_fixed: ClassVar[Mapping[str, object]] = {}
     """Keys HF PEFT needs that are always the same for this method."""
 
+    @property
+    def also_selects(self) -> tuple[SelectMethod, ...]:
+        """Existing parameters that train beside the method's own tensors."""
+        return ()
+
     def for_layer(self, layer_name: str) -> Method:
         """Return the hyperparameters at this layer (rank and alpha patterns)."""
         del layer_name
@@ -119,8 +124,13 @@ class HiddenMethod(Method):
     mergeable: ClassVar[bool] = False
     default_targets: ClassVar[Targets] = "residual"
 
-    def init(self, width_in: int, width_out: int, like: Tensor, seed: torch.Generator) -> Params:
-        """Create the trained tensors for a place of these widths, on `like`'s device."""
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The layer kinds it can follow; `block` is a whole feed-forward block."""
+        return ("linear", "conv1d")
+
+    def init(self, shape: tuple[int, int], like: Tensor, seed: torch.Generator) -> Params:
+        """Create the trained tensors for a place of shape (out, in), where `like` lies."""
         raise NotImplementedError
 
     def count(self, shape: tuple[int, int]) -> int:
@@ -139,9 +149,29 @@ class SelectMethod(Method):
     mergeable: ClassVar[bool] = True
     default_targets: ClassVar[Targets] = "all"
 
+    @property
+    def only_adapted(self) -> bool:
+        """Whether, beside another method, only that method's own layers are selected."""
+        return False
+
     def selects(self, module: nn.Module, parameter: str) -> bool:
         """Say whether this parameter of this module trains."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Biases(SelectMethod):
+    """Every bias vector, or only those of the layers another method adapts."""
+
+    adapted_layers_only: bool = False
+
+    @property
+    def only_adapted(self) -> bool:
+        return self.adapted_layers_only
+
+    def selects(self, module: nn.Module, parameter: str) -> bool:
+        del module
+        return parameter == "bias"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,20 +195,22 @@ class PromptMethod(Method):
         raise NotImplementedError
 
 
-def stored(base: FrozenLinear, *shape: int) -> Tensor:
+def stored(base: FrozenLinear | Tensor, *shape: int) -> Tensor:
     """Return an empty tensor where `base` lies, in fp32 or wider: how adapters are stored."""
     dtype = torch.promote_types(base.dtype, torch.float32)
     return torch.empty(*shape, dtype=dtype, device=base.device)
 
 
-def kaiming_uniform(base: FrozenLinear, rows: int, columns: int, seed: torch.Generator) -> Tensor:
+def kaiming_uniform(
+    base: FrozenLinear | Tensor, rows: int, columns: int, seed: torch.Generator
+) -> Tensor:
     """Uniform in ±1/sqrt(columns), as nn.Linear and HF PEFT initialise A."""
     bound = columns**-0.5
     drawn = torch.empty(rows, columns).uniform_(-bound, bound, generator=seed)
     return stored(base, rows, columns).copy_(drawn)
 
 
-def zeros(base: FrozenLinear, *shape: int) -> Tensor:
+def zeros(base: FrozenLinear | Tensor, *shape: int) -> Tensor:
     """Zeros where `base` lies, in the dtype adapters are stored in."""
     return stored(base, *shape).zero_()
 

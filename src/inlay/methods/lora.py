@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from inlay.errors import AdapterError
 from inlay.methods.base import (
+    Biases,
     Kind,
     Params,
+    SelectMethod,
     WeightMethod,
     checked_positive,
     checked_probability,
@@ -81,6 +83,11 @@ class LoRA(WeightMethod):
         """`alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
+    def also_selects(self) -> tuple[SelectMethod, ...]:
+        biases = Biases(adapted_layers_only=self.bias_training == "lora_only")
+        return () if self.bias_training == "none" else (biases,)
+
     def for_layer(self, layer_name: str) -> LoRA:
         rank = matched(self.rank_pattern, layer_name, self.rank)
         alpha = matched(self.alpha_pattern, layer_name, self.alpha)
@@ -101,13 +108,20 @@ class LoRA(WeightMethod):
 
     def forward(self, p: Params, x: Tensor, base: FrozenLinear, training: bool) -> Tensor:
         y = base.linear(x)
-        dropped = F.dropout(x, self.dropout, training) if self.dropout else x
+        dropped = F.dropout(x, self.dropout, training) if self.drops(x) else x
         return y + F.linear(project(dropped, p.A).to(y.dtype), (self.scale * p.B).to(y.dtype))
+
+    def drops(self, x: Tensor) -> bool:
+        """Whether dropout applies: never to an embedding's ids."""
+        return self.dropout > 0 and x.is_floating_point()
 
     def peft_tensors(self, kind: Kind) -> Mapping[str, str]:
         if kind == "embedding":
             return {"A": "lora_embedding_A", "B": "lora_embedding_B"}
         return {"A": "lora_A.weight", "B": "lora_B.weight"}
+
+
+T = TypeVar("T")
 
 
 def matched(pattern: Mapping[str, T], layer_name: str, default: T) -> T:

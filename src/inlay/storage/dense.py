@@ -6,7 +6,6 @@ views only translate. Nothing is copied.
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 
 import torch
@@ -65,14 +64,17 @@ class DenseView(FrozenLinear):
         matrix = self.matrix().detach()
         return matrix if rows is None else matrix[rows]
 
+    @abstractmethod
+    def empty(self) -> nn.Module:
+        """Return a plain layer of the same shape and options on the meta device."""
+
     def requantized(self, w: Tensor, bias: Tensor | None) -> nn.Module:
-        layer = copy.copy(self.layer)
-        layer._parameters = dict(self.layer._parameters)
-        stored = self.from_matrix(w).to(self.dtype).contiguous()
+        layer = self.empty()
+        stored = self.from_matrix(w.detach()).to(self.dtype).contiguous()
         layer.weight = nn.Parameter(stored, requires_grad=False)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.to(self.dtype), requires_grad=False)
-        return layer
+            layer.bias = nn.Parameter(bias.detach().to(self.dtype), requires_grad=False)
+        return layer.train(self.layer.training)
 
     def from_matrix(self, w: Tensor) -> Tensor:
         """Turn an (out, in) matrix into the layer's own layout."""
@@ -85,12 +87,21 @@ class DenseLinear(DenseView):
     def matrix(self) -> Tensor:
         return self.weight
 
+    def empty(self) -> nn.Module:
+        out, width = self.shape
+        return nn.Linear(width, out, bias=self.bias is not None, device="meta")
+
 
 class DenseConv1D(DenseView):
     """transformers' `Conv1D` (GPT-2): weight (in, out)."""
 
     def matrix(self) -> Tensor:
         return self.weight.T
+
+    def empty(self) -> nn.Module:
+        out, width = self.shape
+        with torch.device("meta"):
+            return Conv1D(out, width)
 
     def from_matrix(self, w: Tensor) -> Tensor:
         return w.T
@@ -104,6 +115,13 @@ class DenseEmbedding(DenseView):
 
     def from_matrix(self, w: Tensor) -> Tensor:
         return w.T
+
+    def empty(self) -> nn.Module:
+        width, vocabulary = self.shape
+        layer = self.layer
+        assert isinstance(layer, nn.Embedding)
+        padding = layer.padding_idx
+        return nn.Embedding(vocabulary, width, padding_idx=padding, device="meta")
 
     def matmul(self, x: Tensor) -> Tensor:
         if x.is_floating_point():

@@ -1,0 +1,1 @@
+"""Load, find layers, attach, detach, merge: the only code that changes a model."""

@@ -1,0 +1,359 @@
+"""Attach, use, disable, detach: the verbs that put adapters on a model and take them off."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import AdapterError, did_you_mean
+from inlay.methods.base import (
+    HiddenMethod,
+    Kind,
+    Method,
+    Params,
+    PromptMethod,
+    SelectMethod,
+    WeightMethod,
+)
+from inlay.model.layer import AdaptedLayer, become_adapted, become_original
+from inlay.model.prompt import PromptHook
+from inlay.model.selected import selected_copies, trained_modules
+from inlay.model.targets import Found, find_targets
+from inlay.storage.registry import frozen, kind
+
+
+@dataclass(frozen=True)
+class Attached:
+    """One adapter on a model: what was asked for and where it went."""
+
+    name: str
+    method: Method
+    targets: str | tuple[str, ...]
+    exclude: tuple[str, ...]
+    layers: str | tuple[int, ...] | None
+    modules_to_save: tuple[str, ...]
+    found: Found
+
+
+@dataclass
+class Registry:
+    """The adapters of one model, which of them are active, and what the model was before."""
+
+    adapters: dict[str, Attached] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    required_grad: dict[str, bool] = field(default_factory=dict)
+    prompt: PromptHook | None = None
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    targets: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+    layers: str | Iterable[int] | None = None,
+    modules_to_save: Sequence[str] = (),
+    name: str = "default",
+    seed: int = 0,
+) -> nn.Module:
+    """Put a method on a model in place, freeze the rest, and return the model.
+
+    The first adapter becomes active; later ones wait for `use`. Its tensors are stored in fp32
+    (fp64 on an fp64 model); the model computes the same outputs as before, until it is trained.
+
+    Args:
+        model: any module whose layers are linear, embedding or transformers Conv1D.
+        method: what to train, for example `LoRA(rank=16)`.
+        targets: the method's default when None; `all-linear`, a group, names, suffixes, regexes.
+        exclude: names, suffixes or regexes to leave out.
+        layers: Transformer block numbers, as integers or as `0-3,8`.
+        modules_to_save: modules trained whole beside the adapter, such as a new classifier.
+        name: the adapter's name on this model.
+        seed: the seed of the adapter's initial values.
+
+    Raises:
+        TargetError: a target matched nothing that this method can adapt.
+        AdapterError: the name is taken, or the method does not fit the model.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> from inlay.methods.lora import LoRA
+    >>> sum(p.requires_grad for p in attach(model, LoRA(rank=2)).parameters())
+    2
+    """
+    registry = registry_of(model) or Registry()
+    check_name(name, registry)
+    wanted = tuple(layers) if layers is not None and not isinstance(layers, str) else layers
+    places, found = places_for(model, method, targets, exclude, wanted, seed)
+    for module_name, copies in trained_modules(model, modules_to_save).items():
+        places.setdefault(module_name, Place(None, Params({}))).add(copies)
+    if not registry.adapters:
+        registry.required_grad = {n: p.requires_grad for n, p in model.named_parameters()}
+    for module_name, place in places.items():
+        put(model.get_submodule(module_name), place, name)
+    if isinstance(method, PromptMethod):
+        registry.prompt = registry.prompt or PromptHook(model)
+        generator = torch.Generator().manual_seed(seed)
+        registry.prompt.add(name, method, method.init(model, generator))
+    registry.adapters[name] = Attached(
+        name=name,
+        method=method,
+        targets=described(targets if targets is not None else method.default_targets),
+        exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+        layers=wanted,
+        modules_to_save=tuple(modules_to_save),
+        found=found,
+    )
+    model.__dict__["inlay"] = registry
+    return use(model, *(registry.active or (name,)))
+
+
+@dataclass
+class Place:
+    """What one adapter puts at one module."""
+
+    method: Method | None
+    params: Params
+
+    def add(self, copies: Params) -> None:
+        """Add trained copies of the module's own parameters."""
+        for name, copy in copies.named_parameters():
+            self.params.register_parameter(name, copy)
+
+
+def places_for(
+    model: nn.Module,
+    method: Method,
+    targets: str | Sequence[str] | None,
+    exclude: str | Sequence[str],
+    layers: str | tuple[int, ...] | None,
+    seed: int,
+) -> tuple[dict[str, Place], Found]:
+    """Create the tensors of a method at every module it goes to."""
+    if isinstance(method, PromptMethod):
+        if targets or exclude or layers is not None:
+            raise AdapterError(f"{method.name} acts on the whole model: leave targets out")
+        return {}, Found((), (), ())
+    if isinstance(method, SelectMethod):
+        copies = selected_copies(model, method, targets, exclude, layers)
+        return {n: Place(None, p) for n, p in copies.items()}, Found(tuple(copies), (), ())
+    assert isinstance(method, WeightMethod | HiddenMethod)
+    found = find_targets(
+        model,
+        method.default_targets if targets is None else targets,
+        exclude=exclude,
+        layers=layers,
+        kinds=method.kinds,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    places = {n: place_at(model.get_submodule(n), n, method, generator) for n in found.names}
+    for extra in method.also_selects:
+        for module_name, copies in selected_copies(model, extra, extra_targets(extra, found)).items():
+            places.setdefault(module_name, Place(None, Params({}))).add(copies)
+    return places, found
+
+
+def extra_targets(extra: SelectMethod, found: Found) -> tuple[str, ...] | None:
+    """Return where the selection beside a method applies: its own layers, or the whole model."""
+    return found.names if extra.only_adapted else None
+
+
+def place_at(
+    module: nn.Module, name: str, method: WeightMethod | HiddenMethod, seed: torch.Generator
+) -> Place:
+    """Create one layer's tensors, with the hyperparameters that hold there."""
+    here = method.for_layer(name)
+    layer_kind = kind(module)
+    if isinstance(here, WeightMethod):
+        assert layer_kind is not None
+        return Place(here, here.init(frozen(module), layer_kind, seed))
+    assert isinstance(here, HiddenMethod)
+    return Place(here, here.init(*shape_and_place(module), seed))
+
+
+def shape_and_place(module: nn.Module) -> tuple[tuple[int, int], Tensor]:
+    """Return (out, in) of a layer or of a whole block, and an empty tensor that lies with it."""
+    linears = [frozen(m) for m in module.modules() if kind(m) in ("linear", "conv1d")]
+    if not linears:
+        raise AdapterError(f"the block {type(module).__name__} has no linear layer to size by")
+    like = torch.empty(0, dtype=linears[0].dtype, device=linears[0].device)
+    return (linears[-1].shape[0], linears[0].shape[1]), like
+
+
+def put(module: nn.Module, place: Place, name: str) -> None:
+    """Put one adapter's tensors on one module."""
+    base = frozen(module) if kind(module) else None
+    layer = become_adapted(module, base)
+    layer.adapters[name] = place.params
+    layer.methods[name] = place.method
+
+
+def use(model: nn.Module, *names: str) -> nn.Module:
+    """Make exactly these adapters active, applied in this order, and train only them.
+
+    Raises:
+        AdapterError: no adapter has one of the names, or they cannot act together.
+    """
+    registry = required_registry(model)
+    for name in names:
+        check_known(name, registry)
+    if len(set(names)) < len(names):
+        raise AdapterError(f"an adapter is named twice in use({', '.join(names)})")
+    check_order(model, names)
+    registry.active = names
+    activate(model, registry, names)
+    model.requires_grad_(False)
+    for name in names:
+        for _, params in adapter_places(model, name):
+            params.requires_grad_(True)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Generator[nn.Module]:
+    """Run the base model: no adapter acts inside the `with` block; safe to nest."""
+    registry = required_registry(model)
+    before = {layer: layer.active for layer in adapted_layers(model)}
+    prompt = registry.prompt.active if registry.prompt else None
+    activate(model, registry, ())
+    try:
+        yield model
+    finally:
+        for layer, active_here in before.items():
+            layer.active = active_here
+        if registry.prompt:
+            registry.prompt.active = prompt
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take one adapter, or all, off the model unmerged; the base is what it was, bit for bit."""
+    registry = required_registry(model)
+    if name is not None:
+        check_known(name, registry)
+    for each in [name] if name is not None else list(registry.adapters):
+        remove(model, registry, each)
+    if registry.adapters:
+        return use(model, *(n for n in registry.active if n in registry.adapters))
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(registry.required_grad.get(parameter_name, False))
+    del model.__dict__["inlay"]
+    return model
+
+
+def remove(model: nn.Module, registry: Registry, name: str) -> None:
+    """Drop one adapter's tensors everywhere."""
+    for layer in list(adapted_layers(model)):
+        if name in layer.adapters:
+            del layer.adapters[name]
+            del layer.methods[name]
+            layer.active = tuple(n for n in layer.active if n != name)
+        if not len(layer.adapters):
+            become_original(layer)
+    if registry.prompt and registry.prompt.remove(name):
+        registry.prompt = None
+    del registry.adapters[name]
+
+
+def activate(model: nn.Module, registry: Registry, names: tuple[str, ...]) -> None:
+    """Set which adapters act at every layer."""
+    for layer in adapted_layers(model):
+        layer.active = tuple(n for n in names if n in layer.adapters)
+    if registry.prompt:
+        prompts = [n for n in names if n in registry.prompt.methods]
+        registry.prompt.active = prompts[0] if prompts else None
+
+
+def adapters(model: nn.Module) -> dict[str, Attached]:
+    """Return the adapters on a model by name; empty when there is none."""
+    registry = registry_of(model)
+    return dict(registry.adapters) if registry else {}
+
+
+def active(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the active adapters, in order."""
+    registry = registry_of(model)
+    return registry.active if registry else ()
+
+
+def adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
+    """Every layer of the model that carries adapters."""
+    return (m for m in model.modules() if isinstance(m, AdaptedLayer))
+
+
+def adapter_places(model: nn.Module, name: str) -> Iterator[tuple[str, Params]]:
+    """Every module name that one adapter has tensors at, with them; "" is the whole model."""
+    for module_name, module in model.named_modules():
+        if isinstance(module, AdaptedLayer) and name in module.adapters:
+            yield module_name, module.params(name)
+    registry = required_registry(model)
+    if registry.prompt and name in registry.prompt.methods:
+        yield "", registry.prompt.params(name)
+
+
+def adapter_tensors(
+    model: nn.Module, name: str
+) -> Iterator[tuple[str, Params, Method | None, Kind | None]]:
+    """Every place of one adapter: module name, tensors, the method there, the layer's kind."""
+    check_known(name, required_registry(model))
+    for module_name, params in adapter_places(model, name):
+        module = model.get_submodule(module_name)
+        method = module.methods[name] if isinstance(module, AdaptedLayer) else None
+        if method is None and isinstance(adapters(model)[name].method, PromptMethod):
+            method = adapters(model)[name].method if not module_name else None
+        yield module_name, params, method, kind(module)
+
+
+def registry_of(model: nn.Module) -> Registry | None:
+    """Return the model's adapters, or None when it has none."""
+    return model.__dict__.get("inlay")
+
+
+def required_registry(model: nn.Module) -> Registry:
+    """Return the model's adapters; raise when it has none."""
+    registry = registry_of(model)
+    if registry is None:
+        raise AdapterError(f"the {type(model).__name__} has no adapter; call inlay.attach first")
+    return registry
+
+
+def check_name(name: str, registry: Registry) -> None:
+    """Raise unless the name is new and can name a module."""
+    if name in registry.adapters:
+        raise AdapterError(f"the model already has an adapter named {name!r}; choose another name")
+    if not name or "." in name or name.strip() != name:
+        raise AdapterError(f"an adapter's name must be non-empty, without dots: {name!r} is not")
+    if name in dir(nn.ModuleDict):
+        raise AdapterError(f"an adapter cannot be named {name!r}, a word torch uses itself")
+
+
+def check_known(name: str, registry: Registry) -> None:
+    """Raise unless the model has an adapter of this name."""
+    if name not in registry.adapters:
+        have = ", ".join(registry.adapters)
+        hint = did_you_mean(name, registry.adapters)
+        raise AdapterError(f"the model has no adapter named {name!r}; it has {have}.{hint}")
+
+
+def check_order(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Raise when a method that was computed from the base would stand on another adapter."""
+    registry = required_registry(model)
+    prompts = [n for n in names if isinstance(registry.adapters[n].method, PromptMethod)]
+    if len(prompts) > 1:
+        raise AdapterError(f"only one prompt adapter can act at a time, not {', '.join(prompts)}")
+    for layer in adapted_layers(model):
+        here = [n for n in names if isinstance(layer.methods.get(n), WeightMethod)]
+        for name in here[1:]:
+            method = layer.methods[name]
+            if isinstance(method, WeightMethod) and method.reads_base:
+                raise AdapterError(
+                    f"adapter {name!r} ({method.name}) was computed from the base weight and must "
+                    f"come first: write use(model, {name!r}, {here[0]!r})"
+                )
+
+
+def described(targets: str | Sequence[str]) -> str | tuple[str, ...]:
+    """Return a target specification in the form it is saved in."""
+    return targets if isinstance(targets, str) else tuple(targets)

@@ -1,0 +1,176 @@
+"""The adapted layer: the only class that pairs a frozen weight with methods."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from inlay.methods.base import HiddenMethod, Method, Params, WeightMethod
+from inlay.storage.base import FrozenLinear
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Base = nn.Module
+else:
+    Base = object
+
+
+class AdaptedLayer(Base):
+    """A layer of the model, in place, with adapters beside its frozen weight.
+
+    The module object, its name, its parameters and its `isinstance` stay what they were: only
+    its class becomes a subclass of itself, as `torch.nn.utils.parametrize` does. The output is
+
+        h = W'(x),  W' = the active weight methods applied to W in order of activation
+        h' = the active hidden methods applied to h
+
+    and a parameter that an active adapter has its own trained copy of reads as that copy.
+    """
+
+    original: ClassVar[type[nn.Module]]
+    adapters: nn.ModuleDict
+    methods: dict[str, Method | None]
+    active: tuple[str, ...]
+    base: FrozenLinear | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer with its active adapters."""
+        weights = list(self.weight_methods())
+        if weights:
+            h: Any = self.composed(weights[:-1]).forward_through(*weights[-1], args[0])
+        else:
+            h = super().forward(*args, **kwargs)
+        for method, p in self.hidden_methods():
+            h = method.hidden(p, args[0], h, self.training)
+        return h
+
+    def composed(self, weights: list[tuple[WeightMethod, Params]]) -> Composed:
+        """Return the frozen weight with these methods applied, itself a frozen weight."""
+        assert self.base is not None
+        weight = Composed(self.base, None, self.training)
+        for pair in weights:
+            weight = Composed(weight if weight.pair else self.base, pair, self.training)
+        return weight
+
+    def weight_methods(self) -> list[tuple[WeightMethod, Params]]:
+        """Return the active weight methods here with their tensors, in order of activation."""
+        return [(m, p) for m, p in self.here() if isinstance(m, WeightMethod)]
+
+    def hidden_methods(self) -> list[tuple[HiddenMethod, Params]]:
+        """Return the active hidden methods here with their tensors, in order of activation."""
+        return [(m, p) for m, p in self.here() if isinstance(m, HiddenMethod)]
+
+    def here(self) -> list[tuple[Method | None, Params]]:
+        """Return what the active adapters have at this layer."""
+        return [(self.methods[n], self.params(n)) for n in self.active if n in self.methods]
+
+    def params(self, name: str) -> Params:
+        """Return one adapter's tensors here."""
+        params = self.adapters[name]
+        assert isinstance(params, Params)
+        return params
+
+    def adapted_weight(self) -> tuple[Tensor, Tensor | None]:
+        """Return the dense weight (out, in) and bias that the active weight methods define."""
+        assert self.base is not None
+        w, b = self.base.dequantize(), self.base.bias
+        w = w.to(torch.promote_types(w.dtype, torch.float32))
+        for method, p in self.weight_methods():
+            w, b = method.weight(p, w), method.bias(p, b)
+        return w, b
+
+
+class Composed(FrozenLinear):
+    """A frozen weight with one weight method on it: again a frozen weight."""
+
+    storage = "composed"
+
+    def __init__(
+        self, base: FrozenLinear, pair: tuple[WeightMethod, Params] | None, training: bool
+    ) -> None:
+        self.base, self.pair, self.training = base, pair, training
+
+    def forward_through(self, method: WeightMethod, p: Params, x: Tensor) -> Tensor:
+        """Apply one more method on top of this weight to x."""
+        return method.forward(p, x, self if self.pair else self.base, self.training)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.pair[0].bias(self.pair[1], self.base.bias) if self.pair else self.base.bias
+
+    def linear(self, x: Tensor) -> Tensor:
+        if self.pair is None:
+            return self.base.linear(x)
+        return self.pair[0].forward(self.pair[1], x, self.base, self.training)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y if self.bias is None else y - self.bias
+
+    def matmul_t(self, g: Tensor) -> Tensor:
+        return g @ self.dequantize()
+
+    def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
+        w = self.base.dequantize()
+        w = self.pair[0].weight(self.pair[1], w) if self.pair else w
+        return w if rows is None else w[rows]
+
+
+@lru_cache(maxsize=None)
+def adapted_class(original: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
+    """Return the subclass of `original` that carries adapters; its name stays the same."""
+    body: dict[str, Any] = {name: property(own_or_trained(name)) for name in parameters}
+    body |= {"original": original, "__module__": original.__module__}
+    body |= {"__qualname__": original.__qualname__}
+    return type(original.__name__, (AdaptedLayer, original), body)
+
+
+def own_or_trained(name: str) -> Callable[[AdaptedLayer], Tensor | None]:
+    """Return the reader of one parameter: an active adapter's trained copy, else the layer's."""
+
+    def read(layer: AdaptedLayer) -> Tensor | None:
+        own = layer._parameters[name]
+        for adapter in reversed(layer.active):
+            if adapter in layer.adapters and name in layer.adapters[adapter]._parameters:
+                trained = layer.adapters[adapter]._parameters[name]
+                assert trained is not None
+                return trained if own is None else trained.to(own.dtype)
+        return own
+
+    return read
+
+
+def become_adapted(layer: nn.Module, base: FrozenLinear | None) -> AdaptedLayer:
+    """Turn a layer into an adapted one, in place; an adapted one stays as it is."""
+    if isinstance(layer, AdaptedLayer):
+        return layer
+    layer.adapters = nn.ModuleDict()
+    state = {"methods": {}, "active": (), "base": base}
+    layer.__dict__.update(state)
+    layer.__class__ = adapted_class(type(layer), tuple(layer._parameters))
+    assert isinstance(layer, AdaptedLayer)
+    return layer
+
+
+def become_original(layer: AdaptedLayer) -> None:
+    """Take the last traces of adapters off a layer."""
+    layer.__class__ = type(layer).original
+    del layer.adapters
+    for name in ("methods", "active", "base"):
+        del layer.__dict__[name]

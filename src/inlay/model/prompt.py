@@ -1,0 +1,125 @@
+"""Give a prompt method's keys and values to a model's attention, before every sequence."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from inlay.errors import AdapterError
+from inlay.methods.base import Params, PromptMethod
+
+
+class PromptHook:
+    """The prompt adapters of one model, given to each forward pass through its key-value cache.
+
+    The first pass over a sequence (no cache, or an empty one) starts from a cache that holds the
+    virtual tokens; later passes of a generation find them there. Logits keep the input's length.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.signature = inspect.signature(model.forward)
+        if "past_key_values" not in self.signature.parameters:
+            raise AdapterError(
+                f"{type(model).__name__} takes no past_key_values, which prompt methods need; "
+                "use a decoder model, or a weight method such as LoRA"
+            )
+        self.methods: dict[str, PromptMethod] = {}
+        self.active: str | None = None
+        self.model = model
+        model.adapters = nn.ModuleDict()
+        self.handle = model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+
+    def add(self, name: str, method: PromptMethod, params: Params) -> None:
+        """Add one adapter, not yet active."""
+        self.methods[name] = method
+        self.table[name] = params
+
+    def remove(self, name: str) -> bool:
+        """Drop one adapter if it is here; return whether the hook was taken off with the last."""
+        if self.methods.pop(name, None) is None:
+            return False
+        del self.table[name]
+        self.active = None if self.active == name else self.active
+        if self.methods:
+            return False
+        self.handle.remove()
+        del self.model.adapters
+        return True
+
+    @property
+    def table(self) -> nn.ModuleDict:
+        """Where the tensors live, so that they move and save with the model."""
+        table = self.model.adapters
+        assert isinstance(table, nn.ModuleDict)
+        return table
+
+    def params(self, name: str) -> Params:
+        """Return one adapter's tensors."""
+        params = self.table[name]
+        assert isinstance(params, Params)
+        return params
+
+    def before_forward(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
+        """Change one call's arguments so that attention sees the virtual tokens."""
+        if self.active is None:
+            return None
+        check_cache_survives(model)
+        bound = self.signature.bind_partial(*args, **kwargs).arguments
+        call: dict[str, Any] = {**bound, **bound.get("kwargs", {})}
+        call.pop("kwargs", None)
+        tokens = self.methods[self.active].tokens
+        batch, device = batch_of(call)
+        cache: Cache | None = call.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:
+            call["past_key_values"] = self.filled(cache, batch)
+        mask = call.get("attention_mask")
+        if mask is not None:
+            ones = torch.ones(batch, tokens, dtype=mask.dtype, device=device)
+            call["attention_mask"] = torch.cat([ones, mask], dim=1)
+        for key in ("position_ids", "cache_position"):
+            if call.get(key) is not None:
+                call[key] = call[key] + tokens
+        return (), call
+
+    def filled(self, cache: Cache | None, batch: int) -> Cache:
+        """Return the cache, or a new one, holding the virtual tokens' keys and values."""
+        assert self.active is not None
+        cache = DynamicCache() if cache is None else cache
+        method, params = self.methods[self.active], self.params(self.active)
+        active, self.active = self.active, None
+        try:
+            pairs = method.keys_values(params, self.model)
+        finally:
+            self.active = active
+        for layer, (key, value) in enumerate(pairs):
+            cache.update(repeated(key, batch), repeated(value, batch), layer)
+        return cache
+
+
+def repeated(x: Tensor, batch: int) -> Tensor:
+    """Repeat (1, heads, tokens, width) over the batch without a copy."""
+    return x.expand(batch, -1, -1, -1)
+
+
+def batch_of(call: dict[str, Any]) -> tuple[int, torch.device]:
+    """Return the batch size and device of a call."""
+    given = call.get("input_ids")
+    given = call.get("inputs_embeds") if given is None else given
+    if given is None:
+        raise AdapterError("a prompt adapter needs input_ids or inputs_embeds in the call")
+    return given.shape[0], given.device
+
+
+def check_cache_survives(model: nn.Module) -> None:
+    """Raise when gradient checkpointing would drop the cache, and the prompt with it."""
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        raise AdapterError(
+            "gradient checkpointing drops the key-value cache that prompt methods use; "
+            "turn it off (gradient_checkpointing=False) or choose a weight method such as LoRA"
+        )

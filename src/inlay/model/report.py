@@ -1,0 +1,98 @@
+"""What an attached model trains: what matched, what did not, how much, where."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from inlay.methods.base import Params
+from inlay.model.attach import active, adapter_places, adapters
+from inlay.storage.base import FrozenLinear
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """One adapter: where it went, what was left out, how many parameters it trains."""
+
+    name: str
+    method: str
+    active: bool
+    parameters: int
+    matched: tuple[str, ...]
+    left_out: tuple[str, ...]
+    unadaptable: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The adapters of a model; `str(report)` is a readable summary."""
+
+    adapters: tuple[AdapterReport, ...]
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """Trained parameters as a percentage of the base model's."""
+        return 100 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{self.trainable:,} of {self.total:,} parameters train ({self.percent:.3g}%)"]
+        for adapter in self.adapters:
+            state = "active" if adapter.active else "not active"
+            lines.append(f"{adapter.name}: {adapter.method}, {adapter.parameters:,} ({state})")
+            lines += [f"  on {line}" for line in grouped(adapter.matched)]
+            lines += [f"  left out: {line}" for line in grouped(adapter.left_out)]
+            lines += [
+                f"  cannot be adapted (3-D expert weights), stays frozen: {line}"
+                for line in grouped(adapter.unadaptable)
+            ]
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """Return what the model's adapters matched, left out and train; an empty report for none."""
+    here = active(model)
+    found = tuple(
+        AdapterReport(
+            name=name,
+            method=attached.method.name,
+            active=name in here,
+            parameters=count_once(model, name),
+            matched=attached.found.names,
+            left_out=attached.found.left_out,
+            unadaptable=attached.found.unadaptable,
+        )
+        for name, attached in adapters(model).items()
+    )
+    trainable = sum(a.parameters for a in found if a.active)
+    return Report(found, trainable, base_size(model))
+
+
+def base_size(model: nn.Module) -> int:
+    """Count the base model's parameters: as many as before quantisation, tied ones once."""
+    adapter = {id(p) for m in model.modules() if isinstance(m, Params) for p in m.parameters()}
+    sizes: dict[int, int] = {}
+    for module in model.modules():
+        quantised = isinstance(module, FrozenLinear)
+        if quantised:
+            sizes[id(module)] = math.prod(module.shape)
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in adapter and not (quantised and name != "bias"):
+                sizes[id(p)] = p.numel()
+    return sum(sizes.values())
+
+
+def count_once(model: nn.Module, name: str) -> int:
+    """Count one adapter's parameters, tied ones once."""
+    seen = {id(p): p.numel() for _, ps in adapter_places(model, name) for p in ps.parameters()}
+    return sum(seen.values())
+
+
+def grouped(names: tuple[str, ...]) -> list[str]:
+    """Group layer names that differ only in their block number, with a count."""
+    shapes = Counter(".".join("*" if w.isdigit() else w for w in n.split(".")) for n in names)
+    return [f"{shape} ({count})" for shape, count in shapes.items()]

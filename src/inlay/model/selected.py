@@ -1,0 +1,112 @@
+"""Trained copies of a model's own parameters: selective methods and modules trained whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import AdapterError, TargetError
+from inlay.methods.base import Params, SelectMethod
+from inlay.model.layer import AdaptedLayer
+from inlay.model.targets import in_layers, matches, nearest
+from inlay.storage.base import FrozenLinear
+
+
+def selected_copies(
+    model: nn.Module,
+    method: SelectMethod,
+    targets: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+    layers: str | tuple[int, ...] | None = None,
+) -> dict[str, Params]:
+    """Return trained copies, per module name, of the parameters a method selects.
+
+    Raises:
+        TargetError: nothing is selected, or an entry of `targets` or `exclude` matches nothing.
+        AdapterError: a selected weight is quantised, so that it cannot train.
+    """
+    names = [n for n, _ in own_modules(model)]
+    kept = set(names) if targets in (None, "all") else set(under(names, targets or ()))
+    kept -= set(under(names, exclude))
+    if layers is not None:
+        kept = in_layers((n for n in kept if has_block(n)), layers)
+    copies = Copies()
+    chosen = {n: copies.of(m, method, n) for n, m in own_modules(model) if n in kept}
+    chosen = {n: p for n, p in chosen.items() if p}
+    if not chosen:
+        raise TargetError(
+            f"{method.name} selects no parameter of this {type(model).__name__}: "
+            f"it has none such as {method.name} trains, or targets, exclude and layers left none"
+        )
+    return {n: Params(p) for n, p in chosen.items()}
+
+
+def trained_modules(model: nn.Module, entries: Sequence[str]) -> dict[str, Params]:
+    """Return trained copies of every parameter of the modules named, and of those below them."""
+    if not entries:
+        return {}
+    names = [n for n, _ in own_modules(model)]
+    wanted = set(under(names, entries))
+    copies = Copies()
+    found = {n: copies.all_of(m, n) for n, m in own_modules(model) if n in wanted}
+    return {n: Params(p) for n, p in found.items() if p}
+
+
+class Copies:
+    """Copies of parameters; one that two modules share (tied weights) is copied once."""
+
+    def __init__(self) -> None:
+        self.by_identity: dict[int, nn.Parameter] = {}
+
+    def of(self, module: nn.Module, method: SelectMethod, name: str) -> dict[str, Tensor]:
+        """Copy the parameters of one module that the method selects."""
+        own = own_parameters(module)
+        return {n: self.copy(module, n, p, name) for n, p in own if method.selects(module, n)}
+
+    def all_of(self, module: nn.Module, name: str) -> dict[str, Tensor]:
+        """Copy every parameter of one module."""
+        return {n: self.copy(module, n, p, name) for n, p in own_parameters(module)}
+
+    def copy(self, module: nn.Module, name: str, p: nn.Parameter, where: str) -> nn.Parameter:
+        """Copy one parameter in the precision that adapters are stored in."""
+        if not p.is_floating_point() or (isinstance(module, FrozenLinear) and name != "bias"):
+            raise AdapterError(
+                f"{where}.{name} is quantised and cannot train; load the model with "
+                f"storage 'dense', or choose a method that adds parameters, such as LoRA"
+            )
+        if id(p) not in self.by_identity:
+            wide = torch.promote_types(p.dtype, torch.float32)
+            copied = p.detach().clone().to(wide)
+            self.by_identity[id(p)] = nn.Parameter(copied)
+        return self.by_identity[id(p)]
+
+
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the model itself, adapters' tensors left out."""
+    inside = {id(p) for m in model.modules() if isinstance(m, Params) for p in m.modules()}
+    for layer in model.modules():
+        if isinstance(layer, AdaptedLayer):
+            inside.add(id(layer.adapters))
+    return ((n, m) for n, m in model.named_modules() if id(m) not in inside)
+
+
+def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters a module holds itself."""
+    return [(n, p) for n, p in module._parameters.items() if p is not None]
+
+
+def under(names: Sequence[str], entries: str | Sequence[str]) -> Iterator[str]:
+    """Every name that an entry matches, or that lies below one that it matches."""
+    for entry in (entries,) if isinstance(entries, str) else entries:
+        roots = [n for n in names if n and matches(entry, n)]
+        if not roots:
+            raise TargetError(f"{entry!r} matches no module of the model{nearest(entry, names)}")
+        for root in roots:
+            yield from (n for n in names if n == root or n.startswith(root + "."))
+
+
+def has_block(name: str) -> bool:
+    """Say whether a dotted name has a block number in it."""
+    return any(part.isdigit() for part in name.split("."))
