@@ -49,7 +49,10 @@ REPORT = re.compile(
     r"(?i)\b(findings|impression|comparison|technique|indication)\s*:|\bradiograph(s|ic)? of\b"
 )
 COMMON = frozenset(
-    "the of and to in a is that for it as with be by on or this are not his was an from".split()
+    re.findall(
+        r"\w+",
+        "the of and to in a is that for it as with be by on or this are not his was an from",
+    )
 )
 
 
@@ -220,6 +223,7 @@ def read_wordnet(path: Path) -> Iterator[Document]:
 def wordnet_lines(entries: Iterable[str]) -> Iterator[str]:
     """One line per sense: the word, its part of speech, the gloss."""
     names = {"n": "noun", "v": "verb", "adj": "adjective", "adv": "adverb"}
+    seen: set[str] = set()
     for entry in entries:
         word, _, body = entry.partition("\n")
         kind = "noun"
@@ -227,7 +231,9 @@ def wordnet_lines(entries: Iterable[str]) -> Iterator[str]:
             if found := re.match(r"(?:(n|v|adj|adv) )?\d+: (.*)", sense, re.S):
                 kind = names.get(found[1], kind)
                 gloss = tidy(re.sub(r"\[(syn|ant|also):.*?\]", "", found[2], flags=re.S))
-                if gloss.isascii() and len(gloss.split()) > 4 and not REPORT.search(gloss):
+                fresh = gloss not in seen and not REPORT.search(gloss)
+                seen.add(gloss)
+                if fresh and gloss.isascii() and len(gloss.split()) > 4:
                     yield f"{word.strip()} ({kind}): {gloss}."
 
 
@@ -346,7 +352,7 @@ def collect(work: Path, math: Path) -> Iterator[tuple[str, Document]]:
         for document in read_source(source, tree):
             if unique := without_repeats(document, seen):
                 yield source.package, unique
-                if source.package == "dict-wn":
+                if source.package == "dict-wn" and not held_out(unique):
                     yield from (("dict-wn", d) for d in ask_meanings(unique.split("\n"), 6))
     yield from (("gsm8k", document) for document in read_math(math / "gsm8k_train.jsonl"))
 
@@ -371,7 +377,8 @@ def main() -> None:
             row = json.dumps({"source": name, "text": document})
             (v if held_out(document) else train).write(row + "\n")
     table = [
-        {"source": n, "licence": licences[n], "documents": count[n], "bytes": size[n]} for n in count
+        {"source": n, "licence": licences[n], "documents": count[n], "bytes": size[n]}
+        for n in count
     ]
     (args.work / "sources.json").write_text(json.dumps(table, indent=1) + "\n")
     for row in table:

@@ -1,6 +1,6 @@
 """Train the pocket model's tokenizer: byte-level BPE of 4096 entries with a chat template.
 
-    python examples/pocket/tokenizer.py --work /tmp/pocket --out src/inlay/model/pocket
+python examples/pocket/tokenizer.py --work /tmp/pocket --out src/inlay/model/pocket
 """
 
 import argparse

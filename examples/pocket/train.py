@@ -9,7 +9,6 @@ reads windows of 1024 tokens instead of 512. ``--resume`` goes on from the last 
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 SEED = 20
-TOKENS_PER_STEP = 8192
+TOKENS_PER_STEP, TOKENS_PER_PART = 8192, 4096
 WARM, FALL, LONG = 0.02, 0.55, 0.93
 MUON_RATE, ADAM_RATE = 0.02, 0.004
 
@@ -38,10 +37,10 @@ def load_tokens(work: Path, tokenizer: Path) -> Tensor:
     return torch.from_numpy(np.load(stored).astype(np.int64))
 
 
-def windows(tokens: Tensor, length: int, first: int) -> Tensor:
-    """One step's windows, beginning at token ``first`` of the endless stream."""
-    at = torch.arange(first, first + TOKENS_PER_STEP) % len(tokens)
-    return tokens[at].view(-1, length)
+def windows(tokens: Tensor, length: int, first: int) -> tuple[Tensor, Tensor]:
+    """One step's windows and their next tokens, from token ``first`` of the endless stream."""
+    at = torch.arange(first, first + TOKENS_PER_STEP + 1) % len(tokens)
+    return tokens[at[:-1]].view(-1, length), tokens[at[1:]].view(-1, length)
 
 
 def build(vocabulary: int) -> LlamaForCausalLM:
@@ -79,26 +78,31 @@ class Trainer:
             lr=ADAM_RATE,
             betas=(0.9, 0.95),
         )
-        self.forward = torch.compile(self.loss)
+        self.forward = torch.compile(self.loss, dynamic=False)
 
     @property
     def table(self) -> Tensor:
         """The tied embedding."""
         return self.master["model.embed_tokens.weight"]
 
-    def loss(self, ids: Tensor) -> Tensor:
-        """Mean next-token loss of windows."""
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """A part's share of the mean next-token loss of one step."""
         table = self.model.model.embed_tokens.weight
         state = self.model.model(
             inputs_embeds=table[ids].bfloat16(), use_cache=False
         ).last_hidden_state
-        logits = state[:, :-1].bfloat16() @ table.bfloat16().T
-        return cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        logits = state.bfloat16() @ table.bfloat16().T
+        total = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        return total / TOKENS_PER_STEP
 
-    def step(self, ids: Tensor, rate: float) -> float:
+    def step(self, ids: Tensor, targets: Tensor, rate: float) -> float:
         """One update at a share ``rate`` of the full learning rates."""
-        loss = self.forward(ids)
-        loss.backward()
+        loss = 0.0
+        rows = TOKENS_PER_PART // ids.shape[1]
+        for part, target in zip(ids.split(rows), targets.split(rows), strict=True):
+            share = self.forward(part, target)
+            share.backward()
+            loss += share.item()
         for name, weight in self.model.named_parameters():
             self.master[name].grad = weight.grad.float()
             weight.grad = None
@@ -108,7 +112,7 @@ class Trainer:
                 group["lr"] = full * rate
             optimizer.step()
         self.copy_back()
-        return loss.item()
+        return loss
 
     @torch.no_grad()
     def copy_back(self) -> None:
@@ -141,7 +145,7 @@ def rate_at(progress: float) -> float:
 def save(path: Path, content: dict) -> None:
     """Write a checkpoint so that a crash leaves either the old or the new one."""
     torch.save(content, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+    path.with_suffix(".new").replace(path)
 
 
 def export(trainer: Trainer, out: Path) -> None:
@@ -149,10 +153,9 @@ def export(trainer: Trainer, out: Path) -> None:
     model = build(trainer.table.shape[0]).bfloat16()
     model.load_state_dict(trainer.master, strict=False)
     model.tie_weights()
-    model.generation_config = GenerationConfig(
-        eos_token_id=0, pad_token_id=1, do_sample=True, temperature=0.8, top_p=0.95
-    )
+    model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=1)
     model.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
 
 
 def main() -> None:
@@ -168,12 +171,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     tokens = load_tokens(args.work, args.out)
     trainer, checkpoint = Trainer(build(4096)), args.work / "checkpoint.pt"
-    done, spent = 0, 0.0
+    before = (0, 0.0)
     if args.resume and checkpoint.exists():
         saved = torch.load(checkpoint)
         trainer.restore(saved["trainer"])
-        done, spent = saved["steps"], saved["seconds"]
-    for done, loss, spent, last in train(trainer, tokens, args, done, spent):
+        before = (saved["steps"], saved["seconds"])
+    for done, loss, spent, last in train(trainer, tokens, args, *before):
         if done % 20 == 0:
             speed = TOKENS_PER_STEP * done / spent
             print(f"{done} {spent:.0f}s loss {loss:.3f} {speed:.0f} tokens/s", flush=True)
@@ -195,8 +198,8 @@ def train(
     last = False
     while not last:
         progress = done / args.steps if args.steps else spent / (60 * args.minutes)
-        ids = windows(tokens, 1024 if progress > LONG else 512, done * TOKENS_PER_STEP)
-        loss = trainer.step(ids, rate_at(progress))
+        pair = windows(tokens, 1024 if progress > LONG else 512, done * TOKENS_PER_STEP)
+        loss = trainer.step(*pair, rate_at(progress))
         done, spent = done + 1, time.monotonic() - begun
         last = done >= args.steps if args.steps else spent >= 60 * args.minutes
         yield done, loss, spent, last
