@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.errors import AdapterError
-from inlay.storage.base import FrozenLinear
+from inlay.storage.base import FrozenLinear, Kind
 
 Targets = str | tuple[str, ...]
-Kind = Literal["linear", "conv1d", "embedding"]
 
 
 class Params(nn.Module):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from inlay.errors import StorageError
+
+Kind = Literal["linear", "conv1d", "embedding"]
 
 
 class FrozenLinear(ABC):
