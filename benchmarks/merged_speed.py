@@ -1,0 +1,86 @@
+"""Speed of a merged model against its base, measured alternately in one process.
+
+    python benchmarks/merged_speed.py
+
+Each alternation times the base, the merged model and the base again on the same batch; the ratio's null
+is base against base, so that the machine's noise stands beside the figure.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from machine import write
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import inlay
+from inlay.model.attach import adapter_places
+
+ALTERNATIONS = 40
+REPEATS = 5
+THREADS = 2
+
+
+def main() -> None:
+    """Measure, print and write the ratios."""
+    torch.set_num_threads(THREADS)
+    base, _ = inlay.load("pocket", dtype="float32")
+    merged, _ = inlay.load("pocket", dtype="float32")
+    inlay.attach(merged, inlay.LoRA(rank=16))
+    adapted, _ = inlay.load("pocket", dtype="float32")
+    inlay.attach(adapted, inlay.LoRA(rank=16))
+    for model in (merged, adapted):
+        randomise(model)
+    report = inlay.merge(merged)
+    ids = torch.randint(4096, (4, 256), generator=torch.Generator().manual_seed(0))
+    rows = [alternation(base, merged, adapted, ids) for _ in range(ALTERNATIONS + 2)][2:]
+    result = {
+        "merged_over_base": spread([m / b for b, m, _, _ in rows]),
+        "base_over_base": spread([b2 / b for b, _, _, b2 in rows]),
+        "adapted_over_base": spread([a / b for b, _, a, _ in rows]),
+        "max_logit_difference": report.max_logit_difference,
+        "alternations": ALTERNATIONS,
+        "threads": THREADS,
+        "tokens": ids.numel(),
+    }
+    print(result)
+    print(write("merged_speed", result))
+
+
+def randomise(model: PreTrainedModel) -> None:
+    """Give the adapter values as if trained."""
+    torch.manual_seed(0)
+    for _, params in adapter_places(model, "default"):
+        for tensor in params.parameters():
+            torch.nn.init.normal_(tensor, std=0.02)
+
+
+def alternation(
+    base: PreTrainedModel, merged: PreTrainedModel, adapted: PreTrainedModel, ids: Tensor
+) -> tuple[float, float, float, float]:
+    """Time base, merged, adapted and base again."""
+    return seconds(base, ids), seconds(merged, ids), seconds(adapted, ids), seconds(base, ids)
+
+
+@torch.inference_mode()
+def seconds(model: PreTrainedModel, ids: Tensor) -> float:
+    """Return the fastest of a few forward passes."""
+    times: list[float] = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        model(input_ids=ids, use_cache=False)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Return the median and the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": round(middle, 4), "q1": round(low, 4), "q3": round(high, 4)}
+
+
+if __name__ == "__main__":
+    main()
