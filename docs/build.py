@@ -31,8 +31,9 @@ def page(spec: MethodSpec) -> str:
         f"- learning rate: {spec.learning_rate_factor:g} x LoRA's formula",
         f"- HF PEFT's name: {f'`{spec.peft_type}`' if spec.peft_type else 'none'}",
     ]
-    doc = spec.doc.replace(">>>", "\n    >>>", 1) if ">>>" in spec.doc else spec.doc
-    return "\n".join([f"# {spec.name}", "", doc, "", *facts, "", *table, ""])
+    text, mark, example = spec.doc.partition(">>>")
+    code = ["```pycon", mark + example.rstrip(), "```", ""] if mark else []
+    return "\n".join([f"# {spec.name}", "", text.rstrip(), "", *code, *facts, "", *table, ""])
 
 
 def papers(ids: str) -> str:
