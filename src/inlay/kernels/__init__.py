@@ -1,0 +1,1 @@
+"""The same mathematics, faster: opaque operators. Never needed for correctness."""

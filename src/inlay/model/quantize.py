@@ -1,0 +1,163 @@
+"""Hold a model's linear layers in fewer bits."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from inlay.errors import ModelError, StorageError, did_you_mean
+from inlay.storage.dense import DenseView
+from inlay.storage.nf4 import NF4Linear
+from inlay.storage.quantized import QuantizedLinear
+from inlay.storage.registry import frozen, kind, layer_class, storage_class
+
+logger = logging.getLogger(__name__)
+
+
+def quantize(
+    model: nn.Module,
+    storage: str = "nf4",
+    *,
+    double_quant: bool = True,
+    skip: Sequence[str] | None = None,
+) -> nn.Module:
+    """Hold the model's linear layers in `storage`, in place, one after another.
+
+    Each dense weight is freed before the next is quantised. Weights that are shared with another
+    layer, such as an embedding's, stay dense, and so does the output head.
+
+    Args:
+        model: any module; `nn.Linear` and transformers' `Conv1D` are quantised.
+        storage: `nf4` or `int8`; `dense` leaves the model as it is.
+        double_quant: for nf4, whether the blocks' scales are quantised too.
+        skip: names or dotted suffixes of layers to leave dense; default: the output head.
+
+    Returns:
+        The model; its quantised layers are new modules under the same names.
+
+    Raises:
+        StorageError: no such storage, or a weight that it cannot hold.
+        ModelError: the model has no layer to quantise, or `skip` names none of them.
+    """
+    if storage == "dense":
+        return model
+    held_as = storage_class(storage)
+    check_not_adapted(model)
+    if is_dense_linear(model):
+        view = dense_view(model)
+        return held_as.quantized(view.matrix(), view.bias, double_quant=double_quant)
+    names = quantizable(model, skip)
+    if not names:
+        raise ModelError(
+            f"{type(model).__name__} has no linear layer to hold in {storage}: it has none, or "
+            "all are skipped or share their weights"
+        )
+    for name in names:
+        replace(model, name, held_as, double_quant)
+    describe_quantization(model)
+    logger.info("%d linear layers are held in %s", len(names), storage)
+    return model
+
+
+def replace(
+    model: nn.Module, name: str, held_as: type[QuantizedLinear], double_quant: bool
+) -> None:
+    """Hold one layer in another storage; its dense weight is free when this returns."""
+    view = dense_view(model.get_submodule(name))
+    try:
+        layer = held_as.quantized(view.matrix(), view.bias, double_quant=double_quant)
+    except StorageError as error:
+        raise StorageError(f"{name}: {error}") from None
+    model.set_submodule(name, layer.train(view.layer.training))
+
+
+def check_not_adapted(model: nn.Module) -> None:
+    """Raise when a layer carries adapters, which would be lost with it."""
+    for name, module in model.named_modules():
+        if layer_class(module) is not type(module):
+            raise ModelError(
+                f"{name} carries adapters, which quantising would drop; quantise first, then "
+                "attach, or detach the adapters before"
+            )
+
+
+def quantizable(model: nn.Module, skip: Sequence[str] | None = None) -> list[str]:
+    """Return the names of the dense linear layers that `quantize` would replace.
+
+    Raises:
+        ModelError: an entry of `skip` matches no linear layer.
+    """
+    linear = [n for n, m in model.named_modules() if n and is_dense_linear(m)]
+    skipped = kept_by_default(model) if skip is None else set(matching(linear, skip))
+    shared = shared_parameters(model)
+    return [
+        n
+        for n in linear
+        if n not in skipped and id(dense_view(model.get_submodule(n)).weight) not in shared
+    ]
+
+
+def kept_by_default(model: nn.Module) -> set[str]:
+    """Return the layers that transformers leaves dense: output head, task head, tied weights."""
+    return set(get_keys_to_not_convert(model)) if isinstance(model, PreTrainedModel) else set()
+
+
+def matching(names: Sequence[str], entries: Sequence[str]) -> Iterator[str]:
+    """Yield the names that are one of the entries or end in one; raise for an idle entry."""
+    for entry in entries:
+        found = [n for n in names if n == entry or n.endswith("." + entry)]
+        if not found:
+            last = {n.rsplit(".", 1)[-1] for n in names}
+            raise ModelError(f"skip {entry!r} matches no linear layer.{did_you_mean(entry, last)}")
+        yield from found
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of parameters that several modules hold."""
+    every = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {key for key, count in every.items() if count > 1}
+
+
+def describe_quantization(model: nn.Module) -> None:
+    """Say in a transformers model's configuration how its layers are held, or that all are dense.
+
+    `save_pretrained` then writes a checkpoint that transformers loads with bitsandbytes.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    held = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    if not held:
+        vars(model.config).pop("quantization_config", None)
+        return
+    dense = [n for n, m in model.named_modules() if n and is_dense_linear(m)]
+    model.config.quantization_config = bitsandbytes_config(held[0], dense)
+
+
+def bitsandbytes_config(layer: QuantizedLinear, dense: list[str]) -> dict[str, object]:
+    """Return the configuration under which bitsandbytes reads layers like this one."""
+    if not isinstance(layer, NF4Linear):
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=dense).to_dict()
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=layer.double_quant,
+        bnb_4bit_compute_dtype=layer.dtype,
+        llm_int8_skip_modules=dense,
+    ).to_dict()
+
+
+def is_dense_linear(module: nn.Module) -> bool:
+    """Say whether a module is a dense linear layer or Conv1D."""
+    return kind(module) in ("linear", "conv1d") and isinstance(frozen(module), DenseView)
+
+
+def dense_view(module: nn.Module) -> DenseView:
+    """Return the view of a dense layer."""
+    view = frozen(module)
+    assert isinstance(view, DenseView)
+    return view

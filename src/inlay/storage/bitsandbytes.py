@@ -1,0 +1,107 @@
+"""bitsandbytes' own layers, used through the storages that read the same bytes.
+
+The layer stays the model's; its tensors are shared, not copied. Its own products are not used:
+on CPU they give wrong gradients after an evaluation, and wrong values for some widths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import StorageError
+from inlay.storage.base import FrozenLinear
+from inlay.storage.int8 import Int8Linear
+from inlay.storage.nf4 import NF4Linear, as_bytes
+from inlay.storage.quantized import QuantizedLinear
+
+
+class ForeignLinear(FrozenLinear):
+    """A bitsandbytes layer seen through the storage that reads its bytes."""
+
+    storage = "bitsandbytes"
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    @property
+    def held(self) -> QuantizedLinear:
+        """The layer's present tensors in our own storage; nothing is copied."""
+        layer: Any = self.layer
+        return held_int8(layer) if "8bit" in type(layer).__name__ else held_nf4(layer)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        layer: Any = self.layer
+        return layer.out_features, layer.in_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.held.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.held.device
+
+    @property
+    def bias(self) -> Tensor | None:
+        layer: Any = self.layer
+        return layer.bias
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.held.matmul(x)
+
+    def matmul_t(self, g: Tensor) -> Tensor:
+        return self.held.matmul_t(g)
+
+    def linear(self, x: Tensor) -> Tensor:
+        y = self.matmul(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
+        return self.held.dequantize(rows)
+
+    def requantized(self, w: Tensor, bias: Tensor | None) -> nn.Module:
+        return self.held.requantized(w, bias)
+
+
+def is_foreign(layer: nn.Module) -> bool:
+    """Say whether a layer is one of bitsandbytes' linear layers."""
+    names = {f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(layer).__mro__}
+    return bool(names & {"bitsandbytes.Linear4bit", "bitsandbytes.Linear8bitLt"})
+
+
+def held_nf4(layer: Any) -> NF4Linear:
+    """Return a bitsandbytes 4-bit layer's tensors as an `NF4Linear`."""
+    state = layer.weight.quant_state
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        raise StorageError(
+            "the bitsandbytes layer holds no plain 4-bit weight: it was never quantised, or was "
+            "repacked for evaluation on CPU, which loses bits; load the model anew"
+        )
+    if state.quant_type != "nf4" or state.blocksize != 64:
+        raise StorageError(
+            f"the bitsandbytes layer is {state.quant_type!r} in blocks of {state.blocksize}; "
+            "only 'nf4' in blocks of 64 can be read"
+        )
+    parts = {"weight": as_bytes(layer.weight.data), "absmax": state.absmax}
+    if state.nested:
+        parts["nested_absmax"] = state.state2.absmax
+        parts["nested_quant_map"] = state.state2.code
+        parts["nested_offset"] = state.offset
+    return NF4Linear(tuple(state.shape), state.dtype, layer.bias, **parts)
+
+
+def held_int8(layer: Any) -> Int8Linear:
+    """Return a bitsandbytes 8-bit layer's tensors as an `Int8Linear`."""
+    weight = layer.weight
+    absmax = weight.SCB if weight.SCB is not None else layer.state.SCB
+    if weight.dtype != torch.int8 or absmax is None:
+        raise StorageError(
+            "the bitsandbytes layer holds no int8 weight; move the model to its device first, "
+            "which quantises it"
+        )
+    shape = (layer.out_features, layer.in_features)
+    return Int8Linear(shape, torch.float16, layer.bias, weight=weight.data, SCB=absmax)

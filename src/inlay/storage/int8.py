@@ -1,0 +1,86 @@
+"""int8 per row: `W[i, j] = q[i, j] * absmax_i / 127`, in bitsandbytes' tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from inlay.errors import StorageError
+from inlay.kernels.frozen import register_format
+from inlay.storage.quantized import QuantizedLinear, checked_finite, checked_matrix
+
+ROW_FORMAT = 0
+"""bitsandbytes' `weight_format` for weights that lie row by row."""
+CHUNK = 1 << 20
+"""Weights converted at once, so that what lies between stays in the cache."""
+
+
+class Int8Linear(QuantizedLinear):
+    """A linear layer held in int8 with one absmax a row (`SCB`): 8 bits a weight."""
+
+    storage = "int8"
+    SCB: Tensor
+
+    @classmethod
+    def quantized(
+        cls, w: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None, **options: Any
+    ) -> Self:
+        del options
+        full = checked_matrix(w, cls.storage)
+        absmax = full.abs().amax(1)
+        checked_finite(absmax, cls.storage)
+        scale = torch.where(absmax > 0, 127.0 / absmax, 0.0)
+        # An absmax below 127 / the largest float has no finite scale; its row rounds to zero.
+        scale = scale.nan_to_num(posinf=0.0)
+        q = torch.round(full * scale.unsqueeze(1)).clamp(-127, 127).to(torch.int8)
+        rows, columns = w.shape
+        return cls((rows, columns), dtype or w.dtype, bias, weight=q, SCB=absmax)
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Self:
+        weight, absmax = tensors["weight"], tensors.get("SCB")
+        if weight.dtype != torch.int8 or weight.ndim != 2 or absmax is None:
+            raise StorageError(
+                f"the weight is {weight.dtype} of shape {tuple(weight.shape)}, "
+                f"{'with' if absmax is not None else 'without'} SCB; the int8 storage reads an "
+                "int8 matrix and its rows' absmax, SCB"
+            )
+        rows, columns = weight.shape
+        layout = tensors.get("weight_format")
+        if layout is not None and int(layout) != ROW_FORMAT:
+            raise StorageError(
+                f"the int8 weight lies in format {int(layout)}; only {ROW_FORMAT}, row by row, "
+                "can be read"
+            )
+        if absmax.shape != (rows,):
+            raise StorageError(f"SCB has shape {tuple(absmax.shape)}, the weight {rows} rows")
+        compute = dtype or torch.float16
+        return cls((rows, columns), compute, tensors.get("bias"), weight=weight, SCB=absmax.float())
+
+    def serialized(self) -> dict[str, Tensor]:
+        layout = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
+        return {"weight": self.weight.detach(), "SCB": self.SCB, "weight_format": layout}
+
+    def parts(self) -> list[Tensor]:
+        return [self.weight, self.SCB]
+
+    def dequantized_rows(self, rows: Tensor) -> Tensor:
+        picked = [self.weight[rows], self.SCB[rows]]
+        return dequantized(picked, rows.numel(), self.in_features, self.dtype)
+
+
+def dequantized(parts: Sequence[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return the dense (out, in) matrix in `dtype`, each weight rounded once from fp32."""
+    q, absmax = parts
+    dense = torch.empty(rows, columns, dtype=dtype, device=q.device)
+    step = max(1, CHUNK // columns)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        dense[part] = q[part] * absmax[part, None] * (1 / 127)
+    return dense
+
+
+register_format(Int8Linear.storage, dequantized)

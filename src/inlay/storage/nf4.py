@@ -1,0 +1,304 @@
+"""NF4: 4 bits a weight in blocks of 64, byte for byte as bitsandbytes holds them.
+
+Weights run row by row, blocks across rows; the even one of a pair is the high nibble. A block
+holds indices into the 16 quantiles of a normal distribution, times its largest magnitude
+(absmax). With double quantisation the absmax are 8-bit codes themselves, in blocks of 256.
+The rounding follows bitsandbytes' CPU path, so that the bytes are the same on every device.
+Paper: QLoRA, arXiv 2305.14314.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inlay.errors import StorageError
+from inlay.kernels.frozen import register_format
+from inlay.storage.quantized import QuantizedLinear, checked_finite, checked_matrix
+
+BLOCK = 64
+NESTED_BLOCK = 256
+STATE = "weight.quant_state.bitsandbytes__nf4"
+CHUNK = {"cpu": 1 << 20}
+"""Weights dequantised at once, so that what lies between stays in the cache."""
+CHUNK_ELSEWHERE = 1 << 26
+SMALLEST = 1e-38
+"""bitsandbytes divides by no absmax below this."""
+
+QUANTILES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+class NF4Linear(QuantizedLinear):
+    """A linear layer held in NF4: 4.5 bits a weight, 4.127 with double quantisation."""
+
+    storage = "nf4"
+    absmax: Tensor
+    nested_absmax: Tensor
+    nested_quant_map: Tensor
+    nested_offset: Tensor
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the blocks' absmax are quantised too."""
+        return "nested_absmax" in self._buffers
+
+    @classmethod
+    def quantized(
+        cls,
+        w: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype | None = None,
+        *,
+        double_quant: bool = True,
+        **options: Any,
+    ) -> Self:
+        del options
+        packed, absmax = quantized_blocks(checked_matrix(w, cls.storage))
+        checked_finite(absmax, cls.storage)
+        parts = nested(absmax) if double_quant else {"absmax": absmax}
+        rows, columns = w.shape
+        return cls((rows, columns), dtype or w.dtype, bias, weight=packed, **parts)
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Self:
+        del dtype
+        if STATE not in tensors:
+            raise StorageError(
+                f"there is no {STATE}, which says the shape of an NF4 weight; the checkpoint is "
+                "not bitsandbytes NF4"
+            )
+        state = json.loads(bytes(tensors[STATE].cpu().tolist()))
+        check_state(state)
+        rows, columns = state["shape"]
+        parts = {"absmax": tensors.get("weight.absmax")}
+        if "nested_absmax" in state or "weight.nested_absmax" in tensors:
+            parts["nested_absmax"] = tensors.get("weight.nested_absmax")
+            parts["nested_quant_map"] = tensors.get("weight.nested_quant_map")
+            parts["nested_offset"] = torch.tensor(
+                state.get("nested_offset", 0.0), device=tensors[STATE].device
+            )
+        packed = as_bytes(tensors["weight"])
+        check_sizes(rows * columns, packed, parts, tensors.get("weight.quant_map"))
+        whole = {name: part for name, part in parts.items() if part is not None}
+        compute = getattr(torch, state["dtype"])
+        return cls((rows, columns), compute, tensors.get("bias"), weight=packed, **whole)
+
+    def serialized(self) -> dict[str, Tensor]:
+        state: dict[str, object] = {
+            "quant_type": "nf4",
+            "blocksize": BLOCK,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": self.shape,
+        }
+        tensors = {
+            "weight": self.weight.detach(),
+            "weight.absmax": self.absmax,
+            "weight.quant_map": quantiles(self.device).clone(),
+        }
+        if self.double_quant:
+            tensors["weight.nested_absmax"] = self.nested_absmax
+            tensors["weight.nested_quant_map"] = self.nested_quant_map
+            state["nested_blocksize"] = NESTED_BLOCK
+            state["nested_dtype"] = "float32"
+            state["nested_offset"] = self.nested_offset.item()
+        text = json.dumps(state).encode()
+        return {**tensors, STATE: torch.tensor(list(text), dtype=torch.uint8)}
+
+    def parts(self) -> list[Tensor]:
+        return [self.weight, *self._buffers.values()]  # pyright: ignore[reportReturnType]
+
+    def options(self) -> dict[str, Any]:
+        return {"double_quant": self.double_quant}
+
+    def dequantized_rows(self, rows: Tensor) -> Tensor:
+        columns = torch.arange(self.in_features, device=self.device)
+        places = rows[:, None] * self.in_features + columns
+        pairs = self.weight.reshape(-1)[places // 2]
+        indices = torch.where(places % 2 == 0, pairs >> 4, pairs & 15)
+        scales = block_scales(self.parts()[1:])[places // BLOCK]
+        return (quantiles(self.device)[indices.long()] * scales).to(self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, double_quant={self.double_quant}"
+
+
+@lru_cache(maxsize=None)
+def quantiles(device: torch.device) -> Tensor:
+    """Return the 16 NF4 values, fp32."""
+    return torch.tensor(QUANTILES, device=device)
+
+
+@lru_cache(maxsize=None)
+def byte_pairs(device: torch.device) -> Tensor:
+    """Return the two NF4 values of every byte, (256,), two fp32 seen as one 64-bit integer."""
+    table = torch.tensor(QUANTILES)
+    byte = torch.arange(256)
+    return (
+        torch.stack([table[byte >> 4], table[byte & 15]], 1).view(torch.int64).view(-1).to(device)
+    )
+
+
+@lru_cache(maxsize=None)
+def dynamic_map(device: torch.device) -> Tensor:
+    """Return the 256 values of the signed dynamic 8-bit type, ascending, fp32.
+
+    Seven decades; each has twice the values of the one below, evenly spread over its upper nine
+    tenths, with both signs; and 0 and 1. Paper: arXiv 1511.04561.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        decade = 10.0 ** (exponent - 6)
+        upper = (decade * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        values += upper + [-v for v in upper]
+    return torch.tensor(sorted(values), device=device)
+
+
+def midpoints(values: Tensor) -> Tensor:
+    """Return the thresholds between neighbouring values."""
+    return (values[:-1] + values[1:]) / 2
+
+
+def quantized_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise a contiguous fp32 matrix: packed bytes (⌈n/2⌉, 1), absmax (⌈n/64⌉,)."""
+    flat = w.reshape(-1)
+    pieces = [chunk_blocks(chunk) for chunk in flat.split(chunk_size(flat.device))]
+    packed = torch.cat([bytes_ for bytes_, _ in pieces])
+    return packed.unsqueeze(1), torch.cat([absmax for _, absmax in pieces])
+
+
+def chunk_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise consecutive weights that start on a block's edge; the last block may be short."""
+    whole = flat.numel() // BLOCK * BLOCK
+    blocks, rest = flat[:whole].view(-1, BLOCK), flat[whole:]
+    absmax = blocks.abs().amax(1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=SMALLEST)).unsqueeze(1)).reshape(-1)
+    if rest.numel():
+        last = rest.abs().amax().clamp(min=SMALLEST)
+        absmax = torch.cat([absmax, last.unsqueeze(0)])
+        scaled = torch.cat([scaled, rest / last])
+    scaled = F.pad(scaled.clamp(-1, 1), (0, flat.numel() % 2))
+    thresholds = midpoints(quantiles(flat.device))
+    indices = torch.bucketize(scaled, thresholds, out_int32=True).to(torch.uint8)
+    return (indices[::2] << 4) | indices[1::2], absmax
+
+
+def nested(absmax: Tensor) -> dict[str, Tensor]:
+    """Quantise the blocks' absmax (n,) to 8 bits around their mean, in blocks of 256."""
+    offset = absmax.mean()
+    padded = F.pad(absmax - offset, (0, -absmax.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    scale = padded.abs().amax(1)
+    scaled = (padded * (1.0 / scale).unsqueeze(1)).clamp(-1, 1)
+    codes = nearest_codes(scaled)
+    codes[scale == 0] = 0
+    return {
+        "absmax": codes.reshape(-1)[: absmax.numel()].clone(),
+        "nested_absmax": scale,
+        "nested_quant_map": dynamic_map(absmax.device).clone(),
+        "nested_offset": offset,
+    }
+
+
+def nearest_codes(scaled: Tensor) -> Tensor:
+    """Return the index of the dynamic map's nearest value, found as bitsandbytes finds it.
+
+    It rounds to one of 65,536 steps of [-1, 1] first.
+    """
+    step = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).nan_to_num().to(torch.int32)
+    snapped = -1.0 + (2.0 * step.to(torch.float32)) / 65535.0
+    return torch.bucketize(snapped, midpoints(dynamic_map(scaled.device))).to(torch.uint8)
+
+
+def block_scales(parts: Sequence[Tensor]) -> Tensor:
+    """Return each block's absmax in fp32 from the parts after the packed weight."""
+    if len(parts) == 1:
+        return parts[0]
+    codes, nested_absmax, nested_map, offset = parts
+    values = nested_map[codes.int()]
+    padded = F.pad(values, (0, -codes.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    return (padded * nested_absmax.unsqueeze(1)).view(-1)[: codes.numel()] + offset
+
+
+def dequantized(parts: Sequence[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return the dense (out, in) matrix in `dtype`, each weight rounded once from fp32."""
+    packed, scales = parts[0].reshape(-1), block_scales(parts[1:])
+    size = rows * columns
+    dense = torch.empty(size, dtype=dtype, device=packed.device)
+    table = byte_pairs(packed.device)
+    step = chunk_size(packed.device)
+    for start in range(0, size, step):
+        end = min(start + step, size)
+        pairs = table.index_select(0, packed[start // 2 : (end + 1) // 2].int())
+        values = pairs.view(torch.float32)[: end - start]
+        blocks = scales[start // BLOCK : -(-end // BLOCK)]
+        scaled_into(dense[start:end], values, blocks)
+    return dense.view(rows, columns)
+
+
+def scaled_into(out: Tensor, values: Tensor, absmax: Tensor) -> None:
+    """Write `values` times their block's absmax; the last block may be short."""
+    whole = values.numel() // BLOCK
+    edge = whole * BLOCK
+    torch.mul(
+        values[:edge].view(-1, BLOCK), absmax[:whole, None], out=values[:edge].view(-1, BLOCK)
+    )
+    values[edge:] *= absmax[whole:]
+    out.copy_(values)
+
+
+def chunk_size(device: torch.device) -> int:
+    """Return how many weights to take at once on this device."""
+    return CHUNK.get(device.type, CHUNK_ELSEWHERE)
+
+
+def as_bytes(packed: Tensor) -> Tensor:
+    """Return a packed weight as uint8 (n, 1), whatever dtype it was stored as."""
+    return packed.contiguous().view(-1).view(torch.uint8).unsqueeze(1)
+
+
+def check_state(state: Mapping[str, object]) -> None:
+    """Raise unless this quantisation state is one that the storage holds."""
+    shape, block = state.get("shape"), state.get("blocksize")
+    if state.get("quant_type") != "nf4" or block != BLOCK:
+        raise StorageError(
+            f"the weight is {state.get('quant_type')!r} in blocks of {block!r}; the nf4 storage "
+            f"reads 'nf4' in blocks of {BLOCK}"
+        )
+    if not isinstance(shape, list) or len(shape) != 2:
+        raise StorageError(f"the NF4 weight's shape {shape!r} is not that of a matrix")
+
+
+def check_sizes(
+    size: int, packed: Tensor, parts: Mapping[str, Tensor | None], quant_map: Tensor | None
+) -> None:
+    """Raise unless the packed parts are there and fit a matrix of `size` weights."""
+    blocks = -(-size // BLOCK)
+    expected = {
+        "absmax": blocks,
+        "nested_absmax": -(-blocks // NESTED_BLOCK),
+        "nested_quant_map": 256,
+        "nested_offset": 1,
+    }
+    found = {name: None if part is None else part.numel() for name, part in parts.items()}
+    wrong = [name for name, count in found.items() if count != expected[name]]
+    if packed.numel() != (size + 1) // 2 or wrong:
+        raise StorageError(
+            f"the NF4 tensors do not fit a weight of {size} elements: {packed.numel()} bytes, "
+            + ", ".join(f"{name} {count}" for name, count in found.items())
+        )
+    if quant_map is not None and not torch.equal(quant_map.cpu(), torch.tensor(QUANTILES)):
+        raise StorageError("the weight's quant_map is not NF4's sixteen values")
+
+
+register_format(NF4Linear.storage, dequantized)

@@ -1,0 +1,247 @@
+"""What the packed storages share: products by opaque operators, moves that never cast bytes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import StorageError
+from inlay.kernels.frozen import FORMATS, frozen_linear, frozen_linear_t
+from inlay.storage.base import FrozenLinear
+
+
+class QuantizedLinear(nn.Module, FrozenLinear):
+    """A linear layer whose frozen weight is held in packed parts.
+
+    A subclass names its `storage`, registers its dequantisation under that name with
+    `kernels.frozen.register_format`, and implements `quantized`, `parts`, `serialized`,
+    `restored` and `dequantized_rows`. Defining it is enough for users to name it.
+    """
+
+    formats: ClassVar[dict[str, type[QuantizedLinear]]] = {}
+    weight: Tensor
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "storage" in vars(cls):
+            QuantizedLinear.formats[cls.storage] = cls
+
+    def __init__(
+        self, shape: tuple[int, int], dtype: torch.dtype, bias: Tensor | None, **parts: Tensor
+    ) -> None:
+        """Hold `parts`, of which `weight` is a frozen parameter and the others are buffers."""
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.compute_dtype = dtype
+        self._parameters["bias"] = None if bias is None else frozen_parameter(bias)
+        self.hold(parts)
+
+    @classmethod
+    @abstractmethod
+    def quantized(
+        cls, w: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None, **options: Any
+    ) -> Self:
+        """Return a new layer that holds `w` (out, in); products run in `dtype`, or `w`'s own.
+
+        Raises:
+            StorageError: `w` is not a matrix, or holds a NaN or an infinity.
+        """
+
+    @classmethod
+    @abstractmethod
+    def restored(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Self:
+        """Return the layer that was serialised as these tensors; the inverse of `serialized`.
+
+        Raises:
+            StorageError: a tensor is missing, or they do not fit together.
+        """
+
+    @abstractmethod
+    def serialized(self) -> dict[str, Tensor]:
+        """Return the layer's tensors under the names that bitsandbytes gives them."""
+
+    @abstractmethod
+    def parts(self) -> list[Tensor]:
+        """Return the packed parts, as the registered dequantisation takes them."""
+
+    @abstractmethod
+    def dequantized_rows(self, rows: Tensor) -> Tensor:
+        """Return those rows of the dense matrix in `dtype`; rows: (n,) integers."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that `quantized` was called with."""
+        return {}
+
+    def held(self) -> dict[str, Tensor]:
+        """Return the packed parts by attribute name."""
+        return {"weight": self.weight, **cast(dict[str, Tensor], self._buffers)}
+
+    def hold(self, parts: Mapping[str, Tensor]) -> None:
+        """Take these packed parts in place of the present ones."""
+        self._buffers.clear()
+        for name, part in parts.items():
+            if name == "weight":
+                self._parameters["weight"] = frozen_parameter(part)
+            else:
+                self.register_buffer(name, part, persistent=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.compute_dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._parameters["bias"]
+
+    def linear(self, x: Tensor) -> Tensor:
+        y = self.matmul(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x @ W.T + bias`; x: (*b, in) -> (*b, out)."""
+        return self.linear(x)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        self.check_input(x, self.in_features)
+        return frozen_linear(x, self.parts(), self.storage, *self.shape)
+
+    def matmul_t(self, g: Tensor) -> Tensor:
+        self.check_input(g, self.out_features)
+        return frozen_linear_t(g, self.parts(), self.storage, *self.shape)
+
+    def check_input(self, x: Tensor, width: int) -> None:
+        """Raise unless x is floating-point and `width` wide."""
+        if x.shape[-1:] != (width,) or not x.is_floating_point():
+            raise StorageError(
+                f"the {self.storage} layer of shape {self.shape} was given {x.dtype} of shape "
+                f"{tuple(x.shape)}, but multiplies floating-point rows of width {width}"
+            )
+
+    @torch.no_grad()
+    def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
+        if rows is None:
+            return FORMATS[self.storage](self.parts(), *self.shape, self.dtype)
+        return self.dequantized_rows(torch.arange(self.out_features, device=self.device)[rows])
+
+    def requantized(self, w: Tensor, bias: Tensor | None) -> QuantizedLinear:
+        plain = QuantizedLinear.formats[self.storage]
+        return plain.quantized(w, bias, self.dtype, **self.options())
+
+    def extra_repr(self) -> str:
+        """Describe the layer as `nn.Linear` does."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, dtype={self.dtype}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move everything; cast only the compute dtype and the bias, never the packed parts."""
+        parts = self.held()
+        moved = {name: moved_bytes(fn, part) for name, part in parts.items()}
+        self.compute_dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        del self._parameters["weight"]
+        self._buffers.clear()
+        super()._apply(fn, recurse)
+        self.hold(moved)
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self.serialized().items():
+            destination.setdefault(prefix + name, tensor)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        del local_metadata
+        given = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)}
+        given = {k: t for k, t in given.items() if k.split(".")[0] not in self._modules}
+        if "weight" not in given:
+            missing_keys.extend(prefix + name for name in self.serialized())
+            return
+        try:
+            loaded = self.restored(given, self.dtype)
+            self.check_like(loaded)
+        except StorageError as error:
+            error_msgs.append(f"{prefix.rstrip('.') or 'the layer'}: {error}")
+            return
+        if strict:
+            known = {*loaded.serialized(), "bias"}
+            unexpected_keys.extend(prefix + k for k in given if k not in known)
+        self.take(loaded)
+
+    def check_like(self, other: QuantizedLinear) -> None:
+        """Raise unless `other` could take this layer's place."""
+        if other.shape != self.shape or (other.bias is None) != (self.bias is None):
+            raise StorageError(
+                f"the file holds a weight of shape {other.shape} {described_bias(other)}, "
+                f"the model one of {self.shape} {described_bias(self)}"
+            )
+
+    def take(self, other: Self) -> None:
+        """Take over what `other` holds, on this layer's device."""
+        other.to(self.device)
+        self.compute_dtype = other.dtype
+        self._parameters["bias"] = other._parameters["bias"]
+        self.hold(other.held())
+
+
+def frozen_parameter(tensor: Tensor) -> nn.Parameter:
+    """Wrap a tensor as a parameter that does not train."""
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def moved_bytes(fn: Callable[[Tensor], Tensor], part: Tensor) -> Tensor:
+    """Apply a module-wide move to a packed part as bytes, so that a cast passes it by."""
+    moved = fn(part.detach().contiguous().reshape(-1).view(torch.uint8))
+    if moved.dtype != torch.uint8:
+        raise StorageError(
+            f"a packed weight cannot be cast to {moved.dtype}; use .to(dtype), which changes the "
+            "dtype that products are computed in"
+        )
+    return moved.view(part.dtype).view(part.shape)
+
+
+def described_bias(layer: FrozenLinear) -> str:
+    """Say whether a layer has a bias."""
+    return "without a bias" if layer.bias is None else "with a bias"
+
+
+def checked_matrix(w: Tensor, storage: str) -> Tensor:
+    """Return `w` in fp32, contiguous; raise unless it is a floating-point matrix."""
+    if w.ndim != 2 or not w.is_floating_point() or w.numel() == 0:
+        raise StorageError(
+            f"the {storage} storage holds floating-point matrices (out, in), "
+            f"not {w.dtype} of shape {tuple(w.shape)}"
+        )
+    return w.detach().to(torch.float32).contiguous()
+
+
+def checked_finite(largest: Tensor, storage: str) -> None:
+    """Raise when the largest magnitudes show a NaN or an infinity."""
+    if not bool(torch.isfinite(largest).all()):
+        raise StorageError(
+            f"the weight holds a NaN or an infinity, which the {storage} storage cannot hold; "
+            "the checkpoint is damaged or its values overflow"
+        )
