@@ -170,7 +170,7 @@ def become_adapted(layer: nn.Module, base: FrozenLinear | None) -> AdaptedLayer:
 
 def become_original(layer: AdaptedLayer) -> None:
     """Take the last traces of adapters off a layer."""
-    layer.__class__ = type(layer).original
+    object.__setattr__(layer, "__class__", type(layer).original)
     del layer.adapters
     for name in ("methods", "active", "base"):
         del layer.__dict__[name]
