@@ -2,8 +2,8 @@
 
     python benchmarks/merged_speed.py
 
-Each alternation times the base, the merged model and the base again on the same batch; the ratio's null
-is base against base, so that the machine's noise stands beside the figure.
+Each alternation times the base, the merged model and the base again on the same batch; base
+against base is the null ratio, so that the machine's noise stands beside the figure.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
 """Count what each method trains on pocket's, an 8B and a 70B shape, on the meta device.
 
-    python benchmarks/parameter_counts.py
+python benchmarks/parameter_counts.py
 """
 
 from __future__ import annotations
 
 import torch
+from inlay.model.load import POCKET
 from machine import write
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import inlay
 from inlay.methods.base import Method
-from inlay.model.load import POCKET
 from inlay.model.report import report
 
 SHAPES = {

@@ -1,6 +1,6 @@
 """Write one page a method from its docstring: docs/methods/<name>.md and an index.
 
-    python docs/build.py
+python docs/build.py
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def main() -> None:
 
 def page(spec: MethodSpec) -> str:
     """Return one method's page."""
-    rows = [f"| `{f.name}` | `{f.annotation}` | {default(f.default)} |" for f in spec.fields.values()]
+    fields = spec.fields.values()
+    rows = [f"| `{f.name}` | `{f.annotation}` | {default(f.default)} |" for f in fields]
     table = ["| hyperparameter | type | default |", "|---|---|---|", *rows] if rows else []
     facts = [
         f"- paper: {papers(spec.paper)}",

@@ -151,7 +151,8 @@ def places_for(
     generator = torch.Generator().manual_seed(seed)
     places = {n: place_at(model.get_submodule(n), n, method, generator) for n in found.names}
     for extra in method.also_selects:
-        for module_name, copies in selected_copies(model, extra, extra_targets(extra, found)).items():
+        chosen = selected_copies(model, extra, extra_targets(extra, found))
+        for module_name, copies in chosen.items():
             places.setdefault(module_name, Place(None, Params({}))).add(copies)
     return places, found
 

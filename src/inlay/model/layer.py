@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -132,7 +132,7 @@ class Composed(FrozenLinear):
         return w if rows is None else w[rows]
 
 
-@lru_cache(maxsize=None)
+@cache
 def adapted_class(original: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
     """Return the subclass of `original` that carries adapters; its name stays the same."""
     body: dict[str, Any] = {name: property(own_or_trained(name)) for name in parameters}

@@ -106,7 +106,8 @@ def matches(entry: str, name: str) -> bool:
     try:
         return re.fullmatch(entry, name) is not None
     except re.error as error:
-        raise TargetError(f"target {entry!r} is neither a name nor a valid regex: {error}") from None
+        problem = f"target {entry!r} is neither a name nor a valid regex: {error}"
+        raise TargetError(problem) from None
 
 
 def matches_of(

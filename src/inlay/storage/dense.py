@@ -108,7 +108,7 @@ class DenseConv1D(DenseView):
 
 
 class DenseEmbedding(DenseView):
-    """`nn.Embedding`: weight (vocabulary, width); as a matrix (width, vocabulary) on one-hot ids."""
+    """`nn.Embedding`: weight (vocabulary, width); read as (width, vocabulary) on one-hot ids."""
 
     def matrix(self) -> Tensor:
         return self.weight.T
