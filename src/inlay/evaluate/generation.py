@@ -1,0 +1,147 @@
+"""Greedy text from a model, many prompts at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+
+from inlay.errors import DataError, ModelError
+from inlay.evaluate.losses import Progress, buckets, evaluating
+from inlay.methods.base import PromptMethod
+from inlay.model.attach import active, adapters
+
+Prompt = str | Sequence[int]
+"""A prompt as text, or as tokens."""
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    *,
+    on_progress: Progress | None = None,
+) -> list[str]:
+    """Return the likeliest continuation of each prompt: new text only, up to the end of sequence.
+
+    Prompts of similar length go together, padded on the left. Generation stops early where the
+    model's context is full.
+
+    Raises:
+        ModelError: the model cannot generate text, or knows no end-of-sequence token.
+        DataError: a prompt is empty or leaves no room in the model's context.
+    """
+    if not isinstance(model, GenerationMixin):
+        raise ModelError(
+            f"a {type(model).__name__} cannot generate text; expected a causal language model"
+        )
+    ends = end_tokens(model, tokenizer)
+    tokens = [as_tokens(tokenizer, prompt) for prompt in prompts]
+    room = context_length(model)
+    check_room(tokens, room)
+    texts: dict[int, str] = {}
+    with evaluating(model), torch.no_grad():
+        for batch in batches([len(t) for t in tokens], batch_size, room, max_new_tokens):
+            longest = len(tokens[batch[0]])
+            steps = max_new_tokens if room is None else min(max_new_tokens, room - longest)
+            config = greedy(steps, ends, tokenizer)
+            new = continued(model, [tokens[i] for i in batch], config)
+            texts.update(
+                zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True)
+            )
+            if on_progress is not None:
+                on_progress(len(texts), len(prompts))
+    return [texts[i] for i in range(len(prompts))]
+
+
+def batches(
+    lengths: Sequence[int], batch_size: int, room: int | None, max_new_tokens: int
+) -> Iterator[list[int]]:
+    """Yield indices by length; one whose context fills early goes alone, to stop no other."""
+    if room is not None:
+        yield from ([i] for i, length in enumerate(lengths) if length > room - max_new_tokens)
+    fits = [i for i, n in enumerate(lengths) if room is None or n <= room - max_new_tokens]
+    for batch in buckets([lengths[i] for i in fits], batch_size):
+        yield [fits[i] for i in batch]
+
+
+def as_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Return a prompt as tokens."""
+    return list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
+
+
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every token that ends a sequence, by the model or by the tokenizer."""
+    own: int | list[int] | None = model.generation_config.eos_token_id
+    found = set(own if isinstance(own, list) else [] if own is None else [own])
+    if isinstance(tokenizer.eos_token_id, int):
+        found.add(tokenizer.eos_token_id)
+    if not found:
+        raise ModelError(
+            "neither the model nor its tokenizer names an end-of-sequence token, so generated "
+            "text would not end; set eos_token_id in generation_config.json"
+        )
+    return sorted(found)
+
+
+def context_length(model: Any) -> int | None:
+    """Return how many tokens the model can see beside an active prompt adapter's own."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    attached = adapters(model)
+    methods = [attached[name].method for name in active(model)]
+    return limit and limit - sum(m.tokens for m in methods if isinstance(m, PromptMethod))
+
+
+def check_room(tokens: Sequence[Sequence[int]], room: int | None) -> None:
+    """Raise where a prompt is empty or fills the whole context."""
+    for number, prompt in enumerate(tokens, start=1):
+        if not prompt:
+            raise DataError(f"prompt {number} is empty; give it at least one token")
+        if room is not None and len(prompt) >= room:
+            raise DataError(
+                f"prompt {number} has {len(prompt)} tokens and leaves no room to generate in the "
+                f"model's context of {room}; shorten it"
+            )
+
+
+def greedy(steps: int, ends: list[int], tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Return the settings of a greedy search; the model's own sampling settings do not apply."""
+    pad = tokenizer.pad_token_id
+    return GenerationConfig(
+        max_new_tokens=steps,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        eos_token_id=ends,
+        pad_token_id=ends[0] if pad is None else pad,
+    )
+
+
+def continued(
+    model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig
+) -> list[list[int]]:
+    """Return the new tokens after each prompt; those after the end of sequence are padding."""
+    longest = max(map(len, prompts))
+    ids = [[config.pad_token_id] * (longest - len(p)) + [*p] for p in prompts]
+    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    device = next(model.parameters()).device
+    found = model.generate(
+        input_ids=torch.tensor(ids, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        generation_config=config,
+    )
+    return [until_end(row[longest:], config) for row in found.tolist()]
+
+
+def until_end(tokens: list[int], config: GenerationConfig) -> list[int]:
+    """Cut the tokens before the first that ends the sequence."""
+    ends: Any = config.eos_token_id
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]

@@ -1,0 +1,164 @@
+"""The held-out loss of each row, over its trained tokens only."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from inlay.errors import DataError, ModelError
+
+POSITIONS_AT_ONCE = 1024
+"""Rows of logits that are held in fp32 at once."""
+
+Progress = Callable[[int, int], None]
+"""Called with (rows done, rows in all)."""
+
+
+class EncodedRow(Protocol):
+    """A row as tokens, as the data room encodes it."""
+
+    @property
+    def input_ids(self) -> Sequence[int]:
+        """The row's tokens."""
+        ...
+
+    @property
+    def trained(self) -> Sequence[bool]:
+        """Which of the tokens are trained on, and so measured."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """One row's negative log-likelihood in nats, summed over its trained tokens."""
+
+    tokens: int
+    nll: float
+
+    @property
+    def per_token(self) -> float:
+        """The mean over the row's trained tokens, in nats."""
+        return self.nll / self.tokens
+
+
+def losses(
+    model: nn.Module,
+    encoded: Sequence[EncodedRow],
+    batch_size: int = 8,
+    *,
+    lines: Sequence[int] | None = None,
+    on_progress: Progress | None = None,
+) -> list[RowLoss]:
+    """Return each row's loss, in the rows' order; the model's mode is what it was.
+
+    Args:
+        model: a causal language model whose forward gives `.logits`.
+        encoded: the rows; the first token has nothing before it and is never measured.
+        batch_size: rows in one forward pass, of similar length and padded on the right.
+        lines: the rows' lines in their file, for error messages; else numbered from 1.
+        on_progress: called after each batch with (rows done, rows in all).
+
+    Raises:
+        DataError: a row has no token to measure.
+        ModelError: a row's loss is not finite.
+    """
+    named = list(lines) if lines is not None else list(range(1, len(encoded) + 1))
+    check_measurable(encoded, named)
+    found: dict[int, RowLoss] = {}
+    with evaluating(model), torch.no_grad():
+        for batch in buckets([len(row.input_ids) for row in encoded], batch_size):
+            found.update(zip(batch, batch_losses(model, [encoded[i] for i in batch]), strict=True))
+            check_finite(found, batch, named)
+            if on_progress is not None:
+                on_progress(len(found), len(encoded))
+    return [found[i] for i in range(len(encoded))]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Put every module in evaluation mode, and each back into its own mode afterwards."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def buckets(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield indices in batches of similar length, the longest first: memory runs out at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+
+
+def batch_losses(model: nn.Module, rows: Sequence[EncodedRow]) -> list[RowLoss]:
+    """Return the losses of rows that go through the model together."""
+    longest = max(len(row.input_ids) for row in rows)
+    ids = torch.tensor([[*r.input_ids] + [0] * (longest - len(r.input_ids)) for r in rows])
+    mask = torch.tensor([[1] * len(r.input_ids) + [0] * (longest - len(r.input_ids)) for r in rows])
+    wanted = torch.tensor([targets(row, longest) for row in rows])
+    device = next(model.parameters()).device
+    ids, mask, wanted = ids.to(device), mask.to(device), wanted.to(device)
+    row, position = wanted.nonzero(as_tuple=True)
+    logits = logits_at(model, ids, mask, row, position)
+    nll = torch.cat(
+        [
+            cross_entropy(part.float(), target, reduction="none")
+            for part, target in zip(
+                logits.split(POSITIONS_AT_ONCE),
+                ids[row, position + 1].split(POSITIONS_AT_ONCE),
+                strict=True,
+            )
+        ]
+    )
+    summed = torch.zeros(len(rows), dtype=torch.float64).index_add_(
+        0, row.cpu(), nll.double().cpu()
+    )
+    counts = wanted.sum(dim=1).tolist()
+    return [RowLoss(int(n), float(s)) for n, s in zip(counts, summed.tolist(), strict=True)]
+
+
+def targets(row: EncodedRow, length: int) -> list[bool]:
+    """Say for each position whether the token after it is trained on."""
+    return [*row.trained[1:]] + [False] * (length - len(row.input_ids) + 1)
+
+
+def logits_at(model: nn.Module, ids: Tensor, mask: Tensor, row: Tensor, position: Tensor) -> Tensor:
+    """Return the logits (n, vocabulary) at n positions; the model omits the others if it can."""
+    accepted = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+    if "logits_to_keep" not in accepted:
+        return model(input_ids=ids, attention_mask=mask, **options).logits[row, position]
+    kept, column = position.unique(return_inverse=True)
+    options["logits_to_keep"] = kept
+    return model(input_ids=ids, attention_mask=mask, **options).logits[row, column]
+
+
+def check_measurable(encoded: Sequence[EncodedRow], lines: Sequence[int]) -> None:
+    """Raise where a row has no trained token that another precedes."""
+    for row, line in zip(encoded, lines, strict=True):
+        if not any(row.trained[1:]):
+            raise DataError(
+                f"the row of line {line} has no token to measure: every token is masked or cut; "
+                f"raise max_length, or give the row a completion"
+            )
+
+
+def check_finite(found: dict[int, RowLoss], batch: Sequence[int], lines: Sequence[int]) -> None:
+    """Raise where a loss is NaN or infinite."""
+    for i in batch:
+        if not math.isfinite(found[i].nll):
+            raise ModelError(
+                f"the model gives a loss of {found[i].nll} on the row of line {lines[i]}; expected "
+                f"a finite number: its weights or adapter are not finite, or its dtype overflows "
+                f"(try dtype bfloat16 or float32)"
+            )

@@ -1,0 +1,104 @@
+"""Compare a generated text with its reference: each metric is (prediction, reference) -> float."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from functools import cache
+
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
+
+Metric = Callable[[str, str], float]
+"""(prediction, reference) -> a score from 0 (nothing right) to 1 (all right)."""
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+WORD = re.compile(r"[^\W_]+")
+NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?")
+ANSWER = "####"
+
+
+def normalised(text: str) -> str:
+    """Lower the case, drop punctuation and English articles, and collapse white space (SQuAD).
+
+    >>> normalised("The  heart is normal.")
+    'heart is normal'
+    """
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """Return 1.0 where both texts are the same once normalised, else 0.0."""
+    return float(normalised(prediction) == normalised(reference))
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """Return the harmonic mean of precision and recall over normalised words (SQuAD).
+
+    >>> token_f1("no acute disease", "No acute cardiopulmonary disease.")
+    0.8571428571428571
+    """
+    found, expected = normalised(prediction).split(), normalised(reference).split()
+    if not found or not expected:
+        return float(found == expected)
+    shared = sum((Counter(found) & Counter(expected)).values())
+    return 2 * shared / (len(found) + len(expected))
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """Return the F1 of the longest common subsequence of words (Lin 2004), without stemming.
+
+    The same as the rouge-score package on ASCII text; words of other scripts count too.
+
+    >>> rouge_l("the heart is normal", "heart size is normal")
+    0.75
+    """
+    return float(scorer().score(reference, prediction)["rougeL"].fmeasure)
+
+
+def number_match(prediction: str, reference: str) -> float:
+    """Return 1.0 where the last number of both texts is the same, read after `####` if there.
+
+    >>> number_match("5 + 2 = 7, so the answer is 1,007.0", "Add them. #### 1007")
+    1.0
+    """
+    found, expected = final_number(prediction), final_number(reference)
+    return float(found is not None and found == expected)
+
+
+def final_number(text: str) -> Decimal | None:
+    """Return the last number after the last `####`, or of the whole text where there is none."""
+    numbers = NUMBER.findall(text.rsplit(ANSWER, 1)[-1])
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+
+
+METRICS: dict[str, Metric] = {
+    "exact_match": exact_match,
+    "token_f1": token_f1,
+    "rouge_l": rouge_l,
+}
+
+
+def metrics_for(references: Sequence[str]) -> dict[str, Metric]:
+    """Return the metrics that suit the references; `####` in all of them adds `number_match`."""
+    if references and all(ANSWER in reference for reference in references):
+        return {"number_match": number_match, **METRICS}
+    return METRICS
+
+
+class Words(Tokenizer):
+    """The rouge-score package's tokenizer, with the letters of every script."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Split a text into lower-case words."""
+        return WORD.findall(text.lower())
+
+
+@cache
+def scorer() -> RougeScorer:
+    """Return the one ROUGE-L scorer."""
+    return RougeScorer(["rougeL"], tokenizer=Words())

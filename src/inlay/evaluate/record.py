@@ -1,0 +1,96 @@
+"""What a run leaves behind, as the JSON files hold it: run, metrics, comparison, merge."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class Trainable(TypedDict):
+    """How much of the model trains; `percent` is of `total`, the base's parameters."""
+
+    count: int
+    percent: float
+    total: int
+
+
+class Run(TypedDict, total=False):
+    """run.json: what was trained, on what, and what it took. Sizes in bytes, `seconds` of time."""
+
+    model: str
+    method: str
+    data: str
+    seed: int
+    trainable: Trainable
+    peak_memory_bytes: int
+    adapter_bytes: int
+    model_bytes: int
+    seconds: float
+    config: dict[str, Any]
+    versions: dict[str, str]
+    base_sha256: str
+    data_sha256: str
+
+
+class Step(TypedDict, total=False):
+    """One line of metrics.jsonl; losses are in nats per trained token."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float
+    eval_loss: float
+
+
+class Score(TypedDict):
+    """A mean over rows with its bootstrap interval; None where it is not known."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class MetricComparison(TypedDict):
+    """One metric of base and tuned on the same rows, and the paired test of their difference."""
+
+    name: str
+    better: str
+    rows: int
+    base: Score
+    tuned: Score
+    difference: Score
+    p_value: float | None
+    test: str
+
+
+class ExampleRecord(TypedDict):
+    """One row's prompt, its reference, and what each model wrote."""
+
+    line: int
+    prompt: str
+    reference: str
+    base: str
+    tuned: str
+
+
+class ComparisonRecord(TypedDict):
+    """Base against tuned, as `Comparison.to_dict` gives it."""
+
+    rows: int
+    tokens: int
+    generated_rows: int
+    level: float
+    metrics: list[MetricComparison]
+    examples: list[ExampleRecord]
+
+
+class Merge(TypedDict, total=False):
+    """How near the merged model is to the adapted one, on real inputs."""
+
+    max_logit_difference: float
+    kl: float
+    top1_agreement: float
+    surviving_fraction: float
+    dtype: str
+    rows: int
