@@ -58,10 +58,21 @@ def curve(model: Any, seed: int, folder: str) -> list[float]:
     """Return the training loss at every step."""
     _, tokenizer = inlay.load("pocket", dtype="float32")
     config = SFTConfig(
-        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=8,
-        learning_rate=LEARNING_RATE, logging_steps=1, seed=seed, data_seed=seed, save_strategy="no", report_to="none",
-        gradient_checkpointing=False, bf16=False, use_cpu=True, disable_tqdm=True, max_length=512,
-    )  # fmt: skip
+        output_dir=folder,
+        max_steps=STEPS,
+        per_device_train_batch_size=8,
+        learning_rate=LEARNING_RATE,
+        logging_steps=1,
+        seed=seed,
+        data_seed=seed,
+        save_strategy="no",
+        report_to="none",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        max_length=512,
+    )
     trainer = SFTTrainer(model, config, train_dataset=rows(), processing_class=tokenizer)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
