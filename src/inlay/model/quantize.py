@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from inlay.errors import ModelError, StorageError, did_you_mean
@@ -140,15 +140,19 @@ def describe_quantization(model: nn.Module) -> None:
 
 def bitsandbytes_config(layer: QuantizedLinear, dense: list[str]) -> dict[str, object]:
     """Return the configuration under which bitsandbytes reads layers like this one."""
-    if not isinstance(layer, NF4Linear):
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=dense).to_dict()
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=layer.double_quant,
-        bnb_4bit_compute_dtype=layer.dtype,
-        llm_int8_skip_modules=dense,
-    ).to_dict()
+    nf4 = isinstance(layer, NF4Linear)
+    config: dict[str, object] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": nf4,
+        "load_in_8bit": not nf4,
+        "llm_int8_skip_modules": dense,
+    }
+    if nf4:
+        config["bnb_4bit_quant_type"] = "nf4"
+        config["bnb_4bit_use_double_quant"] = layer.double_quant
+        config["bnb_4bit_compute_dtype"] = str(layer.dtype).removeprefix("torch.")
+        config["bnb_4bit_quant_storage"] = "uint8"
+    return config
 
 
 def is_dense_linear(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -133,13 +133,13 @@ class NF4Linear(QuantizedLinear):
         return f"{super().extra_repr()}, double_quant={self.double_quant}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def quantiles(device: torch.device) -> Tensor:
     """Return the 16 NF4 values, fp32."""
     return torch.tensor(QUANTILES, device=device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def byte_pairs(device: torch.device) -> Tensor:
     """Return the two NF4 values of every byte, (256,), two fp32 seen as one 64-bit integer."""
     table = torch.tensor(QUANTILES)
@@ -149,7 +149,7 @@ def byte_pairs(device: torch.device) -> Tensor:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def dynamic_map(device: torch.device) -> Tensor:
     """Return the 256 values of the signed dynamic 8-bit type, ascending, fp32.
 

@@ -33,7 +33,10 @@ class QuantizedLinear(nn.Module, FrozenLinear):
     def __init__(
         self, shape: tuple[int, int], dtype: torch.dtype, bias: Tensor | None, **parts: Tensor
     ) -> None:
-        """Hold `parts`, of which `weight` is a frozen parameter and the others are buffers."""
+        """Hold `parts`, of which `weight` is a frozen parameter and the others are buffers.
+
+        They are saved and loaded under the names of `serialized`, not under the buffers' own.
+        """
         super().__init__()
         self.out_features, self.in_features = shape
         self.compute_dtype = dtype
@@ -87,7 +90,7 @@ class QuantizedLinear(nn.Module, FrozenLinear):
             if name == "weight":
                 self._parameters["weight"] = frozen_parameter(part)
             else:
-                self.register_buffer(name, part, persistent=False)
+                self.register_buffer(name, part)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -160,9 +163,11 @@ class QuantizedLinear(nn.Module, FrozenLinear):
     def _save_to_state_dict(
         self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
     ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del keep_vars
         for name, tensor in self.serialized().items():
-            destination.setdefault(prefix + name, tensor)
+            destination[prefix + name] = tensor
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias.detach()
 
     def _load_from_state_dict(
         self,

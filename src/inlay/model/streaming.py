@@ -1,0 +1,229 @@
+"""Quantise a model's weights one by one while transformers reads them, or take packed ones in.
+
+Memory peaks near the quantised size, because no more than one dense weight is held at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from inlay.errors import StorageError
+from inlay.model.quantize import dense_view, quantizable
+from inlay.storage.int8 import Int8Linear
+from inlay.storage.nf4 import STATE, NF4Linear
+from inlay.storage.quantized import QuantizedLinear
+from inlay.storage.registry import storage_class
+
+BYTES = {"nf4": 0.5, "int8": 1.0}
+"""Bytes a weight, for transformers' reservation of device memory."""
+PACKED = {STATE: NF4Linear, "SCB": Int8Linear}
+"""A tensor that only this storage has -> the storage."""
+
+
+class Stopped(BaseException):
+    """Carries an error past transformers' loader, which would log any Exception and go on."""
+
+    def __init__(self, layer: str, error: StorageError) -> None:
+        self.error = StorageError(f"{layer}: {error}")
+        super().__init__(str(self.error))
+
+
+@register_quantization_config("inlay")
+@dataclass(kw_only=True)
+class StreamingConfig(QuantizationConfigMixin):
+    """What `load` asks transformers' loader for."""
+
+    storage: str = "nf4"
+    double_quant: bool = True
+    quant_method: Any = "inlay"
+
+
+@register_quantizer("inlay")
+class StreamingQuantizer(HfQuantizer):
+    """transformers' hooks: which weights are quantised as they are read, and how.
+
+    The skeleton keeps its empty dense layers until their weight comes; then the layer is replaced
+    by one that holds the packed weight.
+    """
+
+    quantization_config: StreamingConfig
+    serialized_names = {
+        "weight": [
+            "weight",
+            "weight.absmax",
+            "weight.quant_map",
+            "weight.nested_absmax",
+            "weight.nested_quant_map",
+            STATE,
+            "SCB",
+            "weight_format",
+        ]
+    }
+
+    def __init__(self, quantization_config: StreamingConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.names: set[str] = set()
+
+    @property
+    def quantized_element_size(self) -> float:
+        return BYTES[self.quantization_config.storage]
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        names = quantizable(model)
+        if self.pre_quantized:
+            names = packed_layers(kwargs["checkpoint_files"])
+        self.names = set(names)
+
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **kwargs: Any
+    ) -> bool:
+        del model, kwargs
+        layer, _, name = param_name.rpartition(".")
+        return name == "weight" and layer in self.names
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return QuantizeOne(self)
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        return {"deserialize": TakePacked}
+
+    def replace(self, model: nn.Module, name: str, layer: QuantizedLinear) -> Tensor:
+        """Put a packed layer in an empty one's place, with its bias; return its weight."""
+        layer._parameters["bias"] = model.get_submodule(name)._parameters["bias"]
+        model.set_submodule(name, layer)
+        self.names.add(name)
+        layer._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
+        return layer.weight
+
+    def release(self, model: PreTrainedModel) -> None:
+        """Leave a plain model behind, which transformers saves, moves and trains like any other."""
+        self.remove_quantization_config(model)
+        conversions: list[Any] = model._weight_conversions  # pyright: ignore[reportAssignmentType]
+        model._weight_conversions = [c for c in conversions if not takes_packed(c)]  # pyright: ignore[reportAttributeAccessIssue]
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+
+class StreamingOp(ConversionOps):
+    """One step of transformers' loader for one weight."""
+
+    def __init__(self, hf_quantizer: StreamingQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+
+class QuantizeOne(StreamingOp):
+    """Quantise one dense weight that was just read."""
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Return the packed weight under the dense one's name."""
+        del source_patterns, target_patterns
+        return {name: self.packed(kwargs["model"], name, w) for name, w in input_dict.items()}
+
+    def packed(self, model: nn.Module, parameter: str, read: Tensor | list[Tensor]) -> Tensor:
+        """Quantise one weight and put its layer in the dense one's place."""
+        weight = read[0] if isinstance(read, list) else read
+        name = parameter.removesuffix(".weight")
+        empty = dense_view(model.get_submodule(name))
+        config = self.hf_quantizer.quantization_config
+        try:
+            check_shape(weight, empty.weight)
+            layer = storage_class(config.storage).quantized(
+                empty.from_matrix(weight), None, double_quant=config.double_quant
+            )
+        except StorageError as error:
+            raise Stopped(name, error) from error
+        return self.hf_quantizer.replace(model, name, layer)
+
+
+class TakePacked(StreamingOp):
+    """Take in one weight that the checkpoint holds packed, as bitsandbytes wrote it."""
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Return the packed weight; a weight that comes alone is dense and stays so."""
+        del source_patterns, target_patterns
+        model: PreTrainedModel = kwargs["model"]
+        parameter: str = kwargs["full_layer_name"]
+        tensors = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
+        empty = model.get_parameter_or_buffer(parameter)
+        if set(tensors) == {"weight"}:
+            weight: Tensor = tensors["weight"]
+            return {"weight": weight.to(empty.dtype) if weight.is_floating_point() else weight}
+        name = parameter.removesuffix(".weight")
+        try:
+            layer = self.restored(model, name, tensors)
+        except StorageError as error:
+            raise Stopped(name, error) from error
+        return {"weight": self.hf_quantizer.replace(model, name, layer)}
+
+    def restored(self, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> QuantizedLinear:
+        """Build the layer that holds these tensors."""
+        empty = dense_view(model.get_submodule(name))
+        held_as = next((c for key, c in PACKED.items() if key in tensors), NF4Linear)
+        layer = held_as.restored(tensors, empty.dtype)
+        if layer.shape != empty.shape:
+            raise StorageError(
+                f"the checkpoint holds a weight of shape {layer.shape}, the model's configuration "
+                f"says {empty.shape}"
+            )
+        layer.compute_dtype = empty.dtype
+        return layer
+
+
+def takes_packed(conversion: Any) -> bool:
+    """Say whether one of transformers' weight conversions is our reader, which has no inverse."""
+    operations = getattr(conversion, "operations", ())
+    return any(isinstance(operation, TakePacked) for operation in operations)
+
+
+def check_shape(weight: Tensor, empty: Tensor) -> None:
+    """Raise unless the weight read has the shape that the model's skeleton expects."""
+    if weight.shape != empty.shape:
+        raise StorageError(
+            f"the checkpoint holds a weight of shape {tuple(weight.shape)}, the model's "
+            f"configuration says {tuple(empty.shape)}"
+        )
+
+
+def packed_layers(files: list[str]) -> list[str]:
+    """Return the layers that these safetensors files hold packed."""
+    endings = tuple("." + key for key in PACKED)
+    names: list[str] = []
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            keys: list[str] = list(opened.keys())
+            for key in keys:
+                names += [key.removesuffix(e) for e in endings if key.endswith(e)]
+    return names
