@@ -155,8 +155,8 @@ def compare(
             **chosen,
             on_progress=named("base", on_progress),
         )
-    prompts = tokenizer.batch_decode([list(s.prompt) for s in samples], skip_special_tokens=True)
-    return Comparison(base, tuned, samples, tuple(p.strip() for p in prompts))
+    prompts = [tokenizer.decode(list(s.prompt), skip_special_tokens=True) for s in samples]
+    return Comparison(base, tuned, samples, tuple(str(p).strip() for p in prompts))
 
 
 def evaluate(
