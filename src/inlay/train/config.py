@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from inlay.errors import UsageError, did_you_mean
-from inlay.methods.catalog import MethodSpec, catalog
+from inlay.methods.catalog import REQUIRED, MethodSpec, catalog
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -55,7 +55,7 @@ class RunConfig(BaseModel):
     hyperparameters: dict[str, Any] = Field(
         default_factory=dict, description="the method's own hyperparameters"
     )
-    targets: Text | list[Text] | None = Field(
+    targets: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
         None,
         description="layers to adapt: 'all-linear', a group, names, suffixes or regexes; "
         "default: the method's own",
@@ -301,7 +301,7 @@ def method_of(values: Mapping[str, object]) -> tuple[str | None, dict[str, str]]
 
 @cache
 def hyperparameter_model(method: str) -> type[BaseModel]:
-    """Return a pydantic model with the method's hyperparameters as fields, none required."""
+    """Return a pydantic model with the method's hyperparameters as fields."""
     spec = spec_of(method)
     fields: dict[str, Any] = {
         name: (field.type, Field(field.default, description=described(method, field.default)))
@@ -313,7 +313,7 @@ def hyperparameter_model(method: str) -> type[BaseModel]:
 
 def described(method: str, default: object) -> str:
     """Return the help text of a method's hyperparameter."""
-    return f"{method}; default {default!r}"
+    return f"{method}; required" if default is REQUIRED else f"{method}; default {default!r}"
 
 
 def spec_of(method: str) -> MethodSpec:
@@ -436,7 +436,8 @@ def expected(schema: Mapping[str, Any]) -> str:
         "string": "text",
     }
     if schema.get("type") == "array":
-        count = f"{schema['minItems']} " if "minItems" in schema else ""
+        least, most = schema.get("minItems", 0), schema.get("maxItems")
+        count = f"{least} " if least == most else "one or more " if least else ""
         items = schema.get("items", {})
         return f"a list of {count}" + {"number": "numbers", "integer": "whole numbers"}.get(
             str(items.get("type")), "texts"

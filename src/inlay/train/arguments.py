@@ -1,0 +1,81 @@
+"""TRL's arguments for a run: everything said outright, so that no default of a release decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from trl.trainer.sft_config import SFTConfig
+
+from inlay.methods.base import PromptMethod
+from inlay.model.attach import active, adapters
+from inlay.train.config import RunConfig
+
+
+SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+"""Our schedules -> the names transformers has for them."""
+
+
+def arguments(
+    config: RunConfig, model: PreTrainedModel, folder: Path, learning_rate: float
+) -> SFTConfig:
+    """Return TRL's arguments for a run whose checkpoints go to `folder`."""
+    on_gpu = model.device.type == "cuda"
+    return SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=learning_rate,
+        lr_scheduler_type=SCHEDULERS[config.scheduler],
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=not on_gpu,
+        bf16=False,
+        fp16=False,
+        tf32=None,
+        **recomputation(checkpoints_gradients(config, model)),
+        max_length=config.max_length if config.packing else None,
+        packing=config.packing,
+        packing_strategy="bfd",
+        shuffle_dataset=False,
+        dataset_kwargs={"skip_prepare_dataset": not config.packing},
+        completion_only_loss=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=on_gpu,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        push_to_hub=False,
+    )
+
+
+def checkpoints_gradients(config: RunConfig, model: PreTrainedModel) -> bool:
+    """Say whether activations are recomputed: on a GPU, unless a prompt needs the cache."""
+    if config.gradient_checkpointing != "auto":
+        return config.gradient_checkpointing
+    prompts = any(isinstance(adapters(model)[name].method, PromptMethod) for name in active(model))
+    return model.device.type == "cuda" and not prompts
+
+
+def recomputation(wanted: bool) -> dict[str, Any]:
+    """Return the arguments that say so, under the names this release of transformers has."""
+    renamed = "activation_checkpointing" in SFTConfig.__dataclass_fields__
+    name = "activation_checkpointing" if renamed else "gradient_checkpointing"
+    return {name: wanted, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def warmup_steps(warmup: float, total_steps: int) -> int:
+    """Return the steps of warmup; a fraction is rounded down, so that a short run has none."""
+    return int(warmup) if warmup >= 1 else int(warmup * total_steps)

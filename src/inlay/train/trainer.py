@@ -1,0 +1,363 @@
+"""TRL's SFTTrainer on a model with adapters of ours: what it saves, resumes and watches."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from inlay.checkpoint.adapter import save_adapter
+from inlay.errors import AdapterError, CheckpointError
+from inlay.evaluate.losses import EncodedRow
+from inlay.model.attach import adapter_places
+from inlay.model.layer import AdaptedLayer
+from inlay.storage.dense import DenseView
+from inlay.storage.registry import frozen
+from inlay.train import checkpoints
+from inlay.train.arguments import warmup_steps
+from inlay.train.guard import Guard, check_gradients
+from inlay.train.order import TrainingOrder
+from inlay.train.recorder import Recorder
+from inlay.train.state import load_tree, random_state, restore_random_state, save_tree
+
+IGNORED = -100
+"""The label of a token that is not trained on."""
+
+HeldOut = Callable[[], float]
+"""Measures the held-out loss, in nats a token."""
+
+
+class AdapterTrainer(SFTTrainer):
+    """Trains one adapter of a model: saves and resumes the adapter, never the model.
+
+    The model is plain, with layers of ours in it, and nothing of HF PEFT. Rows come tokenised and
+    masked from the data room, so that what was shown is what is trained on.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[EncodedRow],
+        args: SFTConfig,
+        *,
+        recorder: Recorder,
+        guard: Guard,
+        held_out: HeldOut | None = None,
+        warmup: float = 0.0,
+        keep_checkpoints: int = 2,
+        adapter: str = "default",
+    ) -> None:
+        self.recorder, self.guard, self.held_out = recorder, guard, held_out
+        self.keep_checkpoints, self.adapter, self.adapted = keep_checkpoints, adapter, model
+        self.folder = Path(args.output_dir or "")
+        self.own_loss = computes_own_loss(model, args)
+        self.step_loss, self.step_tokens = 0.0, 0
+        self.resumed: Mapping[str, Any] = {}
+        with as_trl_expects(model):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=dataset(rows),
+                processing_class=tokenizer,
+                callbacks=[EvaluateWhenDue(self.evaluation_due)],
+            )
+        self.remove_callback(PrinterCallback)
+        self.recorder.total_steps = self.total_steps
+        self.args.warmup_steps = warmup_steps(warmup, self.total_steps)
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each row has, or each pack of rows."""
+        assert isinstance(self.train_dataset, Dataset)
+        return [len(ids) for ids in self.train_dataset["input_ids"]]
+
+    @property
+    def stateful(self) -> dict[str, Any]:
+        """The optimiser and the schedule, which a checkpoint holds."""
+        return {"optimizer": self.optimizer, "scheduler": self.lr_scheduler}
+
+    @property
+    def total_steps(self) -> int:
+        """How many optimiser steps the whole run takes."""
+        limit = int(self.args.max_steps)
+        return limit if limit > 0 else math.ceil(self.args.num_train_epochs * self.steps_in_epoch)
+
+    @property
+    def steps_in_epoch(self) -> int:
+        """How many optimiser steps pass over all rows."""
+        batches = math.ceil(len(self.lengths) / self.args.per_device_train_batch_size)
+        return math.ceil(batches / self.args.gradient_accumulation_steps)
+
+    def evaluation_due(self, step: int) -> bool:
+        """Say whether an epoch, or the run, ends with this step."""
+        return step % self.steps_in_epoch == 0 or step == self.total_steps
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        del train_dataset
+        return TrainingOrder(self.lengths, self.args.per_device_train_batch_size, self.args.seed)
+
+    # One step: the loss of the trained tokens, watched before the optimiser acts on it.
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the sum of the trained tokens' losses over their number in the whole batch."""
+        if not self.own_loss or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        wanted = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+        kept = (wanted != IGNORED).any(dim=0).nonzero().squeeze(1)
+        logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits
+        wanted = wanted[:, kept]
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            wanted.flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
+        count = (wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return loss / torch.as_tensor(count, device=loss.device).clamp(min=1)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one forward and backward pass; raise on a loss that is not finite."""
+        inputs = args[1]
+        self.step_tokens += int(inputs.get("attention_mask", inputs["input_ids"]).ne(0).sum())
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.guard.check_loss(float(loss), self.state.global_step + 1)
+        self.step_loss += float(loss)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm: Any = super()._clip_grad_norm(model)
+        self.guard.check_gradient(float(norm), self.state.global_step + 1)
+        if self.state.global_step == 0:
+            check_gradients(model, self.adapter)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Record one optimiser step; other logs of the Trainer are not ours."""
+        del start_time
+        if "loss" not in logs:
+            return
+        step, loss, tokens = self.state.global_step, self.step_loss, self.step_tokens
+        self.step_loss, self.step_tokens = 0.0, 0
+        epoch = step / self.steps_in_epoch
+        rate, norm = float(logs["learning_rate"]), float(logs["grad_norm"])
+        self.recorder.step(step, epoch, loss, rate, norm, tokens)
+        self.guard.observe(loss, step)
+
+    def evaluate_held_out(self) -> None:
+        """Measure and record the held-out loss, if there are rows to measure it on."""
+        if self.held_out is not None:
+            step, loss = self.state.global_step, self.held_out()
+            self.recorder.evaluation(step, step / self.steps_in_epoch, loss)
+            if step == 0:
+                self.guard.reference = loss
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        del trial, ignore_keys_for_eval, skip_scheduler
+        self.evaluate_held_out()
+        return {}
+
+    # Checkpoints: whole or not there, and without the model.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        del model, trial
+        if self.guard.suspicious:
+            self.recorder.note(
+                f"no checkpoint at step {self.state.global_step}: its loss is far above the loss "
+                "before training"
+            )
+            return
+        self.save_checkpoint()
+
+    def save_checkpoint(self) -> None:
+        """Write the adapter and all that a resumed run needs, then drop the oldest checkpoint."""
+        folder = checkpoints.folder_of(self.folder, self.state.global_step)
+        checkpoints.write(folder, self.fill_checkpoint)
+        checkpoints.rotate(folder.parent, self.keep_checkpoints)
+        self.recorder.checkpoint(folder, self.state.global_step)
+
+    def fill_checkpoint(self, folder: Path) -> None:
+        """Write a checkpoint's files into an empty folder."""
+        save_adapter(self.adapted, folder / "adapter", self.adapter)
+        self.state.save_to_json(str(folder / checkpoints.TRAINER_STATE))
+        tree = {
+            "parameters": tensors_of(self.adapted, self.adapter),
+            **{name: part.state_dict() for name, part in self.stateful.items()},
+            "random": random_state(),
+            "recorder": self.recorder.state(),
+            "guard": self.guard.state(),
+        }
+        save_tree(folder / checkpoints.TRAINING_STATE, tree)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        del model
+        self.restore(Path(resume_from_checkpoint))
+
+    def restore(self, folder: Path) -> None:
+        """Put the adapter, the metrics and the guard where they were at a checkpoint."""
+        self.resumed = load_tree(folder / checkpoints.TRAINING_STATE)
+        load_tensors(self.adapted, self.adapter, self.resumed["parameters"], folder)
+        self.recorder.restore(self.resumed["recorder"])
+        self.guard.restore(self.resumed["guard"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            for name, part in self.stateful.items():
+                part.load_state_dict(self.resumed[name])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_random_state(self.resumed["random"])
+
+
+class EvaluateWhenDue(TrainerCallback):
+    """Asks for a held-out loss after a step, before that step is saved."""
+
+    def __init__(self, due: Callable[[int], bool]) -> None:
+        self.due = due
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask if one is due."""
+        del args, kwargs
+        control.should_evaluate = self.due(state.global_step)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the request back: the epoch's last step has been measured."""
+        del args, state, kwargs
+        control.should_evaluate = False
+
+
+def dataset(rows: Sequence[EncodedRow]) -> Dataset:
+    """Return rows as TRL takes them when they are tokenised already."""
+    return Dataset.from_dict(
+        {"input_ids": [list(row.input_ids) for row in rows], "labels": [labels(r) for r in rows]}
+    )
+
+
+def labels(row: EncodedRow) -> list[int]:
+    """Return a row's labels: its tokens, those that are not trained on hidden."""
+    pairs = zip(row.input_ids, row.trained, strict=True)
+    return [token if trained else IGNORED for token, trained in pairs]
+
+
+def tensors_of(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
+    """Return an adapter's tensors by place and name, exactly as they are."""
+    return {
+        place: {name: getattr(params, name) for name in params.names()}
+        for place, params in adapter_places(model, adapter)
+    }
+
+
+def load_tensors(
+    model: nn.Module, adapter: str, saved: Mapping[str, Mapping[str, Tensor]], source: Path
+) -> None:
+    """Put saved values into an adapter's tensors.
+
+    Raises:
+        CheckpointError: the places, names or shapes are not this adapter's.
+    """
+    have = tensors_of(model, adapter)
+    shapes = {p: {n: t.shape for n, t in ts.items()} for p, ts in have.items()}
+    if shapes != {p: {n: t.shape for n, t in ts.items()} for p, ts in saved.items()}:
+        raise CheckpointError(
+            f"the checkpoint {source} holds an adapter of other layers or shapes than this run's; "
+            "give another output folder, or --overwrite"
+        )
+    with torch.no_grad():
+        for place, tensors in have.items():
+            for name, tensor in tensors.items():
+                tensor.copy_(saved[place][name])
+
+
+def computes_own_loss(model: PreTrainedModel, args: SFTConfig) -> bool:
+    """Say whether to call the model's own head at the trained positions, instead of TRL's loss.
+
+    TRL's reads the head's weight past the layer and, without Triton, scores every position; it
+    alone knows the balancing loss of mixtures of experts and how to spare memory on a GPU.
+
+    Raises:
+        AdapterError: the head must be called as a layer, and this model cannot do that.
+    """
+    has_experts = hasattr(model.config.get_text_config(), "output_router_logits")
+    can = "logits_to_keep" in inspect.signature(model.forward).parameters and not has_experts
+    is_layer = head_is_more_than_weight(model)
+    if is_layer and not can:
+        raise AdapterError(
+            f"the output head of {type(model).__name__} cannot carry an adapter in training; "
+            "leave it out with exclude"
+        )
+    return can and (is_layer or args.device.type != "cuda")
+
+
+def head_is_more_than_weight(model: PreTrainedModel) -> bool:
+    """Say whether the output head carries an active method, or is held in another storage."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return False
+    if isinstance(head, AdaptedLayer) and any(method for method, _ in head.here()):
+        return True
+    return not isinstance(frozen(head), DenseView)
+
+
+@contextmanager
+def as_trl_expects(model: PreTrainedModel) -> Generator[None]:
+    """Let TRL take a quantised model with adapters of ours, and leave their fp32 alone.
+
+    Trainer wants adapters of HF PEFT on a quantised model; TRL casts what trains there to bf16.
+    """
+    shown = {"_hf_peft_config_loaded": True, "is_loaded_in_4bit": False, "is_loaded_in_8bit": False}
+    before = {name: vars(model)[name] for name in shown if name in vars(model)}
+    vars(model).update(shown)
+    try:
+        yield
+    finally:
+        for name in shown:
+            del vars(model)[name]
+        vars(model).update(before)
+
+
+@contextmanager
+def left_as_it_was(model: PreTrainedModel) -> Generator[None]:
+    """Undo, after training, what the trainers change on the model beside the adapter."""
+    forward, use_cache = vars(model).get("forward"), model.config.use_cache
+    training = model.training
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)
+        if forward is not None:
+            vars(model)["forward"] = forward
+        model.config.use_cache = use_cache
+        model.train(training)
