@@ -1,0 +1,361 @@
+"""The report of a run: one HTML page that needs nothing else, on or off line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from inlay.errors import InlayError
+from inlay.evaluate.charts import Line, line_chart
+from inlay.evaluate.record import (
+    ComparisonRecord,
+    ExampleRecord,
+    Merge,
+    MetricComparison,
+    Run,
+    Score,
+    Step,
+)
+
+NOT_MEASURED = "not measured"
+NAMES = {
+    "loss": "Held-out loss",
+    "perplexity": "Perplexity",
+    "number_match": "Number match",
+    "exact_match": "Exact match",
+    "token_f1": "Token F1",
+    "rouge_l": "ROUGE-L",
+}
+SIGNIFICANT = 0.05
+
+
+def write_report(
+    path: str | Path,
+    run: Run,
+    metrics: Sequence[Step],
+    comparison: ComparisonRecord | None = None,
+    merge: Merge | None = None,
+) -> Path:
+    """Write the page of a run, whole or not at all; what a record lacks is "not measured".
+
+    Raises:
+        InlayError: the file cannot be written.
+    """
+    path = Path(path)
+    page = report_page(run, metrics, comparison, merge)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(page, "utf-8")
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise InlayError(
+            f"the report cannot be written to {path}: {error.strerror}; "
+            f"choose a folder that exists, may be written to and has room"
+        ) from None
+    return path
+
+
+def report_page(
+    run: Run,
+    metrics: Sequence[Step],
+    comparison: ComparisonRecord | None = None,
+    merge: Merge | None = None,
+) -> str:
+    """Return the page as HTML."""
+    template = Template(files("inlay.evaluate").joinpath("report.html").read_text("utf-8"))
+    body = [
+        heading(run),
+        tiles(run, comparison, merge),
+        comparison_section(comparison),
+        curves_section(metrics),
+        merge_section(merge),
+        examples_section(comparison["examples"] if comparison else []),
+        details(run),
+    ]
+    title = f"{run.get('method', 'Adapter')} on {run.get('model', 'a model')}"
+    return template.substitute(title=escape(title), body="\n".join(body))
+
+
+def heading(run: Run) -> str:
+    """Say what was trained, on what."""
+    about = [f"data {run['data']}"] if "data" in run else []
+    about += [f"seed {run['seed']}"] if "seed" in run else []
+    about += [f"trained in {duration(run['seconds'])}"] if "seconds" in run else []
+    title = f"{run.get('method', 'An adapter')} on {run.get('model', 'a model')}"
+    return (
+        f'<header><h1>{escape(title)}</h1><p class="soft">{escape(" · ".join(about))}</p></header>'
+    )
+
+
+def tiles(run: Run, comparison: ComparisonRecord | None, merge: Merge | None) -> str:
+    """The figures of the run at a glance."""
+    shown = [
+        loss_tile(comparison),
+        trained_tile(run),
+        tile("Peak memory", size(run["peak_memory_bytes"]), "")
+        if "peak_memory_bytes" in run
+        else tile("Peak memory", NOT_MEASURED, ""),
+        adapter_tile(run),
+        merge_tile(merge),
+    ]
+    return f'<div class="tiles">{"".join(shown)}</div>'
+
+
+def tile(name: str, value: str, note: str) -> str:
+    """One figure with its name above and a note below."""
+    style = ' class="missing"' if value == NOT_MEASURED else ""
+    return (
+        f'<div class="tile"><span>{escape(name)}</span><b{style}>{escape(value)}</b>'
+        f"<span>{escape(note)}</span></div>"
+    )
+
+
+def loss_tile(comparison: ComparisonRecord | None) -> str:
+    """Held-out loss before and after."""
+    found = [m for m in comparison["metrics"] if m["name"] == "loss"] if comparison else []
+    if not found:
+        return tile("Held-out loss", NOT_MEASURED, "")
+    base, tuned = found[0]["base"]["value"], found[0]["tuned"]["value"]
+    percent = f"{tuned / base - 1:+.1%}".replace("-", "−") if base and tuned else "change –"
+    note = f"{percent}, {p_text(found[0]['p_value'])}"
+    return tile("Held-out loss", f"{figure(base)} → {figure(tuned)}", note)
+
+
+def trained_tile(run: Run) -> str:
+    """How much of the model trained."""
+    if "trainable" not in run:
+        return tile("Trained", NOT_MEASURED, "")
+    count = run["trainable"]
+    note = f"{count['count']:,} of {count['total']:,} parameters"
+    return tile("Trained", f"{count['percent']:.3g}%", note)
+
+
+def adapter_tile(run: Run) -> str:
+    """The adapter's size against the model's."""
+    if "adapter_bytes" not in run:
+        return tile("Adapter size", NOT_MEASURED, "")
+    adapter, whole = run["adapter_bytes"], run.get("model_bytes")
+    note = f"model {size(whole)} ({adapter / whole:.2%} of it)" if whole else ""
+    return tile("Adapter size", size(adapter), note)
+
+
+def merge_tile(merge: Merge | None) -> str:
+    """How often the merged model chooses the adapted model's token."""
+    if merge is None or "top1_agreement" not in merge:
+        return tile("Merge verification", NOT_MEASURED, "")
+    return tile("Merge verification", f"{merge['top1_agreement']:.2%}", "same top token")
+
+
+def comparison_section(comparison: ComparisonRecord | None) -> str:
+    """The table of base against tuned."""
+    if comparison is None:
+        return section("Base against tuned", f'<p class="soft">{NOT_MEASURED}</p>')
+    rows = "".join(metric_row(metric) for metric in comparison["metrics"])
+    tests = sorted({metric["test"] for metric in comparison["metrics"]})
+    note = (
+        f"The same {comparison['rows']:,} held-out rows ({comparison['tokens']:,} trained tokens) "
+        f"for both; text was generated for {comparison['generated_rows']:,} of them. Small figures "
+        f"are {comparison['level']:.0%} bootstrap intervals over rows; p is of a "
+        f"{', '.join(tests)} on the rows' differences."
+    )
+    table = (
+        '<div class="scroll"><table><thead><tr><th>Metric</th><th>Base</th><th>Tuned</th>'
+        f"<th>Change</th><th>p</th></tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+    return section("Base against tuned", f'{table}<p class="note">{escape(note)}</p>')
+
+
+def metric_row(metric: MetricComparison) -> str:
+    """One metric of base and tuned."""
+    name = escape(NAMES.get(metric["name"], metric["name"]))
+    change = interval(metric["difference"], signed=True)
+    cells = (
+        cell("Base", interval(metric["base"])),
+        cell("Tuned", interval(metric["tuned"])),
+        cell("Change", change, verdict(metric)),
+        cell("p", escape(p_text(metric["p_value"], short=True))),
+    )
+    return (
+        f"<tr><th>{name}<small>{escape(metric['better'])} is better</small></th>"
+        f"{''.join(cells)}</tr>"
+    )
+
+
+def cell(column: str, content: str, style: str = "") -> str:
+    """A cell that knows its column's name, for screens too narrow to have columns."""
+    return f'<td data-column="{column}" class="{style}">{content}</td>'
+
+
+def verdict(metric: MetricComparison) -> str:
+    """Return `good` or `bad` where the difference is more than chance, else nothing."""
+    change, p = metric["difference"]["value"], metric["p_value"]
+    if not change or p is None or p >= SIGNIFICANT:
+        return ""
+    return "good" if (change < 0) == (metric["better"] == "lower") else "bad"
+
+
+def interval(score: Score, *, signed: bool = False) -> str:
+    """A value with its interval below it."""
+    low, high = score["low"], score["high"]
+    value = figure(score["value"], signed=signed)
+    if low is None or high is None:
+        return value
+    return f"{value}<small>{figure(low, signed=signed)} to {figure(high, signed=signed)}</small>"
+
+
+def curves_section(metrics: Sequence[Step]) -> str:
+    """Training loss, held-out loss and learning rate by step."""
+    trained, held = curve(metrics, "loss"), curve(metrics, "eval_loss")
+    rate = curve(metrics, "learning_rate")
+    charts: list[str] = []
+    if trained or held:
+        lines = [Line("training", "trained", trained), Line("held out", "held", held, dots=True)]
+        chart = line_chart(lines, "step")
+        charts.append(f"<div><h3>Loss, nats per token</h3>{chart}</div>")
+    if rate:
+        chart = line_chart([Line("learning rate", "trained", rate)], "step")
+        charts.append(f"<div><h3>Learning rate</h3>{chart}</div>")
+    if not charts:
+        return section("Training", f'<p class="soft">{NOT_MEASURED}</p>')
+    return section("Training", f'<div class="charts">{"".join(charts)}</div>')
+
+
+def curve(metrics: Sequence[Step], key: str) -> list[tuple[float, float]]:
+    """Return the (step, value) points of one key, where it is there and finite."""
+    found = [(step.get("step"), step.get(key)) for step in metrics]
+    return [
+        (float(x), float(y))
+        for x, y in found
+        if isinstance(x, int | float) and isinstance(y, int | float) and math.isfinite(y)
+    ]
+
+
+def merge_section(merge: Merge | None) -> str:
+    """How near the merged model is to the adapted one."""
+    if merge is None:
+        return section("Merge verification", f'<p class="soft">{NOT_MEASURED}</p>')
+    facts = {
+        "Largest logit difference": f"{merge['max_logit_difference']:.3g}"
+        if "max_logit_difference" in merge
+        else NOT_MEASURED,
+        "KL divergence": f"{merge['kl']:.3g} nats" if "kl" in merge else NOT_MEASURED,
+        "Same top token": f"{merge['top1_agreement']:.2%}"
+        if "top1_agreement" in merge
+        else NOT_MEASURED,
+        "Update that survives": f"{merge['surviving_fraction']:.2%}"
+        if "surviving_fraction" in merge
+        else NOT_MEASURED,
+        "Merged into": merge.get("dtype", NOT_MEASURED),
+        "Checked on": f"{merge['rows']:,} rows" if "rows" in merge else NOT_MEASURED,
+    }
+    return section("Merge verification", facts_list(facts))
+
+
+def examples_section(examples: Sequence[ExampleRecord]) -> str:
+    """What base and tuned wrote for the same prompts."""
+    if not examples:
+        return ""
+    return section("Before and after", "".join(example(e) for e in examples))
+
+
+def example(e: ExampleRecord) -> str:
+    """One prompt with its reference and both answers."""
+    texts = (
+        text("Base", "of-base", e["base"])
+        + text("Tuned", "of-tuned", e["tuned"])
+        + text("Reference", "", e["reference"])
+    )
+    prompt = text(f"Prompt (line {e['line']})", "", e["prompt"])
+    return f'<div class="example">{prompt}<div class="texts">{texts}</div></div>'
+
+
+def text(name: str, style: str, content: str) -> str:
+    """A named text, kept as it is written."""
+    shown = escape(content) or '<span class="soft">(nothing)</span>'
+    caption = f"<figcaption>{escape(name)}</figcaption>"
+    return f'<figure class="{style}">{caption}<pre>{shown}</pre></figure>'
+
+
+def details(run: Run) -> str:
+    """The whole configuration, versions and hashes, folded away."""
+    parts = [
+        f"<h3>{name}</h3>{facts_list(plain(found))}"
+        for name, found in (
+            ("Configuration", run.get("config")),
+            ("Versions", run.get("versions")),
+            ("Hashes", hashes(run)),
+        )
+        if found
+    ]
+    if not parts:
+        return ""
+    return f"<details><summary>Configuration and versions</summary>{''.join(parts)}</details>"
+
+
+def hashes(run: Run) -> dict[str, str]:
+    """SHA-256 of the base model and of the data, where they are known."""
+    found = {"base": run.get("base_sha256"), "data": run.get("data_sha256")}
+    return {f"{name} sha256": value for name, value in found.items() if value}
+
+
+def plain(values: Mapping[str, object]) -> dict[str, str]:
+    """Write values as text: strings as they are, all else as JSON."""
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, default=str)
+        for key, value in values.items()
+    }
+
+
+def facts_list(facts: Mapping[str, str]) -> str:
+    """Names and values side by side."""
+    items = (f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    return f"<dl>{''.join(items)}</dl>"
+
+
+def section(title: str, content: str) -> str:
+    """A titled part of the page."""
+    return f"<section><h2>{escape(title)}</h2>{content}</section>"
+
+
+def figure(value: float | None, *, signed: bool = False) -> str:
+    """A number to three decimals or four figures; a dash where it is not known."""
+    if value is None:
+        return "–"
+    decimals = next((d for d, limit in ((3, 10), (2, 100), (1, 1000)) if abs(value) < limit), 0)
+    spelt = ",.4g" if abs(value) >= 1e6 else f",.{decimals}f"
+    return f"{value:{'+' if signed else ''}{spelt}}".replace("-", "−")
+
+
+def p_text(p: float | None, *, short: bool = False) -> str:
+    """A p-value, never as zero."""
+    if p is None:
+        return "–" if short else "one row proves nothing"
+    written = "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return written if short else f"p {written}" if p < 0.001 else f"p = {written}"
+
+
+def size(count: float) -> str:
+    """Bytes in the largest unit that gives at least 1: 1,536 is 1.5 KiB."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 3,725 is 1 h 2 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
