@@ -1,0 +1,335 @@
+"""Read rows from a file, a hub data set or the built-in reports, each with its place of origin."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inlay.data.reports import generate_reports
+from inlay.errors import DataError, did_you_mean
+
+__all__ = ["BUILT_IN", "RawRow", "read_rows"]
+
+BUILT_IN = "reports"
+"""The name of the generated radiology reports."""
+BUILT_IN_COUNT = 2400
+HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.\[\]%:+-]+))?")
+WHITESPACE = re.compile(r"[ \t\r\n]*")
+TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as it was found: its columns, and where it stands."""
+
+    values: dict[str, Any]
+    source: str
+    line: int
+    """From 1: the line it starts on in a text file, else the row's number."""
+
+    @property
+    def where(self) -> str:
+        """`data.csv, line 3`, the start of every error about this row."""
+        return place(self.source, self.line)
+
+
+def place(source: str, line: int) -> str:
+    """Return `data.csv, line 3`, or `row 3` where the source has no lines."""
+    return f"{source}, {'line' if source.endswith(TEXT_FORMATS) else 'row'} {line}"
+
+
+def read_rows(source: str | Path, *, split: str | None = None) -> list[RawRow]:
+    """Return all rows of a file, of a hub data set `owner/name[:split]`, or of `reports`.
+
+    Args:
+        source: a .jsonl, .json, .csv, .tsv or .parquet file, a hub id, or `reports`.
+        split: the split of a hub data set; `train` where neither this nor the id names one.
+
+    Raises:
+        DataError: it is not there, not readable, of no known format, malformed, or empty.
+    """
+    if str(source) == BUILT_IN:
+        return built_in_rows()
+    path = Path(source)
+    hub = None if is_meant_as_file(path) else HUB_ID.fullmatch(str(source))
+    rows = read_hub(hub["name"], split or hub["split"] or "train") if hub else read_file(path)
+    if not rows:
+        raise DataError(f"{source} holds no rows; training needs at least one")
+    return rows
+
+
+def is_meant_as_file(path: Path) -> bool:
+    """Say whether the words name a file rather than a hub data set."""
+    return path.exists() or path.suffix.lower() in READERS or path.parent.exists()
+
+
+def read_file(path: Path) -> list[RawRow]:
+    """Return all rows of a file.
+
+    Raises:
+        DataError: as `read_rows`.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give one file: {known_formats()}")
+    if not path.exists():
+        raise DataError(f"there is no file {path}.{nearest_file(path)}")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        shown = path.suffix or "no ending"
+        raise DataError(f"{path} has an unknown format ({shown}); expected {known_formats()}")
+    try:
+        return list(reader(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def known_formats() -> str:
+    """Return the endings of the formats there are."""
+    return ", ".join(READERS)
+
+
+def nearest_file(path: Path) -> str:
+    """Return a suggestion among the files that lie where this one was looked for."""
+    try:
+        names = [p.name for p in path.parent.iterdir() if p.suffix.lower() in READERS]
+    except OSError:
+        return " Its folder is not there either, or cannot be read."
+    return did_you_mean(path.name, names)
+
+
+def decoded(path: Path) -> str:
+    """Return a file's text without a byte order mark.
+
+    Raises:
+        DataError: it is not UTF-8; names line and byte.
+    """
+    content = path.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path} is UTF-16, not UTF-8; save it as UTF-8")
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line}: byte 0x{content[error.start]:02x} (byte {error.start + 1} of "
+            "the file) is not UTF-8; save the file as UTF-8"
+        ) from error
+
+
+# JSON
+
+
+class RepeatedKeyError(ValueError):
+    """A key that a JSON object holds twice."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs as a dict; of two equal keys, one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RepeatedKeyError(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
+
+
+def decode_at(text: str, start: int, path: Path, line: int) -> tuple[Any, int]:
+    """Return the JSON value that starts there, and where it ends.
+
+    Raises:
+        DataError: there is none; names the line.
+    """
+    try:
+        return DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        line += text.count("\n", start, error.pos)
+        raise DataError(f"{path}, line {line}: not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise DataError(f"{path}, line {line}: the JSON is nested too deeply") from error
+    except ValueError as error:
+        raise DataError(f"{path}, line {line}: {error}") from error
+
+
+def after_space(text: str, start: int) -> int:
+    """Return where the next character that is not JSON's white space stands."""
+    found = WHITESPACE.match(text, start)
+    return found.end() if found else start
+
+
+def read_jsonl(path: Path) -> Iterator[RawRow]:
+    """Yield a JSON object a line; blank lines are no rows."""
+    for line, text in enumerate(decoded(path).split("\n"), start=1):
+        start = after_space(text, 0)
+        if start == len(text):
+            continue
+        value, end = decode_at(text, start, path, line)
+        end = after_space(text, end)
+        if end < len(text):
+            raise DataError(f"{path}, line {line}: not JSON: more follows after the row's end")
+        yield json_row(value, path, line)
+
+
+def read_json(path: Path) -> Iterator[RawRow]:
+    """Yield the objects of one JSON list, each with the line it starts on."""
+    text = decoded(path)
+    at = after_space(text, 0)
+    if at == len(text):
+        return
+    if text[at] != "[":
+        raise DataError(
+            f"{path}, line {text.count(chr(10), 0, at) + 1}: expected a list of rows, [{{...}}, "
+            "...]; for one row a line, name the file .jsonl"
+        )
+    counted, line = 0, 1
+    at = after_space(text, at + 1)
+    more = not text.startswith("]", at)
+    while more:
+        line, counted = line + text.count("\n", counted, at), at
+        value, at = decode_at(text, at, path, line)
+        yield json_row(value, path, line)
+        at = after_space(text, at)
+        more = text.startswith(",", at)
+        at = after_space(text, at + 1) if more else at
+    end = after_space(text, at + 1)
+    if not text.startswith("]", at) or end < len(text):
+        line = text.count("\n", 0, min(at, len(text))) + 1
+        raise DataError(f"{path}, line {line}: not JSON: expected ',' or the end of the list")
+
+
+def json_row(value: Any, path: Path, line: int) -> RawRow:
+    """Return a JSON value as a row.
+
+    Raises:
+        DataError: it is no object.
+    """
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise DataError(f"{path}, line {line}: a row must be an object {{...}}, found a {kind}")
+    return RawRow(value, str(path), line)
+
+
+# Tables
+
+
+def read_csv(path: Path) -> Iterator[RawRow]:
+    """Yield the rows below a header; a quoted field may span lines."""
+    csv.field_size_limit(sys.maxsize)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    lines = csv.reader(io.StringIO(decoded(path), newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    start = 1
+    try:
+        for fields in lines:
+            if fields and header is None:
+                header = checked_header(fields, path, start)
+            elif fields and header is not None:
+                yield csv_row(header, fields, path, start)
+            start = lines.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}, line {start}: malformed row: {error}") from error
+
+
+def checked_header(names: list[str], path: Path, line: int) -> list[str]:
+    """Return the column names.
+
+    Raises:
+        DataError: one is empty or stands twice.
+    """
+    for number, name in enumerate(names, start=1):
+        if not name.strip():
+            raise DataError(f"{path}, line {line}: column {number} of the header has no name")
+        if names.count(name) > 1:
+            raise DataError(f"{path}, line {line}: the column {name!r} stands twice in the header")
+    return names
+
+
+def csv_row(header: list[str], fields: list[str], path: Path, line: int) -> RawRow:
+    """Return a line's fields by column.
+
+    Raises:
+        DataError: there are more or fewer fields than columns.
+    """
+    if len(fields) != len(header):
+        raise DataError(
+            f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)} columns; "
+            "put quotes around a field that contains the separator"
+        )
+    return RawRow(dict(zip(header, fields, strict=True)), str(path), line)
+
+
+def read_parquet(path: Path) -> Iterator[RawRow]:
+    """Yield the rows of a parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
+        values = table.to_pylist(maps_as_pydicts="strict")
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        message = " ".join(str(error).split())
+        raise DataError(f"{path} is not a sound parquet file: {message}") from error
+    return (RawRow(row, str(path), number) for number, row in enumerate(values, start=1))
+
+
+READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+}
+"""How to read each format, by the file's ending."""
+
+
+# Without a file
+
+
+def read_hub(name: str, split: str) -> list[RawRow]:
+    """Return the rows of a data set on the hub.
+
+    Raises:
+        DataError: it cannot be had: no network, no such data set or split, or a broken one.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split=split)
+        values = [dict(row) for row in rows]
+    except Exception as error:  # any library below may fail in its own way; none may reach a user
+        message = " ".join(str(error).split())
+        raise DataError(
+            f"there is no file {name}, and the hub data set {name!r} (split {split!r}) cannot be "
+            f"loaded: {type(error).__name__}: {message}"
+        ) from error
+    return [RawRow(row, f"{name}:{split}", number) for number, row in enumerate(values, start=1)]
+
+
+def built_in_rows() -> list[RawRow]:
+    """Return the generated reports with the prompt that asks for an impression."""
+    reports = generate_reports(BUILT_IN_COUNT, seed=0)
+    return [
+        RawRow(
+            {
+                "uid": report.uid,
+                "findings": report.findings,
+                "impression": report.impression,
+                "label": report.label,
+                "prompt": f"Findings: {report.findings}\nImpression:",
+                "completion": report.impression,
+            },
+            BUILT_IN,
+            number,
+        )
+        for number, report in enumerate(reports, start=1)
+    ]
