@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +17,29 @@ from inlay.errors import AdapterError
 from inlay.storage.base import FrozenLinear, Kind
 
 Targets = str | tuple[str, ...]
+T = TypeVar("T")
 
 
 class Params(nn.Module):
-    """The tensors of one adapter at one place: attribute access, floats stored in fp32 or wider."""
+    """The tensors of one adapter at one place: attribute access, floats stored in fp32 or wider.
 
-    def __init__(self, trained: Mapping[str, Tensor], fixed: Mapping[str, Tensor] | None = None):
+    `fixed` tensors are saved but not trained; `derived` ones follow from the base and are neither.
+    """
+
+    def __init__(
+        self,
+        trained: Mapping[str, Tensor],
+        fixed: Mapping[str, Tensor] | None = None,
+        derived: Mapping[str, Tensor] | None = None,
+    ):
         super().__init__()
         for name, value in trained.items():
-            self.register_parameter(name, nn.Parameter(value))
+            kept = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+            self.register_parameter(name, kept)
         for name, value in (fixed or {}).items():
             self.register_buffer(name, value)
+        for name, value in (derived or {}).items():
+            self.register_buffer(name, value, persistent=False)
 
     def __getattr__(self, name: str) -> Tensor:
         return super().__getattr__(name)  # pyright: ignore[reportReturnType]
@@ -59,6 +73,11 @@ class Method:
     def also_selects(self) -> tuple[SelectMethod, ...]:
         """Existing parameters that train beside the method's own tensors."""
         return ()
+
+    @property
+    def own_targets(self) -> Targets:
+        """Where it goes when the user does not say: `default_targets`, unless a field decides."""
+        return self.default_targets
 
     def for_layer(self, layer_name: str) -> Method:
         """Return the hyperparameters at this layer (rank and alpha patterns)."""
@@ -236,3 +255,44 @@ def checked_positive(value: float, field: str) -> None:
 def replaced(method: Method, **changes: object) -> Method:
     """Return a copy of the method with other hyperparameters."""
     return dataclasses.replace(method, **changes)
+
+
+def matches_name(entry: str, layer_name: str) -> bool:
+    """Say whether an entry is the layer's name, a dotted suffix of it, or a regex for either."""
+    return re.fullmatch(rf"(.*\.)?({entry})", layer_name) is not None
+
+
+def matched(pattern: Mapping[str, T], layer_name: str, default: T) -> T:
+    """Return the value of the first key that matches the layer's name."""
+    found = (value for key, value in pattern.items() if matches_name(key, layer_name))
+    return next(found, default)
+
+
+def input_embedding(model: Any) -> nn.Embedding:
+    """Return a transformers model's token embedding."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        raise AdapterError(
+            f"{type(model).__name__} has no table of token embeddings, which prompt methods need"
+        )
+    return embedding
+
+
+def attention_shape(config: Any) -> tuple[int, int, int]:
+    """Return (layers, key-value heads, head width) of a transformers model's configuration."""
+    text = config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or heads, width
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Put every module in eval mode inside the `with` block, and back as each was after it."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from inlay.methods.base import (
     checked_positive,
     checked_probability,
     kaiming_uniform,
+    matched,
     project,
     replaced,
     zeros,
@@ -119,14 +119,3 @@ class LoRA(WeightMethod):
         if kind == "embedding":
             return {"A": "lora_embedding_A", "B": "lora_embedding_B"}
         return {"A": "lora_A.weight", "B": "lora_B.weight"}
-
-
-T = TypeVar("T")
-
-
-def matched(pattern: Mapping[str, T], layer_name: str, default: T) -> T:
-    """Return the value of the first key that is the name, a suffix of it, or a regex for it."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", layer_name):
-            return value
-    return default

@@ -101,7 +101,7 @@ def attach(
     registry.adapters[name] = Attached(
         name=name,
         method=method,
-        targets=described(targets if targets is not None else method.default_targets),
+        targets=described(targets if targets is not None else method.own_targets),
         exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
         layers=wanted,
         modules_to_save=tuple(modules_to_save),
@@ -143,7 +143,7 @@ def places_for(
     assert isinstance(method, WeightMethod | HiddenMethod)
     found = find_targets(
         model,
-        method.default_targets if targets is None else targets,
+        method.own_targets if targets is None else targets,
         exclude=exclude,
         layers=layers,
         kinds=method.kinds,

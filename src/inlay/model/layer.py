@@ -41,11 +41,11 @@ class AdaptedLayer(Base):
         """Run the layer with its active adapters."""
         weights = list(self.weight_methods())
         if weights:
-            h: Any = self.composed(weights[:-1]).forward_through(*weights[-1], args[0])
+            h: Any = self.composed(weights[:-1]).forward_through(*weights[-1], read(args, kwargs))
         else:
             h = super().forward(*args, **kwargs)
         for method, p in self.hidden_methods():
-            h = method.hidden(p, args[0], h, self.training)
+            h = method.hidden(p, read(args, kwargs), h, self.training)
         return h
 
     def composed(self, weights: list[tuple[WeightMethod, Params]]) -> Composed:
@@ -82,6 +82,11 @@ class AdaptedLayer(Base):
         for method, p in self.weight_methods():
             w, b = method.weight(p, w), method.bias(p, b)
         return w, b
+
+
+def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return a layer's input, given by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 class Composed(FrozenLinear):

@@ -16,8 +16,8 @@ ATTENTION_OUT = (
     "self_attention.dense", "out_lin", "attn.proj", "attention.out_proj",
 )  # fmt: skip
 MLP_OUT = (
-    "down_proj", "fc2", "w2", "mlp.c_proj", "dense_4h_to_h", "output.dense", "lin2", "wo",
-    "fc_out", "mlp.fc_out",
+    "down_proj", "fc2", "w2", "mlp.c_proj", "dense_4h_to_h", "lin2", "wo", "fc_out",
+    r"(.*\.)?(?<!attention\.)output\.dense",
 )  # fmt: skip
 KEY_VALUE = (
     "k_proj", "v_proj", "key", "value", "k", "v", "k_lin", "v_lin", "c_attn", "qkv_proj",
@@ -67,7 +67,7 @@ def find_targets(
     """
     modules = dict(model.named_modules())
     adaptable = [n for n, m in modules.items() if kind_or_block(n, m) in kinds]
-    linear = [n for n in adaptable if kind(modules[n]) != "embedding"]
+    linear = [n for n in adaptable if kind(modules[n]) in ("linear", "conv1d")]
     if not adaptable:
         raise TargetError(f"the model {type(model).__name__} has no layer of kind {listed(kinds)}")
     chosen = set(all_linear(model, linear) if targets == "all-linear" else ())
@@ -115,8 +115,7 @@ def matches_of(
 ) -> list[str]:
     """Return the adaptable layers one entry means; raise when there are none."""
     if entry in GROUPS:
-        found = [n for n in adaptable if any(matches(re.escape(g), n) for g in GROUPS[entry])]
-        found = found or [n for n in adaptable if any(matches(g, n) for g in GROUPS[entry])]
+        found = [n for n in adaptable if any(matches(g, n) for g in GROUPS[entry])]
     else:
         found = [n for n in adaptable if matches(entry, n)]
     if found:

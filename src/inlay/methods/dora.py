@@ -1,0 +1,143 @@
+"""DoRA: W' = m * (W + s B A) / ||W + s B A||_row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inlay.errors import AdapterError
+from inlay.methods.base import (
+    Biases,
+    Kind,
+    Params,
+    SelectMethod,
+    WeightMethod,
+    checked_positive,
+    checked_probability,
+    kaiming_uniform,
+    matched,
+    project,
+    replaced,
+    stored,
+    zeros,
+)
+from inlay.storage.base import FrozenLinear
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA(WeightMethod):
+    """Low-rank change of direction beside a trained row norm: `W' = m * V / ||V||_row`.
+
+    `V = W + s B A`, `s = alpha / rank` (rsLoRA: `alpha / sqrt(rank)`); the norm is a constant in
+    the gradient (section 4.3 of the paper). Shapes: A (rank, in), B (out, rank), m (out,);
+    r(in + out) + out parameters a layer. A starts uniform, B zero, m as the row norms of W.
+    Its norms come from W, so it must be the first of several active adapters.
+    Paper: arXiv 2402.09353.
+
+    Raises:
+        AdapterError: rank or alpha not positive, dropout outside [0, 1).
+
+    >>> DoRA(rank=8, alpha=16).count((64, 32))
+    832
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    rslora: bool = False
+    bias_training: Literal["none", "lora_only", "all"] = "none"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    name = "dora"
+    paper = "2402.09353"
+    kinds = ("linear", "conv1d", "embedding")
+    reads_base = True
+    peft_type = "LORA"
+    peft_keys = {
+        "rank": "r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "rslora": "use_rslora",
+        "bias_training": "bias",
+        "rank_pattern": "rank_pattern",
+        "alpha_pattern": "alpha_pattern",
+    }
+    peft_fixed = {"use_dora": True}
+
+    def __post_init__(self) -> None:
+        for rank in (self.rank, *self.rank_pattern.values()):
+            checked_positive(rank, "rank")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            checked_positive(alpha, "alpha")
+        checked_probability(self.dropout, "dropout")
+        if self.bias_training not in ("none", "lora_only", "all"):
+            raise AdapterError(
+                f"bias must be 'none', 'lora_only' or 'all', not {self.bias_training!r}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """`alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def also_selects(self) -> tuple[SelectMethod, ...]:
+        biases = Biases(adapted_layers_only=self.bias_training == "lora_only")
+        return () if self.bias_training == "none" else (biases,)
+
+    def for_layer(self, layer_name: str) -> DoRA:
+        rank = matched(self.rank_pattern, layer_name, self.rank)
+        alpha = matched(self.alpha_pattern, layer_name, self.alpha)
+        layer = replaced(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
+        assert isinstance(layer, DoRA)
+        return layer
+
+    def init(self, base: FrozenLinear, kind: Kind, seed: torch.Generator) -> Params:
+        out, width = base.shape
+        norms = torch.linalg.vector_norm(base.dequantize(), dim=1, dtype=stored(base, 0).dtype)
+        a = kaiming_uniform(base, self.rank, width, seed)
+        trained = {"A": a, "B": zeros(base, out, self.rank), "magnitude": norms}
+        return Params(trained, derived={"base_norms": norms.clone()})
+
+    def count(self, shape: tuple[int, int]) -> int:
+        return self.rank * sum(shape) + shape[0]
+
+    def weight(self, p: Params, w: Tensor) -> Tensor:
+        v = w + self.scale * (p.B @ p.A).to(w.dtype)
+        norms = torch.linalg.vector_norm(v.detach(), dim=1, dtype=p.A.dtype)
+        return (p.magnitude / norms).to(w.dtype)[:, None] * v
+
+    def forward(self, p: Params, x: Tensor, base: FrozenLinear, training: bool) -> Tensor:
+        wx = base.matmul(x)
+        factor = (p.magnitude / self.row_norms(p, base)).to(wx.dtype)
+        scaled = self.scale * p.B
+        if training and self.dropout > 0 and x.is_floating_point():
+            dropped = F.dropout(x, self.dropout)
+            low_rank = F.linear(project(dropped, p.A), scaled.to(wx.dtype))
+            y = wx + (factor - 1) * base.matmul(dropped) + factor * low_rank
+        else:
+            y = factor * (wx + F.linear(project(x, p.A).to(wx.dtype), scaled.to(wx.dtype)))
+        return y if base.bias is None else y + base.bias.to(y.dtype)
+
+    @torch.no_grad()
+    def row_norms(self, p: Params, base: FrozenLinear) -> Tensor:
+        """`||W + s B A||` of every row, (out,), from W's own norms and products of rank size."""
+        wa = base.matmul(p.A.to(base.dtype)).T.to(p.A.dtype)
+        crossed = (wa * p.B).sum(1)
+        squared = ((p.B @ (p.A @ p.A.T)) * p.B).sum(1)
+        total = p.base_norms**2 + 2 * self.scale * crossed + self.scale**2 * squared
+        return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
+
+    def peft_tensors(self, kind: Kind) -> Mapping[str, str]:
+        if kind == "embedding":
+            names = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+        else:
+            names = {"A": "lora_A.weight", "B": "lora_B.weight"}
+        return {**names, "magnitude": "lora_magnitude_vector"}

@@ -1,0 +1,86 @@
+"""Prompt tuning: the model reads [E; x], E learned embeddings of virtual tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import AdapterError
+from inlay.methods.base import (
+    Kind,
+    Params,
+    PromptMethod,
+    checked_positive,
+    input_embedding,
+    stored,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuning(PromptMethod):
+    """Learned embeddings of virtual tokens before every sequence; the frozen model reads them.
+
+    Their keys and values are computed by the frozen layers, which for a causal model is the same
+    as to prepend them. Shape: (tokens, hidden); tokens * hidden parameters.
+    Attaching changes the outputs: there is more to read. E starts as the embeddings of
+    tokens drawn from the vocabulary, or of `ids` (repeated or cut to `tokens`), or from a unit
+    normal. Its learning rate is 16 times LoRA's.
+    Paper: arXiv 2104.08691.
+
+    Raises:
+        AdapterError: tokens not positive, an unknown start, an id outside the vocabulary.
+
+    >>> from transformers import LlamaConfig
+    >>> PromptTuning(tokens=8).count_for(LlamaConfig(hidden_size=64))
+    512
+    """
+
+    tokens: int = 32
+    start: Literal["vocabulary", "ids", "random"] = "vocabulary"
+    ids: tuple[int, ...] = ()
+
+    name = "prompt"
+    paper = "2104.08691"
+    learning_rate_factor = 16.0
+    peft_type = "PROMPT_TUNING"
+    peft_keys = {"tokens": "num_virtual_tokens"}
+    peft_fixed = {"prompt_tuning_init": "RANDOM"}
+
+    def __post_init__(self) -> None:
+        checked_positive(self.tokens, "tokens")
+        if self.start not in ("vocabulary", "ids", "random"):
+            raise AdapterError(f"start must be 'vocabulary', 'ids' or 'random', not {self.start!r}")
+        if (self.start == "ids") != bool(self.ids):
+            raise AdapterError("start='ids' goes with ids=(...), token ids to start from")
+
+    def init(self, model: nn.Module, seed: torch.Generator) -> Params:
+        weight = input_embedding(model).weight
+        rows, width = weight.shape
+        if self.start == "random":
+            drawn = torch.randn(self.tokens, width, generator=seed)
+        else:
+            drawn = weight.detach()[self.start_ids(rows, seed).to(weight.device)]
+        return Params({"embeddings": stored(weight, self.tokens, width).copy_(drawn)})
+
+    def start_ids(self, rows: int, seed: torch.Generator) -> Tensor:
+        """Return the (tokens,) ids whose embeddings E starts as, in a vocabulary of `rows`."""
+        if self.start == "vocabulary":
+            return torch.randint(rows, (self.tokens,), generator=seed)
+        if not 0 <= min(self.ids) <= max(self.ids) < rows:
+            raise AdapterError(f"ids must lie in the vocabulary, 0 to {rows - 1}, not {self.ids}")
+        return torch.tensor([self.ids[i % len(self.ids)] for i in range(self.tokens)])
+
+    def count_for(self, config: Any) -> int:
+        return self.tokens * config.get_text_config(decoder=True).hidden_size
+
+    def keys_values(self, p: Params, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        embeddings = p.embeddings.to(input_embedding(model).weight.dtype)
+        body: Any = model.base_model
+        cache = body(inputs_embeds=embeddings[None], use_cache=True).past_key_values
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def peft_tensors(self, kind: Kind) -> dict[str, str]:
+        return {"embeddings": "prompt_embeddings"}
