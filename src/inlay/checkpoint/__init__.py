@@ -1,0 +1,1 @@
+"""Adapters on disk, in HF PEFT's layout, in and out."""

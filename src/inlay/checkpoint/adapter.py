@@ -1,0 +1,396 @@
+"""Save and load adapters: HF PEFT's layout, read strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from inlay.checkpoint.base import base_name, describe_base
+from inlay.checkpoint.card import card
+from inlay.checkpoint.folder import (
+    CARD,
+    CONFIG,
+    EXTRAS,
+    FORMAT,
+    TENSORS,
+    AdapterFolder,
+    located,
+    read_folder,
+    sha256_of,
+    write_folder,
+)
+from inlay.checkpoint.options import (
+    COMMON,
+    DEFAULTS,
+    WITHOUT_EFFECT,
+    method_in,
+    recorded_method,
+    shortened,
+)
+from inlay.checkpoint.placement import (
+    names_of,
+    peft_placement,
+    peft_targets,
+    prompt_dimensions,
+    saved_modules,
+    saved_roots,
+    suffixes,
+)
+from inlay.checkpoint.tensors import PREFIX, fill, slots, write_tensors
+from inlay.errors import CheckpointError, TargetError
+from inlay.methods.base import Kind, Method, PromptMethod, SelectMethod
+from inlay.model.attach import Attached, adapter_places, adapters, attach, detach
+from inlay.storage.registry import kind
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter on disk: its method, and the folder with its configuration and tensors' shapes."""
+
+    method: Method
+    folder: AdapterFolder
+
+    @property
+    def base_model(self) -> str | None:
+        """The base model that the adapter was trained on, if the folder says."""
+        return self.folder.base_model
+
+    @property
+    def storage(self) -> str | None:
+        """How the base's weights were held in training, if the folder says."""
+        return self.folder.storage
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    name: str = "default",
+    *,
+    base_model: str | None = None,
+) -> Path:
+    """Save one adapter in HF PEFT's layout, all of it or, on failure, nothing.
+
+    Writes adapter_config.json, adapter_model.safetensors, inlay.json (what HF PEFT's layout has
+    no place for) and a model card. An older adapter in the folder gives way.
+
+    Args:
+        model: the model that has the adapter.
+        directory: the adapter's own folder.
+        name: which of the model's adapters.
+        base_model: the base's name to record; default: what the model was loaded as.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the disk is full, or the adapter holds values that are not finite.
+        AdapterError: the model has no such adapter.
+    """
+    found = slots(model, name)
+    attached = adapters(model)[name]
+    base = base_model or base_name(model)
+    config = config_of(model, attached, base)
+
+    def put(folder: Path) -> None:
+        write_json(folder / CONFIG, config)
+        write_tensors(folder / TENSORS, found, shared_once=attached.method.peft_type is None)
+        write_json(folder / EXTRAS, extras_of(model, attached, base, folder))
+        count = sum({id(s.tensor): s.tensor.numel() for s in found}.values())
+        text = card(attached.method, hyperparameters(attached.method), base, count)
+        (folder / CARD).write_text(text, encoding="utf-8")
+
+    write_folder(Path(directory), put)
+    return Path(directory)
+
+
+def load_adapter(
+    model: nn.Module, directory: str | Path, name: str = "default", *, seed: int = 0
+) -> nn.Module:
+    """Attach an adapter from its folder, in place, and return the model.
+
+    Every tensor of the file must have its place and every place its tensor. The first adapter of
+    a model becomes active; later ones wait for `use`. On failure the model is what it was.
+
+    Args:
+        model: the base model that the adapter was made for.
+        directory: a folder that `save_adapter` or HF PEFT wrote.
+        name: the adapter's name on this model.
+        seed: the seed of what the file does not hold, such as dropout's order.
+
+    Raises:
+        CheckpointError: the files are missing, damaged, for another base, or of a kind not known.
+        AdapterError: the name is taken.
+    """
+    file = read_adapter(directory)
+    with unchanged_on_failure(model, name):
+        attach_from(model, file, name, seed)
+        about = f"the adapter in {file.folder.path} does not fit this {described(model)}"
+        about += f"; it was made for {made_for(file.folder)}"
+        path = located(file.folder.path, TENSORS)
+        fill(model, slots(model, name), path, file.folder.tensors, about)
+        if file.folder.extras is not None:
+            check_recorded(model, adapters(model)[name], file.folder)
+    return model
+
+
+def read_adapter(directory: str | Path) -> AdapterFile:
+    """Read which method an adapter is and what its files hold, without a model.
+
+    Raises:
+        CheckpointError: the files are missing, damaged, or of a kind not known.
+    """
+    folder = read_folder(directory)
+    if folder.extras is not None:
+        return AdapterFile(recorded_method(folder.extras, str(folder.path / EXTRAS)), folder)
+    return AdapterFile(method_in(folder.config, str(folder.path / CONFIG)), folder)
+
+
+def attach_from(model: nn.Module, file: AdapterFile, name: str, seed: int) -> None:
+    """Attach the method to the very modules that the folder says."""
+    where = str(file.folder.path / CONFIG)
+    asked = recorded_placement(file) or peft_placement_in(model, file, where)
+    try:
+        attach(model, file.method, name=name, seed=seed, **asked)
+    except TargetError as error:
+        raise CheckpointError(
+            f"{where} does not fit this {described(model)}, it was made for "
+            f"{made_for(file.folder)}: {error}"
+        ) from None
+
+
+def recorded_placement(file: AdapterFile) -> dict[str, Any] | None:
+    """Return `attach`'s arguments from inlay.json, or None when there is none."""
+    if file.folder.extras is None:
+        return None
+    try:
+        found = json.dumps(file.folder.extras.get("placement"))
+        return dataclasses.asdict(TypeAdapter(Placement).validate_json(found, strict=True))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{file.folder.path / EXTRAS} must say a placement, and it is damaged: "
+            f"{error.errors()[0]['msg']}"
+        ) from None
+
+
+def peft_placement_in(model: nn.Module, file: AdapterFile, where: str) -> dict[str, Any]:
+    """Return `attach`'s arguments from HF PEFT's options, resolved on this model."""
+    names = names_of(model)
+    config = file.folder.config
+    saved = saved_modules(config, names, where)
+    if isinstance(file.method, PromptMethod):
+        check_dimensions(model, file.method, config, where)
+        return {"modules_to_save": saved}
+    if config.get("target_modules") == "all-linear":
+        return {"targets": "all-linear", "modules_to_save": saved}
+    if config.get("target_modules") is None:
+        config = {**config, "target_modules": modules_in(file)}
+    found = peft_targets(config, names, where)
+    return {"targets": suffixes(found, names), "modules_to_save": saved}
+
+
+def modules_in(file: AdapterFile) -> list[str]:
+    """Return the modules that the file has tensors of the method for."""
+    kinds: tuple[Kind, ...] = ("linear", "conv1d", "embedding")
+    endings = {"." + key for kind in kinds for key in file.method.peft_tensors(kind).values()}
+    keys = [key.removeprefix(PREFIX) for key in file.folder.tensors]
+    found = {key.removesuffix(end): None for key in keys for end in endings if key.endswith(end)}
+    return list(found)
+
+
+def check_dimensions(
+    model: nn.Module, method: PromptMethod, config: Mapping[str, Any], where: str
+) -> None:
+    """Raise when a prompt was made for a model of other sizes."""
+    for key, here in prompt_dimensions(model, method).items():
+        if config.get(key) not in (None, here):
+            raise CheckpointError(
+                f"{where} says {key} {config[key]!r}, this {described(model)} has {here}: the "
+                "adapter was made for another base"
+            )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """`attach`'s arguments as inlay.json records them."""
+
+    targets: str | tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    layers: str | tuple[int, ...] | None = None
+    modules_to_save: tuple[str, ...] = ()
+
+
+def placement_of(model: nn.Module, attached: Attached) -> Placement:
+    """Return what to ask `attach` for to get the same places again, on this or a larger model."""
+    saved = saved_roots(model, attached)
+    if isinstance(attached.method, SelectMethod):
+        return Placement(attached.targets, attached.exclude, attached.layers, saved)
+    if isinstance(attached.method, PromptMethod):
+        return Placement(modules_to_save=saved)
+    exact = suffixes(attached.found.names, names_of(model))
+    return Placement(exact if isinstance(exact, str) else tuple(exact), modules_to_save=saved)
+
+
+def config_of(model: nn.Module, attached: Attached, base: str | None) -> dict[str, Any]:
+    """Return the contents of adapter_config.json."""
+    method = attached.method
+    saved = saved_roots(model, attached)
+    options = hyperparameters(method) if method.peft_type is None else method.to_peft()
+    config = {
+        **COMMON,
+        **DEFAULTS.get(method.peft_type or "", {}),
+        **options,
+        **peft_placement(model, method, attached.found.names, saved),
+        "base_model_name_or_path": base,
+        "peft_type": method.peft_type or f"INLAY_{method.name.upper()}",
+        "task_type": task_type(model, saved),
+    }
+    if "fan_in_fan_out" in config:
+        kinds = {kind(model.get_submodule(name)) for name in attached.found.names}
+        config["fan_in_fan_out"] = "conv1d" in kinds
+    return json.loads(
+        json.dumps(with_patterns(config, method, attached.found.names), sort_keys=True)
+    )
+
+
+def with_patterns(config: dict[str, Any], method: Method, names: Sequence[str]) -> dict[str, Any]:
+    """Spell out the patterns by layer where HF PEFT, which sorts them, would read them otherwise.
+
+    The first pattern that matches counts, in either library.
+    """
+    patterns = {p: f for f, p in method.peft_keys.items() if p.endswith("_pattern")}
+    ordered = {p: dict(sorted(config[p].items())) for p in patterns}
+    as_read = type(method).from_peft({**config, **ordered})
+    if all(as_read.for_layer(n) == method.for_layer(n) for n in names):
+        return config
+    fields = {p: f.removesuffix("_pattern") for p, f in patterns.items()}
+    exact = {p: {n: getattr(method.for_layer(n), f) for n in names} for p, f in fields.items()}
+    return {**config, **exact}
+
+
+def extras_of(
+    model: nn.Module, attached: Attached, base: str | None, folder: Path
+) -> dict[str, Any]:
+    """Return the contents of inlay.json, once the tensors are written."""
+    return {
+        "format": FORMAT,
+        "inlay": version("inlay"),
+        "method": attached.method.name,
+        "hyperparameters": hyperparameters(attached.method),
+        "placement": dataclasses.asdict(placement_of(model, attached)),
+        "modules": list(attached.found.names),
+        "base": describe_base(model, base, trained_names(model, attached.name)),
+        "files": {TENSORS: sha256_of(folder / TENSORS)},
+    }
+
+
+def hyperparameters(method: Method) -> dict[str, Any]:
+    """Return a method's fields as JSON values."""
+    return {
+        f.name: dict(v) if isinstance(v := getattr(method, f.name), Mapping) else v
+        for f in dataclasses.fields(method)
+    }
+
+
+def task_type(model: nn.Module, saved: Sequence[str]) -> str | None:
+    """Return HF PEFT's word for what the model does.
+
+    HF PEFT trains a new head for the classifying tasks, so they are named only where the adapter
+    brings one.
+    """
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    heads = {
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+    }
+    return next((t for end, t in heads.items() if name.endswith(end) and saved), None)
+
+
+def check_recorded(model: nn.Module, attached: Attached, folder: AdapterFolder) -> None:
+    """Raise when the configuration is not the saved one, or the base's values are others."""
+    now = config_of(model, attached, None)
+    for key in sorted(set(now) - WITHOUT_EFFECT):
+        theirs = now[key]
+        if folder.config.get(key, theirs) != theirs:
+            raise CheckpointError(
+                f"{folder.path / CONFIG} sets {key} to {shortened(folder.config[key])}, "
+                f"{EXTRAS} beside it to {shortened(theirs)}; restore the one that was changed, or "
+                f"delete {EXTRAS} to read the folder as plain HF PEFT"
+            )
+    check_base(model, attached, folder)
+
+
+def check_base(model: nn.Module, attached: Attached, folder: AdapterFolder) -> None:
+    """Raise when the base has other shapes or values than the one the adapter was trained on."""
+    recorded = (folder.extras or {}).get("base")
+    if not isinstance(recorded, dict):
+        raise CheckpointError(f"{folder.path / EXTRAS} must describe the base; it is damaged")
+    now = describe_base(model, None, trained_names(model, attached.name))
+    comparable = "float16" not in {now["dtype"], recorded.get("dtype")} or (
+        now["dtype"] == recorded.get("dtype")
+    )
+    same_shapes = now["shapes_sha256"] == recorded.get("shapes_sha256")
+    same_values = now["values_sha256"] == recorded.get("values_sha256") or not comparable
+    if same_shapes and same_values:
+        return
+    what = "weights of the same shapes but other values" if same_shapes else "other weights"
+    raise CheckpointError(
+        f"the adapter in {folder.path} was trained on {made_for(folder)}, and this "
+        f"{described(model)} has {what}; load that base, or delete {EXTRAS} to use the adapter on "
+        "this one all the same"
+    )
+
+
+def trained_names(model: nn.Module, name: str) -> set[str]:
+    """Return the names of the base's parameters that an adapter has its own copies of."""
+    return {
+        f"{module_name}.{parameter}"
+        for module_name, params in adapter_places(model, name)
+        for parameter in model.get_submodule(module_name)._parameters
+        if parameter in params._parameters
+    }
+
+
+@contextmanager
+def unchanged_on_failure(model: nn.Module, name: str) -> Generator[None]:
+    """Leave the model as it was when the body raises."""
+    before = set(adapters(model))
+    trains = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        if name in set(adapters(model)) - before:
+            detach(model, name)
+            for parameter, flag in trains:
+                parameter.requires_grad_(flag)
+        raise
+
+
+def described(model: nn.Module) -> str:
+    """Return a model's class and the name it was loaded under."""
+    name = base_name(model)
+    return type(model).__name__ + (f" ({name})" if name else "")
+
+
+def made_for(folder: AdapterFolder) -> str:
+    """Return what an adapter was made for, as far as its folder says."""
+    base = (folder.extras or {}).get("base")
+    architecture = base.get("architecture") if isinstance(base, dict) else None
+    known = [str(word) for word in (architecture, folder.base_model) if word]
+    return f"{known[0]} ({known[1]})" if len(known) == 2 else "".join(known) or "a base not named"
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON with the keys in the order given, which matters in patterns."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,111 @@
+"""A base model's fingerprint: equal for every load of the same weights, dense or quantised."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.model.load import EMBEDDED
+from inlay.model.selected import own_modules, own_parameters
+from inlay.storage.base import FrozenLinear
+from inlay.storage.registry import frozen, kind
+
+SAMPLED_ROWS = 16
+
+
+def describe_base(
+    model: nn.Module, base_model: str | None, trained: Collection[str]
+) -> dict[str, Any]:
+    """Return what inlay.json says of a base model.
+
+    `trained` names the parameters that the adapter replaces, whose values are left out: a new
+    classifier starts from other values on every load.
+    """
+    return {
+        "model": base_model,
+        "architecture": type(model).__name__,
+        "storage": storage_of(model),
+        "dtype": dtype_of(model),
+        "shapes_sha256": shapes_digest(model),
+        "values_sha256": values_digest(model, trained),
+    }
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Return the name the model was loaded under: an embedded base, a folder or a hub id."""
+    path = getattr(model, "name_or_path", None) or None
+    return next((name for name, folder in EMBEDDED.items() if str(folder) == path), path)
+
+
+def storage_of(model: nn.Module) -> str:
+    """Return the storage of the packed layers, or `dense` when there is none."""
+    held = {frozen(m).storage for _, m in own_modules(model) if kind(m)}
+    return ",".join(sorted(held - {"dense"})) or "dense"
+
+
+def dtype_of(model: nn.Module) -> str:
+    """Return the dtype the model computes in."""
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return str(next(dtypes, torch.float32)).removeprefix("torch.")
+
+
+def shapes_digest(model: nn.Module) -> str:
+    """Return the SHA-256 of every weight's name and shape, packed ones by what they stand for."""
+    digest = hashlib.sha256()
+    for name, shape in sorted(shapes(model)):
+        digest.update(f"{name} {shape}\n".encode())
+    return digest.hexdigest()
+
+
+def shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every parameter's name and logical shape; a matrix is (out, in) whatever its layout."""
+    for name, module in own_modules(model):
+        matrix = frozen(module) if kind(module) else None
+        if matrix is not None:
+            yield f"{name}.weight", matrix.shape
+        for parameter, value in own_parameters(module):
+            if matrix is None or parameter == "bias":
+                yield f"{name}.{parameter}", tuple(value.shape)
+
+
+def values_digest(model: nn.Module, trained: Collection[str]) -> str:
+    """Return the SHA-256 of a sample of the values that no storage packs, in bf16.
+
+    That is every vector (norms, biases) and a few rows of every embedding: equal for a dense and
+    a quantised load, and for fp32 and bf16 loads, of the same weights.
+    """
+    digest = hashlib.sha256()
+    for name, module in own_modules(model):
+        for parameter, value in own_parameters(module):
+            full = f"{name}.{parameter}"
+            if full not in trained and is_sampled(module, parameter, value):
+                digest.update(full.encode())
+                digest.update(as_bytes(sample(value)))
+    return digest.hexdigest()
+
+
+def is_sampled(module: nn.Module, parameter: str, value: Tensor) -> bool:
+    """Say whether a parameter is one that every storage leaves as it is."""
+    packed = isinstance(module, FrozenLinear) and parameter != "bias"
+    return (
+        value.is_floating_point()
+        and not packed
+        and (value.ndim == 1 or kind(module) == "embedding")
+    )
+
+
+def sample(value: Tensor) -> Tensor:
+    """Return a vector whole, or evenly spaced rows of a matrix."""
+    if value.ndim == 1:
+        return value
+    rows = torch.linspace(0, value.shape[0] - 1, min(SAMPLED_ROWS, value.shape[0])).long()
+    return value[rows.to(value.device)]
+
+
+def as_bytes(value: Tensor) -> bytes:
+    """Return a tensor's values in bf16 as bytes."""
+    return value.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()

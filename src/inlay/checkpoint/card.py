@@ -1,0 +1,54 @@
+"""The model card beside an adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from inlay.methods.base import Method
+
+TEXT = """\
+---
+{front}
+---
+
+# {title}
+
+An adapter made with inlay: {method}, {count:,} trained values.
+It needs its base model, {base}.
+
+| hyperparameter | value |
+|---|---|
+{rows}
+
+```python
+import inlay
+
+model, tokenizer = inlay.load({base_code})
+inlay.load_adapter(model, "path/to/this/folder")
+```
+{peft}"""
+
+PEFT = """
+HF PEFT reads it too: `PeftModel.from_pretrained(model, "path/to/this/folder")`.
+"""
+
+
+def card(
+    method: Method, hyperparameters: Mapping[str, object], base: str | None, count: int
+) -> str:
+    """Return the text of an adapter's README.md."""
+    tags = ["inlay", method.name]
+    front = [f"base_model: {json.dumps(base)}"] if base else []
+    front += ["library_name: peft", "tags:", *(f"- {tag}" for tag in tags)]
+    rows = [f"| {key} | `{json.dumps(value)}` |" for key, value in hyperparameters.items()]
+    return TEXT.format(
+        front="\n".join(front),
+        title=f"{method.name} adapter" + (f" for {base}" if base else ""),
+        method=method.name,
+        count=count,
+        base=f"`{base}`" if base else "which this folder does not name",
+        rows="\n".join(rows),
+        base_code=json.dumps(base or "the base model"),
+        peft=PEFT if method.peft_type else "",
+    )

@@ -1,0 +1,251 @@
+"""An adapter's folder: whole or not there, and read without opening a pickle or importing torch."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from inlay.errors import CheckpointError
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+EXTRAS = "inlay.json"
+CARD = "README.md"
+FORMAT = 1
+"""The version of `inlay.json`; a reader refuses a later one."""
+
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
+PICKLE_STARTS = (b"\x80", b"PK\x03\x04")
+"""How a bare pickle and torch.save's zip archive of one begin."""
+
+UNFINISHED, COMPLETE = ".inlay-unfinished", ".inlay-complete"
+"""Folders inside an adapter's folder while it is saved: files being written, files to move."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the file: its dtype as safetensors spells it (`F32`) and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What an adapter's folder holds, tensors' values left out."""
+
+    path: Path
+    config: dict[str, Any]
+    extras: dict[str, Any] | None
+    """The contents of inlay.json; None in a plain HF PEFT folder."""
+    tensors: dict[str, Entry]
+
+    @property
+    def base_model(self) -> str | None:
+        """The base model that the adapter was trained on, if the folder says."""
+        name = self.config.get("base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
+
+    @property
+    def storage(self) -> str | None:
+        """How the base's weights were held in training, if the folder says."""
+        found = (self.extras or {}).get("base")
+        storage = found.get("storage") if isinstance(found, dict) else None
+        return storage if isinstance(storage, str) else None
+
+
+def read_folder(directory: str | Path) -> AdapterFolder:
+    """Read an adapter's folder; imports no torch and loads no tensor.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, not the one that was saved, or a pickle.
+    """
+    path = Path(directory)
+    with reading(path):
+        check_files(path)
+        config = read_json(located(path, CONFIG))
+        tensors = read_header(located(path, TENSORS))
+        extras = read_json(located(path, EXTRAS)) if located(path, EXTRAS).is_file() else None
+        if extras is not None:
+            check_extras(path, extras)
+    return AdapterFolder(path, config, extras, tensors)
+
+
+@contextmanager
+def reading(path: Path) -> Generator[None]:
+    """Turn the disk's errors while reading into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def check_files(path: Path) -> None:
+    """Raise unless the folder holds a configuration and safetensors."""
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {found}; an adapter is a folder with {CONFIG} and {TENSORS}")
+    if not located(path, CONFIG).is_file():
+        raise CheckpointError(f"{path} holds no {CONFIG}, so it is no adapter{below(path)}")
+    if located(path, TENSORS).is_file():
+        return
+    pickle = next((name for name in PICKLES if (path / name).is_file()), None)
+    if pickle:
+        raise CheckpointError(
+            f"{path} holds its tensors in {pickle}, a pickle, which can run any code when opened "
+            f"and is never read; save the adapter as {TENSORS} where you trust it"
+        )
+    raise CheckpointError(f"{path} holds no {TENSORS}; its configuration alone is no adapter")
+
+
+def below(path: Path) -> str:
+    """Name the adapters in subfolders, where HF PEFT puts those not called default."""
+    found = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))
+    return f"; its subfolders {', '.join(found)} are" if found else ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_such_number)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def no_such_number(word: str) -> float:
+    """Refuse NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"{word} is not a number in JSON")
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Read the names, dtypes and shapes of a safetensors file."""
+    check_no_pickle(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {n: Entry(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is truncated or corrupt ({error}); copy it again or take an earlier checkpoint"
+        ) from None
+
+
+def check_no_pickle(path: Path) -> None:
+    """Raise when a file named safetensors begins as a pickle does."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith(PICKLE_STARTS) and start[8:] != b"{":
+        raise CheckpointError(
+            f"{path} is a pickle under another name, which can run any code when opened and is "
+            "never read; save the adapter as safetensors where you trust it"
+        )
+
+
+def check_extras(path: Path, extras: Mapping[str, Any]) -> None:
+    """Raise unless inlay.json is of a known format and names the very tensors beside it."""
+    if extras.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path / EXTRAS} has format {extras.get('format')!r}, this version of inlay reads "
+            f"{FORMAT}; update inlay, or delete {EXTRAS} to read the folder as plain HF PEFT"
+        )
+    files = extras.get("files")
+    recorded = files.get(TENSORS) if isinstance(files, dict) else None
+    if recorded != sha256_of(located(path, TENSORS)):
+        raise CheckpointError(
+            f"{path / TENSORS} is not the file that was saved: its SHA-256 differs from the one in "
+            f"{EXTRAS}; copy the folder again, or take an earlier checkpoint"
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_folder(directory: Path, fill: Callable[[Path], None]) -> None:
+    """Put the files that `fill` writes into `directory`, all at once; on failure, none of them.
+
+    They are written into a folder of their own inside it and flushed to the disk. One rename then
+    makes them the ones that `located` finds, and each is moved to its place. A process killed at
+    any moment leaves either the old adapter or the new one. Other files in `directory` stay.
+
+    Raises:
+        CheckpointError: the disk is full, or the place cannot be written.
+    """
+    created = not directory.exists()
+    try:
+        if not created and not directory.is_dir():
+            raise CheckpointError(f"{directory} is a file; name a folder to save the adapter in")
+        directory.mkdir(parents=True, exist_ok=True)
+        finish(directory)
+        stage(directory, fill)
+        finish(directory)
+    except (OSError, SafetensorError) as error:
+        raise not_saved(directory, error) from None
+    finally:
+        shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
+        if created and directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+def stage(directory: Path, fill: Callable[[Path], None]) -> None:
+    """Write the files aside, whole and on the disk, and make them count with one rename."""
+    unfinished = directory / UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    fill(unfinished)
+    for path in unfinished.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    flush_names(unfinished)
+    unfinished.rename(directory / COMPLETE)
+    flush_names(directory)
+
+
+def finish(directory: Path) -> None:
+    """Move files that were written whole to their places, as an interrupted save left them too."""
+    complete = directory / COMPLETE
+    if not complete.is_dir():
+        return
+    for path in sorted(complete.iterdir()):
+        path.replace(directory / path.name)
+    flush_names(directory)
+    complete.rmdir()
+
+
+def located(directory: Path, name: str) -> Path:
+    """Return where a file of the adapter lies, also after a save that was interrupted."""
+    newer = directory / COMPLETE / name
+    return newer if newer.is_file() else directory / name
+
+
+def flush_names(folder: Path) -> None:
+    """Have a folder's list of names on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def not_saved(directory: Path, error: Exception) -> CheckpointError:
+    """Say why an adapter could not be saved."""
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
+    return CheckpointError(
+        f"the adapter could not be saved in {directory}: {reason}; what was there before is intact"
+    )

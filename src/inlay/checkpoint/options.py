@@ -1,0 +1,220 @@
+"""HF PEFT's configuration options: their defaults, which ones are ours, which must stay neutral."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from inlay.errors import AdapterError, CheckpointError, did_you_mean
+from inlay.methods.catalog import MethodSpec, build_method, catalog, find_method
+
+if TYPE_CHECKING:
+    from inlay.methods.base import Method
+
+PEFT_VERSION = "0.21.2"
+"""The version whose layout is written."""
+
+COMMON: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "inference_mode": True,
+    "peft_version": PEFT_VERSION,
+    "revision": None,
+    "task_type": None,
+}
+LAYERS: dict[str, Any] = {
+    "exclude_modules": None,
+    "modules_to_save": None,
+    "target_modules": None,
+}
+PROMPT: dict[str, Any] = {
+    "modules_to_save": None,
+    "num_attention_heads": None,
+    "num_layers": None,
+    "num_transformer_submodules": 1,
+    "num_virtual_tokens": None,
+    "token_dim": None,
+}
+LORA: dict[str, Any] = {
+    **LAYERS,
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_bias": False,
+    "lora_dropout": 0.0,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "monteclora_config": None,
+    "qalora_group_size": 16,
+    "r": 8,
+    "rank_pattern": {},
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "LORA": LORA,
+    "IA3": {
+        **LAYERS,
+        "fan_in_fan_out": False,
+        "feedforward_modules": None,
+        "init_ia3_weights": True,
+    },
+    "LN_TUNING": LAYERS,
+    "PREFIX_TUNING": {
+        **PROMPT,
+        "encoder_hidden_size": None,
+        "init_weights": None,
+        "prefix_projection": False,
+    },
+    "PROMPT_TUNING": {
+        **PROMPT,
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": None,
+        "tokenizer_kwargs": None,
+        "tokenizer_name_or_path": None,
+    },
+}
+"""Every option of the HF PEFT methods that Inlay has, with its default."""
+
+PLACEMENT = frozenset({
+    "exclude_modules", "feedforward_modules", "layers_pattern", "layers_to_transform",
+    "modules_to_save", "target_modules", "num_attention_heads", "num_layers",
+    "num_transformer_submodules", "token_dim",
+})  # fmt: skip
+"""Options that say where an adapter goes; `placement` reads them."""
+
+WITHOUT_EFFECT = frozenset({
+    *COMMON, "peft_type", "encoder_hidden_size", "ensure_weight_tying", "eva_config",
+    "fan_in_fan_out", "init_ia3_weights", "init_weights", "megatron_core", "prefix_projection",
+    "prompt_tuning_init", "prompt_tuning_init_text", "qalora_group_size", "tokenizer_kwargs",
+    "tokenizer_name_or_path",
+})  # fmt: skip
+"""Options that change how an adapter starts or is named, not what a trained one computes."""
+
+INITS = (True, False, "gaussian", "orthogonal", "eva")
+"""LoRA's initialisations that leave the base weights as they are."""
+
+
+def method_in(config: Mapping[str, Any], where: str) -> Method:
+    """Build the method that an HF PEFT configuration describes.
+
+    Raises:
+        CheckpointError: a method or an option that Inlay does not have, or a wrong value.
+    """
+    spec = spec_for(config, where)
+    cls = getattr(importlib.import_module(spec.module), spec.class_name)
+    options = {**DEFAULTS.get(config["peft_type"], {}), **config}
+    ours = set(cls.peft_keys.values()) | set(cls.peft_fixed)
+    refuse_unknown(options, ours, where)
+    for mine, theirs in cls.peft_keys.items():
+        if theirs in options:
+            options[theirs] = checked(spec, mine, theirs, options[theirs], where)
+    with values_of(where):
+        return cls.from_peft(options)
+
+
+def spec_for(config: Mapping[str, Any], where: str) -> MethodSpec:
+    """Return the method an HF PEFT type means, told apart by the options fixed for each."""
+    kind = config.get("peft_type")
+    known = sorted({s.peft_type for s in catalog().values() if s.peft_type})
+    if not isinstance(kind, str) or kind not in known:
+        hint = did_you_mean(str(kind), known)
+        raise CheckpointError(
+            f"{where} has peft_type {kind!r}, which this version of inlay cannot read; it reads "
+            f"{', '.join(known)}.{hint}"
+        )
+    fitting = [s for s in catalog().values() if s.peft_type == kind]
+    return max(fitting, key=lambda s: agreement(s, config))
+
+
+def agreement(spec: MethodSpec, config: Mapping[str, Any]) -> int:
+    """Count the options fixed for a method that a configuration sets so; -1 when one differs."""
+    cls = getattr(importlib.import_module(spec.module), spec.class_name)
+    same = [config.get(key) == value for key, value in cls.peft_fixed.items()]
+    return sum(same) if all(same) else -1
+
+
+def refuse_unknown(options: Mapping[str, Any], ours: set[str], where: str) -> None:
+    """Raise when an option that Inlay does not have is set to something."""
+    neutral = DEFAULTS.get(options["peft_type"], {})
+    for key, value in options.items():
+        if key in ours or key in PLACEMENT or key in WITHOUT_EFFECT:
+            continue
+        if key == "init_lora_weights" and value in INITS:
+            continue
+        if value not in (None, False, neutral.get(key)) and value not in ([], {}):
+            raise CheckpointError(
+                f"{where} sets {key} to {shortened(value)}, which this version of inlay does not "
+                f"have; convert the adapter to plain {options['peft_type']} in HF PEFT first"
+            )
+
+
+def checked(spec: MethodSpec, mine: str, theirs: str, value: Any, where: str) -> Any:
+    """Return a value of the type that the method's hyperparameter has."""
+    try:
+        adapter = TypeAdapter(spec.fields[mine].type)
+        typed = adapter.validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        wanted = spec.fields[mine].annotation
+        raise CheckpointError(
+            f"{where}: {theirs} must be {wanted}, not {shortened(value)} "
+            f"({error.errors()[0]['msg']})"
+        ) from None
+    return tuple(typed) if isinstance(value, list) else value
+
+
+@contextmanager
+def values_of(where: str) -> Generator[None]:
+    """Say which file a value stands in that a method refuses."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except AdapterError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def recorded_method(extras: Mapping[str, Any], where: str) -> Method:
+    """Build the method that inlay.json describes.
+
+    Raises:
+        CheckpointError: no such method, or a hyperparameter that it does not have so.
+    """
+    name, given = extras.get("method"), extras.get("hyperparameters")
+    if not isinstance(name, str) or not isinstance(given, dict):
+        raise CheckpointError(f"{where} must name a method and its hyperparameters; it is damaged")
+    with values_of(where):
+        fields = find_method(name).fields
+        typed = {
+            k: checked(find_method(name), k, k, v, where) for k, v in given.items() if k in fields
+        }
+        return build_method(name, {**given, **typed})
+
+
+def shortened(value: Any) -> str:
+    """Return a value as JSON, cut to a readable length."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

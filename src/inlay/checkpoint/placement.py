@@ -1,0 +1,182 @@
+"""Where an adapter goes, in HF PEFT's words and in ours: module names, suffixes, patterns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from inlay.errors import CheckpointError
+from inlay.methods.base import Method, PromptMethod
+from inlay.model.attach import Attached
+from inlay.model.selected import own_modules
+from inlay.model.targets import matches
+
+AUTOMATIC = ("classifier", "score", "qa_outputs")
+"""Heads that HF PEFT adds to `modules_to_save` by itself, whether the model has them or not."""
+
+
+def suffixes(names: Sequence[str], everything: Iterable[str]) -> list[str] | str:
+    """Return the shortest dotted suffixes that mean exactly these modules, in their order.
+
+    Where one module's whole name is a suffix of another's, no suffix can tell them apart; the
+    result is then a regular expression for the whole names.
+
+    >>> suffixes(["a.q", "b.q"], ["a", "a.q", "a.k", "b", "b.q"])
+    ['q']
+    """
+    wanted = set(names)
+    too_wide = {s for name in everything if name not in wanted for s in endings(name)}
+    found: dict[str, None] = {}
+    for name in names:
+        suffix = next((s for s in endings(name) if s not in too_wide), None)
+        if suffix is None:
+            return "|".join(re.escape(n) for n in names)
+        found[suffix] = None
+    return list(found)
+
+
+def endings(name: str) -> list[str]:
+    """Return every dotted suffix of a name, the shortest first.
+
+    >>> endings("a.b.c")
+    ['c', 'b.c', 'a.b.c']
+    """
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+
+
+def names_of(model: nn.Module) -> list[str]:
+    """Return the names of the model's own modules, adapters' tensors left out."""
+    return [name for name, _ in own_modules(model) if name]
+
+
+def peft_targets(config: Mapping[str, Any], names: Sequence[str], where: str) -> list[str]:
+    """Return the modules that an HF PEFT configuration targets, by its own rules.
+
+    Raises:
+        CheckpointError: an option is not a string or a list of strings, or no module matches.
+    """
+    target = words(config, "target_modules", where)
+    exclude = words(config, "exclude_modules", where)
+    saved = saved_modules(config, names, where)
+    blocks = block_numbers(config, where)
+    patterns = words(config, "layers_pattern", where)
+    try:
+        found = [
+            name
+            for name in names
+            if meant(target, name)
+            and not (exclude and meant(exclude, name))
+            and not under_any(name, saved)
+            and (blocks is None or isinstance(target, str) or in_blocks(name, blocks, patterns))
+        ]
+    except re.error as error:
+        raise CheckpointError(f"{where} holds an invalid regular expression: {error}") from None
+    if not found:
+        raise CheckpointError(
+            f"{where} targets {config.get('target_modules')}, and this model has no such module; "
+            f"it has modules such as {', '.join(names[-3:])}. The adapter was made for "
+            f"{config.get('base_model_name_or_path') or 'another base'}"
+        )
+    return found
+
+
+def words(config: Mapping[str, Any], key: str, where: str) -> str | list[str]:
+    """Return an option that is a string (a pattern), a list of strings, or absent (empty)."""
+    value = config.get(key)
+    if value is None:
+        return []
+    if isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(v, str) for v in value)
+    ):
+        return value
+    raise CheckpointError(f"{where}: {key} must be a string or a list of strings, not {value!r}")
+
+
+def meant(target: str | Sequence[str], name: str) -> bool:
+    """Say whether HF PEFT takes a module for one of its targets."""
+    if isinstance(target, str):
+        return re.fullmatch(target, name) is not None
+    return any(name == t or name.endswith("." + t) for t in target)
+
+
+def under_any(name: str, roots: Collection[str]) -> bool:
+    """Say whether a module is one of `roots` or lies below one."""
+    return any(name == root or name.startswith(root + ".") for root in roots)
+
+
+def block_numbers(config: Mapping[str, Any], where: str) -> set[int] | None:
+    """Return the blocks that `layers_to_transform` names; None when it names none."""
+    value = config.get("layers_to_transform")
+    if value is None or value == []:
+        return None
+    numbers = value if isinstance(value, list) else [value]
+    if not all(isinstance(n, int) for n in numbers):
+        raise CheckpointError(f"{where}: layers_to_transform must be whole numbers, not {value!r}")
+    return set(numbers)
+
+
+def in_blocks(name: str, blocks: set[int], patterns: str | Sequence[str]) -> bool:
+    """Say whether a module lies in one of these blocks, as HF PEFT numbers them."""
+    given = [patterns] if isinstance(patterns, str) else patterns
+    rules = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in given] or [r".*?\.[^.]*\.(\d+)\."]
+    match = next((m for m in (re.match(rule, name) for rule in rules) if m), None)
+    return match is not None and int(match[1]) in blocks
+
+
+def saved_modules(config: Mapping[str, Any], names: Sequence[str], where: str) -> list[str]:
+    """Return the modules that `modules_to_save` means.
+
+    Raises:
+        CheckpointError: an entry matches no module of the model.
+    """
+    entries = words(config, "modules_to_save", where)
+    if isinstance(entries, str):
+        raise CheckpointError(f"{where}: modules_to_save must be a list, not {entries!r}")
+    for entry in entries:
+        if entry not in AUTOMATIC and not any(n.endswith(entry) for n in names):
+            raise CheckpointError(
+                f"{where}: modules_to_save names {entry!r}, which matches no module of this model"
+            )
+    found = [n for n in names if any(n.endswith(entry) for entry in entries)]
+    return [n for n in found if not under_any(n.rpartition(".")[0], found)]
+
+
+def saved_roots(model: nn.Module, attached: Attached) -> tuple[str, ...]:
+    """Return the whole names of the modules an adapter trains beside its method."""
+    names = names_of(model)
+    return tuple(n for n in names if any(matches(e, n) for e in attached.modules_to_save))
+
+
+def peft_placement(
+    model: nn.Module, method: Method, targets: Sequence[str], saved: Sequence[str]
+) -> dict[str, Any]:
+    """Return HF PEFT's options that say where an adapter goes on this model."""
+    if isinstance(method, PromptMethod):
+        return prompt_dimensions(model, method)
+    names = names_of(model)
+    return {
+        "target_modules": suffixes(targets, names),
+        "modules_to_save": list(saved) or None,
+    }
+
+
+def prompt_dimensions(model: nn.Module, method: PromptMethod) -> dict[str, Any]:
+    """Return the sizes of the model that HF PEFT records for a prompt."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    width = text.hidden_size
+    if method.peft_type == "PREFIX_TUNING":
+        head_dim = getattr(text, "head_dim", None) or width // heads
+        heads = getattr(text, "num_key_value_heads", None) or heads
+        width = heads * head_dim
+    return {
+        "num_attention_heads": heads,
+        "num_layers": text.num_hidden_layers,
+        "num_transformer_submodules": 1,
+        "token_dim": width,
+    }

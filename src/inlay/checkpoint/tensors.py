@@ -1,0 +1,187 @@
+"""An adapter's tensors and their keys in the file: written as HF PEFT does, read strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from inlay.checkpoint.folder import Entry
+from inlay.checkpoint.placement import saved_roots, under_any
+from inlay.errors import CheckpointError
+from inlay.methods.base import Kind, Method, PromptMethod, SelectMethod
+from inlay.model.attach import Attached, adapter_tensors, adapters, check_known, required_registry
+from inlay.model.selected import own_parameters
+
+PREFIX = "base_model.model."
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""The dtypes an adapter's tensors may have in the file, as safetensors spells them."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of an adapter: its key in the file, and the modules' tensor itself."""
+
+    key: str
+    tensor: Tensor
+
+
+def slots(model: nn.Module, name: str) -> list[Slot]:
+    """Return every tensor of an adapter under its key; shared ones once for each module."""
+    attached = known(model, name)
+    saved = saved_roots(model, attached)
+    return [
+        Slot(
+            key_of(attached, saved, module, module_name, tensor_name, method, kind),
+            values[tensor_name],
+        )
+        for module_name, params, method, kind in adapter_tensors(model, name)
+        for module in [model.get_submodule(module_name)]
+        for values in [params.state_dict(keep_vars=True)]
+        for tensor_name in params.names()
+    ]
+
+
+def known(model: nn.Module, name: str) -> Attached:
+    """Return one of the model's adapters; raise when it has none of this name."""
+    check_known(name, required_registry(model))
+    return adapters(model)[name]
+
+
+def key_of(
+    attached: Attached,
+    saved: Sequence[str],
+    module: nn.Module,
+    module_name: str,
+    tensor_name: str,
+    method: Method | None,
+    kind: Kind | None,
+) -> str:
+    """Return the key of one tensor, as HF PEFT spells it where it has the method."""
+    if isinstance(method, PromptMethod):
+        return method.peft_tensors("linear").get(tensor_name, tensor_name)
+    place = PREFIX + module_name + "." if module_name else PREFIX
+    if method is not None and tensor_name not in module._parameters:
+        return place + method.peft_tensors(kind or "linear").get(tensor_name, tensor_name)
+    if under_any(module_name, saved):
+        return place + tensor_name
+    if isinstance(attached.method, SelectMethod):
+        return place + attached.method.peft_tensors(kind or "linear").get(tensor_name, tensor_name)
+    return place + ("base_layer." if method is not None else "") + tensor_name
+
+
+def write_tensors(path: Path, found: list[Slot], *, shared_once: bool) -> None:
+    """Write an adapter's tensors; `shared_once` leaves out the repetitions of shared ones.
+
+    Raises:
+        CheckpointError: a tensor holds a NaN or an infinity.
+    """
+    kept = first_of_shared(found) if shared_once else found
+    values = {s.key: s.tensor.detach().to("cpu", copy=True).contiguous() for s in kept}
+    bad = sorted(key for key, value in values.items() if not bool(torch.isfinite(value).all()))
+    if bad:
+        raise CheckpointError(
+            f"the adapter is not saved, for it holds NaN or infinite values in {listed(bad)}; "
+            "training diverged: take the last good checkpoint"
+        )
+    save_file(values, path, metadata={"format": "pt"})
+
+
+def first_of_shared(found: list[Slot]) -> list[Slot]:
+    """Keep the first slot of every tensor."""
+    return list({id(slot.tensor): slot for slot in reversed(found)}.values())
+
+
+def fill(
+    model: nn.Module, found: list[Slot], path: Path, entries: Mapping[str, Entry], about: str
+) -> None:
+    """Copy the file's tensors into an adapter's, after checking every one of them.
+
+    Raises:
+        CheckpointError: a tensor is missing, unread, misshapen, of another dtype, or not finite.
+    """
+    expected = {slot.key: slot.tensor for slot in found}
+    copies = {key: base for key in entries if key not in expected for base in base_of(model, key)}
+    problems = Problems()
+    problems.add("missing", missing(found, entries))
+    problems.add("not used by it", (k for k in entries if k not in expected and k not in copies))
+    for key, tensor in {**copies, **expected}.items():
+        if key in entries:
+            problems.add("misfits", misfit(key, entries[key], tensor, key in copies))
+    problems.raise_if_any(about)
+    with safe_open(path, framework="pt") as file:
+        values: dict[str, Tensor] = {key: file.get_tensor(key) for key in entries}
+    bad = (key for key, value in values.items() if not bool(torch.isfinite(value).all()))
+    problems.add("NaN or infinite", bad)
+    problems.add("unlike the base's own", (k for k, b in copies.items() if differs(values[k], b)))
+    problems.raise_if_any(about)
+    with torch.no_grad():
+        for slot in found:
+            if slot.key in values:
+                slot.tensor.copy_(values[slot.key])
+
+
+def missing(found: list[Slot], entries: Mapping[str, Entry]) -> Iterator[str]:
+    """Every key that the file lacks; a shared tensor needs only one of its keys."""
+    there = {id(slot.tensor) for slot in found if slot.key in entries}
+    return (slot.key for slot in found if id(slot.tensor) not in there)
+
+
+def misfit(key: str, entry: Entry, tensor: Tensor, is_copy: bool) -> Iterator[str]:
+    """Say how one tensor of the file differs in shape or dtype from what the model needs."""
+    if entry.shape != tuple(tensor.shape):
+        yield f"{key} of shape {list(entry.shape)}, expected {list(tensor.shape)}"
+    elif entry.dtype not in DTYPES:
+        yield f"{key} of dtype {entry.dtype}, expected a floating-point one"
+    elif not is_copy and torch.promote_types(DTYPES[entry.dtype], tensor.dtype) != tensor.dtype:
+        yield f"{key} of dtype {entry.dtype}, which does not fit into {tensor.dtype}"
+
+
+def base_of(model: nn.Module, key: str) -> Iterator[Tensor]:
+    """Return the base's own parameter that a key is a copy of, if it is one.
+
+    HF PEFT writes the whole embeddings beside an adapter that targets them.
+    """
+    module_name, _, parameter = key.removeprefix(PREFIX).rpartition(".")
+    module_name = module_name.removesuffix(".base_layer")
+    modules = dict(model.named_modules())
+    if key.startswith(PREFIX) and module_name in modules:
+        yield from (p for n, p in own_parameters(modules[module_name]) if n == parameter)
+
+
+def differs(value: Tensor, base: Tensor) -> bool:
+    """Say whether a copy of a base parameter is another value in the base's precision."""
+    return not torch.equal(value.to(base.dtype), base.detach().cpu())
+
+
+class Problems:
+    """What is wrong with a file's tensors, told in one sentence."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[str]] = {}
+
+    def add(self, what: str, keys: Iterator[str]) -> None:
+        """Add tensors that have one problem."""
+        self.found.setdefault(what, []).extend(keys)
+
+    def raise_if_any(self, about: str) -> None:
+        """Raise one error for every problem found."""
+        parts = [f"{len(k)} {what}: {listed(k)}" for what, k in self.found.items() if k]
+        if parts:
+            raise CheckpointError(f"{about}. Tensors {'; '.join(parts)}")
+
+
+def listed(keys: list[str], most: int = 3) -> str:
+    """Join the first few and say how many more there are."""
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
