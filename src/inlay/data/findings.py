@@ -292,8 +292,8 @@ FINDINGS: tuple[Finding, ...] = (
         "lymphadenopathy",
         {
             "": (
-                "the {side} hilum is lobulated and prominent",
-                "there is lobular enlargement of the {side} hilar shadow",
+                "{side} hilar fullness with a lobulated contour is seen",
+                "there is {side} lobular hilar enlargement",
             )
         },
         ("{side} hilar lymphadenopathy is present", "enlarged {side} hilar lymph nodes are seen"),

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from string import Formatter
 from typing import Any, Literal, get_args
 
@@ -410,7 +411,7 @@ def turn(
     named = f"message {number}"
     for key in (role_key, content_key):
         if key not in value:
-            near = did_you_mean(key, [k for k in value if isinstance(k, str)])
+            near = did_you_mean(key, value)
             raise DataError(f"{row.where}: {named} has no {key!r}.{near}")
     for key, extra in value.items():
         if key not in (role_key, content_key) and not (is_missing(extra) or extra == []):
@@ -435,7 +436,7 @@ def conversation(row: RawRow, messages: list[dict[str, Any]]) -> dict[str, Any]:
         DataError: nobody answers, one speaks twice in a row, or a system message comes late.
     """
     roles = [message["role"] for message in messages]
-    for number, (before, role) in enumerate(zip(roles, roles[1:], strict=False), start=2):
+    for number, (before, role) in enumerate(pairwise(roles), start=2):
         if role == before:
             raise DataError(
                 f"{row.where}: messages {number - 1} and {number} are both of {role!r}; join them "

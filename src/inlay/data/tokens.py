@@ -116,9 +116,15 @@ def encode(
     else:
         whole = text_tokens(rows, tokenizer)
     check_trained(whole, rows, max_length)
-    stops = {*tokenizer.get_added_vocab().values(), tokenizer.eos_token_id}
+    stops = stop_tokens(tokenizer)
     cut = [cut_to(row, max_length) for row in whole]
     return [replace(row, ends=last_trained(row, tokenizer) in stops) for row in cut]
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens at which generation can stop: the end token and those of chat turns."""
+    vocabulary: Any = tokenizer
+    return {*vocabulary.get_added_vocab().values(), vocabulary.eos_token_id}
 
 
 def cut_to(row: Encoded, max_length: int) -> Encoded:
