@@ -6,7 +6,7 @@ python benchmarks/parameter_counts.py
 from __future__ import annotations
 
 import torch
-from inlay.model.load import POCKET
+from inlay.model.load import EMBEDDED
 from machine import write
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -15,7 +15,7 @@ from inlay.methods.base import Method
 from inlay.model.report import report
 
 SHAPES = {
-    "pocket": AutoConfig.from_pretrained(POCKET),
+    "pocket": AutoConfig.from_pretrained(EMBEDDED["pocket"]),
     "8B": LlamaConfig(
         vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False,
@@ -33,9 +33,9 @@ METHODS: dict[str, Method] = {
     "IA3": inlay.IA3(),
     "bottleneck, Houlsby, size 64": inlay.Bottleneck(variant="houlsby", size=64),
     "bottleneck, Pfeiffer, size 64": inlay.Bottleneck(variant="pfeiffer", size=64),
-    "prefix, 16 tokens": inlay.Prefix(tokens=16),
-    "prompt, 16 tokens": inlay.Prompt(tokens=16),
-    "norms": inlay.Norms(),
+    "prefix, 16 tokens": inlay.PrefixTuning(tokens=16),
+    "prompt, 16 tokens": inlay.PromptTuning(tokens=16),
+    "norms": inlay.NormTuning(),
     "full": inlay.Full(),
 }
 TARGETS = {
