@@ -106,23 +106,18 @@ def batch_losses(model: nn.Module, rows: Sequence[EncodedRow]) -> list[RowLoss]:
     ids = torch.tensor([[*r.input_ids] + [0] * (longest - len(r.input_ids)) for r in rows])
     mask = torch.tensor([[1] * len(r.input_ids) + [0] * (longest - len(r.input_ids)) for r in rows])
     wanted = torch.tensor([targets(row, longest) for row in rows])
-    device = next(model.parameters()).device
-    ids, mask, wanted = ids.to(device), mask.to(device), wanted.to(device)
     row, position = wanted.nonzero(as_tuple=True)
     logits = logits_at(model, ids, mask, row, position)
+    expected = ids[row, position + 1].to(logits.device)
     nll = torch.cat(
         [
             cross_entropy(part.float(), target, reduction="none")
             for part, target in zip(
-                logits.split(POSITIONS_AT_ONCE),
-                ids[row, position + 1].split(POSITIONS_AT_ONCE),
-                strict=True,
+                logits.split(POSITIONS_AT_ONCE), expected.split(POSITIONS_AT_ONCE), strict=True
             )
         ]
     )
-    summed = torch.zeros(len(rows), dtype=torch.float64).index_add_(
-        0, row.cpu(), nll.double().cpu()
-    )
+    summed = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row, nll.double().cpu())
     counts = wanted.sum(dim=1).tolist()
     return [RowLoss(int(n), float(s)) for n, s in zip(counts, summed.tolist(), strict=True)]
 
@@ -134,13 +129,15 @@ def targets(row: EncodedRow, length: int) -> list[bool]:
 
 def logits_at(model: nn.Module, ids: Tensor, mask: Tensor, row: Tensor, position: Tensor) -> Tensor:
     """Return the logits (n, vocabulary) at n positions; the model omits the others if it can."""
+    device = next(model.parameters()).device
     accepted = inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+    call: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    if "use_cache" in accepted:
+        call["use_cache"] = False
     if "logits_to_keep" not in accepted:
-        return model(input_ids=ids, attention_mask=mask, **options).logits[row, position]
+        return model(**call).logits[row, position]
     kept, column = position.unique(return_inverse=True)
-    options["logits_to_keep"] = kept
-    return model(input_ids=ids, attention_mask=mask, **options).logits[row, column]
+    return model(**call, logits_to_keep=kept.to(device)).logits[row, column]
 
 
 def check_measurable(encoded: Sequence[EncodedRow], lines: Sequence[int]) -> None:
