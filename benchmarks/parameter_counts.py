@@ -6,12 +6,12 @@ python benchmarks/parameter_counts.py
 from __future__ import annotations
 
 import torch
-from inlay.model.load import EMBEDDED
 from machine import write
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import inlay
 from inlay.methods.base import Method
+from inlay.model.load import EMBEDDED
 from inlay.model.report import report
 
 SHAPES = {
