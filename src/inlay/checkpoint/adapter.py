@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Generator, Mapping, Sequence
+import math
+import re
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -44,12 +46,17 @@ from inlay.checkpoint.placement import (
     saved_modules,
     saved_roots,
     suffixes,
+    with_tied,
 )
 from inlay.checkpoint.tensors import PREFIX, fill, slots, write_tensors
 from inlay.errors import CheckpointError, TargetError
-from inlay.methods.base import Kind, Method, PromptMethod, SelectMethod
-from inlay.model.attach import Attached, adapter_places, adapters, attach, detach
-from inlay.storage.registry import kind
+from inlay.methods.base import HiddenMethod, Kind, Method, PromptMethod, SelectMethod, WeightMethod
+from inlay.model.attach import Attached, adapter_places, adapters, attach, detach, shape_and_place
+from inlay.model.targets import find_targets
+from inlay.storage.registry import frozen, kind
+
+FAR_MORE = 16
+"""More than this many times the file's values cannot be a mere misfit."""
 
 
 @dataclass(frozen=True)
@@ -157,14 +164,53 @@ def read_adapter(directory: str | Path) -> AdapterFile:
 def attach_from(model: nn.Module, file: AdapterFile, name: str, seed: int) -> None:
     """Attach the method to the very modules that the folder says."""
     where = str(file.folder.path / CONFIG)
-    asked = recorded_placement(file) or peft_placement_in(model, file, where)
     try:
+        asked = recorded_placement(file) or peft_placement_in(model, file, where)
+        check_size(model, file, asked)
         attach(model, file.method, name=name, seed=seed, **asked)
     except TargetError as error:
         raise CheckpointError(
             f"{where} does not fit this {described(model)}, it was made for "
             f"{made_for(file.folder)}: {error}"
         ) from None
+    except re.error as error:
+        raise CheckpointError(
+            f"{file.folder.path} holds an invalid regular expression: {error}"
+        ) from None
+
+
+def check_size(model: nn.Module, file: AdapterFile, asked: Mapping[str, Any]) -> None:
+    """Raise when the configuration asks for far more values than the file has.
+
+    A damaged rank would otherwise ask for more memory than there is, before shapes are compared.
+    """
+    method = file.method
+    if isinstance(method, SelectMethod):
+        return
+    if isinstance(method, PromptMethod):
+        wanted = method.count_for(model.config)
+    else:
+        assert isinstance(method, WeightMethod | HiddenMethod)
+        wanted = sum(counts(model, method, asked))
+    held = sum(math.prod(entry.shape) for entry in file.folder.tensors.values())
+    if wanted > FAR_MORE * max(held, 1):
+        raise CheckpointError(
+            f"{file.folder.path / CONFIG} asks for {wanted:,} values on this {described(model)}, "
+            f"and {TENSORS} holds {held:,}; it was made for {made_for(file.folder)}"
+        )
+
+
+def counts(
+    model: nn.Module, method: WeightMethod | HiddenMethod, asked: Mapping[str, Any]
+) -> Iterator[int]:
+    """How many values each place of a method would train."""
+    targets = asked["targets"]
+    rest = {key: asked[key] for key in ("exclude", "layers") if key in asked}
+    found = find_targets(model, targets, kinds=method.kinds, **rest)
+    for name in found.names:
+        here, module = method.for_layer(name), model.get_submodule(name)
+        assert isinstance(here, WeightMethod | HiddenMethod)
+        yield here.count(frozen(module).shape if kind(module) else shape_and_place(module)[0])
 
 
 def recorded_placement(file: AdapterFile) -> dict[str, Any] | None:
@@ -194,6 +240,8 @@ def peft_placement_in(model: nn.Module, file: AdapterFile, where: str) -> dict[s
     if config.get("target_modules") is None:
         config = {**config, "target_modules": modules_in(file)}
     found = peft_targets(config, names, where)
+    if config.get("ensure_weight_tying"):
+        found, saved = with_tied(model, found), with_tied(model, saved)
     return {"targets": suffixes(found, names), "modules_to_save": saved}
 
 

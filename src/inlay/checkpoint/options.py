@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -130,7 +131,9 @@ def method_in(config: Mapping[str, Any], where: str) -> Method:
     ours = set(cls.peft_keys.values()) | set(cls.peft_fixed)
     refuse_unknown(options, ours, where)
     for mine, theirs in cls.peft_keys.items():
-        if theirs in options:
+        if theirs in PLACEMENT:
+            options[theirs] = patterns(options, theirs, where)
+        elif theirs in options:
             options[theirs] = checked(spec, mine, theirs, options[theirs], where)
     with values_of(where):
         return cls.from_peft(options)
@@ -184,6 +187,24 @@ def checked(spec: MethodSpec, mine: str, theirs: str, value: Any, where: str) ->
             f"({error.errors()[0]['msg']})"
         ) from None
     return tuple(typed) if isinstance(value, list) else value
+
+
+def patterns(config: Mapping[str, Any], key: str, where: str) -> str | list[str]:
+    """Return an option that names modules as a pattern, or as a list of patterns."""
+    found = words(config, key, where)
+    return found if isinstance(found, str) else [re.escape(word) for word in found]
+
+
+def words(config: Mapping[str, Any], key: str, where: str) -> str | list[str]:
+    """Return an option that is a string (a pattern), a list of strings, or absent (empty)."""
+    value = config.get(key)
+    if value is None:
+        return []
+    if isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(v, str) for v in value)
+    ):
+        return value
+    raise CheckpointError(f"{where}: {key} must be a string or a list of strings, not {value!r}")
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from inlay.checkpoint.options import words
 from inlay.errors import CheckpointError
-from inlay.methods.base import Method, PromptMethod
+from inlay.methods.base import Method, PromptMethod, attention_shape
 from inlay.model.attach import Attached
-from inlay.model.selected import own_modules
+from inlay.model.selected import own_modules, own_parameters
 from inlay.model.targets import matches
 
 AUTOMATIC = ("classifier", "score", "qa_outputs")
@@ -84,18 +85,6 @@ def peft_targets(config: Mapping[str, Any], names: Sequence[str], where: str) ->
     return found
 
 
-def words(config: Mapping[str, Any], key: str, where: str) -> str | list[str]:
-    """Return an option that is a string (a pattern), a list of strings, or absent (empty)."""
-    value = config.get(key)
-    if value is None:
-        return []
-    if isinstance(value, str) or (
-        isinstance(value, list) and all(isinstance(v, str) for v in value)
-    ):
-        return value
-    raise CheckpointError(f"{where}: {key} must be a string or a list of strings, not {value!r}")
-
-
 def meant(target: str | Sequence[str], name: str) -> bool:
     """Say whether HF PEFT takes a module for one of its targets."""
     if isinstance(target, str):
@@ -145,6 +134,13 @@ def saved_modules(config: Mapping[str, Any], names: Sequence[str], where: str) -
     return [n for n in found if not under_any(n.rpartition(".")[0], found)]
 
 
+def with_tied(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return these modules and those that share a parameter with one of them."""
+    own = {name: own_parameters(module) for name, module in own_modules(model)}
+    shared = {id(p) for name in names for _, p in own[name]}
+    return [n for n, ps in own.items() if n in names or any(id(p) in shared for _, p in ps)]
+
+
 def saved_roots(model: nn.Module, attached: Attached) -> tuple[str, ...]:
     """Return the whole names of the modules an adapter trains beside its method."""
     names = names_of(model)
@@ -171,9 +167,8 @@ def prompt_dimensions(model: nn.Module, method: PromptMethod) -> dict[str, Any]:
     heads = text.num_attention_heads
     width = text.hidden_size
     if method.peft_type == "PREFIX_TUNING":
-        head_dim = getattr(text, "head_dim", None) or width // heads
-        heads = getattr(text, "num_key_value_heads", None) or heads
-        width = heads * head_dim
+        _, heads, head_width = attention_shape(config)
+        width = heads * head_width
     return {
         "num_attention_heads": heads,
         "num_layers": text.num_hidden_layers,

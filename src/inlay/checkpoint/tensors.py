@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from inlay.checkpoint.folder import Entry
 from inlay.checkpoint.placement import saved_roots, under_any
 from inlay.errors import CheckpointError
-from inlay.methods.base import Kind, Method, PromptMethod, SelectMethod
+from inlay.methods.base import Kind, Method, Params, PromptMethod, SelectMethod
 from inlay.model.attach import Attached, adapter_tensors, adapters, check_known, required_registry
 from inlay.model.selected import own_parameters
 
@@ -30,10 +30,16 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of an adapter: its key in the file, and the modules' tensor itself."""
+    """One tensor of an adapter: its key in the file, and where it lives."""
 
     key: str
-    tensor: Tensor
+    home: Params
+    name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor itself."""
+        return getattr(self.home, self.name)
 
 
 def slots(model: nn.Module, name: str) -> list[Slot]:
@@ -42,13 +48,12 @@ def slots(model: nn.Module, name: str) -> list[Slot]:
     saved = saved_roots(model, attached)
     return [
         Slot(
-            key_of(attached, saved, module, module_name, tensor_name, method, kind),
-            values[tensor_name],
+            key_of(attached, saved, model.get_submodule(place), place, tensor, method, kind),
+            params,
+            tensor,
         )
-        for module_name, params, method, kind in adapter_tensors(model, name)
-        for module in [model.get_submodule(module_name)]
-        for values in [params.state_dict(keep_vars=True)]
-        for tensor_name in params.names()
+        for place, params, method, kind in adapter_tensors(model, name)
+        for tensor in params.names()
     ]
 
 
@@ -125,10 +130,26 @@ def fill(
     problems.add("NaN or infinite", bad)
     problems.add("unlike the base's own", (k for k, b in copies.items() if differs(values[k], b)))
     problems.raise_if_any(about)
+    separate(found, values)
     with torch.no_grad():
         for slot in found:
             if slot.key in values:
                 slot.tensor.copy_(values[slot.key])
+
+
+def separate(found: list[Slot], values: Mapping[str, Tensor]) -> None:
+    """Give each its own tensor where modules share one here and have different ones in the file.
+
+    HF PEFT trains a tied embedding and head apart unless told otherwise.
+    """
+    first: dict[int, Slot] = {}
+    for slot in found:
+        if slot.key not in values:
+            continue
+        other = first.setdefault(id(slot.tensor), slot)
+        if not torch.equal(values[slot.key], values[other.key]):
+            own = nn.Parameter(slot.tensor.detach().clone(), slot.tensor.requires_grad)
+            slot.home.register_parameter(slot.name, own)
 
 
 def missing(found: list[Slot], entries: Mapping[str, Entry]) -> Iterator[str]:
