@@ -12,7 +12,7 @@ import pytest
 from inlay.data.read import RawRow, read_rows
 from inlay.errors import DataError
 
-ROWS = [{"prompt": "Hé?", "completion": "a"}, {"prompt": "two\nlines", "completion": "b, \"c\""}]
+ROWS = [{"prompt": "Hé?", "completion": "a"}, {"prompt": "two\nlines", "completion": 'b, "c"'}]
 
 
 def written(path: Path, content: str | bytes) -> Path:
@@ -119,7 +119,7 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
     written(tmp_path / "train.jsonl", "{}")
     with pytest.raises(DataError, match=r"no file .*trian\.jsonl.* Did you mean 'train\.jsonl'"):
         read_rows(tmp_path / "trian.jsonl")
-    with pytest.raises(DataError, match="no file .*folder is not there"):
+    with pytest.raises(DataError, match=r"no file .*folder is not there"):
         read_rows("nowhere/train.jsonl")
     with pytest.raises(DataError, match="is a folder"):
         read_rows(tmp_path)
@@ -140,7 +140,7 @@ def test_a_hub_id_is_loaded_and_a_failure_is_a_sentence(monkeypatch: pytest.Monk
     read_rows("owner/name:test")
     read_rows("owner/name", split="dev[:10]")
     assert asked == [("owner/name", s) for s in ("train", "test", "dev[:10]")]
-    with pytest.raises(DataError, match="'owner/name'.*ConnectionError: no network"):
+    with pytest.raises(DataError, match=r"'owner/name'.*ConnectionError: no network"):
         read_rows("owner/name:none")
 
 

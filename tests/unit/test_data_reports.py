@@ -84,7 +84,9 @@ def test_negations_name_findings_that_are_not_there() -> None:
 
 
 def test_a_resolved_finding_is_not_in_the_impression() -> None:
-    gone = [r for r in REPORTS if re.search(r"effusion .*(has resolved|no longer seen)", r.findings)]
+    gone = [
+        r for r in REPORTS if re.search(r"effusion .*(has resolved|no longer seen)", r.findings)
+    ]
     shown = [r for r in REPORTS if "previously seen pleural effusion has resolved." in r.findings]
     assert gone
     assert shown
@@ -93,7 +95,7 @@ def test_a_resolved_finding_is_not_in_the_impression() -> None:
 
 def test_some_words_are_misspelt_and_none_that_carries_a_side() -> None:
     known = {word for r in REPORTS for word in re.findall("[a-z]+", r.findings.lower())}
-    counts = {w: 0 for w in known}
+    counts = dict.fromkeys(known, 0)
     for report in REPORTS:
         for word in re.findall("[a-z]+", report.findings.lower()):
             counts[word] += 1

@@ -127,7 +127,7 @@ def test_wrong_columns_and_templates() -> None:
         normalise(data)
     with pytest.raises(DataError, match="Did you mean 'findings'"):
         normalise(data, prompt="finding", completion="impression")
-    with pytest.raises(DataError, match="no field 'finding'.*Did you mean 'findings'"):
+    with pytest.raises(DataError, match=r"no field 'finding'.*Did you mean 'findings'"):
         normalise(data, prompt="F: {finding}", completion="impression")
     for template in ("{findings", "{}", "{findings!r}", "{findings:>3}"):
         with pytest.raises(DataError, match="the template"):
@@ -136,7 +136,7 @@ def test_wrong_columns_and_templates() -> None:
         normalise(data, prompt="findings")
     with pytest.raises(DataError, match="exclude each other"):
         normalise(data, prompt="findings", completion="impression", text="findings")
-    with pytest.raises(DataError, match="unknown data format 'alpacca'.*Did you mean 'alpaca'"):
+    with pytest.raises(DataError, match=r"unknown data format 'alpacca'.*Did you mean 'alpaca'"):
         normalise(data, format="alpacca")  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError, match="no rows"):
         normalise([])
