@@ -78,7 +78,9 @@ def test_hyperparameters_stand_beside_the_other_keys():
         ({"packing": "yes please"}, "'packing' must be true or false"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"text": "t", "prompt": "p"}, "'text' trains on a whole column"),
-        ({"template": "t", "prompt": "p"}, "both say what the prompt is"),
+        ({"prompt": "p"}, "'prompt' needs 'completion' beside it"),
+        ({"completion": "p"}, "'completion' needs 'prompt' beside it"),
+        ({"format": "alpaca", "text": "p"}, "'format' and named columns exclude each other"),
     ],
 )
 def test_a_problem_is_a_sentence(values: dict[str, object], sentence: str):

@@ -12,7 +12,6 @@ from inlay.methods.base import PromptMethod
 from inlay.model.attach import active, adapters
 from inlay.train.config import RunConfig
 
-
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Our schedules -> the names transformers has for them."""
 

@@ -69,11 +69,17 @@ class RunConfig(BaseModel):
     eval_data: Text | None = Field(
         None, description="held-out data; default: a part split off the training data"
     )
-    prompt: Text | None = Field(None, description="column of the data that holds the prompt")
-    completion: Text | None = Field(None, description="column of the data that holds the answer")
-    text: Text | None = Field(None, description="column of the data that holds plain text")
-    template: Text | None = Field(
-        None, description="prompt written with columns in braces, such as 'Findings: {findings}'"
+    format: Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"] = Field(
+        "auto", description="shape of the data's rows; auto recognises it by their columns"
+    )
+    prompt: Text | None = Field(
+        None,
+        description="column with the prompt, or a template with columns in braces, such as "
+        "'Findings: {findings}'",
+    )
+    completion: Text | None = Field(None, description="column or template of the answer")
+    text: Text | None = Field(
+        None, description="column or template to train on in full, instead of prompt and completion"
     )
     split: list[Fraction] = Field(
         default_factory=lambda: [0.8, 0.1, 0.1],
@@ -377,12 +383,15 @@ def contradictions(config: RunConfig) -> dict[str, str]:
         problems["split"] = f"'split' {config.split} leaves nothing to train on"
     if config.resume and config.overwrite:
         problems["resume"] = "'resume' and 'overwrite' exclude each other; give one of them"
-    if config.text and (config.prompt or config.completion or config.template):
+    if config.text and (config.prompt or config.completion):
         problems["text"] = (
-            "'text' trains on a whole column, so it excludes 'prompt', 'template' and 'completion'"
+            "'text' trains on a whole column, so it excludes 'prompt' and 'completion'"
         )
-    if config.prompt and config.template:
-        problems["template"] = "'template' and 'prompt' both say what the prompt is; give one"
+    elif bool(config.prompt) != bool(config.completion):
+        given, lacking = ("prompt", "completion") if config.prompt else ("completion", "prompt")
+        problems[given] = f"{given!r} needs {lacking!r} beside it; name both, or neither"
+    if config.format != "auto" and (config.text or config.prompt or config.completion):
+        problems["format"] = "'format' and named columns exclude each other; give one of them"
     return problems
 
 

@@ -13,7 +13,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from inlay.errors import TrainingError
+from inlay.errors import CheckpointError, TrainingError
+
+FULL = ("No space left", "the disk is full")
+"""How libraries that hide the error's number say that the disk is full."""
 
 
 @contextmanager
@@ -21,8 +24,10 @@ def saving(what: str, path: Path) -> Generator[None]:
     """Turn the disk's errors into a sentence that says what could not be saved and where."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    except (OSError, SafetensorError, CheckpointError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or any(
+            word in str(error) for word in FULL
+        )
         reason = "the disk is full" if full else str(error)
         raise TrainingError(
             f"{what} could not be saved in {path}: {reason}; what was saved before is intact. "

@@ -25,6 +25,10 @@ FIRST_STEPS = 5
 REMEDY = "lower learning_rate, raise warmup, or compute in float32"
 
 
+class DivergedError(TrainingError):
+    """A loss or gradient that is not finite, or a loss that explodes."""
+
+
 class Guard:
     """Watches every step's loss and gradient, against the loss of the untrained model."""
 
@@ -37,7 +41,7 @@ class Guard:
     def check_loss(self, loss: float, step: int) -> None:
         """Raise when a loss is not finite; the optimiser has not stepped on it."""
         if not math.isfinite(loss):
-            raise TrainingError(
+            raise DivergedError(
                 f"the loss became {loss} at step {step}, expected a finite number; training "
                 f"stopped before that step changed the adapter: {REMEDY}"
             )
@@ -45,7 +49,7 @@ class Guard:
     def check_gradient(self, norm: float, step: int) -> None:
         """Raise when the gradient's norm is not finite; the optimiser has not stepped on it."""
         if not math.isfinite(norm):
-            raise TrainingError(
+            raise DivergedError(
                 f"the gradient's norm became {norm} at step {step}, expected a finite number; "
                 f"training stopped before that step changed the adapter: {REMEDY}"
             )
@@ -59,7 +63,7 @@ class Guard:
             return
         self.high = self.high + 1 if loss > TOO_HIGH * self.reference else 0
         if self.high >= STEPS_TOO_HIGH or loss > FAR_TOO_HIGH * self.reference:
-            raise TrainingError(
+            raise DivergedError(
                 f"the loss exploded: {loss:.4g} at step {step}, against {self.reference:.4g} "
                 f"before training; {REMEDY}"
             )

@@ -106,6 +106,11 @@ class Recorder:
                 file.flush()
                 os.fsync(file.fileno())
 
+    def start_over(self) -> None:
+        """Begin with an empty file."""
+        with saving("the metrics", self.path):
+            self.path.write_text("")
+
     def state(self) -> dict[str, object]:
         """Return what a resumed run needs to go on with the same file."""
         return {

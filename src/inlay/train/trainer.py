@@ -35,7 +35,7 @@ from inlay.storage.dense import DenseView
 from inlay.storage.registry import frozen
 from inlay.train import checkpoints
 from inlay.train.arguments import warmup_steps
-from inlay.train.guard import Guard, check_gradients
+from inlay.train.guard import DivergedError, Guard, check_gradients
 from inlay.train.order import TrainingOrder
 from inlay.train.recorder import Recorder
 from inlay.train.state import load_tree, random_state, restore_random_state, save_tree
@@ -80,7 +80,7 @@ class AdapterTrainer(SFTTrainer):
                 args=args,
                 train_dataset=dataset(rows),
                 processing_class=tokenizer,
-                callbacks=[EvaluateWhenDue(self.evaluation_due)],
+                callbacks=[Moments(self)],
             )
         self.remove_callback(PrinterCallback)
         self.recorder.total_steps = self.total_steps
@@ -116,6 +116,22 @@ class AdapterTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         del train_dataset
         return TrainingOrder(self.lengths, self.args.per_device_train_batch_size, self.args.seed)
+
+    def begin(self) -> None:
+        """Measure the untrained model and write checkpoint 0: the disk is tried at once, too."""
+        if not self.resumed:
+            self.recorder.start_over()
+            self.evaluate_held_out()
+            self.save_checkpoint()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; when the run diverges, first keep the state from before the step that did."""
+        try:
+            return super().train(*args, **kwargs)
+        except DivergedError:
+            if not self.guard.suspicious:
+                self.save_checkpoint()
+            raise
 
     # One step: the loss of the trained tokens, watched before the optimiser acts on it.
 
@@ -238,18 +254,25 @@ class AdapterTrainer(SFTTrainer):
             restore_random_state(self.resumed["random"])
 
 
-class EvaluateWhenDue(TrainerCallback):
-    """Asks for a held-out loss after a step, before that step is saved."""
+class Moments(TrainerCallback):
+    """Measures the held-out loss before the first step, and after an epoch's last one."""
 
-    def __init__(self, due: Callable[[int], bool]) -> None:
-        self.due = due
+    def __init__(self, trainer: AdapterTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin, unless the run is resumed."""
+        del args, state, control, kwargs
+        self.trainer.begin()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask if one is due."""
+        """Ask for a held-out loss if one is due; it comes before this step is saved."""
         del args, kwargs
-        control.should_evaluate = self.due(state.global_step)
+        control.should_evaluate = self.trainer.evaluation_due(state.global_step)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

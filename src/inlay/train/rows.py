@@ -1,0 +1,61 @@
+"""The rows of a run: read, checked and divided, before any model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from inlay.data.read import read_rows
+from inlay.data.rows import Rows, normalise
+from inlay.data.split import split
+from inlay.train.config import RunConfig
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """The rows a run trains on, and those it is measured on while it trains and at the end."""
+
+    train: Rows
+    validation: Rows
+    test: Rows
+
+    @property
+    def sha256(self) -> str:
+        """Of the data, training and held-out."""
+        hashes = dict.fromkeys((self.train.sha256, self.test.sha256))
+        return "+".join(hashes)
+
+
+def rows_of_run(config: RunConfig) -> RunRows:
+    """Read a run's data and divide it; the division depends on the rows alone, not on the seed.
+
+    Held-out data of its own serves both measurements. Where a part of the split is empty, the
+    other held-out part takes its place; both may be empty.
+
+    Raises:
+        DataError: the data are not there, malformed or empty, or a row lacks what it needs.
+    """
+    if config.eval_data is not None:
+        held_out = read(config, config.eval_data, group=None)
+        return RunRows(read(config, config.data, group=config.split_by), held_out, held_out)
+    train, validation, test = split(read(config, config.data, config.split_by), config.split)
+    return RunRows(train, validation or test, test or validation)
+
+
+def read(config: RunConfig, source: str, group: str | None) -> Rows:
+    """Read one source as the run says."""
+    return normalise(
+        read_rows(source)[: config.max_rows],
+        prompt=config.prompt,
+        completion=config.completion,
+        text=config.text,
+        format=config.format,
+        group=group,
+        skip_empty=config.skip_empty,
+    )
+
+
+def sample(rows: Rows, count: int) -> Rows:
+    """Return at most that many rows, evenly spaced."""
+    if len(rows) <= count:
+        return rows
+    return rows.take([i * len(rows) // count for i in range(count)])
