@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -190,6 +191,71 @@ class Biases(SelectMethod):
     def selects(self, module: nn.Module, parameter: str) -> bool:
         del module
         return parameter == "bias"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(WeightMethod):
+    """What the methods around `s B A` share: rank and alpha, their patterns, dropout, biases.
+
+    `s = alpha / rank`, or `alpha / sqrt(rank)` with `rslora`. Patterns map a layer-name suffix or
+    regex to its own rank or alpha. `bias_training` also trains the adapted layers' biases
+    (`lora_only`) or all the model's (`all`).
+    """
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv1d", "embedding")
+    peft_type: ClassVar[str | None] = "LORA"
+    peft_keys: ClassVar[Mapping[str, str]] = {
+        "rank": "r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "rslora": "use_rslora",
+        "bias_training": "bias",
+        "rank_pattern": "rank_pattern",
+        "alpha_pattern": "alpha_pattern",
+    }
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    rslora: bool = False
+    bias_training: Literal["none", "lora_only", "all"] = "none"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for rank in (self.rank, *self.rank_pattern.values()):
+            checked_positive(rank, "rank")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            checked_positive(alpha, "alpha")
+        checked_probability(self.dropout, "dropout")
+        if self.bias_training not in ("none", "lora_only", "all"):
+            raise AdapterError(
+                f"bias must be 'none', 'lora_only' or 'all', not {self.bias_training!r}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """`alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def also_selects(self) -> tuple[SelectMethod, ...]:
+        biases = Biases(adapted_layers_only=self.bias_training == "lora_only")
+        return () if self.bias_training == "none" else (biases,)
+
+    def for_layer(self, layer_name: str) -> Method:
+        rank = matched(self.rank_pattern, layer_name, self.rank)
+        alpha = matched(self.alpha_pattern, layer_name, self.alpha)
+        return replaced(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    def drops(self, x: Tensor) -> bool:
+        """Whether dropout applies: never to an embedding's ids."""
+        return self.dropout > 0 and x.is_floating_point()
+
+    def peft_tensors(self, kind: Kind) -> Mapping[str, str]:
+        if kind == "embedding":
+            return {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+        return {"A": "lora_A.weight", "B": "lora_B.weight"}
 
 
 @dataclass(frozen=True, kw_only=True)

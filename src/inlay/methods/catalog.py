@@ -133,7 +133,7 @@ def spec_of_class(
         class_name=node.name,
         module=f"inlay.methods.{path.stem}",
         file=path,
-        kind=inherited[-1].name if inherited else "",
+        kind=inherited[1].name if len(inherited) > 1 else "",
         doc=ast.get_docstring(node) or "",
         equation=module_doc.split("\n")[0].partition(": ")[2].rstrip("."),
         paper=known.get("paper", ""),

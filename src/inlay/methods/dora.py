@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay.errors import AdapterError
-from inlay.methods.base import (
-    Biases,
-    Kind,
-    Params,
-    SelectMethod,
-    WeightMethod,
-    checked_positive,
-    checked_probability,
-    kaiming_uniform,
-    matched,
-    project,
-    replaced,
-    stored,
-    zeros,
-)
+from inlay.methods.base import Kind, LowRank, Params, kaiming_uniform, project, stored, zeros
 from inlay.storage.base import FrozenLinear
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoRA(WeightMethod):
+class DoRA(LowRank):
     """Low-rank change of direction beside a trained row norm: `W' = m * V / ||V||_row`.
 
     `V = W + s B A`, `s = alpha / rank` (rsLoRA: `alpha / sqrt(rank)`); the norm is a constant in
@@ -47,57 +30,10 @@ class DoRA(WeightMethod):
     832
     """
 
-    rank: int = 16
-    alpha: float = 32
-    dropout: float = 0.0
-    rslora: bool = False
-    bias_training: Literal["none", "lora_only", "all"] = "none"
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-
     name = "dora"
     paper = "2402.09353"
-    kinds = ("linear", "conv1d", "embedding")
     reads_base = True
-    peft_type = "LORA"
-    peft_keys = {
-        "rank": "r",
-        "alpha": "lora_alpha",
-        "dropout": "lora_dropout",
-        "rslora": "use_rslora",
-        "bias_training": "bias",
-        "rank_pattern": "rank_pattern",
-        "alpha_pattern": "alpha_pattern",
-    }
     peft_fixed = {"use_dora": True}
-
-    def __post_init__(self) -> None:
-        for rank in (self.rank, *self.rank_pattern.values()):
-            checked_positive(rank, "rank")
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            checked_positive(alpha, "alpha")
-        checked_probability(self.dropout, "dropout")
-        if self.bias_training not in ("none", "lora_only", "all"):
-            raise AdapterError(
-                f"bias must be 'none', 'lora_only' or 'all', not {self.bias_training!r}"
-            )
-
-    @property
-    def scale(self) -> float:
-        """`alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    @property
-    def also_selects(self) -> tuple[SelectMethod, ...]:
-        biases = Biases(adapted_layers_only=self.bias_training == "lora_only")
-        return () if self.bias_training == "none" else (biases,)
-
-    def for_layer(self, layer_name: str) -> DoRA:
-        rank = matched(self.rank_pattern, layer_name, self.rank)
-        alpha = matched(self.alpha_pattern, layer_name, self.alpha)
-        layer = replaced(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
-        assert isinstance(layer, DoRA)
-        return layer
 
     def init(self, base: FrozenLinear, kind: Kind, seed: torch.Generator) -> Params:
         out, width = base.shape
@@ -118,7 +54,7 @@ class DoRA(WeightMethod):
         wx = base.matmul(x)
         factor = (p.magnitude / self.row_norms(p, base)).to(wx.dtype)
         scaled = self.scale * p.B
-        if training and self.dropout > 0 and x.is_floating_point():
+        if training and self.drops(x):
             dropped = F.dropout(x, self.dropout)
             low_rank = F.linear(project(dropped, p.A), scaled.to(wx.dtype))
             y = wx + (factor - 1) * base.matmul(dropped) + factor * low_rank
@@ -136,8 +72,4 @@ class DoRA(WeightMethod):
         return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
 
     def peft_tensors(self, kind: Kind) -> Mapping[str, str]:
-        if kind == "embedding":
-            names = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
-        else:
-            names = {"A": "lora_A.weight", "B": "lora_B.weight"}
-        return {**names, "magnitude": "lora_magnitude_vector"}
+        return {**super().peft_tensors(kind), "magnitude": "lora_magnitude_vector"}
