@@ -131,7 +131,7 @@ def load_adapter(
         model: the base model that the adapter was made for.
         directory: a folder that `save_adapter` or HF PEFT wrote.
         name: the adapter's name on this model.
-        seed: the seed of what the file does not hold, such as dropout's order.
+        seed: the seed `attach` starts from, before every value is read from the file.
 
     Raises:
         CheckpointError: the files are missing, damaged, for another base, or of a kind not known.
@@ -174,9 +174,7 @@ def attach_from(model: nn.Module, file: AdapterFile, name: str, seed: int) -> No
             f"{made_for(file.folder)}: {error}"
         ) from None
     except re.error as error:
-        raise CheckpointError(
-            f"{file.folder.path} holds an invalid regular expression: {error}"
-        ) from None
+        raise CheckpointError(f"{where} holds an invalid regular expression: {error}") from None
 
 
 def check_size(model: nn.Module, file: AdapterFile, asked: Mapping[str, Any]) -> None:

@@ -116,7 +116,8 @@ def fill(
         CheckpointError: a tensor is missing, unread, misshapen, of another dtype, or not finite.
     """
     expected = {slot.key: slot.tensor for slot in found}
-    copies = {key: base for key in entries if key not in expected for base in base_of(model, key)}
+    modules = dict(model.named_modules())
+    copies = {key: base for key in entries if key not in expected for base in base_of(modules, key)}
     problems = Problems()
     problems.add("missing", missing(found, entries))
     problems.add("not used by it", (k for k in entries if k not in expected and k not in copies))
@@ -168,14 +169,13 @@ def misfit(key: str, entry: Entry, tensor: Tensor, is_copy: bool) -> Iterator[st
         yield f"{key} of dtype {entry.dtype}, which does not fit into {tensor.dtype}"
 
 
-def base_of(model: nn.Module, key: str) -> Iterator[Tensor]:
+def base_of(modules: Mapping[str, nn.Module], key: str) -> Iterator[Tensor]:
     """Return the base's own parameter that a key is a copy of, if it is one.
 
     HF PEFT writes the whole embeddings beside an adapter that targets them.
     """
     module_name, _, parameter = key.removeprefix(PREFIX).rpartition(".")
     module_name = module_name.removesuffix(".base_layer")
-    modules = dict(model.named_modules())
     if key.startswith(PREFIX) and module_name in modules:
         yield from (p for n, p in own_parameters(modules[module_name]) if n == parameter)
 
