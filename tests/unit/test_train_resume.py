@@ -1,0 +1,51 @@
+"""`kill -9` at any moment, then the same command with --resume: the same adapter, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DRIVER = Path(__file__).parent / "train_kills.py"
+TRIED = {"lora": 6, "prefix": 1, "full": 1}
+"""The methods and how many runs of each are killed, each twice."""
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("kills")
+    words = [f"{method}:{kills}" for method, kills in TRIED.items()]
+    done = subprocess.run(
+        [sys.executable, str(DRIVER), str(folder), *words],
+        capture_output=True,
+        text=True,
+        cwd=DRIVER.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", TRIED)
+def test_a_killed_run_resumes_to_the_same_adapter(
+    ends: dict[str, list[dict[str, Any]]], method: str
+):
+    whole, *killed = ends[method]
+    assert len(killed) == TRIED[method]
+    for end in killed:
+        assert list(end["moments"].values())[0] == -9, end["moments"]
+        assert end["code"] == 0, end["moments"]
+        assert end["adapter"] == whole["adapter"], end["moments"]
+        assert end["metrics"] == whole["metrics"], end["moments"]
+        assert end["left"] == []
+
+
+@pytest.mark.slow
+def test_the_second_kills_hit_too(ends: dict[str, list[dict[str, Any]]]):
+    second = [list(end["moments"].values())[1] for all_of in ends.values() for end in all_of[1:]]
+    assert -14 in second

@@ -1,0 +1,127 @@
+"""Kill runs with SIGKILL at many moments, resume each, and print what they ended in, as JSON.
+
+One process imports everything and forks a child for every run, so that a kill costs no import.
+Usage: train_kills.py FOLDER METHOD:KILLS ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from train_tiny import adapter_hash, losses_of, make_run
+
+from inlay.train.config import RunConfig
+from inlay.train.run import train
+
+
+def child(work: Callable[[], None]) -> int:
+    """Run something in a forked process and return how it ended; negative for a signal."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_at_flush(config: RunConfig, count: int) -> Callable[[], None]:
+    """Return a run that kills itself before the file is flushed that many times."""
+
+    def work() -> None:
+        flush, left = os.fsync, [count]
+
+        def counted(handle: int) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            flush(handle)
+
+        os.fsync = counted
+        train(config)
+
+    return work
+
+
+def killed_after(config: RunConfig, seconds: float) -> Callable[[], None]:
+    """Return a run that the kernel ends after a time, without a word."""
+
+    def work() -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        train(config)
+
+    return work
+
+
+def flushes_of(config: RunConfig, path: Path) -> Callable[[], None]:
+    """Return an uninterrupted run that writes down how often it flushes a file."""
+
+    def work() -> None:
+        flush, count = os.fsync, [0]
+
+        def counted(handle: int) -> None:
+            count[0] += 1
+            flush(handle)
+
+        os.fsync = counted
+        train(config)
+        path.write_text(str(count[0]))
+
+    return work
+
+
+def attempts(folder: Path, method: str, kills: int) -> list[dict[str, Any]]:
+    """Run a method once undisturbed and then with kills; return how each ended."""
+    whole = make_run(folder, f"{method}-whole", method=method)
+    started = time.monotonic()
+    assert child(flushes_of(whole, folder / "flushes")) == 0
+    seconds, flushes = time.monotonic() - started, int((folder / "flushes").read_text())
+    ends: list[dict[str, Any]] = [{"moments": [], **outcome(whole)}]
+    chance = random.Random(0)
+    for number in range(kills):
+        config = make_run(folder, f"{method}-{number}", method=method, resume=True)
+        first = chance.randrange(flushes * number // kills, flushes * (number + 1) // kills)
+        second = chance.uniform(0.02, 0.4) * seconds
+        moments = {
+            f"before flush {first} of {flushes}": child(killed_at_flush(config, first)),
+            f"then after {second:.2f} of {seconds:.2f} s": child(killed_after(config, second)),
+        }
+        code = child(lambda config=config: train(config) and None)
+        ends.append({"moments": moments, "code": code, **(outcome(config) if code == 0 else {})})
+    return ends
+
+
+def outcome(config: RunConfig) -> dict[str, Any]:
+    """Return what a run that ended left behind."""
+    return {
+        "adapter": adapter_hash(config.output),
+        "metrics": losses_of(config.output),
+        "left": sorted(p.name for p in Path(config.output).rglob("*.tmp")),
+    }
+
+
+def main() -> None:
+    """Try the methods that the words name, as `name:kills`."""
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    tried = (word.split(":") for word in sys.argv[2:])
+    print(json.dumps({method: attempts(folder, method, int(kills)) for method, kills in tried}))
+
+
+if __name__ == "__main__":
+    main()

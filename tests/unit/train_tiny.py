@@ -1,0 +1,93 @@
+"""A tiny base model, a few rows and a run over them, for the tests of training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from inlay.train.config import RunConfig, load_config
+
+WORDS = ["heart", "lungs", "clear", "normal", "large", "small", "effusion", "no", "seen", "left"]
+
+
+def make_model(folder: Path) -> Path:
+    """Save a random Llama with a word tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = ["<unk>", "<pad>", "</s>"]
+    tokenizer.train_from_iterator([" ".join(WORDS)], trainers.WordLevelTrainer(special_tokens=special))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"
+    )
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def make_data(path: Path, rows: int = 30) -> Path:
+    """Write rows whose completion follows from the prompt."""
+    lines = []
+    for i in range(rows):
+        words = [WORDS[(i * 3 + k * (1 + i % 4)) % len(WORDS)] for k in range(3 + i % 5)]
+        lines.append({"prompt": " ".join(words), "completion": " ".join(reversed(words))})
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def make_run(folder: Path, output: str = "out", **changes: Any) -> RunConfig:
+    """Return a run of 12 steps over 24 rows on the model and data in this folder."""
+    if not (folder / "model").is_dir():
+        make_model(folder / "model")
+        make_data(folder / "data.jsonl")
+    run: dict[str, Any] = {
+        "model": str(folder / "model"),
+        "data": str(folder / "data.jsonl"),
+        "output": str(folder / output),
+        "dropout": 0.1,
+        "rank": 4,
+        "learning_rate": 1e-2,
+        "epochs": 2.0,
+        "batch_size": 2,
+        "gradient_accumulation": 2,
+        "log_every": 2,
+        "save_every": 4,
+        "generate_rows": 2,
+        "generate_tokens": 4,
+        "threads": 1,
+    }
+    run |= changes
+    if run.get("method", "lora") != "lora":
+        run = {k: v for k, v in run.items() if k not in ("dropout", "rank")} | changes
+    return load_config(None, run)
+
+
+def adapter_hash(output: str | Path) -> str:
+    """Return the hash of a run's trained adapter."""
+    return hashlib.sha256((Path(output) / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def losses_of(output: str | Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl, timings left out."""
+    lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
+    timings = ("seconds", "tokens_per_second", "memory_bytes")
+    return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines]
