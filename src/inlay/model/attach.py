@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -87,7 +87,8 @@ def attach(
     registry = registry_of(model) or Registry()
     check_name(name, registry)
     wanted = tuple(layers) if layers is not None and not isinstance(layers, str) else layers
-    places, found = places_for(model, method, targets, exclude, wanted, seed)
+    with disabled(model) if registry.adapters else nullcontext():
+        places, found = places_for(model, method, targets, exclude, wanted, seed)
     for module_name, copies in trained_modules(model, modules_to_save).items():
         places.setdefault(module_name, Place(None, Params({}))).add(copies)
     if not registry.adapters:
@@ -96,8 +97,9 @@ def attach(
         put(model.get_submodule(module_name), place, name)
     if isinstance(method, PromptMethod):
         registry.prompt = registry.prompt or PromptHook(model)
-        generator = torch.Generator().manual_seed(seed)
-        registry.prompt.add(name, method, method.init(model, generator))
+        with disabled(model) if registry.adapters else nullcontext():
+            params = method.init(model, torch.Generator().manual_seed(seed))
+        registry.prompt.add(name, method, params)
     registry.adapters[name] = Attached(
         name=name,
         method=method,

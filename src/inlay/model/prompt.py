@@ -118,7 +118,8 @@ def batch_of(call: dict[str, Any]) -> tuple[int, torch.device]:
 
 def check_cache_survives(model: nn.Module) -> None:
     """Raise when gradient checkpointing would drop the cache, and the prompt with it."""
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    if model.training and checkpointing:
         raise AdapterError(
             "gradient checkpointing drops the key-value cache that prompt methods use; "
             "turn it off (gradient_checkpointing=False) or choose a weight method such as LoRA"
