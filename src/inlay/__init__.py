@@ -1,0 +1,110 @@
+"""Inlay: tune a large frozen model with a small trained piece set into it, flush.
+
+Every public name is here and is imported when it is first used, so that `import inlay` and the
+command's help need no torch.
+
+>>> import inlay
+>>> inlay.LoRA(rank=8).rank
+8
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from inlay.errors import (
+    AdapterError,
+    CheckpointError,
+    DataError,
+    InlayError,
+    MergeError,
+    ModelError,
+    StorageError,
+    TargetError,
+    TrainingError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from inlay.checkpoint.adapter import load_adapter, save_adapter
+    from inlay.methods.bitfit import BitFit
+    from inlay.methods.bottleneck import Bottleneck
+    from inlay.methods.dora import DoRA
+    from inlay.methods.full import Full
+    from inlay.methods.ia3 import IA3
+    from inlay.methods.lora import LoRA
+    from inlay.methods.norms import NormTuning
+    from inlay.methods.prefix import PrefixTuning
+    from inlay.methods.prompt import PromptTuning
+    from inlay.model.attach import attach, detach, disabled, use
+    from inlay.model.load import load
+    from inlay.model.merge import merge
+    from inlay.model.quantize import quantize
+    from inlay.model.report import report
+
+__all__ = [
+    "IA3",
+    "AdapterError",
+    "BitFit",
+    "Bottleneck",
+    "CheckpointError",
+    "DataError",
+    "DoRA",
+    "Full",
+    "InlayError",
+    "LoRA",
+    "MergeError",
+    "ModelError",
+    "NormTuning",
+    "PrefixTuning",
+    "PromptTuning",
+    "StorageError",
+    "TargetError",
+    "TrainingError",
+    "UsageError",
+    "attach",
+    "detach",
+    "disabled",
+    "load",
+    "load_adapter",
+    "merge",
+    "quantize",
+    "report",
+    "save_adapter",
+    "use",
+]
+
+VERBS = {
+    "attach": "inlay.model.attach",
+    "detach": "inlay.model.attach",
+    "disabled": "inlay.model.attach",
+    "load": "inlay.model.load",
+    "load_adapter": "inlay.checkpoint.adapter",
+    "merge": "inlay.model.merge",
+    "quantize": "inlay.model.quantize",
+    "report": "inlay.model.report",
+    "save_adapter": "inlay.checkpoint.adapter",
+    "use": "inlay.model.attach",
+}
+"""The verbs and the modules they are imported from."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a verb or a method's class when it is first asked for."""
+    module = homes().get(name)
+    if module is None:
+        raise AttributeError(f"module 'inlay' has no attribute {name!r}")
+    return getattr(import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    """Return every public name: the verbs, the methods' classes and the errors."""
+    return sorted({*globals(), *homes()})
+
+
+def homes() -> dict[str, str]:
+    """Return every lazy name with its module; a new method's file adds its own."""
+    from inlay.methods.catalog import catalog
+
+    return VERBS | {spec.class_name: spec.module for spec in catalog().values()}

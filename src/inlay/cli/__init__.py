@@ -1,0 +1,1 @@
+"""The `inlay` command: one short file a verb."""

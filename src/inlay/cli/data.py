@@ -1,0 +1,121 @@
+"""`inlay data`: the data as training will see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+
+from inlay.cli import show
+from inlay.cli.options import Parser, checked
+from inlay.cli.train import add_run, config_from
+from inlay.train.config import RunConfig, flags_of
+
+if TYPE_CHECKING:
+    from inlay.data.tokens import Summary
+    from inlay.train.rows import RunRows
+
+ABOUT = (
+    "Show the data as training will see it: counts, token lengths, what is cut, and rows with\n"
+    "every token marked by whether it is trained on. Takes a run file or the flags of `train`."
+)
+USAGE = """inlay data --data D [--model M] [flags]
+       inlay data RUN.yaml [flags]"""
+EXAMPLES = """examples:
+  inlay data --data reports --model pocket
+  inlay data --data my.csv --prompt question --completion answer --model Qwen/Qwen3-0.6B
+  inlay data run.yaml --show 5"""
+
+
+class DataOptions(BaseModel):
+    """What `inlay data` can be told beside the keys of a run."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    show: NonNegativeInt = Field(3, description="rows to show token by token")
+
+
+def parser(argv: Sequence[str]) -> Parser:
+    """Return the verb's flags."""
+    found = Parser("data", USAGE, ABOUT, EXAMPLES)
+    add_run(found, argv, shown=("model", "data"))
+    found.add_flags("rows to show", flags_of(DataOptions))
+    found.add_switches(json="write JSON for a machine")
+    return found
+
+
+def run(given: dict[str, Any]) -> int:
+    """Read, check, divide and encode the rows as training would, and show them."""
+    as_json = given.pop("json", False)
+    options = checked(DataOptions, {key: given.pop(key) for key in ("show",) if key in given})
+    assumed = "model" not in given and "run_file" not in given
+    config = config_from({"output": "unused"} | ({"model": "pocket"} if assumed else {}) | given)
+
+    from inlay.train.rows import rows_of_run
+
+    rows = rows_of_run(config)
+    parts = {"train": rows.train, "validation": rows.validation, "test": rows.test}
+
+    from inlay.data.tokens import encode, pieces, summarise
+    from inlay.model.load import located, read_tokenizer
+
+    tokenizer = read_tokenizer(located(config.model, config.revision), False)
+    encoded = {n: encode(part, tokenizer, config.max_length) for n, part in parts.items() if part}
+    summaries = {n: summarise(found, parts[n]) for n, found in encoded.items()}
+    if as_json:
+        about = {"data": config.data, "model": config.model, "max_length": config.max_length}
+        about |= {"kind": rows.train.kind, "sha256": rows.sha256}
+        show.as_json(about | {"parts": {n: asdict(found) for n, found in summaries.items()}})
+        return 0
+    describe(config, rows, summaries)
+    if assumed:
+        print("  Tokens are pocket's; name another model with --model.")
+    for index, row in enumerate(encoded["train"][: options.show]):
+        show.heading(f"{rows.train.where(index)}, {legend()}")
+        found = pieces(row, tokenizer)
+        show.masked([piece.text for piece in found], [piece.trained for piece in found])
+    return 0
+
+
+def describe(config: RunConfig, rows: RunRows, summaries: Mapping[str, Summary]) -> None:
+    """Write counts and lengths, then what a user should know before training."""
+    kind = rows.train.kind.replace("_", " and ")
+    show.heading(f"{config.data}: rows of {kind}, cut at {config.max_length} tokens")
+    columns = ("part", "rows", "tokens", "trained on", "median", "95%", "longest", "cut")
+    show.table(columns, [cells(name, found) for name, found in summaries.items()])
+    if rows.train.skipped:
+        print(f"  left out for an empty field: {listed(rows.train.skipped)}")
+    for name, found in summaries.items():
+        for sentence in remarks(found):
+            print(f"  {name}: {sentence}")
+
+
+def cells(name: str, found: Summary) -> list[str]:
+    """Return the table's cells for one part of the rows."""
+    share = f"{found.trained_tokens:,} ({found.trained_tokens / found.tokens:.0%})"
+    lengths = (found.lengths.median, found.lengths.p95, found.lengths.max, len(found.truncated))
+    counts = [f"{number:,}" for number in lengths]
+    return [name, f"{found.rows:,}", f"{found.tokens:,}", share, *counts]
+
+
+def remarks(found: Summary) -> Iterator[str]:
+    """Yield a sentence for everything that is worth a look."""
+    if found.truncated:
+        yield f"rows cut, their end is not seen: {listed(found.truncated)}"
+    if found.unended:
+        yield f"rows that do not teach the model to stop: {listed(found.unended)}"
+    if found.unlike_prompt:
+        yield f"rows whose prompt is other tokens when used alone: {listed(found.unlike_prompt)}"
+
+
+def listed(lines: Sequence[int]) -> str:
+    """Return how many lines, and the first of them."""
+    some = ", ".join(str(line) for line in lines[:5]) + (", ..." if len(lines) > 5 else "")
+    return f"{len(lines):,} (line {some})"
+
+
+def legend() -> str:
+    """Return what the marks mean."""
+    return "trained tokens in green" if show.on_terminal() else "trained tokens in [brackets]"

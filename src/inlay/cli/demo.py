@@ -1,0 +1,120 @@
+"""`inlay demo`: the whole job, offline, on the embedded model and generated reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from inlay.cli import show, summary
+from inlay.cli.options import Parser, checked, same
+from inlay.cli.progress import progress
+from inlay.train.config import Text, checked_config, flags_of
+
+if TYPE_CHECKING:
+    from inlay.train.run import TrainResult
+
+ABOUT = "Tune the embedded model on generated reports, compare, merge, and write a report."
+USAGE = "inlay demo [--output DIR] [flags]"
+
+RUN: dict[str, Any] = {
+    "model": "pocket",
+    "data": "reports",
+    "method": "lora",
+    "rank": 16,
+    "alpha": 32,
+    "max_length": 256,
+    "batch_size": 8,
+    "gradient_accumulation": 1,
+    "max_steps": 200,
+    "learning_rate": 3e-3,
+    "log_every": 5,
+    "eval_rows": 128,
+    "generate_rows": 48,
+    "generate_tokens": 48,
+}
+"""The demo's run: sizes for a small model on two CPU cores."""
+MERGE_ROWS = 16
+
+
+class DemoOptions(BaseModel):
+    """What `inlay demo` can be told."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    output: Text = Field("demo", description="folder that receives the run and its report.html")
+    seed: int = same("seed")
+    threads: PositiveInt | None = same("threads")
+
+
+def parser(argv: Sequence[str]) -> Parser:
+    """Return the verb's flags."""
+    del argv
+    found = Parser("demo", USAGE, ABOUT)
+    found.add_flags("flags", flags_of(DemoOptions))
+    found.add_switches()
+    return found
+
+
+def run(given: dict[str, Any]) -> int:
+    """Train, compare, merge, and show everything."""
+    options = checked(DemoOptions, given)
+    config = checked_config(RUN | options.model_dump() | {"overwrite": True})
+    print("The same as: " + command(RUN | {"output": options.output}))
+    started = time.monotonic()
+
+    from inlay.train.run import train
+
+    with progress() as drawn:
+        result = train(config, on_event=drawn)
+        drawn.stage("merging, and checking the merged model against the adapted one")
+        merge = merge_report(result)
+        write_page(result, merge)
+    summary.what_trained(result.run)
+    summary.comparison(result.run["comparison"])
+    summary.merged(merge)
+    summary.example(result.run["comparison"]["examples"][0])
+    show.heading(f"done in {show.duration(time.monotonic() - started)}")
+    print(f"  The report with the curves: {result.folder.report.resolve()}")
+    print("  The same for a model of the hub and a file of yours:")
+    print("    inlay train --model Qwen/Qwen3-0.6B --data my.jsonl --output run")
+    print(f"  More: inlay generate --adapter {options.output} --prompt TEXT; inlay --help")
+    return 0
+
+
+def command(keys: dict[str, Any]) -> str:
+    """Return the `inlay train` line that does the same."""
+    flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in keys.items())
+    return f"inlay train {flags}"
+
+
+def merge_report(result: TrainResult) -> dict[str, Any]:
+    """Merge the tuned model in memory, checked on held-out rows, and return the report."""
+    from inlay.cli.merging import encoded_batches
+    from inlay.model.merge import merge
+    from inlay.train.rows import rows_of_run, sample
+
+    assert result.model is not None
+    assert result.tokenizer is not None
+    config = checked_config(result.run["config"])
+    rows = sample(rows_of_run(config).test, MERGE_ROWS)
+    inputs = encoded_batches(rows, result.tokenizer, config.max_length, result.model.device)
+    return {**asdict(merge(result.model, inputs=inputs)), "rows": len(rows)}
+
+
+def write_page(result: TrainResult, merge: dict[str, Any]) -> None:
+    """Write report.html again, the merge with it."""
+    from inlay.evaluate.record import Merge, Run, Step
+    from inlay.evaluate.report import write_report
+    from inlay.train.recorder import read_metrics
+
+    write_report(
+        result.folder.report,
+        cast(Run, result.run),
+        cast("list[Step]", read_metrics(result.folder.metrics)),
+        result.run["comparison"],
+        cast(Merge, merge),
+    )

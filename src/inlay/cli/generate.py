@@ -1,0 +1,154 @@
+"""`inlay generate`: complete a prompt, or the rows of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from inlay.cli import show
+from inlay.cli.options import Parser, checked, same
+from inlay.errors import UsageError
+from inlay.train.config import Text, flags_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from inlay.cli.tuned import Tuned
+    from inlay.data.rows import Rows
+
+ABOUT = "Write the likeliest continuation of a prompt, or of the prompts in a file."
+USAGE = """inlay generate --adapter DIR --prompt TEXT [flags]
+       inlay generate --model M --data D [flags]"""
+EXAMPLES = """examples:
+  inlay generate --adapter run --prompt "The heart is"
+  inlay generate --adapter run --data test.jsonl --max-rows 5 --base"""
+
+
+class GenerateOptions(BaseModel):
+    """What `inlay generate` can be told."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    adapter: Text | None = Field(None, description="folder of a run, or of an adapter")
+    model: Text | None = Field(None, description="a model without adapter, instead of --adapter")
+    storage: Literal["dense", "nf4", "int8"] | None = Field(
+        None, description="how the frozen weights are held; default: as in the run"
+    )
+    prompt: Text | None = Field(None, description="text to continue, just as it stands")
+    data: Text | None = Field(None, description="file whose prompts to continue")
+    max_rows: PositiveInt = Field(3, description="rows of the file to continue, at most")
+    generate_tokens: PositiveInt = same("generate_tokens")
+    base: bool = Field(False, description="show what the base writes too")
+    threads: PositiveInt | None = same("threads")
+
+
+def parser(argv: Sequence[str]) -> Parser:
+    """Return the verb's flags."""
+    del argv
+    found = Parser("generate", USAGE, ABOUT, EXAMPLES)
+    found.add_flags("flags", flags_of(GenerateOptions))
+    found.add_switches(json="write JSON for a machine")
+    return found
+
+
+def run(given: dict[str, Any]) -> int:
+    """Write what the model says."""
+    from inlay.cli.tuned import exactly_one, find_tuned, set_threads
+
+    as_json = given.pop("json", False)
+    options = checked(GenerateOptions, given)
+    exactly_one({"adapter": options.adapter, "model": options.model})
+    exactly_one({"prompt": options.prompt, "data": options.data})
+    if options.base and options.adapter is None:
+        raise UsageError("--base compares with the model under an adapter; give --adapter")
+    tuned = find_tuned(options.adapter) if options.adapter else None
+    rows = rows_to_continue(options, tuned)
+    set_threads(options.threads)
+    model, tokenizer = loaded(options, tuned)
+    found = continued(options, model, tokenizer, rows, tuned)
+    if as_json:
+        show.as_json(found)
+        return 0
+    for number, row in enumerate(found):
+        if number:
+            print()
+        if len(found) == 1 and list(row) == ["prompt", "text"]:
+            print(row["text"].strip())
+        else:
+            show.facts(row.items())
+    return 0
+
+
+def rows_to_continue(options: GenerateOptions, tuned: Tuned | None) -> Rows | None:
+    """Return the rows of the file, or None when the prompt is given as text."""
+    if options.data is None:
+        return None
+    from inlay.cli.rows import keys_for, rows_of
+
+    given = options.model_dump(exclude_unset=True, exclude={"prompt"})
+    keys = keys_for(tuned.run if tuned else {}, given | {"max_rows": options.max_rows})
+    return rows_of(options.data, keys)
+
+
+def loaded(
+    options: GenerateOptions, tuned: Tuned | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the tuned model, or the plain one."""
+    from inlay.cli.tuned import load_tuned
+    from inlay.model.load import load
+
+    if tuned is not None:
+        return load_tuned(tuned, options.storage)
+    assert options.model is not None
+    return load(options.model, options.storage or "dense")
+
+
+def continued(
+    options: GenerateOptions,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows | None,
+    tuned: Tuned | None,
+) -> list[dict[str, str]]:
+    """Return each prompt with its continuation, the base's too when asked for."""
+    from inlay.evaluate.generation import generate
+    from inlay.model.attach import disabled
+
+    prompts, shown = prompts_of(options, tokenizer, rows, tuned)
+
+    def texts() -> list[str]:
+        return generate(model, tokenizer, prompts, options.generate_tokens)
+
+    found = [{**row, "text": text} for row, text in zip(shown, texts(), strict=True)]
+    if options.base:
+        with disabled(model):
+            found = [{**row, "base": text} for row, text in zip(found, texts(), strict=True)]
+    return found
+
+
+def prompts_of(
+    options: GenerateOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows | None,
+    tuned: Tuned | None,
+) -> tuple[list[Any], list[dict[str, str]]]:
+    """Return the prompts, rows' as tokens just as in training, and what to show of each."""
+    if rows is None:
+        assert options.prompt is not None
+        return [options.prompt], [{"prompt": options.prompt}]
+    from inlay.data.tokens import encode
+    from inlay.evaluate.run import choose_samples
+
+    longest = (tuned.run if tuned else {}).get("max_length", same("max_length").default)
+    encoded = encode(rows, tokenizer, longest)
+    samples = choose_samples(rows, encoded, len(rows))
+    if not samples:
+        raise UsageError("the rows are plain text without a prompt; give --prompt instead")
+    decoded = tokenizer.batch_decode([list(s.prompt) for s in samples], skip_special_tokens=True)
+    shown = [
+        {"line": str(sample.line), "prompt": text.strip(), "expected": sample.reference}
+        for sample, text in zip(samples, decoded, strict=True)
+    ]
+    return [sample.prompt for sample in samples], shown

@@ -1,0 +1,112 @@
+"""`inlay merge`: an adapter into its base, checked, as a plain model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from inlay.cli import show, summary
+from inlay.cli.options import Parser, checked, same
+from inlay.data.rows import Format
+from inlay.errors import UsageError
+from inlay.train.config import Text, flags_of
+
+if TYPE_CHECKING:
+    from inlay.cli.tuned import Tuned
+    from inlay.data.rows import Rows
+
+ABOUT = "Merge an adapter into its base, check the result on real rows, and save a plain model."
+USAGE = "inlay merge --adapter DIR --output DIR [flags]"
+EXAMPLES = """examples:
+  inlay merge --adapter run --output merged
+  inlay merge --adapter run --output merged --data test.jsonl --json"""
+
+
+class MergeOptions(BaseModel):
+    """What `inlay merge` can be told."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    adapter: Text = Field(description="folder of a run, or of an adapter")
+    output: Text = Field(description="new folder for the merged model")
+    storage: Literal["dense", "keep"] = Field(
+        "dense",
+        description="a quantised base becomes dense, or stays quantised if that loses little",
+    )
+    data: Text | None = Field(
+        None, description="rows to check on; default: the run's held-out rows, else random tokens"
+    )
+    format: Format = same("format")
+    prompt: Text | None = same("prompt")
+    completion: Text | None = same("completion")
+    text: Text | None = same("text")
+    rows: PositiveInt = Field(16, description="rows to check on, at most")
+    overwrite: bool = Field(False, description="replace a folder that already lies there")
+    threads: PositiveInt | None = same("threads")
+
+
+def parser(argv: Sequence[str]) -> Parser:
+    """Return the verb's flags."""
+    del argv
+    found = Parser("merge", USAGE, ABOUT, EXAMPLES)
+    found.add_flags("flags", flags_of(MergeOptions))
+    found.add_switches(json="write JSON for a machine")
+    return found
+
+
+def run(given: dict[str, Any]) -> int:
+    """Merge, save, read back and check again."""
+    from inlay.cli.tuned import find_tuned, load_tuned, set_threads
+
+    as_json = given.pop("json", False)
+    options = checked(MergeOptions, given)
+    output = Path(options.output)
+    check_free(output, options.overwrite)
+    tuned = find_tuned(options.adapter)
+    rows, keys = rows_to_check(options, tuned)
+    set_threads(options.threads)
+    model, tokenizer = load_tuned(tuned)
+
+    from inlay.cli.merging import encoded_batches, merge_and_save
+    from inlay.train.files import size_of
+
+    inputs = (
+        encoded_batches(rows, tokenizer, keys["max_length"], model.device)
+        if rows is not None
+        else None
+    )
+    about = {"base": tuned.base, "adapter": str(tuned.adapter)}
+    record = merge_and_save(model, tokenizer, output, inputs, options.storage, about)
+    if as_json:
+        show.as_json({**record, "output": str(output), "bytes": size_of([output])})
+        return 0
+    summary.merged(record)
+    print(f"\nSaved in {output} ({show.size(size_of([output]))}), read back and checked again.")
+    print(f"A plain model: AutoModelForCausalLM.from_pretrained({str(output)!r}) reads it.")
+    return 0
+
+
+def check_free(output: Path, overwrite: bool) -> None:
+    """Raise when something lies where the merged model would go."""
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise UsageError(f"{output} is not empty; name a new folder, or give --overwrite")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file; name a new folder")
+
+
+def rows_to_check(options: MergeOptions, tuned: Tuned) -> tuple[Rows | None, dict[str, Any]]:
+    """Return some of the rows named, else of those the run held out, else none; and their keys."""
+    from inlay.cli.rows import held_out, keys_for, rows_of
+    from inlay.train.rows import sample
+
+    keys = keys_for(tuned.run, options.model_dump(exclude_unset=True))
+    if options.data is not None:
+        rows = rows_of(options.data, keys)
+    elif tuned.run:
+        rows = held_out(tuned.run)
+    else:
+        return None, keys
+    return sample(rows, options.rows), keys

@@ -1,0 +1,176 @@
+"""Flags made from a pydantic definition, so that flags, run files and checks cannot disagree."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel
+
+from inlay.errors import UsageError, did_you_mean
+from inlay.train.config import SYNONYMS, Flag, RunConfig, flags_of, from_text, validated
+
+Options = TypeVar("Options", bound=BaseModel)
+
+
+class Once(argparse.Action):
+    """Keep a flag's value; giving the flag twice is an error, not a silent choice."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string} is given twice")
+        setattr(namespace, self.dest, values)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises one sentence instead of printing its usage and exiting."""
+
+    def __init__(self, verb: str, usage: str, about: str, examples: str = ""):
+        super().__init__(
+            prog=f"inlay {verb}",
+            usage=usage,
+            description=about,
+            epilog=examples,
+            add_help=False,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.hidden: set[str] = set()
+
+    def add_flags(self, title: str, flags: Iterable[Flag]) -> None:
+        """Add a titled group of flags; their text is checked later, by the definition."""
+        group = self.add_argument_group(title)
+        for flag in flags:
+            self.add_flag(group, flag, help_of(flag))
+
+    def add_hidden(self, flags: Iterable[Flag]) -> None:
+        """Add flags that the help leaves out, such as other methods' hyperparameters."""
+        for flag in flags:
+            if flag.option not in self._option_string_actions:
+                self.add_flag(self, flag, argparse.SUPPRESS)
+                self.hidden.add(flag.option)
+
+    def add_flag(self, to: argparse._ActionsContainer, flag: Flag, text: str) -> None:
+        """Add one flag to a group."""
+        if flag.kind == "switch":
+            to.add_argument(
+                flag.option,
+                action=argparse.BooleanOptionalAction,
+                dest=flag.key,
+                default=None,
+                help=text,
+            )
+        elif flag.kind == "value":
+            to.add_argument(
+                flag.option, action=Once, dest=flag.key, metavar=metavar(flag), help=text
+            )
+        else:
+            to.add_argument(
+                flag.option,
+                action="extend",
+                nargs="+",
+                dest=flag.key,
+                metavar=metavar(flag),
+                help=text,
+            )
+
+    def add_switches(self, **switches: str) -> None:
+        """Add the last group: plain switches such as `--json`, then `--help` and `--debug`."""
+        group = self.add_argument_group("other")
+        every = switches | {"help": "show this and stop", "debug": "show a bug's traceback"}
+        for key, text in every.items():
+            option = "--" + key.replace("_", "-")
+            group.add_argument(option, action="store_true", default=None, help=text)
+
+    def add_word(self, name: str, shown_as: str, text: str) -> None:
+        """Add the one word that may stand without a flag."""
+        group = self.add_argument_group("argument")
+        group.add_argument(name, nargs="?", metavar=shown_as, help=text)
+
+    def given(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Return what the command line gives, by key; flags not given are left out.
+
+        Raises:
+            UsageError: an unknown flag, a flag without its value, or a word too many.
+        """
+        namespace, rest = self.parse_known_args(list(argv))
+        if rest:
+            raise UsageError(self.unknown(rest))
+        return {key: value for key, value in vars(namespace).items() if value is not None}
+
+    def unknown(self, rest: Sequence[str]) -> str:
+        """Return the sentence for what the parser did not recognise."""
+        flag = next((word.partition("=")[0] for word in rest if word.startswith("-")), None)
+        if flag is None:
+            return f"unexpected argument {rest[0]!r}."
+        known = [o for o in self._option_string_actions if o not in self.hidden]
+        synonym = SYNONYMS.get(flag.lstrip("-").replace("-", "_"), "")
+        option = "--" + synonym.replace("_", "-")
+        hint = f" Did you mean {option!r}?" if option in known else did_you_mean(flag, known)
+        return f"there is no flag {flag!r}.{hint}"
+
+    def error(self, message: str) -> NoReturn:
+        """Raise argparse's complaint as one sentence."""
+        subject, _, problem = message.removeprefix("argument ").partition(": ")
+        words = {
+            "expected one argument": "needs a value",
+            "expected at least one argument": "needs one or more values",
+        }
+        if problem.startswith("ignored explicit argument"):
+            problem = "takes no value; to turn it off write " + "--no-" + subject.split("/")[0][2:]
+        problem = words.get(problem, problem)
+        raise UsageError(f"{subject} {problem}".strip() + ".")
+
+
+def help_of(flag: Flag) -> str:
+    """Return a flag's help with its default."""
+    text = flag.help.replace("%", "%%")
+    nothing = flag.default is None or flag.default is ... or flag.default in ([], {}, ())
+    if "default" in text or nothing:
+        return text
+    return f"{text} (default: {shown(flag.default)})"
+
+
+def shown(default: object) -> str:
+    """Return a default as one would type it."""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, list | tuple):
+        return " ".join(str(item) for item in default)
+    return str(default)
+
+
+def metavar(flag: Flag) -> str:
+    """Return the word that stands for a flag's value in the help."""
+    if flag.choices:
+        return "|".join(flag.choices)
+    if flag.kind == "pairs":
+        return "NAME=VALUE"
+    return "N" if "number" in flag.expected else "TEXT"
+
+
+def same(key: str) -> Any:
+    """Return a run's field, so that the flag of another verb means and defaults to the same."""
+    return RunConfig.model_fields[key]
+
+
+def checked(definition: type[Options], given: Mapping[str, Any]) -> Options:
+    """Return the options these flags make.
+
+    Raises:
+        UsageError: with one line for each problem.
+    """
+    known = {flag.key: flag for flag in flags_of(definition)}
+    values = {key: from_text(known[key], value) for key, value in given.items() if key in known}
+    options, problems = validated(definition, values)
+    if options is None:
+        raise UsageError("\n".join(problems.values()))
+    assert isinstance(options, definition)
+    return options

@@ -1,0 +1,172 @@
+"""Live progress of a run: a panel on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from inlay.cli import show
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
+    from inlay.train.events import Event
+
+QUIET_SECONDS = 5
+"""Without a terminal, step lines stand at least this far apart."""
+
+
+def progress(stream: TextIO | None = None) -> PlainProgress | LiveProgress:
+    """Return what draws a run's events on stderr, so that stdout holds results only."""
+    to = stream or sys.stderr
+    return LiveProgress(to) if to.isatty() else PlainProgress(to)
+
+
+class PlainProgress:
+    """One line for each stage, held-out loss and note, and for a step every few seconds."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.last = float("-inf")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing to tidy."""
+
+    def __call__(self, event: Event) -> None:
+        """Write what happened."""
+        if event.kind in ("stage", "note"):
+            self.write(event.message)
+        elif event.kind == "evaluation" and event.eval_loss is not None:
+            self.write(f"{place(event)}  held-out loss {event.eval_loss:.4f}")
+        elif event.kind == "step" and self.due(event):
+            self.last = event.seconds
+            self.write("  ".join([place(event), *(f"{k} {v}" for k, v in figures(event).items())]))
+
+    def stage(self, text: str) -> None:
+        """Write that a piece of work begins."""
+        self.write(text)
+
+    def due(self, event: Event) -> bool:
+        """Say whether this step deserves a line: the first, the last, and one every few seconds."""
+        waited = event.seconds - self.last >= QUIET_SECONDS
+        return waited or event.step == event.total_steps
+
+    def working(self, what: str, done: int, total: int) -> None:
+        """Write that a piece of measuring is done; the start and the middle need no line."""
+        if done == total:
+            self.write(f"{what}: {total} rows")
+
+    def write(self, text: str) -> None:
+        """Write one line at once."""
+        print(text, file=self.stream, flush=True)
+
+
+class LiveProgress:
+    """A panel with a bar, the latest figures and the curve of the loss."""
+
+    def __init__(self, stream: TextIO):
+        from rich.console import Console
+
+        self.console = Console(file=stream, highlight=False)
+        self.live: Live | None = None
+        self.doing = ""
+        self.step: Event | None = None
+        self.eval_loss: float | None = None
+        self.losses: list[float] = []
+
+    def __enter__(self) -> Self:
+        from rich.live import Live
+
+        self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+        self.live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Draw what happened."""
+        if event.kind == "stage":
+            self.doing, self.step = event.message, None
+        elif event.kind == "note":
+            self.console.print(event.message, markup=False)
+        elif event.kind == "evaluation":
+            self.eval_loss = event.eval_loss
+        elif event.kind == "step":
+            self.step = event
+            if event.loss is not None:
+                self.losses.append(event.loss)
+        self.draw()
+
+    def working(self, what: str, done: int, total: int) -> None:
+        """Draw how far a piece of measuring is."""
+        self.doing, self.step = f"{what}: {done} of {total} rows", None
+        self.draw()
+
+    def stage(self, text: str) -> None:
+        """Draw that a piece of work begins."""
+        self.doing, self.step = text, None
+        self.draw()
+
+    def draw(self) -> None:
+        """Put the panel on the terminal."""
+        if self.live is not None:
+            self.live.update(self.panel())
+
+    def panel(self) -> RenderableType:
+        """Return the panel as it is now."""
+        from rich.console import Group
+        from rich.padding import Padding
+        from rich.panel import Panel
+        from rich.progress_bar import ProgressBar
+        from rich.text import Text
+
+        lines: list[RenderableType] = [Text(self.doing)]
+        if self.step is not None:
+            bar = ProgressBar(total=self.step.total_steps, completed=self.step.step)
+            lines.append(Padding(bar, 0))
+            facts = figures(self.step)
+            if self.eval_loss is not None:
+                facts["held-out loss"] = f"{self.eval_loss:.4f}"
+            lines.append(Text("   ".join(f"{name} {value}" for name, value in facts.items())))
+            lines.append(Text(sparkline(self.losses), style="green"))
+        title = place(self.step) if self.step else "inlay"
+        return Panel(Group(*lines), title=title, title_align="left", expand=True)
+
+
+def place(event: Event) -> str:
+    """Return how far the run is."""
+    return f"step {event.step}/{event.total_steps}"
+
+
+def figures(event: Event) -> dict[str, str]:
+    """Return a step's figures that are known, as texts: loss, rate, memory, time left."""
+    known = {
+        "loss": (event.loss, "{:.4f}".format),
+        "lr": (event.learning_rate, "{:.2e}".format),
+        "tokens/s": (event.tokens_per_second, "{:,.0f}".format),
+        "memory": (event.memory_bytes, show.size),
+        "left": (event.seconds_left, show.duration),
+    }
+    return {name: text(value) for name, (value, text) in known.items() if value is not None}
+
+
+def sparkline(values: list[float], width: int = 60) -> str:
+    """Return a curve of the latest values as one line of block characters."""
+    latest = values[-width:]
+    if len(latest) < 2:
+        return ""
+    low, high = min(latest), max(latest)
+    span = (high - low) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (value - low) / span))] for value in latest)

@@ -1,0 +1,45 @@
+"""The rows that a verb's flags, or the run beside an adapter, mean; read without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from inlay.data.read import read_rows
+from inlay.data.rows import Rows, normalise
+from inlay.train.config import RunConfig, checked_config
+from inlay.train.rows import rows_of_run
+
+COLUMNS = ("format", "prompt", "completion", "text")
+"""The keys that say which columns of the data are used, and how."""
+READING = ("max_length", "max_rows", "skip_empty")
+"""The keys that say which rows are used, and how much of them."""
+
+
+def rows_of(source: str, keys: Mapping[str, Any]) -> Rows:
+    """Read and check the rows of a source as the keys ask for.
+
+    Raises:
+        DataError: the data are not there, malformed, empty, or a row lacks what it needs.
+    """
+    named = {key: keys[key] for key in COLUMNS if keys.get(key) is not None}
+    rows = read_rows(source)[: keys.get("max_rows")]
+    return normalise(rows, skip_empty=keys.get("skip_empty", False), **named)
+
+
+def keys_for(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys to read rows with: the flags, else the run's, else the defaults.
+
+    A flag that names a column replaces all the columns of the run.
+    """
+    defaults = {key: RunConfig.model_fields[key].get_default() for key in (*READING, *COLUMNS)}
+    kept = ["max_length", "skip_empty"]
+    if not any(key in given for key in COLUMNS):
+        kept += COLUMNS
+    from_run = {key: run[key] for key in kept if key in run}
+    return defaults | from_run | {key: given[key] for key in defaults if key in given}
+
+
+def held_out(run: Mapping[str, Any]) -> Rows:
+    """Return the rows that a run kept aside for its last measurement."""
+    return rows_of_run(checked_config(run, source="run.json")).test

@@ -1,0 +1,112 @@
+"""The tables that say how good a run is: base against tuned, what trained, the merge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from inlay.cli import show
+
+if TYPE_CHECKING:
+    from inlay.evaluate.record import ComparisonRecord, ExampleRecord, MetricComparison, Score
+
+NAMES = {
+    "loss": "loss (nats/token)",
+    "exact_match": "exact match",
+    "token_f1": "token F1",
+    "rouge_l": "ROUGE-L",
+    "number_match": "number match",
+}
+ARROWS = {"lower": "↓", "higher": "↑"}
+
+
+def comparison(record: ComparisonRecord) -> None:
+    """Write base against tuned, metric by metric, with intervals and the paired test."""
+    show.heading(
+        f"base against tuned: {record['rows']} held-out rows, {record['tokens']:,} tokens"
+        + (f"; text of {record['generated_rows']} rows" if record["generated_rows"] else "")
+    )
+    show.table(
+        ("metric", "base", "tuned", "difference", "p"),
+        [metric_row(metric) for metric in record["metrics"]],
+    )
+    tests = ", ".join(sorted({metric["test"] for metric in record["metrics"]}))
+    print(f"  In brackets: {record['level']:.0%} bootstrap intervals over rows. p: {tests}.")
+
+
+def metric_row(metric: MetricComparison) -> list[str]:
+    """Return one metric's cells."""
+    name = NAMES.get(metric["name"], metric["name"].replace("_", " "))
+    p = metric["p_value"]
+    return [
+        f"{name} {ARROWS.get(metric['better'], '')}".strip(),
+        with_interval(metric["base"]),
+        with_interval(metric["tuned"]),
+        with_interval(metric["difference"], signed=True),
+        "-" if p is None else f"{p:.4f}" if p >= 0.0001 else f"{p:.0e}",
+    ]
+
+
+def with_interval(score: Score, signed: bool = False) -> str:
+    """Return `0.412 [0.38, 0.44]`, without brackets where there is no interval."""
+    value, low, high = score["value"], score["low"], score["high"]
+    if value is None:
+        return "-"
+    text = f"{value:+.4g}" if signed else f"{value:.4g}"
+    return text if low is None or high is None else f"{text} [{low:.3g}, {high:.3g}]"
+
+
+def example(found: ExampleRecord, where: str = "a held-out row") -> None:
+    """Write one row's prompt, its reference, and what base and tuned write."""
+    show.heading(f"{where}, before and after")
+    show.facts(
+        [
+            ("prompt", one_line(found["prompt"])),
+            ("expected", one_line(found["reference"])),
+            ("base writes", one_line(found["base"])),
+            ("tuned writes", one_line(found["tuned"])),
+        ]
+    )
+
+
+def one_line(text: str, width: int = 300) -> str:
+    """Return text on one line, cut where it is long."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"
+
+
+def what_trained(run: Mapping[str, Any]) -> None:
+    """Write what a run.json says of size, memory and time."""
+    trainable = run["trainable"]
+    share = f"{trainable['count']:,} of {trainable['total']:,} parameters"
+    show.heading("what was trained")
+    show.facts(
+        [
+            ("trained", f"{share} ({trainable['percent']:.3g}%)"),
+            ("adapter", f"{show.size(run['adapter_bytes'])} on disk"),
+            ("model", f"{show.size(run['model_bytes'])} on disk"),
+            ("peak memory", show.size(run["peak_memory_bytes"])),
+            ("time", show.duration(run["seconds"])),
+        ]
+    )
+
+
+def merged(report: Mapping[str, Any]) -> None:
+    """Write how near the merged model is to the adapted one."""
+    show.heading("merge, checked: the merged model against the adapted one")
+    positions = f"{report['positions']:,} positions of {inputs(report['inputs'])}"
+    show.facts(
+        [
+            ("checked on", positions),
+            ("largest logit difference", f"{report['max_logit_difference']:.3g}"),
+            ("KL divergence", f"{report['kl']:.3g} nats a position"),
+            ("same top token", f"{report['top1_agreement']:.2%}"),
+            ("update that survives", f"{report['surviving_fraction']:.2%}"),
+            ("layers", f"{report['layers']}, in {report['dtype']}"),
+        ]
+    )
+
+
+def inputs(name: str) -> str:
+    """Return what the merge was checked on, in words."""
+    return "the rows given" if name == "given" else name

@@ -1,0 +1,128 @@
+"""`inlay train`: tune an adapter, as flags or a run file."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import yaml
+
+from inlay.cli import show, summary
+from inlay.cli.options import Parser
+from inlay.cli.progress import progress
+from inlay.methods.catalog import catalog
+from inlay.train.config import RunConfig, flags, load_config, method_flags
+
+ABOUT = "Tune an adapter on a frozen model and measure it against the base on held-out rows."
+USAGE = """inlay train --model M --data D --output DIR [flags]
+       inlay train RUN.yaml [flags]"""
+EXAMPLES = """examples:
+  inlay train --model pocket --data reports --output run
+  inlay train --model Qwen/Qwen3-0.6B --data my.csv --prompt question --completion answer \\
+              --storage nf4 --rank 32 --output run
+  inlay train run.yaml --learning-rate 1e-4 --output run2
+  inlay train run.yaml --print-config > resolved.yaml"""
+GROUPS: dict[str, tuple[str, ...]] = {
+    "model": ("model", "revision", "storage", "double_quant", "dtype"),
+    "method": ("method", "targets", "exclude", "layers", "modules_to_save"),
+    "data": (
+        "data", "eval_data", "format", "prompt", "completion", "text", "split", "split_by",
+        "skip_empty", "max_rows", "max_length", "packing",
+    ),
+    "training": (
+        "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "scheduler",
+        "warmup", "weight_decay", "max_grad_norm", "gradient_checkpointing", "seed", "threads",
+    ),
+    "evaluation": ("evaluate", "eval_rows", "generate_rows", "generate_tokens"),
+    "output": ("output", "log_every", "save_every", "keep_checkpoints", "resume", "overwrite"),
+}  # fmt: skip
+"""The keys of a run by the title they stand under in the help."""
+
+
+def parser(argv: Sequence[str]) -> Parser:
+    """Return the verb's flags: those of a run, and those of the method the words name."""
+    found = Parser("train", USAGE, ABOUT, EXAMPLES)
+    add_run(found, argv)
+    found.add_switches(print_config="print the whole run as YAML and stop")
+    return found
+
+
+def add_run(to: Parser, argv: Sequence[str], shown: Sequence[str] = tuple(GROUPS)) -> None:
+    """Add the run file and a flag for every key of a run; the help shows some groups only."""
+    to.add_word("run_file", "RUN.yaml", "keys and values of a run; flags override them")
+    method = method_named(argv)
+    by_key = {flag.key: flag for flag in flags()}
+    for title in shown:
+        to.add_flags(title, (by_key[key] for key in GROUPS[title]))
+        if title == "method":
+            own = (replace(flag, help=flag.expected) for flag in method_flags(method))
+            to.add_flags(f"hyperparameters of {method}", own)
+    to.add_hidden(by_key.values())
+    to.add_hidden(flag for other in catalog() for flag in method_flags(other))
+
+
+def method_named(argv: Sequence[str]) -> str:
+    """Return the method that the words name; LoRA when they name none there is."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name = following if word == "--method" else word.removeprefix("--method=")
+        if name in catalog():
+            return name
+    return "lora"
+
+
+def config_from(given: dict[str, Any]) -> RunConfig:
+    """Return the run that a run file and flags define."""
+    return load_config(given.pop("run_file", None), given)
+
+
+def run(given: dict[str, Any]) -> int:
+    """Train, or print the resolved run."""
+    only_print = given.pop("print_config", False)
+    config = config_from(given)
+    if only_print:
+        print(as_yaml(config), end="")
+        return 0
+
+    from inlay.train.run import train
+
+    with progress() as drawn:
+        result = train(config, on_event=drawn)
+    if result.model is None:
+        print(f"{config.output} holds this run already, finished; --overwrite trains it anew.")
+        return 0
+    summary.what_trained(result.run)
+    if result.run["comparison"]:
+        summary.comparison(result.run["comparison"])
+        for example in result.run["comparison"]["examples"][:1]:
+            summary.example(example)
+    next_steps(config)
+    return 0
+
+
+def next_steps(config: RunConfig) -> None:
+    """Write where everything lies and what to do with it."""
+    where = shlex.quote(config.output)
+    show.heading("in " + config.output)
+    show.facts(
+        [
+            ("adapter/", "the trained adapter; HF PEFT reads it too"),
+            ("report.html", "the curves and the comparison on one page"),
+            ("run.json", "configuration, versions, hashes, results"),
+            ("metrics.jsonl", "every logged step"),
+        ]
+    )
+    show.heading("next")
+    print(f"  inlay eval --adapter {where} --data MORE_ROWS")
+    print(f"  inlay generate --adapter {where} --prompt TEXT")
+    print(f"  inlay merge --adapter {where} --output {shlex.quote(config.output + '-merged')}")
+
+
+def as_yaml(config: RunConfig) -> str:
+    """Return a run as a run file, every default written out."""
+    values = config.model_dump()
+    spec = catalog()[config.method]
+    defaults = {name: field.default for name, field in spec.fields.items()}
+    values |= defaults | values.pop("hyperparameters")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,94 @@
+"""A tuned model from its folder alone: the adapter, its base and the run it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inlay.checkpoint.folder import CONFIG, read_folder
+from inlay.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Where an adapter lies, and how it was trained if its run says so."""
+
+    adapter: Path
+    base: str
+    storage: str
+    run: Mapping[str, Any]
+    """The configuration of the run; empty for an adapter that no run lies beside."""
+
+
+def find_tuned(directory: str) -> Tuned:
+    """Return what the folder of a run, or of an adapter, says; imports no torch.
+
+    Raises:
+        CheckpointError: there is no adapter, its files are damaged, or it names no base.
+    """
+    folder = Path(directory)
+    within = (folder / "adapter" / CONFIG).is_file() and not (folder / CONFIG).is_file()
+    adapter = folder / "adapter" if within else folder
+    found = read_folder(adapter)
+    run = run_configuration(folder if within else folder.parent)
+    base = run.get("model") or found.base_model
+    if not base:
+        raise CheckpointError(
+            f"{adapter} does not say which base model it was trained on; write it into "
+            f"{CONFIG} as base_model_name_or_path"
+        )
+    return Tuned(adapter, base, run.get("storage") or found.storage or "dense", run)
+
+
+def run_configuration(folder: Path) -> Mapping[str, Any]:
+    """Return the configuration in a folder's run.json, or nothing when it has none."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}); delete it") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged: its config is not an object; delete it")
+    return found
+
+
+def load_tuned(
+    tuned: Tuned, storage: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the base in the storage it was trained in, with the adapter on it, active."""
+    from inlay.checkpoint.adapter import load_adapter
+    from inlay.model.load import load
+
+    model, tokenizer = load(
+        tuned.base,
+        storage or tuned.storage,
+        double_quant=tuned.run.get("double_quant", True),
+        dtype=tuned.run.get("dtype", "auto"),
+        revision=tuned.run.get("revision"),
+    )
+    load_adapter(model, tuned.adapter)
+    return model, tokenizer
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch use this many CPU threads, if the user says how many."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def exactly_one(given: Mapping[str, object | None]) -> None:
+    """Raise unless exactly one of these flags is given."""
+    named = [f"--{name}" for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        wanted = " or ".join(f"--{name}" for name in given)
+        raise UsageError(f"give {wanted}, {'not both' if named else 'one of them'}")
