@@ -22,7 +22,9 @@ def make_model(folder: Path) -> Path:
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = ["<unk>", "<pad>", "</s>"]
-    tokenizer.train_from_iterator([" ".join(WORDS)], trainers.WordLevelTrainer(special_tokens=special))
+    tokenizer.train_from_iterator(
+        [" ".join(WORDS)], trainers.WordLevelTrainer(special_tokens=special)
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"
     )
@@ -55,7 +57,7 @@ def make_data(path: Path, rows: int = 30) -> Path:
 
 
 def make_run(folder: Path, output: str = "out", **changes: Any) -> RunConfig:
-    """Return a run of 12 steps over 24 rows on the model and data in this folder."""
+    """Return a run of 12 steps over 23 rows on the model and data in this folder."""
     if not (folder / "model").is_dir():
         make_model(folder / "model")
         make_data(folder / "data.jsonl")
@@ -83,7 +85,9 @@ def make_run(folder: Path, output: str = "out", **changes: Any) -> RunConfig:
 
 def adapter_hash(output: str | Path) -> str:
     """Return the hash of a run's trained adapter."""
-    return hashlib.sha256((Path(output) / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256(
+        (Path(output) / "adapter/adapter_model.safetensors").read_bytes()
+    ).hexdigest()
 
 
 def losses_of(output: str | Path) -> list[dict[str, Any]]:

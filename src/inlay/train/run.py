@@ -116,8 +116,8 @@ class Running:
         self.stage("loading the model")
         model, tokenizer = self.loaded()
         record = self.begin(model, rows)
-        trainer = self.trainer(model, tokenizer, tokens, record)
         with self.stopping(record), left_as_it_was(model):
+            trainer = self.trainer(model, tokenizer, tokens, record)
             self.fit(trainer)
         self.save(model, trainer)
         record["comparison"] = self.compared(model, tokenizer, tokens)
@@ -147,8 +147,8 @@ class Running:
         test = sample(rows.test, self.config.eval_rows)
         return Tokens(
             train=encoded,
-            validation=encode(validation, tokenizer, longest),
-            test=encode(test, tokenizer, longest),
+            validation=encode(validation, tokenizer, longest) if validation else [],
+            test=encode(test, tokenizer, longest) if test else [],
             test_rows=test,
         ), rows
 
