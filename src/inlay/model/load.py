@@ -10,11 +10,16 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,13 +28,21 @@ from transformers.utils import logging as transformers_logging
 
 from inlay.errors import ModelError, did_you_mean
 from inlay.model.quantize import describe_quantization
-from inlay.model.streaming import Stopped, StreamingConfig, StreamingQuantizer
+from inlay.model.streaming import (
+    Stopped,
+    StreamingConfig,
+    StreamingQuantizer,
+    unread_tensors,
+)
 from inlay.storage.registry import storage_class
 
 EMBEDDED = {"pocket": Path(__file__).parent / "pocket"}
 """Names of the base models that come with Inlay -> their folder."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FETCHED = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def load(
@@ -63,36 +76,55 @@ def load(
     """
     if storage != "dense":
         storage_class(storage)
-    source = located(model)
+    folder = located(model, revision)
     with quiet_transformers():
-        config = read_config(source, revision, trust_remote_code)
+        config = read_config(folder, trust_remote_code)
         streaming = streaming_config(config, model, storage, double_quant)
-        loaded = read_model(
-            source, config, streaming, checked_dtype(dtype), device, revision, trust_remote_code
-        )
-        tokenizer = read_tokenizer(source, revision, trust_remote_code)
+        dtype = checked_dtype(dtype)
+        loaded = read_model(folder, config, streaming, dtype, device, trust_remote_code)
+        tokenizer = read_tokenizer(folder, trust_remote_code)
+    loaded.config._name_or_path = str(folder) if Path(model).is_dir() else model
     describe_quantization(loaded)
     return loaded.requires_grad_(False).eval(), tokenizer
 
 
-def located(model: str) -> str:
-    """Return the folder or hub id that a model's name means; a folder's files are checked."""
-    folder = EMBEDDED[model] if model in EMBEDDED else Path(model).expanduser()
-    if folder.is_dir():
-        check_folder(folder)
-        return str(folder)
-    if folder.exists():
+def located(model: str, revision: str | None = None) -> Path:
+    """Return the folder of a model: embedded, local, or fetched from the hub.
+
+    Raises:
+        ModelError: it is not there, or its files are missing, damaged or not safetensors.
+    """
+    folder = EMBEDDED[model] if model in EMBEDDED else Path(model).expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
         raise ModelError(f"{model} is a file; a model is a folder with config.json in it")
+    if not folder.is_dir():
+        folder = fetched(model, revision)
+    check_folder(folder)
+    return folder
+
+
+def fetched(model: str, revision: str | None) -> Path:
+    """Fetch a hub model, or find it in the local cache; return its folder there."""
     if not looks_like_hub_id(model):
         raise ModelError(f"there is no folder {model!r}.{did_you_mean(model, EMBEDDED)}")
-    return model
+    with quiet_hub():
+        try:
+            return Path(snapshot_download(model, revision=revision, allow_patterns=FETCHED))
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise ModelError(
+                f"{model!r} is neither a folder nor reachable on the hub "
+                f"({type(error).__name__}); check the spelling and the connection, or give a "
+                f"local folder.{did_you_mean(model, EMBEDDED)}"
+            ) from error
 
 
 def looks_like_hub_id(model: str) -> bool:
     """Say whether a name could be `owner/name` or `name` on the hub."""
-    parts = model.split("/")
-    plain = all(part and part.strip(".~") == part and "\\" not in part for part in parts)
-    return len(parts) <= 2 and plain and " " not in model
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return True
 
 
 def check_folder(folder: Path) -> None:
@@ -105,32 +137,34 @@ def check_folder(folder: Path) -> None:
         adapter = (folder / "adapter_config.json").is_file()
         hint = " It holds an adapter; give the model it was trained on." if adapter else ""
         raise ModelError(f"{folder} has no config.json, which every model folder has.{hint}")
-    files = sorted(folder.glob("*.safetensors"))
     pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
+    files = weight_files(folder)
     if not files and pickles:
         raise ModelError(
             f"{folder} holds its weights as {pickles[0]}, and only safetensors is read, because "
             "the other formats can run code; convert it with transformers' save_pretrained"
         )
     if not files:
-        raise ModelError(f"{folder} holds no *.safetensors file, so there are no weights to load")
-    check_shards(folder)
+        raise ModelError(f"{folder} holds neither {WEIGHTS} nor {INDEX}: no weights to load")
     for file in files:
         check_safetensors(file)
 
 
-def check_shards(folder: Path) -> None:
-    """Raise unless every file that a sharded checkpoint's index names is there."""
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model; raise when its index names one that is not there."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
     index = folder / INDEX
-    if not index.is_file() or (folder / "model.safetensors").is_file():
-        return
+    if not index.is_file():
+        return []
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = {str(s) for s in json.loads(index.read_text("utf-8"))["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} is damaged: {error}; fetch the model anew") from error
-    missing = sorted(name for name in shards if not (folder / str(name)).is_file())
+        raise ModelError(f"{index} is damaged: {error}; fetch the model again") from error
+    missing = sorted(name for name in shards if not (folder / name).is_file())
     if missing:
         raise ModelError(f"{folder} lacks {missing[0]}, which {INDEX} names; fetch it again")
+    return sorted(folder / name for name in shards)
 
 
 def check_safetensors(file: Path) -> None:
@@ -142,22 +176,21 @@ def check_safetensors(file: Path) -> None:
         raise ModelError(f"{file} is truncated or damaged: {error}; fetch it again") from error
 
 
-def read_config(source: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     """Read the model's configuration."""
-    with failures_as_sentences(source, "configuration"):
-        return AutoConfig.from_pretrained(
-            source, revision=revision, trust_remote_code=trust_remote_code
-        )
+    with failures_as_sentences(folder, "configuration"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def read_tokenizer(
-    source: str, revision: str | None, trust_remote_code: bool
-) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Read the model's tokenizer."""
-    with failures_as_sentences(source, "tokenizer"):
-        return AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=trust_remote_code
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"{folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}; save it there "
+            "with the tokenizer's save_pretrained"
         )
+    with failures_as_sentences(folder, "tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def streaming_config(
@@ -212,29 +245,33 @@ def checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def read_model(
-    source: str,
+    folder: Path,
     config: PreTrainedConfig,
     streaming: StreamingConfig | None,
     dtype: str | torch.dtype,
     device: str | torch.device | None,
-    revision: str | None,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     """Read the weights; raise unless every one of them was found and used."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with failures_as_sentences(source, "weights"):
+    packed = streaming is not None or "quantization_config" in vars(config)
+    with failures_as_sentences(folder, "weights"):
+        # transformers would map the files into memory; packed weights are better read piecemeal.
+        unread = unread_tensors(weight_files(folder)) if packed else None
         model, report = model_class(config).from_pretrained(
-            source,
+            None if packed else folder,
             config=config,
+            state_dict=unread,
             quantization_config=streaming,
             dtype=dtype,
             device_map={"": where},
-            revision=revision,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
         )
-    check_complete(source, report)
+        if packed and (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    check_complete(folder, report)
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, StreamingQuantizer):
         quantizer.release(model)
@@ -249,43 +286,44 @@ def model_class(config: PreTrainedConfig) -> type[Any]:
     return known if is_model else AutoModelForCausalLM
 
 
-def check_complete(source: str, report: Mapping[str, Any]) -> None:
+def check_complete(folder: Path, report: Mapping[str, Any]) -> None:
     """Raise unless every weight was found and every weight found was used."""
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:
         raise ModelError(
-            f"{source} lacks {len(missing)} of the model's weights, such as {missing[0]}; they "
+            f"{folder} lacks {len(missing)} of the model's weights, such as {missing[0]}; they "
             "would be random. The checkpoint is incomplete or of another architecture"
         )
     if unexpected:
         raise ModelError(
-            f"{source} holds {len(unexpected)} weights that the model has no place for, such as "
+            f"{folder} holds {len(unexpected)} weights that the model has no place for, such as "
             f"{unexpected[0]}; its config.json describes another architecture"
         )
 
 
 @contextmanager
-def failures_as_sentences(source: str, what: str) -> Iterator[None]:
+def failures_as_sentences(folder: Path, what: str) -> Iterator[None]:
     """Turn whatever transformers raises over these files into a sentence for the user."""
     try:
         yield
     except Stopped as stopped:
         raise stopped.error from None
     except Exception as error:
-        raise ModelError(sentence(source, what, error)) from error
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"the {what} in {folder} cannot be used: {type(error).__name__}: {reason}"
+        ) from error
 
 
-def sentence(source: str, what: str, error: Exception) -> str:
-    """Say what could not be read, where, and why."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if Path(source).is_dir():
-        return f"the {what} of {source} cannot be read: {type(error).__name__}: {reason}"
-    if isinstance(error, OSError):
-        return (
-            f"{source!r} is neither a folder nor reachable on the hub: {reason}. Check the "
-            "spelling and the connection, or give a local folder"
-        )
-    return f"the {what} of the hub model {source!r} cannot be read: {reason}"
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keep the hub client's warnings off the terminal; errors are ours to tell."""
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(hub_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(level)
 
 
 @contextmanager

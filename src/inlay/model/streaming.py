@@ -5,7 +5,9 @@ Memory peaks near the quantised size, because no more than one dense weight is h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,10 +81,8 @@ class StreamingQuantizer(HfQuantizer):
         return BYTES[self.quantization_config.storage]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        names = quantizable(model)
-        if self.pre_quantized:
-            names = packed_layers(kwargs["checkpoint_files"])
-        self.names = set(names)
+        del kwargs
+        self.names = set(quantizable(model))
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
@@ -178,11 +178,11 @@ class TakePacked(StreamingOp):
         parameter: str = kwargs["full_layer_name"]
         tensors = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
         empty = model.get_parameter_or_buffer(parameter)
-        if set(tensors) == {"weight"}:
-            weight: Tensor = tensors["weight"]
-            return {"weight": weight.to(empty.dtype) if weight.is_floating_point() else weight}
         name = parameter.removesuffix(".weight")
         try:
+            if set(tensors) == {"weight"}:
+                check_shape(tensors["weight"], empty)
+                return {"weight": as_dtype(tensors["weight"], empty.dtype)}
             layer = self.restored(model, name, tensors)
         except StorageError as error:
             raise Stopped(name, error) from error
@@ -208,6 +208,11 @@ def takes_packed(conversion: Any) -> bool:
     return any(isinstance(operation, TakePacked) for operation in operations)
 
 
+def as_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast floating-point weights to `dtype`; leave others as they are."""
+    return weight.to(dtype) if weight.is_floating_point() else weight
+
+
 def check_shape(weight: Tensor, empty: Tensor) -> None:
     """Raise unless the weight read has the shape that the model's skeleton expects."""
     if weight.shape != empty.shape:
@@ -217,13 +222,14 @@ def check_shape(weight: Tensor, empty: Tensor) -> None:
         )
 
 
-def packed_layers(files: list[str]) -> list[str]:
-    """Return the layers that these safetensors files hold packed."""
-    endings = tuple("." + key for key in PACKED)
-    names: list[str] = []
+def unread_tensors(files: Sequence[str | Path]) -> dict[str, Any]:
+    """Return the tensors of safetensors files as slices that read from the file when taken.
+
+    They do not map the file into memory, where all of it would count as the process's own.
+    """
+    tensors: dict[str, Any] = {}
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            keys: list[str] = list(opened.keys())
-            for key in keys:
-                names += [key.removesuffix(e) for e in endings if key.endswith(e)]
-    return names
+        opened = safe_open(file, framework="pt", backend="pread")
+        keys: list[str] = list(opened.keys())
+        tensors |= {key: opened.get_slice(key) for key in keys}
+    return tensors

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from inlay.errors import StorageError
 from inlay.kernels.frozen import register_format
-from inlay.storage.quantized import QuantizedLinear, checked_finite, checked_matrix
+from inlay.storage.quantized import (
+    QuantizedLinear,
+    checked_finite,
+    checked_matrix,
+    chunk_size,
+)
 
 ROW_FORMAT = 0
 """bitsandbytes' `weight_format` for weights that lie row by row."""
-CHUNK = 1 << 20
-"""Weights converted at once, so that what lies between stays in the cache."""
 
 
 class Int8Linear(QuantizedLinear):
@@ -29,14 +32,14 @@ class Int8Linear(QuantizedLinear):
         cls, w: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None, **options: Any
     ) -> Self:
         del options
-        full = checked_matrix(w, cls.storage)
-        absmax = full.abs().amax(1)
-        checked_finite(absmax, cls.storage)
-        scale = torch.where(absmax > 0, 127.0 / absmax, 0.0)
-        # An absmax below 127 / the largest float has no finite scale; its row rounds to zero.
-        scale = scale.nan_to_num(posinf=0.0)
-        q = torch.round(full * scale.unsqueeze(1)).clamp(-127, 127).to(torch.int8)
         rows, columns = w.shape
+        step = max(1, chunk_size(w.device) // max(1, columns))
+        pieces = [
+            quantized_rows(piece.float()) for piece in checked_matrix(w, cls.storage).split(step)
+        ]
+        absmax = torch.cat([largest for _, largest in pieces])
+        checked_finite(absmax, cls.storage)
+        q = torch.cat([q for q, _ in pieces])
         return cls((rows, columns), dtype or w.dtype, bias, weight=q, SCB=absmax)
 
     @classmethod
@@ -72,11 +75,22 @@ class Int8Linear(QuantizedLinear):
         return dequantized(picked, rows.numel(), self.in_features, self.dtype)
 
 
+def quantized_rows(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise fp32 rows: int8 of w's shape, and each row's absmax.
+
+    A row whose absmax has no finite reciprocal is zero to rounding.
+    """
+    absmax = w.abs().amax(1)
+    scale = (127.0 / absmax).nan_to_num(nan=0.0, posinf=0.0)
+    q = torch.round(w * scale.unsqueeze(1)).clamp(-127, 127)
+    return q.to(torch.int8), absmax
+
+
 def dequantized(parts: Sequence[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Return the dense (out, in) matrix in `dtype`, each weight rounded once from fp32."""
     q, absmax = parts
     dense = torch.empty(rows, columns, dtype=dtype, device=q.device)
-    step = max(1, CHUNK // columns)
+    step = max(1, chunk_size(q.device) // columns)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         dense[part] = q[part] * absmax[part, None] * (1 / 127)

@@ -20,14 +20,16 @@ from torch import Tensor
 
 from inlay.errors import StorageError
 from inlay.kernels.frozen import register_format
-from inlay.storage.quantized import QuantizedLinear, checked_finite, checked_matrix
+from inlay.storage.quantized import (
+    QuantizedLinear,
+    checked_finite,
+    checked_matrix,
+    chunk_size,
+)
 
 BLOCK = 64
 NESTED_BLOCK = 256
 STATE = "weight.quant_state.bitsandbytes__nf4"
-CHUNK = {"cpu": 1 << 20}
-"""Weights dequantised at once, so that what lies between stays in the cache."""
-CHUNK_ELSEWHERE = 1 << 26
 SMALLEST = 1e-38
 """bitsandbytes divides by no absmax below this."""
 
@@ -171,15 +173,15 @@ def midpoints(values: Tensor) -> Tensor:
 
 
 def quantized_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise a contiguous fp32 matrix: packed bytes (⌈n/2⌉, 1), absmax (⌈n/64⌉,)."""
+    """Quantise a contiguous matrix: packed bytes (⌈n/2⌉, 1), absmax (⌈n/64⌉,)."""
     flat = w.reshape(-1)
-    pieces = [chunk_blocks(chunk) for chunk in flat.split(chunk_size(flat.device))]
+    pieces = [chunk_blocks(chunk.float()) for chunk in flat.split(chunk_size(flat.device))]
     packed = torch.cat([bytes_ for bytes_, _ in pieces])
     return packed.unsqueeze(1), torch.cat([absmax for _, absmax in pieces])
 
 
 def chunk_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise consecutive weights that start on a block's edge; the last block may be short."""
+    """Quantise fp32 weights that start on a block's edge; the last block may be short."""
     whole = flat.numel() // BLOCK * BLOCK
     blocks, rest = flat[:whole].view(-1, BLOCK), flat[whole:]
     absmax = blocks.abs().amax(1)
@@ -189,9 +191,20 @@ def chunk_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
         absmax = torch.cat([absmax, last.unsqueeze(0)])
         scaled = torch.cat([scaled, rest / last])
     scaled = F.pad(scaled.clamp(-1, 1), (0, flat.numel() % 2))
-    thresholds = midpoints(quantiles(flat.device))
-    indices = torch.bucketize(scaled, thresholds, out_int32=True).to(torch.uint8)
+    indices = nearest_quantiles(scaled)
     return (indices[::2] << 4) | indices[1::2], absmax
+
+
+def nearest_quantiles(scaled: Tensor) -> Tensor:
+    """Return the index of the nearest NF4 value, uint8; on a tie the lower one.
+
+    Fifteen comparisons of all weights are a tenth of the time of a binary search for each.
+    """
+    indices = torch.zeros_like(scaled, dtype=torch.uint8)
+    above = torch.empty_like(scaled, dtype=torch.bool)
+    for threshold in midpoints(torch.tensor(QUANTILES)).tolist():
+        indices += torch.gt(scaled, threshold, out=above)
+    return indices
 
 
 def nested(absmax: Tensor) -> dict[str, Tensor]:
@@ -255,11 +268,6 @@ def scaled_into(out: Tensor, values: Tensor, absmax: Tensor) -> None:
     )
     values[edge:] *= absmax[whole:]
     out.copy_(values)
-
-
-def chunk_size(device: torch.device) -> int:
-    """Return how many weights to take at once on this device."""
-    return CHUNK.get(device.type, CHUNK_ELSEWHERE)
 
 
 def as_bytes(packed: Tensor) -> Tensor:

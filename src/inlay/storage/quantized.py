@@ -13,6 +13,10 @@ from inlay.errors import StorageError
 from inlay.kernels.frozen import FORMATS, frozen_linear, frozen_linear_t
 from inlay.storage.base import FrozenLinear
 
+CHUNK = 1 << 20
+"""Weights taken at once on CPU, so that what lies between stays small and in the cache."""
+CHUNK_ELSEWHERE = 1 << 26
+
 
 class QuantizedLinear(nn.Module, FrozenLinear):
     """A linear layer whose frozen weight is held in packed parts.
@@ -234,13 +238,13 @@ def described_bias(layer: FrozenLinear) -> str:
 
 
 def checked_matrix(w: Tensor, storage: str) -> Tensor:
-    """Return `w` in fp32, contiguous; raise unless it is a floating-point matrix."""
+    """Return `w` contiguous, without its gradient; raise unless it is a floating-point matrix."""
     if w.ndim != 2 or not w.is_floating_point() or w.numel() == 0:
         raise StorageError(
             f"the {storage} storage holds floating-point matrices (out, in), "
             f"not {w.dtype} of shape {tuple(w.shape)}"
         )
-    return w.detach().to(torch.float32).contiguous()
+    return w.detach().contiguous()
 
 
 def checked_finite(largest: Tensor, storage: str) -> None:
@@ -250,3 +254,8 @@ def checked_finite(largest: Tensor, storage: str) -> None:
             f"the weight holds a NaN or an infinity, which the {storage} storage cannot hold; "
             "the checkpoint is damaged or its values overflow"
         )
+
+
+def chunk_size(device: torch.device) -> int:
+    """Return how many weights to quantise or dequantise at once on this device."""
+    return CHUNK if device.type == "cpu" else CHUNK_ELSEWHERE
