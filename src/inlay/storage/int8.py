@@ -32,14 +32,14 @@ class Int8Linear(QuantizedLinear):
         cls, w: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None, **options: Any
     ) -> Self:
         del options
-        rows, columns = w.shape
-        step = max(1, chunk_size(w.device) // max(1, columns))
-        pieces = [
-            quantized_rows(piece.float()) for piece in checked_matrix(w, cls.storage).split(step)
-        ]
-        absmax = torch.cat([largest for _, largest in pieces])
+        full = checked_matrix(w, cls.storage)
+        rows, columns = full.shape
+        q = torch.empty(rows, columns, dtype=torch.int8, device=w.device)
+        absmax = torch.empty(rows, device=w.device)
+        step = max(1, chunk_size(w.device) // columns)
+        for part in (slice(start, start + step) for start in range(0, rows, step)):
+            q[part], absmax[part] = quantized_rows(full[part].float())
         checked_finite(absmax, cls.storage)
-        q = torch.cat([q for q, _ in pieces])
         return cls((rows, columns), dtype or w.dtype, bias, weight=q, SCB=absmax)
 
     @classmethod

@@ -175,13 +175,21 @@ def midpoints(values: Tensor) -> Tensor:
 def quantized_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise a contiguous matrix: packed bytes (⌈n/2⌉, 1), absmax (⌈n/64⌉,)."""
     flat = w.reshape(-1)
-    pieces = [chunk_blocks(chunk.float()) for chunk in flat.split(chunk_size(flat.device))]
-    packed = torch.cat([bytes_ for bytes_, _ in pieces])
-    return packed.unsqueeze(1), torch.cat([absmax for _, absmax in pieces])
+    packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(-(-flat.numel() // BLOCK), device=w.device)
+    step = chunk_size(w.device)
+    for start in range(0, flat.numel(), step):
+        indices, largest = chunk_blocks(flat[start : start + step].float())
+        packed[start // 2 : (start + step) // 2, 0] = (indices[::2] << 4) | indices[1::2]
+        absmax[start // BLOCK : (start + step) // BLOCK] = largest
+    return packed, absmax
 
 
 def chunk_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise fp32 weights that start on a block's edge; the last block may be short."""
+    """Return the indices (an even number) and absmax of fp32 weights that start a block.
+
+    The last block may be short.
+    """
     whole = flat.numel() // BLOCK * BLOCK
     blocks, rest = flat[:whole].view(-1, BLOCK), flat[whole:]
     absmax = blocks.abs().amax(1)
@@ -191,8 +199,7 @@ def chunk_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
         absmax = torch.cat([absmax, last.unsqueeze(0)])
         scaled = torch.cat([scaled, rest / last])
     scaled = F.pad(scaled.clamp(-1, 1), (0, flat.numel() % 2))
-    indices = nearest_quantiles(scaled)
-    return (indices[::2] << 4) | indices[1::2], absmax
+    return nearest_quantiles(scaled), absmax
 
 
 def nearest_quantiles(scaled: Tensor) -> Tensor:
