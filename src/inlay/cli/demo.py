@@ -29,12 +29,12 @@ RUN: dict[str, Any] = {
     "max_length": 256,
     "batch_size": 8,
     "gradient_accumulation": 1,
-    "max_steps": 200,
+    "max_steps": 100,
     "learning_rate": 3e-3,
     "log_every": 5,
-    "eval_rows": 128,
-    "generate_rows": 48,
-    "generate_tokens": 48,
+    "eval_rows": 96,
+    "generate_rows": 32,
+    "generate_tokens": 40,
 }
 """The demo's run: sizes for a small model on two CPU cores."""
 MERGE_ROWS = 16
