@@ -278,7 +278,8 @@ def random_ids(model: nn.Module) -> list[dict[str, Tensor]]:
             f"merge cannot make inputs for a {type(model).__name__}: give inputs=[...] to check on"
         )
     seed = torch.Generator().manual_seed(0)
-    ids = torch.randint(size, (4, 64), generator=seed)
+    length = min(64, getattr(config, "max_position_embeddings", None) or 64)
+    ids = torch.randint(size, (4, length), generator=seed)
     return [{"input_ids": ids.to(next(model.parameters()).device)}]
 
 

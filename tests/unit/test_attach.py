@@ -1,0 +1,273 @@
+"""Where adapters go, what is refused, and what the model is with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from inlay.errors import AdapterError, TargetError, UsageError
+from inlay.methods.bitfit import BitFit
+from inlay.methods.bottleneck import Bottleneck
+from inlay.methods.full import Full
+from inlay.methods.ia3 import IA3
+from inlay.methods.lora import LoRA
+from inlay.methods.prefix import PrefixTuning
+from inlay.methods.prompt import PromptTuning
+from inlay.model.attach import active, adapter_places, adapters, attach, detach, use
+from inlay.model.merge import merge
+from inlay.model.quantize import quantize
+from inlay.model.report import report
+
+IDS = torch.arange(12).view(2, 6)
+SIZES: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "initializer_range": 0.15,
+}  # fmt: skip
+
+
+@pytest.fixture
+def llama() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True)
+    return LlamaForCausalLM(config).eval()
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**SIZES, num_labels=3)).eval()
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def randomise(model: nn.Module, name: str = "default") -> None:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _, params in adapter_places(model, name):
+            for p in params.parameters():
+                p += 0.1 * torch.randn_like(p)
+
+
+def found(model: nn.Module) -> tuple[str, ...]:
+    return adapters(model)["default"].found.names
+
+
+def test_all_linear_leaves_the_head_out(llama: Any) -> None:
+    attach(llama, LoRA(rank=2))
+    assert len(found(llama)) == 3 * 7
+    assert "lm_head" in adapters(llama)["default"].found.left_out
+    assert isinstance(llama.model.layers[0].mlp.up_proj, nn.Linear)
+    assert repr(type(llama.model.layers[0].mlp.up_proj)) == repr(nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        (["q_proj", "v_proj"], 6),
+        ("self_attn.q_proj", 3),
+        (r".*\.(q|k)_proj", 6),
+        (r"model\.layers\.[01]\.mlp\..*", 6),
+        ("model.layers.2.mlp.up_proj", 1),
+        ("residual", 6),
+        ("mlp-out", 3),
+        ("key-value", 6),
+    ],
+)
+def test_targets(llama: Any, targets: Any, count: int) -> None:
+    attach(llama, LoRA(rank=2), targets=targets)
+    assert len(found(llama)) == count
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"targets": ["q_proj", "w_proj"]}, r"'w_proj' matches no layer.*Did you mean '.*_proj'"),
+        ({"targets": "attention"}, "'attention' matches no layer of the model"),
+        ({"targets": "self_attn"}, "matches 'model.layers.0.self_attn', a LlamaAttention"),
+        ({"targets": "q_proj("}, "neither a name nor a valid regex"),
+        ({"exclude": "wq"}, "exclude 'wq' matches no layer"),
+        ({"targets": "q_proj", "exclude": "q_proj"}, "leave no layer"),
+        ({"layers": [0, 7]}, r"layers \[7\] match nothing; the targets lie in blocks 0-2"),
+        ({"layers": "2-9"}, r"layers \[3, .*\] match nothing"),
+        ({"modules_to_save": ["score"]}, "'score' matches no module"),
+    ],
+)
+def test_refused_with_a_sentence(llama: Any, arguments: dict[str, Any], message: str) -> None:
+    before = logits(llama)
+    with pytest.raises(TargetError, match=message):
+        attach(llama, LoRA(rank=2), **arguments)
+    assert not adapters(llama)
+    assert all(p.requires_grad for p in llama.parameters())
+    assert torch.equal(logits(llama), before)
+
+
+@pytest.mark.parametrize("layers", ["x", "3-1", "1,,2"])
+def test_layers_that_cannot_be_read(llama: Any, layers: str) -> None:
+    with pytest.raises(UsageError, match="layers"):
+        attach(llama, LoRA(rank=2), layers=layers)
+
+
+def test_layer_ranges_and_exclude(llama: Any) -> None:
+    attach(llama, LoRA(rank=2), layers="0,2", exclude=[r".*\.mlp\..*", "o_proj"])
+    names = [f"model.layers.{i}.self_attn.{n}_proj" for i in (0, 2) for n in "qkv"]
+    assert list(found(llama)) == names
+
+
+def test_patterns_give_layers_their_own_rank(llama: Any) -> None:
+    method = LoRA(rank=2, alpha=2, rank_pattern={"q_proj": 5}, alpha_pattern={"layers.0.*": 9})
+    attach(llama, method)
+    attention = llama.model.layers[0].self_attn
+    assert attention.q_proj.adapters["default"].A.shape == (5, 32)
+    assert attention.k_proj.adapters["default"].A.shape == (2, 32)
+    assert attention.q_proj.methods["default"].scale == 9 / 5
+    assert llama.model.layers[1].self_attn.q_proj.methods["default"].scale == 2 / 5
+
+
+def test_lora_biases() -> None:
+    everything = sum(p.numel() for n, p in bert().named_parameters() if n.endswith("bias"))
+    for which, biases in (("none", 0), ("lora_only", 3 * 32), ("all", everything)):
+        model = attach(bert(), LoRA(rank=2, bias_training=which), targets="query")
+        assert report(model).trainable == 3 * 2 * (32 + 32) + biases
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_tied_embeddings(llama: Any, target: str, tmp_path: Path) -> None:
+    before = llama.lm_head.weight.clone()
+    attach(llama, LoRA(rank=2), targets=[target, "q_proj"])
+    randomise(llama)
+    adapted = logits(llama)
+    found = merge(llama)
+    assert found.untied == ("lm_head.weight",)
+    assert not llama.config.tie_word_embeddings
+    other = llama.lm_head if target == "embed_tokens" else llama.model.embed_tokens
+    assert torch.equal(other.weight, before)
+    llama.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again), adapted, atol=1e-5, rtol=1e-5)
+
+
+def test_full_fine_tuning_keeps_tied_weights_tied(llama: Any) -> None:
+    attach(llama, Full())
+    randomise(llama)
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight
+    assert merge(llama).untied == ()
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight
+    assert llama.config.tie_word_embeddings
+
+
+def test_a_classifier_is_trained_whole() -> None:
+    model = bert()
+    head = {n: p.clone() for n, p in model.classifier.named_parameters()}
+    attach(model, LoRA(rank=2), targets="query", modules_to_save=["classifier"])
+    assert report(model).trainable == 3 * 2 * 64 + 32 * 3 + 3
+    randomise(model)
+    adapted = logits(model)
+    assert all(torch.equal(model.classifier._parameters[n], head[n]) for n in head)
+    merge(model)
+    torch.testing.assert_close(logits(model), adapted, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(model.classifier.weight, head["weight"])
+
+
+def test_a_classifier_comes_back() -> None:
+    model = bert()
+    before = logits(model)
+    attach(model, LoRA(rank=2), targets="query", modules_to_save=["classifier"])
+    randomise(model)
+    assert torch.equal(logits(detach(model)), before)
+
+
+def test_bert_adapters_follow_the_right_layers() -> None:
+    model = attach(bert(), Bottleneck(variant="pfeiffer"))
+    assert found(model) == tuple(f"bert.encoder.layer.{i}.output.dense" for i in range(3))
+    model = attach(bert(), Bottleneck(variant="houlsby"))
+    assert len(found(model)) == 6
+    model = attach(bert(), IA3())
+    scaled = {n: p.l.shape for n, p in adapter_places(model, "default")}
+    assert scaled["bert.encoder.layer.0.output.dense"] == (1, 48)
+    assert scaled["bert.encoder.layer.0.attention.self.key"] == (32, 1)
+    assert len(scaled) == 9
+
+
+def test_frozen_experts_are_reported() -> None:
+    config = MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2)
+    model = MixtralForCausalLM(config)
+    attach(model, LoRA(rank=2))
+    experts = adapters(model)["default"].found.unadaptable
+    assert len(experts) == 3 * 2
+    assert "cannot be adapted (3-D expert weights), stays frozen" in str(report(model))
+    with pytest.raises(TargetError, match="experts"):
+        attach(model, LoRA(rank=2), targets="experts", name="second")
+
+
+def test_methods_that_do_not_fit(llama: Any) -> None:
+    with pytest.raises(TargetError, match="bitfit selects no parameter of this LlamaForCausalLM"):
+        attach(llama, BitFit())
+    for method in (PrefixTuning(tokens=2), PromptTuning(tokens=2)):
+        with pytest.raises(AdapterError, match="takes no past_key_values"):
+            attach(nn.Sequential(nn.Linear(2, 2)), method)
+        with pytest.raises(AdapterError, match="acts on the whole model"):
+            attach(llama, method, targets="q_proj")
+    with pytest.raises(AdapterError, match="quantised and cannot train"):
+        attach(quantize(llama, "nf4"), Full())
+    with pytest.raises(TargetError, match="no layer of kind"):
+        attach(nn.Sequential(nn.Conv2d(1, 1, 1)), LoRA())
+    assert not adapters(llama)
+
+
+@pytest.mark.parametrize("name", ["default", "", "a.b", " a", "keys"])
+def test_names_that_cannot_be(llama: Any, name: str) -> None:
+    attach(llama, LoRA(rank=2))
+    with pytest.raises(AdapterError, match="name"):
+        attach(llama, LoRA(rank=2), name=name)
+    assert active(llama) == ("default",)
+
+
+def test_unknown_and_repeated_names(llama: Any) -> None:
+    with pytest.raises(AdapterError, match=r"has no adapter; call inlay.attach first"):
+        use(llama, "default")
+    attach(llama, LoRA(rank=2), name="french")
+    with pytest.raises(AdapterError, match=r"no adapter named 'frensh'.*Did you mean 'french'"):
+        use(llama, "frensh")
+    with pytest.raises(AdapterError, match="twice"):
+        use(llama, "french", "french")
+
+
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing_enable:FutureWarning")  # new name
+def test_prompts_refuse_gradient_checkpointing(llama: Any) -> None:
+    attach(llama, PrefixTuning(tokens=2))
+    llama.gradient_checkpointing_enable()
+    llama.train()
+    with pytest.raises(AdapterError, match="gradient checkpointing drops"):
+        llama(input_ids=IDS)
+    llama.eval()
+    logits(llama)
+
+
+def test_hidden_layer_inputs_given_by_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(input=x)
+
+    model = attach(Named(), LoRA(rank=2))
+    randomise(model)
+    x = torch.randn(2, 4)
+    assert not torch.equal(model(x), detach(model)(x))
