@@ -101,13 +101,16 @@ def samples(model: PreTrainedModel, coder: Coder) -> list[dict[str, str]]:
     return drawn
 
 
-def source_table(work: Path, coder: Coder) -> list[dict]:
-    """The table of sources with the tokens of each that the training split holds."""
-    tokens = Counter[str]()
-    for row in map(json.loads, (work / "train.jsonl").open()):
-        tokens[row["source"]] += len(coder(row["text"], verbose=False)["input_ids"]) + 1
+def source_table(work: Path, tokens: np.ndarray, seed: int) -> list[dict]:
+    """The table of sources with the training tokens of each, counted in the shuffled stream."""
+    names = [json.loads(line)["source"] for line in (work / "train.jsonl").open()]
+    lengths = np.diff(np.flatnonzero(tokens == 0), prepend=-1)
+    count = Counter[str]()
+    order = np.random.default_rng(seed).permutation(len(names))
+    for at, length in zip(order, lengths, strict=True):
+        count[names[at]] += int(length)
     table = json.loads((work / "sources.json").read_text())
-    return [row | {"train_tokens": tokens[row["source"]]} for row in table]
+    return [row | {"train_tokens": count[row["source"]]} for row in table]
 
 
 def main() -> None:
@@ -121,14 +124,16 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     coder = AutoTokenizer.from_pretrained(args.model)
     rows = read_split(args.work / "valid.jsonl")[: args.limit]
+    tokens = np.load(args.work / "tokens.npy")
+    training = json.loads((args.work / "training.json").read_text())
     result = {
         "parameters": model.num_parameters(),
         "file_bytes": (args.model / "model.safetensors").stat().st_size,
-        "training": json.loads((args.work / "training.json").read_text()),
-        "held_out": measure(model, coder, rows, np.load(args.work / "tokens.npy")),
+        "training": training,
+        "held_out": measure(model, coder, rows, tokens),
         "sample_settings": SETTINGS | {"seed": SAMPLE_SEED},
         "samples": samples(model, coder),
-        "sources": source_table(args.work, coder),
+        "sources": source_table(args.work, tokens, training["seed"]),
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["held_out"], indent=1))
