@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -282,8 +283,9 @@ def model_class(config: PreTrainedConfig) -> type[Any]:
     """Return the class that the checkpoint was saved from, else the causal language model's."""
     saved_from = (config.architectures or [""])[0]
     known = getattr(transformers, saved_from, None)
-    is_model = isinstance(known, type) and issubclass(known, PreTrainedModel)
-    return known if is_model else AutoModelForCausalLM
+    if isinstance(known, type) and issubclass(known, PreTrainedModel):
+        return known
+    return AutoModelForCausalLM
 
 
 def check_complete(folder: Path, report: Mapping[str, Any]) -> None:
@@ -302,7 +304,7 @@ def check_complete(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def failures_as_sentences(folder: Path, what: str) -> Iterator[None]:
+def failures_as_sentences(folder: Path, what: str) -> Generator[None]:
     """Turn whatever transformers raises over these files into a sentence for the user."""
     try:
         yield
@@ -316,10 +318,10 @@ def failures_as_sentences(folder: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_hub() -> Iterator[None]:
+def quiet_hub() -> Generator[None]:
     """Keep the hub client's warnings off the terminal; errors are ours to tell."""
     level = hub_logging.get_verbosity()
-    hub_logging.set_verbosity(hub_logging.CRITICAL)
+    hub_logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
@@ -327,13 +329,13 @@ def quiet_hub() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Generator[None]:
     """Keep transformers' progress bars and reports off the terminal; errors are ours to tell."""
     level, bars = (
         transformers_logging.get_verbosity(),
         transformers_logging.is_progress_bar_enabled(),
     )
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
         yield

@@ -21,15 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from inlay.errors import StorageError
 from inlay.model.quantize import dense_view, quantizable
-from inlay.storage.int8 import Int8Linear
-from inlay.storage.nf4 import STATE, NF4Linear
 from inlay.storage.quantized import QuantizedLinear
-from inlay.storage.registry import storage_class
-
-BYTES = {"nf4": 0.5, "int8": 1.0}
-"""Bytes a weight, for transformers' reservation of device memory."""
-PACKED = {STATE: NF4Linear, "SCB": Int8Linear}
-"""A tensor that only this storage has -> the storage."""
+from inlay.storage.registry import STORAGES, storage_class
 
 
 class Stopped(BaseException):
@@ -40,7 +33,6 @@ class Stopped(BaseException):
         super().__init__(str(self.error))
 
 
-@register_quantization_config("inlay")
 @dataclass(kw_only=True)
 class StreamingConfig(QuantizationConfigMixin):
     """What `load` asks transformers' loader for."""
@@ -50,7 +42,6 @@ class StreamingConfig(QuantizationConfigMixin):
     quant_method: Any = "inlay"
 
 
-@register_quantizer("inlay")
 class StreamingQuantizer(HfQuantizer):
     """transformers' hooks: which weights are quantised as they are read, and how.
 
@@ -60,16 +51,7 @@ class StreamingQuantizer(HfQuantizer):
 
     quantization_config: StreamingConfig
     serialized_names = {
-        "weight": [
-            "weight",
-            "weight.absmax",
-            "weight.quant_map",
-            "weight.nested_absmax",
-            "weight.nested_quant_map",
-            STATE,
-            "SCB",
-            "weight_format",
-        ]
+        "weight": list(dict.fromkeys(n for c in STORAGES.values() for n in c.tensor_names))
     }
 
     def __init__(self, quantization_config: StreamingConfig, **kwargs: Any) -> None:
@@ -78,7 +60,7 @@ class StreamingQuantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float:
-        return BYTES[self.quantization_config.storage]
+        return storage_class(self.quantization_config.storage).bytes_per_weight
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         del kwargs
@@ -108,19 +90,24 @@ class StreamingQuantizer(HfQuantizer):
     def release(self, model: PreTrainedModel) -> None:
         """Leave a plain model behind, which transformers saves, moves and trains like any other."""
         self.remove_quantization_config(model)
-        conversions: list[Any] = model._weight_conversions  # pyright: ignore[reportAssignmentType]
-        model._weight_conversions = [c for c in conversions if not takes_packed(c)]  # pyright: ignore[reportAttributeAccessIssue]
+        loaded: Any = model
+        conversions = loaded._weight_conversions
+        loaded._weight_conversions = [c for c in conversions if not takes_packed(c)]
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> Any:
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> Any:
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
         return True
+
+
+register_quantization_config("inlay")(StreamingConfig)
+register_quantizer("inlay")(StreamingQuantizer)
 
 
 class StreamingOp(ConversionOps):
@@ -140,7 +127,7 @@ class QuantizeOne(StreamingOp):
         source_patterns: list[str],
         target_patterns: list[str],
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Return the packed weight under the dense one's name."""
         del source_patterns, target_patterns
         return {name: self.packed(kwargs["model"], name, w) for name, w in input_dict.items()}
@@ -171,7 +158,7 @@ class TakePacked(StreamingOp):
         source_patterns: list[str],
         target_patterns: list[str],
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Return the packed weight; a weight that comes alone is dense and stays so."""
         del source_patterns, target_patterns
         model: PreTrainedModel = kwargs["model"]
@@ -191,7 +178,7 @@ class TakePacked(StreamingOp):
     def restored(self, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> QuantizedLinear:
         """Build the layer that holds these tensors."""
         empty = dense_view(model.get_submodule(name))
-        held_as = next((c for key, c in PACKED.items() if key in tensors), NF4Linear)
+        held_as = storage_class(self.hf_quantizer.quantization_config.storage)
         layer = held_as.restored(tensors, empty.dtype)
         if layer.shape != empty.shape:
             raise StorageError(

@@ -25,6 +25,8 @@ class Int8Linear(QuantizedLinear):
     """A linear layer held in int8 with one absmax a row (`SCB`): 8 bits a weight."""
 
     storage = "int8"
+    bytes_per_weight = 1.0
+    tensor_names = ("weight", "SCB", "weight_format")
     SCB: Tensor
 
     @classmethod
@@ -39,7 +41,7 @@ class Int8Linear(QuantizedLinear):
         step = max(1, chunk_size(w.device) // columns)
         for part in (slice(start, start + step) for start in range(0, rows, step)):
             q[part], absmax[part] = quantized_rows(full[part].float())
-        checked_finite(absmax, cls.storage)
+        checked_finite(absmax * 127.0, cls.storage)  # the largest product in dequantising
         return cls((rows, columns), dtype or w.dtype, bias, weight=q, SCB=absmax)
 
     @classmethod

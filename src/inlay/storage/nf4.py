@@ -33,6 +33,8 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
 SMALLEST = 1e-38
 """bitsandbytes divides by no absmax below this."""
 
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
 QUANTILES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -45,6 +47,15 @@ class NF4Linear(QuantizedLinear):
     """A linear layer held in NF4: 4.5 bits a weight, 4.127 with double quantisation."""
 
     storage = "nf4"
+    bytes_per_weight = 0.5
+    tensor_names = (
+        "weight",
+        "weight.absmax",
+        "weight.quant_map",
+        "weight.nested_absmax",
+        "weight.nested_quant_map",
+        STATE,
+    )
     absmax: Tensor
     nested_absmax: Tensor
     nested_quant_map: Tensor
@@ -69,6 +80,7 @@ class NF4Linear(QuantizedLinear):
         packed, absmax = quantized_blocks(checked_matrix(w, cls.storage))
         checked_finite(absmax, cls.storage)
         parts = nested(absmax) if double_quant else {"absmax": absmax}
+        checked_finite(parts.get("nested_offset", absmax), cls.storage)
         rows, columns = w.shape
         return cls((rows, columns), dtype or w.dtype, bias, weight=packed, **parts)
 
@@ -80,19 +92,24 @@ class NF4Linear(QuantizedLinear):
                 f"there is no {STATE}, which says the shape of an NF4 weight; the checkpoint is "
                 "not bitsandbytes NF4"
             )
-        state = json.loads(bytes(tensors[STATE].cpu().tolist()))
-        check_state(state)
+        state = read_state(tensors[STATE])
         rows, columns = state["shape"]
         parts = {"absmax": tensors.get("weight.absmax")}
-        if "nested_absmax" in state or "weight.nested_absmax" in tensors:
+        nested_offset = state.get("nested_offset")
+        if nested_offset is not None:
             parts["nested_absmax"] = tensors.get("weight.nested_absmax")
             parts["nested_quant_map"] = tensors.get("weight.nested_quant_map")
             parts["nested_offset"] = torch.tensor(
-                state.get("nested_offset", 0.0), device=tensors[STATE].device
+                float(nested_offset), device=tensors[STATE].device
             )
         packed = as_bytes(tensors["weight"])
         check_sizes(rows * columns, packed, parts, tensors.get("weight.quant_map"))
         whole = {name: part for name, part in parts.items() if part is not None}
+        if (whole["absmax"].dtype == torch.uint8) != (nested_offset is not None):
+            raise StorageError(
+                f"the NF4 weight's absmax is {whole['absmax'].dtype}, but its state says that it "
+                f"is {'' if nested_offset is not None else 'not '}quantised itself"
+            )
         compute = getattr(torch, state["dtype"])
         return cls((rows, columns), compute, tensors.get("bias"), weight=packed, **whole)
 
@@ -118,7 +135,10 @@ class NF4Linear(QuantizedLinear):
         return {**tensors, STATE: torch.tensor(list(text), dtype=torch.uint8)}
 
     def parts(self) -> list[Tensor]:
-        return [self.weight, *self._buffers.values()]  # pyright: ignore[reportReturnType]
+        if not self.double_quant:
+            return [self.weight, self.absmax]
+        nested = [self.nested_absmax, self.nested_quant_map, self.nested_offset]
+        return [self.weight, self.absmax, *nested]
 
     def options(self) -> dict[str, Any]:
         return {"double_quant": self.double_quant}
@@ -282,16 +302,23 @@ def as_bytes(packed: Tensor) -> Tensor:
     return packed.contiguous().view(-1).view(torch.uint8).unsqueeze(1)
 
 
-def check_state(state: Mapping[str, object]) -> None:
-    """Raise unless this quantisation state is one that the storage holds."""
-    shape, block = state.get("shape"), state.get("blocksize")
-    if state.get("quant_type") != "nf4" or block != BLOCK:
+def read_state(tensor: Tensor) -> dict[str, Any]:
+    """Read the quantisation state, JSON in bytes; raise unless the storage holds such weights."""
+    try:
+        state = json.loads(bytes(tensor.cpu().tolist()))
+        shape, dtype = state["shape"], state["dtype"]
+        kind, block = state["quant_type"], state["blocksize"]
+        nested_block = state.get("nested_blocksize", NESTED_BLOCK)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{STATE} is damaged ({error}); fetch the checkpoint again") from error
+    if (kind, block, nested_block) != ("nf4", BLOCK, NESTED_BLOCK):
         raise StorageError(
-            f"the weight is {state.get('quant_type')!r} in blocks of {block!r}; the nf4 storage "
-            f"reads 'nf4' in blocks of {BLOCK}"
+            f"the weight is {kind!r} in blocks of {block!r} and {nested_block!r}; the nf4 storage "
+            f"reads 'nf4' in blocks of {BLOCK} and {NESTED_BLOCK}"
         )
-    if not isinstance(shape, list) or len(shape) != 2:
-        raise StorageError(f"the NF4 weight's shape {shape!r} is not that of a matrix")
+    if not isinstance(shape, list) or len(shape) != 2 or dtype not in DTYPES:
+        raise StorageError(f"the NF4 weight's shape {shape!r} or dtype {dtype!r} is not a matrix's")
+    return state
 
 
 def check_sizes(

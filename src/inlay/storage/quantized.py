@@ -21,12 +21,17 @@ CHUNK_ELSEWHERE = 1 << 26
 class QuantizedLinear(nn.Module, FrozenLinear):
     """A linear layer whose frozen weight is held in packed parts.
 
-    A subclass names its `storage`, registers its dequantisation under that name with
-    `kernels.frozen.register_format`, and implements `quantized`, `parts`, `serialized`,
-    `restored` and `dequantized_rows`. Defining it is enough for users to name it.
+    A subclass names its `storage`, its `bytes_per_weight` and its `tensor_names`, registers its
+    dequantisation under the storage's name with `kernels.frozen.register_format`, and implements
+    `quantized`, `restored`, `serialized`, `parts` and `dequantized_rows`. Defining it is enough
+    for users to name it.
     """
 
     formats: ClassVar[dict[str, type[QuantizedLinear]]] = {}
+    bytes_per_weight: ClassVar[float]
+    """About how much room a weight takes, for reserving device memory."""
+    tensor_names: ClassVar[tuple[str, ...]]
+    """Every name that `serialized` may use; `weight` is the first."""
     weight: Tensor
 
     def __init_subclass__(cls) -> None:
@@ -251,8 +256,8 @@ def checked_finite(largest: Tensor, storage: str) -> None:
     """Raise when the largest magnitudes show a NaN or an infinity."""
     if not bool(torch.isfinite(largest).all()):
         raise StorageError(
-            f"the weight holds a NaN or an infinity, which the {storage} storage cannot hold; "
-            "the checkpoint is damaged or its values overflow"
+            "the weight holds a NaN, an infinity or values too large, which the "
+            f"{storage} storage cannot hold; the checkpoint is damaged or overflowed"
         )
 
 
