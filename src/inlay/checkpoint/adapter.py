@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
 from inlay.checkpoint.base import base_name, describe_base
@@ -202,7 +202,7 @@ def counts(
     model: nn.Module, method: WeightMethod | HiddenMethod, asked: Mapping[str, Any]
 ) -> Iterator[int]:
     """How many values each place of a method would train."""
-    targets = asked["targets"]
+    targets = method.default_targets if asked["targets"] is None else asked["targets"]
     rest = {key: asked[key] for key in ("exclude", "layers") if key in asked}
     found = find_targets(model, targets, kinds=method.kinds, **rest)
     for name in found.names:
@@ -267,6 +267,8 @@ def check_dimensions(
 @dataclass(frozen=True)
 class Placement:
     """`attach`'s arguments as inlay.json records them."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     targets: str | tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()

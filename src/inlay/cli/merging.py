@@ -69,8 +69,8 @@ def check_saved(model: PreTrainedModel, folder: Path) -> float:
     """Load what was saved and return how far its logits are from the model's; raise if at all."""
     again, _ = load(str(folder), device=model.device)
     seed = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(int(vocabulary), (2, 32), generator=seed).to(model.device)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids = torch.randint(vocabulary, (2, 32), generator=seed).to(model.device)
     model.eval()
     difference = float((again(ids).logits - model(ids).logits).abs().max())
     if difference != 0:
