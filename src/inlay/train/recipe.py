@@ -13,8 +13,8 @@ LORA_OVER_FULL = 10
 WIDTH_POWERS = {"qwen": 0.0775}
 """How fast the best learning rate falls with the width, by the family of the model."""
 LLAMA_POWER = 0.781
-NARROWEST = 1024
-"""Below this width the formula is an extrapolation; the rate is the one of this width."""
+NARROWEST = 256
+"""The narrowest model the formula was tried on; below it, the rate is the one of this width."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def learning_rate(config: RunConfig, hidden: int, family: str, factor: float) ->
     """Return the run's learning rate: the user's, or the formula's times the method's factor.
 
     `5e-5 * 10 * (2000 / hidden)^P * factor`, with P = 0.781, and 0.0775 for Qwen ("LoRA Without
-    Regret", Schulman et al. 2025); no width under 1024 is put in, where the formula was not tried.
+    Regret", Schulman et al. 2025); no width under 256 is put in, where the formula was not tried.
 
     Args:
         config: the run; its `learning_rate` is a number or `auto`.

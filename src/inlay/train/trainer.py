@@ -160,11 +160,11 @@ class AdapterTrainer(SFTTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one forward and backward pass; raise on a loss that is not finite."""
-        inputs = args[1]
-        self.step_tokens += int(inputs.get("attention_mask", inputs["input_ids"]).ne(0).sum())
+        self.step_tokens += tokens_in(args[1])
         loss: Tensor = super().training_step(*args, **kwargs)
-        self.guard.check_loss(float(loss), self.state.global_step + 1)
-        self.step_loss += float(loss)
+        value = float(loss)
+        self.guard.check_loss(value, self.state.global_step + 1)
+        self.step_loss += value
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -293,6 +293,12 @@ def labels(row: EncodedRow) -> list[int]:
     """Return a row's labels: its tokens, those that are not trained on hidden."""
     pairs = zip(row.input_ids, row.trained, strict=True)
     return [token if trained else IGNORED for token, trained in pairs]
+
+
+def tokens_in(batch: Mapping[str, Tensor]) -> int:
+    """Count a batch's tokens, padding left out."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def tensors_of(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:

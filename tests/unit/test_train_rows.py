@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from train_tiny import make_data
+
+from inlay.errors import DataError
+from inlay.train.config import RunConfig, load_config
+from inlay.train.rows import rows_of_run, sample
+
+
+def run(data: Path, **changes: object) -> RunConfig:
+    return load_config(None, {"model": "m", "output": "o", "data": str(data), **changes})
+
+
+def test_a_split_depends_on_the_rows_and_not_on_the_seed(tmp_path: Path):
+    data = make_data(tmp_path / "d.jsonl", rows=40)
+    one, other = (rows_of_run(run(data, seed=seed)) for seed in (0, 1))
+    assert one == other
+    assert len(one.train) + len(one.validation) + len(one.test) == 40
+    assert one.validation.lines != one.test.lines
+
+
+def test_a_part_that_is_empty_is_stood_in_for(tmp_path: Path):
+    data = make_data(tmp_path / "d.jsonl", rows=40)
+    no_test = rows_of_run(run(data, split=[0.8, 0.2, 0.0]))
+    assert no_test.test == no_test.validation
+    nothing = rows_of_run(run(data, split=[1.0, 0.0, 0.0]))
+    assert (len(nothing.train), len(nothing.validation), len(nothing.test)) == (40, 0, 0)
+
+
+def test_held_out_data_of_its_own(tmp_path: Path):
+    data, held_out = make_data(tmp_path / "d.jsonl", 9), make_data(tmp_path / "e.jsonl", 5)
+    found = rows_of_run(run(data, eval_data=str(held_out)))
+    assert (len(found.train), len(found.validation), len(found.test)) == (9, 5, 5)
+    assert len(found.sha256) == 64 + 1 + 64
+
+
+def test_max_rows_and_columns(tmp_path: Path):
+    data = make_data(tmp_path / "d.jsonl", 30)
+    found = rows_of_run(run(data, max_rows=20, prompt="Say: {prompt}", completion="completion"))
+    assert len(found.train) + len(found.validation) + len(found.test) == 20
+    assert found.train.rows[0]["prompt"].startswith("Say: ")
+    with pytest.raises(DataError, match="no field 'nothing'"):
+        rows_of_run(run(data, text="nothing"))
+
+
+def test_a_sample_is_spread_evenly(tmp_path: Path):
+    rows = rows_of_run(run(make_data(tmp_path / "d.jsonl", 30), split=[1.0, 0.0, 0.0])).train
+    assert sample(rows, 100) is rows
+    assert sample(rows, 3).lines == [1, 11, 21]
