@@ -245,6 +245,22 @@ def checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     )
 
 
+def checked_device(device: str | torch.device | None) -> torch.device:
+    """Return the device asked for, by default the first GPU; raise when there is none such."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"there is no device {device!r}; 'cpu' and 'cuda:0' are two") from error
+    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"device {str(asked)!r} was asked for, but this machine has "
+            f"{torch.cuda.device_count()} CUDA devices that PyTorch can use"
+        )
+    return asked
+
+
 def read_model(
     folder: Path,
     config: PreTrainedConfig,
@@ -254,7 +270,7 @@ def read_model(
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     """Read the weights; raise unless every one of them was found and used."""
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = checked_device(device)
     packed = streaming is not None or "quantization_config" in vars(config)
     with failures_as_sentences(folder, "weights"):
         # transformers would map the files into memory; packed weights are better read piecemeal.
