@@ -35,21 +35,20 @@ the training text, and its embedding is untrained.
 
 ## What it read
 
-{tokens:,} tokens in {steps:,} steps, which is {epochs:.2f} passes over {corpus:,} distinct tokens;
-windows of 512 tokens, in the last 7% of the time windows of 1024. Seed {seed}, {threads} CPU cores
+{tokens:,} tokens in {steps:,} steps, which is {epochs:.2f} of a pass over the {corpus:,} tokens of
+the training split, in random order of the documents; windows of 512 tokens, in the last 7% of the time windows of 1024. Seed {seed}, {threads} CPU cores
 (AMD EPYC with AVX-512 bf16) shared with other work, {minutes:.0f} minutes, {speed:,.0f} tokens per
 second on average. The other work slowed the end of the run, so that windows of 1024 make up only
 about a dozen of its steps.
 
-| source (Debian package) | licence | MB | training tokens |
-| --- | --- | ---: | ---: |
+| source (Debian package) | licence | MB | tokens to train on | tokens read |
+| --- | --- | ---: | ---: | ---: |
 {sources}
 
-`gsm8k` is the training file of GSM8K; `r-cran-janeaustenr` is Jane Austen's novels and
-`r-cran-tokenizers` holds *Moby-Dick*. Half of GSM8K and a part of WordNet's definitions were
+`gsm8k` is the training file of GSM8K; `r-cran-janeaustenr` is Jane Austen's novels. Half of GSM8K and a part of WordNet's definitions were
 written as chats. Bytes are those left after cleaning, the held-out documents included. No
 radiology report was read: no source holds clinical text, paragraphs with a report's section
-headings were dropped, and the medical words it knows come from dictionaries. The scripts are in
+headings were dropped, and the medical words it knows come mostly from dictionaries. The scripts are in
 `examples/pocket/`.
 
 ## How good it is
@@ -60,6 +59,7 @@ with the training text:
 | model | bits per byte |
 | --- | ---: |
 | **pocket** | **{model}** |
+| pocket, in windows of 512 tokens | {model_windows_of_512} |
 | unigram over the tokens (training frequencies) | {unigram_tokens} |
 | uniform over the tokens | {uniform_tokens} |
 | uniform over bytes | {uniform_bytes} |
@@ -81,14 +81,14 @@ It writes recognisable English of the kinds it read -- documentation, dictionary
 prose, scripture -- and loses the thread within a sentence or two. It does not know facts, cannot
 calculate, and follows no instructions beyond imitating the form of an answer. Much of its text is
 religious or old, and it repeats the views of that text. It knows English only, and no more than
-1024 tokens at a time. It must not be used for anything clinical.
+1024 tokens at a time; positions beyond 512 were trained only briefly. It must not be used for anything clinical.
 """
 
 
 def source_row(row: dict) -> str:
     """One line of the table of sources."""
-    size, tokens = row["bytes"] / 1e6, row["train_tokens"]
-    return f"| {row['source']} | {row['licence']} | {size:.2f} | {tokens:,} |"
+    size, tokens, read = row["bytes"] / 1e6, row["train_tokens"], row["read_tokens"]
+    return f"| {row['source']} | {row['licence']} | {size:.2f} | {tokens:,} | {read:,} |"
 
 
 def sample_text(sample: dict[str, str]) -> str:

@@ -176,7 +176,7 @@ def r_strings(data: bytes) -> Iterator[str]:
 
 
 def read_r(path: Path) -> Iterator[Document]:
-    """An R package's data: novels, as vectors of lines or of chapters."""
+    """An R package's data: novels, as vectors of lines."""
     rest = path.read_bytes()
     while rest:
         stream = zlib.decompressobj()
@@ -253,7 +253,6 @@ def shuffled(lines: Iterable[str]) -> list[str]:
 SOURCES = [
     Source("bible-kjv-text", "usr/lib/bible.data", read_bible, "public domain"),
     Source("r-cran-janeaustenr", "**/data/Rdata.rdb", read_r, "public domain (package: MIT)"),
-    Source("r-cran-tokenizers", "**/data/Rdata.rdb", read_r, "public domain (package: MIT)"),
     Source("sword-comm-tdavid", "**/*.czs", read_sword, "public domain", 5),
     Source("sword-comm-mhcc", "**/*.bzs", read_sword, "public domain", 3),
     Source("sword-comm-scofield", "**/*.bzs", read_sword, "public domain"),

@@ -63,12 +63,13 @@ def measure(model: PreTrainedModel, coder: Coder, rows: list[dict], train: np.nd
     costs = unigram_costs(train, len(coder))
     size, count = Counter[str](), Counter[str]()
     bits = Counter[str]()
-    unigram = 0.0
+    unigram = short = 0.0
     for row in rows:
         tokens, source = encode(coder, row["text"]), row["source"]
         size[source] += len(row["text"].encode())
         count[source] += len(tokens) - 1
         bits[source] += model_bits(model, tokens, model.config.max_position_embeddings)
+        short += model_bits(model, tokens, 512)
         unigram += costs[tokens[1:]].sum().item()
     total = sum(size.values())
     return {
@@ -77,6 +78,7 @@ def measure(model: PreTrainedModel, coder: Coder, rows: list[dict], train: np.nd
         "tokens": sum(count.values()),
         "bits_per_byte": {
             "model": round(sum(bits.values()) / total, 4),
+            "model_windows_of_512": round(short / total, 4),
             "unigram_tokens": round(unigram / total, 4),
             "uniform_tokens": round(sum(count.values()) * math.log2(len(coder)) / total, 4),
             "uniform_bytes": 8.0,
@@ -101,16 +103,21 @@ def samples(model: PreTrainedModel, coder: Coder) -> list[dict[str, str]]:
     return drawn
 
 
-def source_table(work: Path, tokens: np.ndarray, seed: int) -> list[dict]:
-    """The table of sources with the training tokens of each, counted in the shuffled stream."""
+def source_table(work: Path, tokens: np.ndarray, training: dict) -> list[dict]:
+    """The table of sources with each one's training tokens, and how many of them were read."""
     names = [json.loads(line)["source"] for line in (work / "train.jsonl").open()]
-    lengths = np.diff(np.flatnonzero(tokens == 0), prepend=-1)
-    count = Counter[str]()
-    order = np.random.default_rng(seed).permutation(len(names))
-    for at, length in zip(order, lengths, strict=True):
-        count[names[at]] += int(length)
-    table = json.loads((work / "sources.json").read_text())
-    return [row | {"train_tokens": count[row["source"]]} for row in table]
+    ends = np.flatnonzero(tokens == 0) + 1
+    whole, once = Counter[str](), Counter[str]()
+    order = np.random.default_rng(training["seed"]).permutation(len(names))
+    for at, first, last in zip(order, [0, *ends[:-1]], ends, strict=True):
+        whole[names[at]] += int(last - first)
+        once[names[at]] += int(max(0, min(last, training["tokens"] % len(tokens)) - first))
+    passes = training["tokens"] // len(tokens)
+    return [
+        row | {"train_tokens": whole[name], "read_tokens": passes * whole[name] + once[name]}
+        for row in json.loads((work / "sources.json").read_text())
+        for name in [row["source"]]
+    ]
 
 
 def main() -> None:
@@ -133,7 +140,7 @@ def main() -> None:
         "held_out": measure(model, coder, rows, tokens),
         "sample_settings": SETTINGS | {"seed": SAMPLE_SEED},
         "samples": samples(model, coder),
-        "sources": source_table(args.work, tokens, training["seed"]),
+        "sources": source_table(args.work, tokens, training),
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["held_out"], indent=1))
