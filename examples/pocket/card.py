@@ -36,7 +36,8 @@ the training text, and its embedding is untrained.
 ## What it read
 
 {tokens:,} tokens in {steps:,} steps, which is {epochs:.2f} of a pass over the {corpus:,} tokens of
-the training split, in random order of the documents; windows of 512 tokens, in the last 7% of the time windows of 1024. Seed {seed}, {threads} CPU cores
+the training split, in random order of the documents; windows of 512 tokens, in the last 7% of the
+time windows of 1024. Seed {seed}, {threads} CPU cores
 (AMD EPYC with AVX-512 bf16) shared with other work, {minutes:.0f} minutes, {speed:,.0f} tokens per
 second on average. The other work slowed the end of the run, so that windows of 1024 make up only
 about a dozen of its steps.
@@ -45,10 +46,12 @@ about a dozen of its steps.
 | --- | --- | ---: | ---: | ---: |
 {sources}
 
-`gsm8k` is the training file of GSM8K; `r-cran-janeaustenr` is Jane Austen's novels. Half of GSM8K and a part of WordNet's definitions were
+`gsm8k` is the training file of GSM8K; `r-cran-janeaustenr` is Jane Austen's novels. Half
+of GSM8K and a part of WordNet's definitions were
 written as chats. Bytes are those left after cleaning, the held-out documents included. No
 radiology report was read: no source holds clinical text, paragraphs with a report's section
-headings were dropped, and the medical words it knows come mostly from dictionaries. The scripts are in
+headings were dropped, and the medical words it knows come mostly from dictionaries.
+The scripts are in
 `examples/pocket/`.
 
 ## How good it is
@@ -81,7 +84,8 @@ It writes recognisable English of the kinds it read -- documentation, dictionary
 prose, scripture -- and loses the thread within a sentence or two. It does not know facts, cannot
 calculate, and follows no instructions beyond imitating the form of an answer. Much of its text is
 religious or old, and it repeats the views of that text. It knows English only, and no more than
-1024 tokens at a time; positions beyond 512 were trained only briefly. It must not be used for anything clinical.
+1024 tokens at a time; positions beyond 512 were trained only briefly. It
+must not be used for anything clinical.
 """
 
 
