@@ -247,6 +247,14 @@ def test_configuration_of_another_shape(llama: Path) -> None:
             refused(llama, "weights|configuration|shape", storage)
 
 
+@pytest.mark.parametrize("storage", ["dense", "nf4"])
+def test_a_configuration_that_names_no_known_class(llama: Path, storage: str) -> None:
+    said = json.loads((llama / "config.json").read_text())
+    for architectures in (["Nothing"], None):
+        (llama / "config.json").write_text(json.dumps({**said, "architectures": architectures}))
+        assert isinstance(load(str(llama), storage)[0], LlamaForCausalLM)
+
+
 def test_damaged_tokenizer(llama: Path) -> None:
     (llama / "tokenizer.json").write_text("{")
     refused(llama, "the tokenizer in .* cannot be used")

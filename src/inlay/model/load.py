@@ -17,6 +17,7 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -224,9 +225,10 @@ def packed_storage(quantization: Mapping[str, Any] | Any, model: str) -> str | N
     said = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
     if said.get("load_in_8bit"):
         return "int8"
-    if said.get("load_in_4bit") and said.get("bnb_4bit_quant_type") == "nf4":
+    four_bit = said.get("bnb_4bit_quant_type", "fp4") if said.get("load_in_4bit") else None
+    if four_bit == "nf4":
         return "nf4"
-    kind = said.get("bnb_4bit_quant_type") or said.get("quant_method") or "an unnamed method"
+    kind = four_bit or said.get("quant_method") or "an unnamed method"
     raise ModelError(
         f"{model} is quantised with {kind}; of quantised models, those in bitsandbytes' nf4 "
         "and int8 can be loaded. Load the model it was made from, with storage='nf4'"
@@ -271,12 +273,14 @@ def read_model(
 ) -> PreTrainedModel:
     """Read the weights; raise unless every one of them was found and used."""
     where = checked_device(device)
+    read_as = model_class(config)
     packed = streaming is not None or "quantization_config" in vars(config)
+    piecemeal = packed and read_as is not AutoModelForCausalLM
     with failures_as_sentences(folder, "weights"):
         # transformers would map the files into memory; packed weights are better read piecemeal.
-        unread = unread_tensors(weight_files(folder)) if packed else None
-        model, report = model_class(config).from_pretrained(
-            None if packed else folder,
+        unread = unread_tensors(weight_files(folder)) if piecemeal else None
+        model, report = read_as.from_pretrained(
+            None if piecemeal else folder,
             config=config,
             state_dict=unread,
             quantization_config=streaming,
@@ -286,7 +290,7 @@ def read_model(
             use_safetensors=True,
             output_loading_info=True,
         )
-        if packed and (folder / "generation_config.json").is_file():
+        if piecemeal and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     check_complete(folder, report)
     quantizer = getattr(model, "hf_quantizer", None)
@@ -301,7 +305,7 @@ def model_class(config: PreTrainedConfig) -> type[Any]:
     known = getattr(transformers, saved_from, None)
     if isinstance(known, type) and issubclass(known, PreTrainedModel):
         return known
-    return AutoModelForCausalLM
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), AutoModelForCausalLM)
 
 
 def check_complete(folder: Path, report: Mapping[str, Any]) -> None:
