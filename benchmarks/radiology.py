@@ -39,7 +39,7 @@ METHODS: dict[str, list[str]] = {
 }
 COMMON = [
     "--model", "pocket", "--dtype", "float32", "--data", str(REPORTS),
-    "--template", "Findings: {findings}\nImpression:", "--completion", "impression",
+    "--prompt", "Findings: {findings}\nImpression:", "--completion", "impression",
     "--split-by", "uid", "--skip-empty", "--epochs", "2", "--batch-size", "16",
     "--gradient-accumulation", "1", "--eval-rows", "300", "--generate-rows", "100",
     "--generate-tokens", "48", "--save-every", "1000", "--threads", "2",

@@ -1,0 +1,56 @@
+"""The same LoRA run here and in TRL + peft gives the same loss at every step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+import inlay
+from inlay.data.reports import generate_reports
+
+STEPS = 12
+
+
+def curve(model: PreTrainedModel | PeftModel, folder: Path) -> list[float]:
+    _, tokenizer = inlay.load("pocket", dtype="float32")
+    reports = generate_reports(64, seed=0)
+    rows = Dataset.from_list(
+        [{"prompt": f"{r.findings}\nImpression:", "completion": f" {r.impression}"} for r in reports]
+    )
+    config = SFTConfig(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=2e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        max_length=96,
+    )
+    trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own, on its arguments' names
+def test_loss_curves_agree_with_trl_and_peft(tmp_path: Path) -> None:
+    ours, _ = inlay.load("pocket", dtype="float32")
+    inlay.attach(ours, inlay.LoRA(rank=8, alpha=16))
+    inlay.save_adapter(ours, tmp_path / "start", base_model="pocket")
+    bare, _ = inlay.load("pocket", dtype="float32")
+    theirs = PeftModel.from_pretrained(bare, tmp_path / "start", is_trainable=True)
+
+    mine, peers = curve(ours, tmp_path / "a"), curve(theirs, tmp_path / "b")
+    assert len(mine) == len(peers) == STEPS
+    assert mine[-1] < mine[0] - 0.3
+    assert mine == pytest.approx(peers, rel=0.005)
