@@ -19,9 +19,8 @@ STEPS = 12
 def curve(model: PreTrainedModel | PeftModel, folder: Path) -> list[float]:
     _, tokenizer = inlay.load("pocket", dtype="float32")
     reports = generate_reports(64, seed=0)
-    rows = Dataset.from_list(
-        [{"prompt": f"{r.findings}\nImpression:", "completion": f" {r.impression}"} for r in reports]
-    )
+    pairs = [(f"{r.findings}\nImpression:", f" {r.impression}") for r in reports]
+    rows = Dataset.from_list([{"prompt": p, "completion": c} for p, c in pairs])
     config = SFTConfig(
         output_dir=str(folder),
         max_steps=STEPS,
