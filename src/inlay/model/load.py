@@ -305,7 +305,8 @@ def model_class(config: PreTrainedConfig) -> type[Any]:
     known = getattr(transformers, saved_from, None)
     if isinstance(known, type) and issubclass(known, PreTrainedModel):
         return known
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), AutoModelForCausalLM)
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    return causal.get(type(config), AutoModelForCausalLM)
 
 
 def check_complete(folder: Path, report: Mapping[str, Any]) -> None:
