@@ -273,7 +273,7 @@ def read_model(
 ) -> PreTrainedModel:
     """Read the weights; raise unless every one of them was found and used."""
     where = checked_device(device)
-    read_as = model_class(config)
+    read_as: Any = model_class(config)
     packed = streaming is not None or "quantization_config" in vars(config)
     piecemeal = packed and read_as is not AutoModelForCausalLM
     with failures_as_sentences(folder, "weights"):
