@@ -273,9 +273,9 @@ def read_model(
 ) -> PreTrainedModel:
     """Read the weights; raise unless every one of them was found and used."""
     where = checked_device(device)
-    read_as: Any = model_class(config)
+    read_as = model_class(config)
     packed = streaming is not None or "quantization_config" in vars(config)
-    piecemeal = packed and read_as is not AutoModelForCausalLM
+    piecemeal = packed and issubclass(read_as, PreTrainedModel)
     with failures_as_sentences(folder, "weights"):
         # transformers would map the files into memory; packed weights are better read piecemeal.
         unread = unread_tensors(weight_files(folder)) if piecemeal else None
@@ -299,7 +299,7 @@ def read_model(
     return model
 
 
-def model_class(config: PreTrainedConfig) -> type[Any]:
+def model_class(config: PreTrainedConfig) -> Any:
     """Return the class that the checkpoint was saved from, else the causal language model's."""
     saved_from = (config.architectures or [""])[0]
     known = getattr(transformers, saved_from, None)
