@@ -275,7 +275,7 @@ def read_model(
     where = checked_device(device)
     read_as = model_class(config)
     packed = streaming is not None or "quantization_config" in vars(config)
-    piecemeal = packed and issubclass(read_as, PreTrainedModel)
+    piecemeal = packed and reads_piecemeal(read_as)
     with failures_as_sentences(folder, "weights"):
         # transformers would map the files into memory; packed weights are better read piecemeal.
         unread = unread_tensors(weight_files(folder)) if piecemeal else None
@@ -307,6 +307,11 @@ def model_class(config: PreTrainedConfig) -> Any:
         return known
     causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     return causal.get(type(config), AutoModelForCausalLM)
+
+
+def reads_piecemeal(read_as: type[Any]) -> bool:
+    """Say whether a class takes tensors in place of a folder, as the auto classes do not."""
+    return issubclass(read_as, PreTrainedModel)
 
 
 def check_complete(folder: Path, report: Mapping[str, Any]) -> None:
