@@ -29,10 +29,10 @@ RUN: dict[str, Any] = {
     "max_length": 256,
     "batch_size": 8,
     "gradient_accumulation": 1,
-    "max_steps": 80,
+    "max_steps": 60,
     "learning_rate": 3e-3,
     "log_every": 5,
-    "eval_rows": 64,
+    "eval_rows": 48,
     "generate_rows": 24,
     "generate_tokens": 40,
 }
