@@ -29,7 +29,7 @@ RUN: dict[str, Any] = {
     "max_length": 256,
     "batch_size": 8,
     "gradient_accumulation": 1,
-    "max_steps": 60,
+    "max_steps": 100,
     "learning_rate": 3e-3,
     "log_every": 5,
     "eval_rows": 48,
