@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from inlay.errors import MergeError
 from inlay.methods.bottleneck import Bottleneck
@@ -152,3 +159,15 @@ def test_conv1d_and_short_contexts() -> None:
     merge(model)
     assert type(model.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
     torch.testing.assert_close(logits(model), output, atol=1e-5, rtol=1e-5)
+
+
+def test_a_quantised_base_merged_dense_is_a_plain_transformers_model(tmp_path: Path) -> None:
+    model = adapted(quantize(llama(), "nf4"), scale=0.05)
+    with torch.no_grad():
+        before = model(IDS).logits
+    assert merge(model).surviving_fraction > 0.999
+    model.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    with torch.no_grad():
+        torch.testing.assert_close(plain(IDS).logits, before, atol=1e-3, rtol=1e-3)

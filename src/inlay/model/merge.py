@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from inlay.errors import MergeError
 from inlay.model.attach import active, adapters, detach, disabled
 from inlay.model.layer import AdaptedLayer
+from inlay.model.quantize import describe_quantization
 from inlay.storage.base import FrozenLinear
 from inlay.storage.registry import frozen
 
@@ -87,6 +88,7 @@ def merge(
         plan.undo()
         raise
     detach(model)
+    describe_quantization(model)
     return MergeReport(
         **fidelity,
         surviving_fraction=plan.surviving_fraction,
