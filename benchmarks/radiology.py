@@ -30,7 +30,7 @@ METHODS: dict[str, list[str]] = {
     "full": ["--method", "full", "--learning-rate", "1e-3"],
     "lora": ["--method", "lora", *WIDE],
     "qlora": ["--method", "lora", "--storage", "nf4", *WIDE],
-    "dora": ["--method", "dora", *WIDE],
+    "dora": ["--method", "dora"],
     "ia3": ["--method", "ia3"],
     "bottleneck": ["--method", "bottleneck", "--variant", "houlsby", "--size", "64"],
     "prefix": ["--method", "prefix"],
@@ -39,7 +39,7 @@ METHODS: dict[str, list[str]] = {
 COMMON = [
     "--model", "pocket", "--data", str(REPORTS),
     "--prompt", "Findings: {findings}\nImpression:", "--completion", "impression",
-    "--split-by", "uid", "--skip-empty", "--epochs", "2", "--batch-size", "8",
+    "--split-by", "uid", "--skip-empty", "--epochs", "1", "--batch-size", "8",
     "--gradient-accumulation", "1", "--eval-rows", "300", "--generate-rows", "100",
     "--generate-tokens", "40", "--save-every", "1000", "--threads", "1",
 ]  # fmt: skip

@@ -170,6 +170,13 @@ def check_extras(path: Path, extras: Mapping[str, Any]) -> None:
         )
 
 
+def share_as_usual(path: Path) -> None:
+    """Give a file the permissions any new file has here; safetensors lets only its owner read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's contents."""
     with path.open("rb") as file:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from inlay.checkpoint.folder import Entry
+from inlay.checkpoint.folder import Entry, share_as_usual
 from inlay.checkpoint.placement import saved_roots, under_any
 from inlay.errors import CheckpointError
 from inlay.methods.base import Kind, Method, Params, PromptMethod, SelectMethod
@@ -100,6 +100,7 @@ def write_tensors(path: Path, found: list[Slot], *, shared_once: bool) -> None:
             "training diverged: take the last good checkpoint"
         )
     save_file(values, path, metadata={"format": "pt"})
+    share_as_usual(path)
 
 
 def first_of_shared(found: list[Slot]) -> list[Slot]:

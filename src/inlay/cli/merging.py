@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from inlay.checkpoint.folder import share_as_usual
 from inlay.data.rows import Rows
 from inlay.data.tokens import encode
 from inlay.errors import MergeError
@@ -56,6 +57,8 @@ def merge_and_save(
         with quiet_transformers():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):
+            share_as_usual(weights)
         record["reloaded_logit_difference"] = check_saved(model, folder)
         write_json(folder / REPORT, record)
 

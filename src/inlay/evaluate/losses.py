@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from inlay.errors import DataError, ModelError
+from inlay.model.shapes import length_multiple
 
 POSITIONS_AT_ONCE = 1024
 """Rows of logits that are held in fp32 at once."""
@@ -102,7 +103,8 @@ def buckets(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 def batch_losses(model: nn.Module, rows: Sequence[EncodedRow]) -> list[RowLoss]:
     """Return the losses of rows that go through the model together."""
-    longest = max(len(row.input_ids) for row in rows)
+    step = length_multiple(model)
+    longest = -(-max(len(row.input_ids) for row in rows) // step) * step
     ids = torch.tensor([[*r.input_ids] + [0] * (longest - len(r.input_ids)) for r in rows])
     mask = torch.tensor([[1] * len(r.input_ids) + [0] * (longest - len(r.input_ids)) for r in rows])
     wanted = torch.tensor([targets(row, longest) for row in rows])

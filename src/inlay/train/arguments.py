@@ -10,6 +10,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from inlay.methods.base import PromptMethod
 from inlay.model.attach import active, adapters
+from inlay.model.shapes import length_multiple
 from inlay.train.config import RunConfig
 
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -39,6 +40,7 @@ def arguments(
         fp16=False,
         tf32=None,
         **recomputation(checkpoints_gradients(config, model)),
+        pad_to_multiple_of=None if config.packing else length_multiple(model),
         max_length=config.max_length if config.packing else None,
         packing=config.packing,
         packing_strategy="bfd",
