@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from train_tiny import make_data
+from transformers import AutoTokenizer
 
 from inlay.errors import DataError
+from inlay.model.load import EMBEDDED
 from inlay.train.config import RunConfig, load_config
-from inlay.train.rows import rows_of_run, sample
+from inlay.train.rows import encode_rows, rows_of_run, sample, training_template
 
 
 def run(data: Path, **changes: object) -> RunConfig:
@@ -50,3 +54,30 @@ def test_a_sample_is_spread_evenly(tmp_path: Path):
     rows = rows_of_run(run(make_data(tmp_path / "d.jsonl", 30), split=[1.0, 0.0, 0.0])).train
     assert sample(rows, 100) is rows
     assert sample(rows, 3).lines == [1, 11, 21]
+
+
+def test_a_template_trl_does_not_know_leaves_the_tokenizers_own() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["pocket"])
+    assert training_template(tokenizer) is None
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert training_template(tokenizer) is None
+
+
+def test_a_template_that_trl_knows_is_replaced_by_one_that_marks_the_answer(
+    tmp_path: Path,
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["pocket"])
+    folder = Path(find_spec("trl").origin).parent / "chat_templates"
+    tokenizer.chat_template = (folder / "qwen3.jinja").read_text()
+    data = tmp_path / "chat.jsonl"
+    turns = [("user", "One?"), ("assistant", "Yes."), ("user", "Two?"), ("assistant", "No.")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    data.write_text(json.dumps(row))
+    rows = rows_of_run(run(data, split=[1.0, 0.0, 0.0])).train
+    (found,) = encode_rows(rows, tokenizer, 128)
+    trained = [i for i, t in zip(found.input_ids, found.trained, strict=True) if t]
+    text = tokenizer.decode(trained)
+    assert "Yes." in text
+    assert "No." in text
+    assert "One?" not in text
+    assert "Two?" not in text

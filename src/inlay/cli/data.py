@@ -53,16 +53,18 @@ def run(given: dict[str, Any]) -> int:
     assumed = "model" not in given and "run_file" not in given
     config = config_from({"output": "unused"} | ({"model": "pocket"} if assumed else {}) | given)
 
-    from inlay.train.rows import rows_of_run
+    from inlay.train.rows import encode_rows, rows_of_run
 
     rows = rows_of_run(config)
     parts = {"train": rows.train, "validation": rows.validation, "test": rows.test}
 
-    from inlay.data.tokens import encode, pieces, summarise
+    from inlay.data.tokens import pieces, summarise
     from inlay.model.load import located, read_tokenizer
 
     tokenizer = read_tokenizer(located(config.model, config.revision), False)
-    encoded = {n: encode(part, tokenizer, config.max_length) for n, part in parts.items() if part}
+    encoded = {
+        n: encode_rows(part, tokenizer, config.max_length) for n, part in parts.items() if part
+    }
     summaries = {n: summarise(found, parts[n]) for n, found in encoded.items()}
     if as_json:
         about = {"data": config.data, "model": config.model, "max_length": config.max_length}

@@ -64,10 +64,10 @@ def run(given: dict[str, Any]) -> int:
         drawn.stage(f"loading {tuned.base} with {tuned.adapter}")
         model, tokenizer = load_tuned(tuned)
 
-        from inlay.data.tokens import encode
         from inlay.evaluate.run import compare
+        from inlay.train.rows import encode_rows
 
-        encoded = encode(rows, tokenizer, keys["max_length"])
+        encoded = encode_rows(rows, tokenizer, keys["max_length"])
         found = compare(
             model,
             tokenizer,

@@ -138,11 +138,11 @@ def prompts_of(
     if rows is None:
         assert options.prompt is not None
         return [options.prompt], [{"prompt": options.prompt}]
-    from inlay.data.tokens import encode
     from inlay.evaluate.run import choose_samples
+    from inlay.train.rows import encode_rows
 
     longest = (tuned.run if tuned else {}).get("max_length", same("max_length").default)
-    encoded = encode(rows, tokenizer, longest)
+    encoded = encode_rows(rows, tokenizer, longest)
     samples = choose_samples(rows, encoded, len(rows))
     if not samples:
         raise UsageError("the rows are plain text without a prompt; give --prompt instead")

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.checkpoint.folder import share_as_usual
 from inlay.data.rows import Rows
-from inlay.data.tokens import encode
 from inlay.errors import MergeError
 from inlay.model.load import load, quiet_transformers
 from inlay.model.merge import merge
 from inlay.train.files import saving, write_folder, write_json
+from inlay.train.rows import encode_rows
 
 REPORT = "merge.json"
 
@@ -31,7 +31,7 @@ def encoded_batches(
     device: torch.device,
 ) -> list[dict[str, Tensor]]:
     """Return each row as a batch of its own, cut as training cuts it."""
-    encoded = encode(rows, tokenizer, max_length)
+    encoded = encode_rows(rows, tokenizer, max_length)
     ids = [torch.tensor([row.input_ids], device=device) for row in encoded]
     return [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids]
 

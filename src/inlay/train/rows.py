@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from inlay.data.read import read_rows
 from inlay.data.rows import Rows, normalise
 from inlay.data.split import split
+from inlay.data.tokens import Encoded, encode
 from inlay.train.config import RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,26 @@ def read(config: RunConfig, source: str, group: str | None) -> Rows:
         group=group,
         skip_empty=config.skip_empty,
     )
+
+
+def encode_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
+    """Return the rows as tokens; conversations by TRL's training template where it has one."""
+    template = training_template(tokenizer) if rows.kind == "messages" else None
+    return encode(rows, tokenizer, max_length, chat_template=template)
+
+
+def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return TRL's version of the chat template that marks the assistant's words.
+
+    None when the tokenizer's own does, or when TRL does not know it; the assistant's words are
+    then found by what each turn adds.
+    """
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError:
+        return None
 
 
 def sample(rows: Rows, count: int) -> Rows:

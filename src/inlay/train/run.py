@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from inlay.checkpoint.adapter import save_adapter
 from inlay.data.rows import Rows
-from inlay.data.tokens import Encoded, encode, summarise
+from inlay.data.tokens import Encoded, summarise
 from inlay.errors import DataError, TrainingError
 from inlay.evaluate.losses import losses
 from inlay.evaluate.record import ComparisonRecord, Run, Step
@@ -38,7 +38,7 @@ from inlay.train.guard import Guard, check_changed, fingerprints
 from inlay.train.packing import check_packing
 from inlay.train.recipe import LearningRate, learning_rate
 from inlay.train.recorder import Recorder, read_metrics
-from inlay.train.rows import RunRows, rows_of_run, sample
+from inlay.train.rows import RunRows, encode_rows, rows_of_run, sample
 from inlay.train.trainer import AdapterTrainer, HeldOut, left_as_it_was
 
 LINES_NAMED = 5
@@ -141,14 +141,14 @@ class Running:
         with quiet_transformers():
             tokenizer = read_tokenizer(source, trust_remote_code=False)
         longest = self.config.max_length
-        encoded = encode(rows.train, tokenizer, longest)
+        encoded = encode_rows(rows.train, tokenizer, longest)
         self.check_rows(rows.train, encoded)
         validation = sample(rows.validation, self.config.eval_rows)
         test = sample(rows.test, self.config.eval_rows)
         return Tokens(
             train=encoded,
-            validation=encode(validation, tokenizer, longest) if validation else [],
-            test=encode(test, tokenizer, longest) if test else [],
+            validation=encode_rows(validation, tokenizer, longest) if validation else [],
+            test=encode_rows(test, tokenizer, longest) if test else [],
             test_rows=test,
         ), rows
 
