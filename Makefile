@@ -21,7 +21,11 @@ check: .venv/.dev          ## what CI runs: lint, types, import rules, tests
 	$(MAKE) --no-print-directory test
 
 bench: .venv/.dev          ## measure on the real data in ../shared; writes benchmarks/results
+	$(BIN)/python benchmarks/parameter_counts.py
+	$(BIN)/python benchmarks/peer_curve.py
+	$(BIN)/python benchmarks/merged_speed.py
 	$(BIN)/python benchmarks/radiology.py
+	$(BIN)/python docs/results.py
 
 docs: .venv/.dev           ## write docs/methods from the docstrings
 	$(BIN)/python docs/build.py

@@ -1,0 +1,137 @@
+"""Write docs/results.md, and the table in the README, from the JSON in benchmarks/results.
+
+python docs/results.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+START, END = "<!-- results: docs/results.py -->", "<!-- end of results -->"
+
+
+def main() -> None:
+    """Write both."""
+    radiology, counts = read("radiology"), read("parameter_counts")
+    curve, speed = read("peer_curve"), read("merged_speed")
+    sections = [
+        "# Results",
+        "Every figure here is written by `docs/results.py` from `benchmarks/results/*.json`, which "
+        "the scripts in `benchmarks/` write. Machines are noisy: read ratios, not seconds. Nothing "
+        "was measured on a GPU.",
+        machine(radiology),
+        "## Real radiology reports, on pocket",
+        radiology_text(radiology),
+        radiology_table(radiology["summary"]),
+        "## The same run in TRL + peft",
+        curve_text(curve),
+        "## A merged model's speed",
+        speed_text(speed),
+        "## What each method trains",
+        "Counted on the meta device by attaching to each shape. A rank of 16 is a sixteenth of "
+        "pocket's width of 256 and a 512th of a 70B model's, so the same adapter is a far larger "
+        "share of pocket: one percent is in reach there only for the methods below it.",
+        counts_table(counts["rows"]),
+    ]
+    (ROOT / "docs" / "results.md").write_text("\n\n".join(sections) + "\n")
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition(START)
+    _, _, after = rest.partition(END)
+    table = radiology_table(radiology["summary"])
+    readme.write_text(f"{before}{START}\n{table}\n{END}{after}")
+
+
+def read(name: str) -> dict[str, Any]:
+    """Read one result."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def machine(result: dict[str, Any]) -> str:
+    """Describe the machine."""
+    m = result["machine"]
+    versions = ", ".join(f"{name} {v}" for name, v in m["versions"].items())
+    return f"Machine: {m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB; {versions}."
+
+
+def radiology_text(result: dict[str, Any]) -> str:
+    """Say how it was measured."""
+    flags = " ".join(repr(f) if " " in f else f for f in result["common"])
+    seeds = max(row["seeds"] for row in result["summary"])
+    base = result["summary"][0]
+    return (
+        f"Findings to impression, split 80/10/10 by uid, {seeds} seeds; loss in nats a token on "
+        f"the test part, ROUGE-L on 100 reports of it. The base's loss is {base['base_loss']:.3f} "
+        f"and its ROUGE-L {base['base_rouge_l']:.3f}; p is the largest over seeds of a paired "
+        "permutation test against it (its floor is 0.0002). Two runs at a time, one thread each, "
+        "so seconds compare methods with each other and nothing else; memory is the whole "
+        "process.\n\n"
+        f"```\ninlay train {flags}\n```\n\n"
+        "`full`, `lora` and `qlora` have a learning rate picked by hand on the validation part (in "
+        "the JSON); the others have the command's own. `lora` and `qlora` also adapt the embedding "
+        "and the head, because pocket has never read a report; `lora, defaults` does not."
+    )
+
+
+def radiology_table(rows: list[dict[str, Any]]) -> str:
+    """Return the table of methods."""
+    head = (
+        "| method | loss (min-max) | over full | ROUGE-L | p | trained % | peak MiB | seconds |\n"
+        "|---|---|---|---|---|---|---|---|"
+    )
+    return "\n".join([head, *(radiology_row(row) for row in rows)])
+
+
+def radiology_row(r: dict[str, Any]) -> str:
+    """Return one method's line."""
+    return (
+        f"| {r['method']} | {r['loss']:.3f} ({r['loss_min']:.3f}-{r['loss_max']:.3f}) "
+        f"| {r['loss_over_full']:.3f} | {r['rouge_l']:.3f} | {r['largest_p_value']:.1e} "
+        f"| {r['trainable_percent']:.3g} | {r['peak_memory_mib']} | {r['seconds']:.0f} |"
+    )
+
+
+def curve_text(result: dict[str, Any]) -> str:
+    """Say how near the curves are."""
+    runs = result["runs"]
+    steps = len(runs[0]["inlay"])
+    each = ", ".join(f"{r['largest_relative_difference']:.1e}" for r in runs)
+    return (
+        f"LoRA on pocket in fp32, real reports, {steps} logged steps, {len(runs)} seeds, both from "
+        f"one saved start: the largest relative difference of the loss at any step is {each}."
+    )
+
+
+def speed_text(result: dict[str, Any]) -> str:
+    """Say how fast a merged model is."""
+    merged, null = result["merged_over_base"], result["base_over_base"]
+    adapted = result["adapted_over_base"]
+    return (
+        f"Forward time over the base's, measured alternately, median of {result['alternations']} "
+        f"(quartiles): merged {spread(merged)}; the base itself, measured again, {spread(null)}; "
+        f"with the adapter attached {spread(adapted)}."
+    )
+
+
+def spread(found: dict[str, float]) -> str:
+    """Return a median with its quartiles."""
+    return f"{found['median']:.3f} ({found['q1']:.3f}-{found['q3']:.3f})"
+
+
+def counts_table(rows: list[dict[str, Any]]) -> str:
+    """Return the table of counts, a column a shape."""
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    found = {(row["method"], row["shape"]): row for row in rows}
+    lines = [f"| method | {' | '.join(shapes)} |", "|---" * (len(shapes) + 1) + "|"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [found[method, shape] for shape in shapes]
+        shown = " | ".join(f"{c['trained']:,} ({c['percent']:.3g}%)" for c in cells)
+        lines.append(f"| {method} | {shown} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
