@@ -23,7 +23,7 @@ import inlay
 
 SEEDS = (0, 1, 2)
 STEPS = 60
-RANK, ALPHA = 16, 32
+RANK, ALPHA = 16, 24
 LEARNING_RATE = 2e-3
 
 

@@ -44,7 +44,7 @@ def curve(model: PreTrainedModel | PeftModel, folder: Path) -> list[float]:
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own, on its arguments' names
 def test_loss_curves_agree_with_trl_and_peft(tmp_path: Path) -> None:
     ours, _ = inlay.load("pocket", dtype="float32")
-    inlay.attach(ours, inlay.LoRA(rank=8, alpha=16))
+    inlay.attach(ours, inlay.LoRA(rank=8, alpha=12))
     inlay.save_adapter(ours, tmp_path / "start", base_model="pocket")
     bare, _ = inlay.load("pocket", dtype="float32")
     theirs = PeftModel.from_pretrained(bare, tmp_path / "start", is_trainable=True)
