@@ -29,11 +29,11 @@ RUN: dict[str, Any] = {
     "max_length": 256,
     "batch_size": 8,
     "gradient_accumulation": 1,
-    "max_steps": 100,
+    "max_steps": 600,
     "learning_rate": 3e-3,
-    "log_every": 5,
-    "eval_rows": 48,
-    "generate_rows": 24,
+    "log_every": 10,
+    "eval_rows": 150,
+    "generate_rows": 60,
     "generate_tokens": 40,
 }
 """The demo's run: sizes for a small model on two CPU cores."""
