@@ -86,9 +86,20 @@ def test_eval_needs_only_the_folder_and_rows(
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found["base"] == "pocket"
     assert found["rows"] == 3
+    assert found["rows_held_out_by_the_run"] is False
     names = {metric["name"] for metric in found["metrics"]}
     assert {"loss", "perplexity", "exact_match", "token_f1", "rouge_l"} <= names
     assert all("p_value" in metric for metric in found["metrics"])
+
+
+def test_eval_on_the_runs_own_data_measures_only_what_it_held_out(
+    shown: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["eval", "--adapter", str(shown[0]), "--data", "reports", "--generate-rows", "0"]
+    assert main([*line, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert found["rows_held_out_by_the_run"] is True
+    assert found["rows"] == 240
 
 
 def test_generate_continues_a_prompt_and_rows(

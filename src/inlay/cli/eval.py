@@ -51,7 +51,7 @@ def parser(argv: Sequence[str]) -> Parser:
 
 def run(given: dict[str, Any]) -> int:
     """Measure base and tuned, and show or write the comparison."""
-    from inlay.cli.rows import keys_for, rows_of
+    from inlay.cli.rows import held_out, keys_for, rows_of
     from inlay.cli.tuned import find_tuned, load_tuned, set_threads
 
     as_json = given.pop("json", False)
@@ -59,6 +59,8 @@ def run(given: dict[str, Any]) -> int:
     tuned = find_tuned(options.adapter)
     keys = keys_for(tuned.run, options.model_dump(exclude_unset=True))
     rows = rows_of(options.data, keys)
+    trained_on = rows.sha256 == tuned.trained_on
+    rows = held_out({**tuned.run, "data": options.data}) if trained_on else rows
     set_threads(options.threads)
     with progress() as drawn:
         drawn.stage(f"loading {tuned.base} with {tuned.adapter}")
@@ -80,9 +82,12 @@ def run(given: dict[str, Any]) -> int:
         ).to_dict()
     if as_json:
         about = {"base": tuned.base, "adapter": str(tuned.adapter), "data": options.data}
+        about |= {"rows_held_out_by_the_run": trained_on}
         show.as_json({**about, "data_sha256": rows.sha256, **found})
         return 0
-    summary.comparison(found)
+    summary.comparison(found, "held-out rows" if trained_on else "rows")
+    if trained_on:
+        print(f"  The run trained on {options.data}: these are the rows that it held out.")
     for example in found["examples"][:1]:
         summary.example(example, f"{options.data}, row of line {example['line']}")
     return 0

@@ -20,10 +20,10 @@ NAMES = {
 ARROWS = {"lower": "↓", "higher": "↑"}
 
 
-def comparison(record: ComparisonRecord) -> None:
+def comparison(record: ComparisonRecord, what: str = "held-out rows") -> None:
     """Write base against tuned, metric by metric, with intervals and the paired test."""
     show.heading(
-        f"base against tuned: {record['rows']} held-out rows, {record['tokens']:,} tokens"
+        f"base against tuned: {record['rows']} {what}, {record['tokens']:,} tokens"
         + (f"; text of {record['generated_rows']} rows" if record["generated_rows"] else "")
     )
     show.table(

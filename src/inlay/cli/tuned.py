@@ -24,6 +24,8 @@ class Tuned:
     storage: str
     run: Mapping[str, Any]
     """The configuration of the run; empty for an adapter that no run lies beside."""
+    trained_on: str = ""
+    """The hash of the rows the run trained on; empty when no run says so."""
 
 
 def find_tuned(directory: str) -> Tuned:
@@ -36,26 +38,29 @@ def find_tuned(directory: str) -> Tuned:
     within = (folder / "adapter" / CONFIG).is_file() and not (folder / CONFIG).is_file()
     adapter = folder / "adapter" if within else folder
     found = read_folder(adapter)
-    run = run_configuration(folder if within else folder.parent)
+    record = run_record(folder if within else folder.parent)
+    run = record.get("config", {})
     base = run.get("model") or found.base_model
     if not base:
         raise CheckpointError(
             f"{adapter} does not say which base model it was trained on; write it into "
             f"{CONFIG} as base_model_name_or_path"
         )
-    return Tuned(adapter, base, run.get("storage") or found.storage or "dense", run)
+    storage = run.get("storage") or found.storage or "dense"
+    return Tuned(adapter, base, storage, run, str(record.get("data_sha256", "")).split("+")[0])
 
 
-def run_configuration(folder: Path) -> Mapping[str, Any]:
-    """Return the configuration in a folder's run.json, or nothing when it has none."""
+def run_record(folder: Path) -> Mapping[str, Any]:
+    """Return what a folder's run.json holds, or nothing when there is none."""
     path = folder / "run.json"
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["config"]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        config = found["config"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}); delete it") from None
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise CheckpointError(f"{path} is damaged: its config is not an object; delete it")
     return found
 
