@@ -10,8 +10,8 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 from inlay.errors import DataError, ModelError
-from inlay.evaluate.losses import Progress, buckets, evaluating
-from inlay.methods.base import PromptMethod
+from inlay.evaluate.losses import Progress, buckets
+from inlay.methods.base import PromptMethod, evaluating
 from inlay.model.attach import active, adapters
 
 Prompt = str | Sequence[int]

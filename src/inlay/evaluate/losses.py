@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from inlay.errors import DataError, ModelError
+from inlay.methods.base import evaluating
 from inlay.model.shapes import length_multiple
 
 POSITIONS_AT_ONCE = 1024
@@ -81,18 +81,6 @@ def losses(
             if on_progress is not None:
                 on_progress(len(found), len(encoded))
     return [found[i] for i in range(len(encoded))]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Generator[None]:
-    """Put every module in evaluation mode, and each back into its own mode afterwards."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
 
 
 def buckets(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.errors import MergeError
+from inlay.methods.base import evaluating
 from inlay.model.attach import active, adapters, detach, disabled
 from inlay.model.layer import AdaptedLayer
 from inlay.model.quantize import describe_quantization
@@ -234,12 +235,8 @@ def check_fidelity(found: Mapping[str, Any], before: Sequence[Tensor], dtype: to
 @torch.no_grad()
 def logits_of(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
     """Return the outputs of each batch in fp64, padding positions left out, in eval mode."""
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return [outputs(model, batch) for batch in batches]
-    finally:
-        model.train(was_training)
 
 
 def outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import UsageError
-from inlay.evaluate.losses import EncodedRow, evaluating
+from inlay.evaluate.losses import EncodedRow
+from inlay.methods.base import evaluating
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 LOW_PRECISION_TOLERANCE = 0.05
