@@ -25,7 +25,7 @@ def curve(model: PreTrainedModel | PeftModel, folder: Path) -> list[float]:
         output_dir=str(folder),
         max_steps=STEPS,
         per_device_train_batch_size=4,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
