@@ -150,7 +150,9 @@ def test_layers_of_bitsandbytes_are_adapted_by_their_bytes(bits: int) -> None:
     x = torch.randn(3, 70, dtype=torch.float16, requires_grad=True)
     y = view.linear(x)
     y.sum().backward()
-    assert torch.equal(x.grad, torch.ones_like(y) @ view.dequantize())
+    assert x.grad is not None
+    wanted = torch.ones(y.shape) @ view.dequantize().float()
+    assert torch.allclose(x.grad.float(), wanted, atol=0.05, rtol=2e-3)
 
 
 @pytest.fixture(scope="module")

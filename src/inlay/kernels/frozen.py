@@ -1,9 +1,10 @@
-"""Products with a frozen weight that is held in a packed format.
+"""Products with a frozen weight, however it is held, with and without a low-rank term.
 
-The weight is dequantised inside an opaque operator, for the product alone. The gradient of
-`frozen_linear` is the *other* operator, `frozen_linear_t`: a compiler that saw one operator
-twice would merge the two dequantisations and keep the dense weight for the backward pass.
-What is saved is the packed parts, which the model holds anyway.
+The weight is unpacked inside an opaque operator, tile by tile, for the product alone. The gradient
+of each operator is a *different* operator: a compiler that saw one operator twice would merge the
+two unpackings and keep the dense weight for the backward pass. What is saved is the packed parts,
+which the model holds anyway, and for a low-rank term its two factors and the input x, one tensor
+for all the layers that read it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Dequantize = Callable[[Sequence[Tensor], int, int, torch.dtype], Tensor]
-"""`(parts, out, in, dtype)` -> the dense (out, in) matrix in `dtype`."""
+from inlay.kernels.scratch import product_dtype, scratch, tile_rows, tiles
+
+Dequantize = Callable[[Sequence[Tensor], Tensor, int], None]
+"""`(parts, out, first)`: write the dense matrix's rows from `first` on into `out` (n, in)."""
 
 FORMATS: dict[str, Dequantize] = {}
-"""Format name -> how its packed parts become a dense matrix."""
+"""Format name -> how its packed parts become rows of a dense matrix."""
 
 
 def register_format(name: str, dequantize: Dequantize) -> None:
@@ -27,12 +30,71 @@ def register_format(name: str, dequantize: Dequantize) -> None:
     FORMATS[name] = dequantize
 
 
+def copy_rows(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
+    """Unpack a dense weight (out, in): cast its rows."""
+    out.copy_(parts[0][first : first + out.shape[0]])
+
+
+DENSE = "dense"
+register_format(DENSE, copy_rows)
+
+
+def dense(parts: Sequence[Tensor], packing: str, rows: int, columns: int, dtype: torch.dtype):
+    """Return the whole dense (rows, columns) matrix in `dtype`."""
+    out = torch.empty(rows, columns, dtype=dtype, device=parts[0].device)
+    FORMATS[packing](parts, out, 0)
+    return out
+
+
+class Matrix:
+    """A frozen (rows, columns) matrix that is multiplied in one dtype, tile by tile."""
+
+    def __init__(
+        self, parts: Sequence[Tensor], packing: str, rows: int, columns: int, like: Tensor
+    ) -> None:
+        self.parts, self.packing, self.rows, self.columns = parts, packing, rows, columns
+        self.dtype, self.device = product_dtype(like), like.device
+        self.whole = parts[0] if packing == DENSE and parts[0].dtype == self.dtype else None
+
+    def each_tile(self):
+        """Every row range with those rows; a tile is overwritten by the next."""
+        step = tile_rows(self.rows, self.columns, self.dtype, self.device)
+        for part in tiles(self.rows, step):
+            tile = scratch(part.stop - part.start, self.columns, self.dtype, self.device)
+            FORMATS[self.packing](self.parts, tile, part.start)
+            yield part, tile
+
+    def flat(self, x: Tensor, width: int) -> Tensor:
+        """Return x as rows of `width` in the dtype of the product."""
+        return x.reshape(-1, width).to(self.dtype)
+
+    def times(self, x: Tensor) -> Tensor:
+        """`x @ W.T`; x: (n, columns) -> (n, rows)."""
+        if self.whole is not None:
+            return F.linear(x, self.whole)
+        y = x.new_empty(x.shape[0], self.rows)
+        for part, tile in self.each_tile():
+            torch.mm(x, tile.t(), out=y[:, part])
+        return y
+
+    def times_t(self, g: Tensor) -> Tensor:
+        """`g @ W`; g: (n, rows) -> (n, columns)."""
+        if self.whole is not None:
+            return g @ self.whole
+        x = g.new_empty(g.shape[0], self.columns)
+        for part, tile in self.each_tile():
+            torch.addmm(x, g[:, part], tile, beta=0 if part.start == 0 else 1, out=x)
+        return x
+
+
 @torch.library.custom_op("inlay::frozen_linear", mutates_args=())
 def frozen_linear(
     x: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int
 ) -> Tensor:
     """`x @ W.T`; x: (*b, in) -> (*b, out), in x's dtype; `rows` is out, `columns` is in."""
-    return F.linear(x, FORMATS[packing](parts, rows, columns, x.dtype))
+    matrix = Matrix(parts, packing, rows, columns, x)
+    y = matrix.times(matrix.flat(x, columns))
+    return y.to(x.dtype).view(*x.shape[:-1], rows)
 
 
 @torch.library.custom_op("inlay::frozen_linear_t", mutates_args=())
@@ -40,7 +102,9 @@ def frozen_linear_t(
     g: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int
 ) -> Tensor:
     """`g @ W`; g: (*b, out) -> (*b, in), in g's dtype; `rows` is out, `columns` is in."""
-    return g @ FORMATS[packing](parts, rows, columns, g.dtype)
+    matrix = Matrix(parts, packing, rows, columns, g)
+    x = matrix.times_t(matrix.flat(g, rows))
+    return x.to(g.dtype).view(*g.shape[:-1], columns)
 
 
 @frozen_linear.register_fake
@@ -75,3 +139,106 @@ def gradient_by(
 
 frozen_linear.register_autograd(gradient_by(frozen_linear_t), setup_context=keep_parts)
 frozen_linear_t.register_autograd(gradient_by(frozen_linear), setup_context=keep_parts)
+
+
+@torch.library.custom_op("inlay::low_rank_linear", mutates_args=())
+def low_rank_linear(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    parts: Sequence[Tensor],
+    packing: str,
+    rows: int,
+    columns: int,
+) -> Tensor:
+    """`x @ (W + s B A).T + bias`; x: (*b, in) -> (*b, out); a: (r, in), b: (out, r).
+
+    The low-rank term is added to the product in place, before it is rounded to x's dtype.
+    """
+    matrix = Matrix(parts, packing, rows, columns, x)
+    flat = matrix.flat(x, columns)
+    y = matrix.times(flat)
+    y.addmm_(flat @ a.to(matrix.dtype).t(), b.to(matrix.dtype).t(), alpha=scale)
+    if bias is not None:
+        y += bias.to(matrix.dtype)
+    return y.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+@torch.library.custom_op("inlay::low_rank_linear_backward", mutates_args=())
+def low_rank_linear_backward(
+    g: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    parts: Sequence[Tensor],
+    packing: str,
+    rows: int,
+    columns: int,
+    to_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients to x (empty unless `to_x`), a and b; `x @ a.T` is computed again."""
+    matrix = Matrix(parts, packing, rows, columns, x)
+    flat, grad = matrix.flat(x, columns), matrix.flat(g, rows)
+    inner, outer = a.to(matrix.dtype), b.to(matrix.dtype)
+    through = grad @ outer
+    to_a = (through.t() @ flat).mul_(scale)
+    to_b = (grad.t() @ (flat @ inner.t())).mul_(scale)
+    if not to_x:
+        return x.new_empty(0), to_a.to(a.dtype), to_b.to(b.dtype)
+    back = matrix.times_t(grad).addmm_(through, inner, alpha=scale)
+    return back.to(x.dtype).view(x.shape), to_a.to(a.dtype), to_b.to(b.dtype)
+
+
+@low_rank_linear.register_fake
+def _(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    parts: Sequence[Tensor],
+    packing: str,
+    rows: int,
+    columns: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@low_rank_linear_backward.register_fake
+def _(
+    g: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    parts: Sequence[Tensor],
+    packing: str,
+    rows: int,
+    columns: int,
+    to_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape if to_x else (0,)), torch.empty_like(a), torch.empty_like(b)
+
+
+def keep_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep x, the two factors and the packed parts."""
+    del output
+    x, a, b, bias, ctx.scale, parts, ctx.packing, ctx.rows, ctx.columns = inputs
+    ctx.biased = bias is not None
+    ctx.save_for_backward(x, a, b, *parts)
+
+
+def low_rank_gradient(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    """Return the gradients to x, a, b and the bias by the opaque backward operator."""
+    x, a, b, *parts = ctx.saved_tensors
+    to_x = bool(ctx.needs_input_grad[0])
+    shape = (ctx.packing, ctx.rows, ctx.columns, to_x)
+    back, to_a, to_b = low_rank_linear_backward(g, x, a, b, ctx.scale, parts, *shape)
+    to_bias = g.flatten(0, -2).sum(0) if ctx.biased and ctx.needs_input_grad[3] else None
+    return back if to_x else None, to_a, to_b, to_bias, None, [None] * len(parts), *[None] * 3
+
+
+low_rank_linear.register_autograd(low_rank_gradient, setup_context=keep_factors)

@@ -43,6 +43,8 @@ class LoRA(LowRank):
         return w + self.scale * (p.B @ p.A).to(w.dtype)
 
     def forward(self, p: Params, x: Tensor, base: FrozenLinear, training: bool) -> Tensor:
+        if x.is_floating_point() and not (training and self.drops(x)):
+            return base.low_rank_linear(x, p.A, p.B, self.scale)
         y = base.linear(x)
         dropped = F.dropout(x, self.dropout, training) if self.drops(x) else x
         return y + F.linear(project(dropped, p.A).to(y.dtype), (self.scale * p.B).to(y.dtype))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.errors import StorageError
+from inlay.kernels.frozen import low_rank_linear
+from inlay.kernels.switches import is_on
 
 Kind = Literal["linear", "conv1d", "embedding"]
 
@@ -64,3 +68,18 @@ class FrozenLinear(ABC):
         """`x @ W.T + bias`; x: (*b, in) -> (*b, out)."""
         y = self.matmul(x)
         return y if self.bias is None else y + self.bias
+
+    def packed(self) -> tuple[Sequence[Tensor], str] | None:
+        """Return the parts and the format by which `kernels.frozen` reads the weight.
+
+        None when they cannot be handed over, as where the weight itself trains.
+        """
+        return None
+
+    def low_rank_linear(self, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """`x @ (W + s B A).T + bias` in x's dtype; x: (*b, in), a: (r, in), b: (out, r)."""
+        packed = self.packed()
+        if packed is None or not is_on("products") or torch.is_autocast_enabled(x.device.type):
+            y = self.linear(x)
+            return y + F.linear(F.linear(x, a.to(x.dtype)).to(y.dtype), (scale * b).to(y.dtype))
+        return low_rank_linear(x, a, b, self.bias, scale, *packed, *self.shape)

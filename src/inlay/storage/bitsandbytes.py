@@ -6,6 +6,7 @@ on CPU they give wrong gradients after an evaluation, and wrong values for some 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,6 +56,9 @@ class ForeignLinear(FrozenLinear):
 
     def matmul_t(self, g: Tensor) -> Tensor:
         return self.held.matmul_t(g)
+
+    def packed(self) -> tuple[Sequence[Tensor], str] | None:
+        return self.held.packed()
 
     def linear(self, x: Tensor) -> Tensor:
         y = self.matmul(x)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from inlay.kernels.frozen import DENSE, frozen_linear, frozen_linear_t
+from inlay.kernels.scratch import product_dtype
 from inlay.storage.base import FrozenLinear
 
 
@@ -51,14 +53,26 @@ class DenseView(FrozenLinear):
     def matrix(self) -> Tensor:
         """The weight as (out, in), without a copy."""
 
+    def packed(self) -> tuple[list[Tensor], str] | None:
+        return None if self.weight.requires_grad else ([self.matrix()], DENSE)
+
+    def multiplied_elsewhere(self, x: Tensor) -> tuple[list[Tensor], str] | None:
+        """Return the packed weight when x is better multiplied in another dtype than its own."""
+        return None if product_dtype(x) == x.dtype else self.packed()
+
     def matmul(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix())
+        packed = self.multiplied_elsewhere(x)
+        return frozen_linear(x, *packed, *self.shape) if packed else F.linear(x, self.matrix())
 
     def linear(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix(), self.bias)
+        if not self.multiplied_elsewhere(x):
+            return F.linear(x, self.matrix(), self.bias)
+        y = self.matmul(x)
+        return y if self.bias is None else y + self.bias
 
     def matmul_t(self, g: Tensor) -> Tensor:
-        return g @ self.matrix()
+        packed = self.multiplied_elsewhere(g)
+        return frozen_linear_t(g, *packed, *self.shape) if packed else g @ self.matrix()
 
     def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
         matrix = self.matrix().detach()

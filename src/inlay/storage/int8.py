@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inlay.errors import StorageError
-from inlay.kernels.frozen import register_format
+from inlay.kernels.frozen import dense, register_format
 from inlay.storage.quantized import (
     QuantizedLinear,
     checked_finite,
@@ -74,7 +74,7 @@ class Int8Linear(QuantizedLinear):
 
     def dequantized_rows(self, rows: Tensor) -> Tensor:
         picked = [self.weight[rows], self.SCB[rows]]
-        return dequantized(picked, rows.numel(), self.in_features, self.dtype)
+        return dense(picked, self.storage, rows.numel(), self.in_features, self.dtype)
 
 
 def quantized_rows(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,15 +88,13 @@ def quantized_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(torch.int8), absmax
 
 
-def dequantized(parts: Sequence[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return the dense (out, in) matrix in `dtype`, each weight rounded once from fp32."""
+def dequantized(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
+    """Write the dense matrix's rows from `first` on into `out`, each weight rounded once."""
     q, absmax = parts
-    dense = torch.empty(rows, columns, dtype=dtype, device=q.device)
-    step = max(1, chunk_size(q.device) // columns)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        dense[part] = q[part] * absmax[part, None] * (1 / 127)
-    return dense
+    step = max(1, chunk_size(q.device) // out.shape[1])
+    for start in range(0, out.shape[0], step):
+        rows = slice(first + start, min(first + start + step, first + out.shape[0]))
+        out[start : start + step] = q[rows] * absmax[rows, None] * (1 / 127)
 
 
 register_format(Int8Linear.storage, dequantized)

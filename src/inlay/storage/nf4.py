@@ -260,41 +260,38 @@ def nearest_codes(scaled: Tensor) -> Tensor:
     return torch.bucketize(snapped, midpoints(dynamic_map(scaled.device))).to(torch.uint8)
 
 
-def block_scales(parts: Sequence[Tensor]) -> Tensor:
-    """Return each block's absmax in fp32 from the parts after the packed weight."""
+def block_scales(parts: Sequence[Tensor], first: int = 0, stop: int | None = None) -> Tensor:
+    """Return blocks' absmax in fp32, from `first` to `stop`, from the parts after the weight."""
+    codes = parts[0][first:stop]
     if len(parts) == 1:
-        return parts[0]
-    codes, nested_absmax, nested_map, offset = parts
-    values = nested_map[codes.int()]
-    padded = F.pad(values, (0, -codes.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    return (padded * nested_absmax.unsqueeze(1)).view(-1)[: codes.numel()] + offset
+        return codes
+    _, nested_absmax, nested_map, offset = parts
+    blocks = torch.arange(first, first + codes.numel(), device=codes.device)
+    return nested_map[codes.int()] * nested_absmax[blocks // NESTED_BLOCK] + offset
 
 
-def dequantized(parts: Sequence[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return the dense (out, in) matrix in `dtype`, each weight rounded once from fp32."""
-    packed, scales = parts[0].reshape(-1), block_scales(parts[1:])
-    size = rows * columns
-    dense = torch.empty(size, dtype=dtype, device=packed.device)
+def dequantized(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
+    """Write the dense matrix's rows from `first` on into `out`, each weight rounded once."""
+    flat, packed = out.view(-1), parts[0].reshape(-1)
+    begin = first * out.shape[1]
+    end = begin + out.numel()
     table = byte_pairs(packed.device)
     step = chunk_size(packed.device)
-    for start in range(0, size, step):
-        end = min(start + step, size)
-        pairs = table.index_select(0, packed[start // 2 : (end + 1) // 2].int())
-        values = pairs.view(torch.float32)[: end - start]
-        blocks = scales[start // BLOCK : -(-end // BLOCK)]
-        scaled_into(dense[start:end], values, blocks)
-    return dense.view(rows, columns)
+    for start in range(begin // BLOCK * BLOCK, end, step):
+        stop = min(start + step, end)
+        pairs = table.index_select(0, packed[start // 2 : (stop + 1) // 2].int())
+        values = pairs.view(torch.float32)[: stop - start]
+        scale_blocks(values, block_scales(parts[1:], start // BLOCK, -(-stop // BLOCK)))
+        before = max(begin - start, 0)
+        flat[start + before - begin : stop - begin].copy_(values[before:])
 
 
-def scaled_into(out: Tensor, values: Tensor, absmax: Tensor) -> None:
-    """Write `values` times their block's absmax; the last block may be short."""
+def scale_blocks(values: Tensor, absmax: Tensor) -> None:
+    """Multiply values by their block's absmax, in place; the last block may be short."""
     whole = values.numel() // BLOCK
-    edge = whole * BLOCK
-    torch.mul(
-        values[:edge].view(-1, BLOCK), absmax[:whole, None], out=values[:edge].view(-1, BLOCK)
-    )
-    values[edge:] *= absmax[whole:]
-    out.copy_(values)
+    blocks = values[: whole * BLOCK].view(-1, BLOCK)
+    blocks *= absmax[:whole, None]
+    values[whole * BLOCK :] *= absmax[whole:]
 
 
 def as_bytes(packed: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import StorageError
-from inlay.kernels.frozen import FORMATS, frozen_linear, frozen_linear_t
+from inlay.kernels.frozen import dense, frozen_linear, frozen_linear_t
 from inlay.storage.base import FrozenLinear
 
 CHUNK = 1 << 20
@@ -133,6 +133,13 @@ class QuantizedLinear(nn.Module, FrozenLinear):
         self.check_input(g, self.out_features)
         return frozen_linear_t(g, self.parts(), self.storage, *self.shape)
 
+    def packed(self) -> tuple[list[Tensor], str]:
+        return self.parts(), self.storage
+
+    def low_rank_linear(self, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        self.check_input(x, self.in_features)
+        return super().low_rank_linear(x, a, b, scale)
+
     def check_input(self, x: Tensor, width: int) -> None:
         """Raise unless x is floating-point and `width` wide."""
         if x.shape[-1:] != (width,) or not x.is_floating_point():
@@ -144,7 +151,7 @@ class QuantizedLinear(nn.Module, FrozenLinear):
     @torch.no_grad()
     def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
         if rows is None:
-            return FORMATS[self.storage](self.parts(), *self.shape, self.dtype)
+            return dense(self.parts(), self.storage, *self.shape, self.dtype)
         return self.dequantized_rows(torch.arange(self.out_features, device=self.device)[rows])
 
     def requantized(self, w: Tensor, bias: Tensor | None) -> QuantizedLinear:

@@ -1,0 +1,69 @@
+"""Where and in which dtype a frozen weight is multiplied.
+
+A packed weight is unpacked tile by tile into one buffer that is kept, so that nothing dense is
+allocated, and a tile is still in the cache when it is multiplied. On a GPU a tile is the whole
+matrix, and the caching allocator keeps the buffer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from inlay.kernels.switches import is_on
+
+TILE_BYTES = 16 << 20
+"""Measured on two cores: smaller tiles slow the product, larger ones leave the cache."""
+kept = threading.local()
+"""Each thread's buffer; the backward pass on a GPU has a thread of its own."""
+
+
+FAST_HALVES_ON_CPU = frozenset(
+    dtype
+    for dtype, has in (
+        (
+            torch.bfloat16,
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        ),
+        (torch.float16, torch.cpu._is_amx_fp16_supported()),
+    )
+    if has
+)
+"""The half-precision dtypes that this CPU has arithmetic for."""
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype to multiply x in: its own, or float32 where that is exact and faster.
+
+    A CPU without bfloat16 arithmetic emulates it at a fifth of float32's rate. Products of halves
+    are exact in float32, and the sum is rounded once instead of often.
+    """
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    fast = x.device.type != "cpu" or x.dtype in FAST_HALVES_ON_CPU
+    return torch.float32 if half and not fast and is_on("products") else x.dtype
+
+
+def tile_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Return how many rows of a (rows, columns) matrix are unpacked at once."""
+    if device.type != "cpu":
+        return rows
+    return min(rows, max(1, TILE_BYTES // (columns * dtype.itemsize)))
+
+
+def scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialised (rows, columns) matrix: on a CPU, this thread's kept buffer."""
+    if device.type != "cpu":
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    size = rows * columns * dtype.itemsize
+    buffer: Tensor | None = getattr(kept, "buffer", None)
+    if buffer is None or buffer.numel() < size:
+        kept.buffer = buffer = torch.empty(max(size, TILE_BYTES), dtype=torch.uint8)
+    return buffer[:size].view(dtype).view(rows, columns)
+
+
+def tiles(rows: int, step: int) -> Iterator[slice]:
+    """Return the row ranges of a matrix, `step` rows each but the last."""
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
