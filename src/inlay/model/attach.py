@@ -19,6 +19,7 @@ from inlay.methods.base import (
     SelectMethod,
     WeightMethod,
 )
+from inlay.model.fast import install, uninstall
 from inlay.model.layer import AdaptedLayer, become_adapted, become_original
 from inlay.model.prompt import PromptHook
 from inlay.model.selected import selected_copies, trained_modules
@@ -93,6 +94,7 @@ def attach(
         places.setdefault(module_name, Place(None, Params({}))).add(copies)
     if not registry.adapters:
         registry.required_grad = {n: p.requires_grad for n, p in model.named_parameters()}
+        install(model)
     for module_name, place in places.items():
         put(model.get_submodule(module_name), place, name)
     if isinstance(method, PromptMethod):
@@ -243,6 +245,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(registry.required_grad.get(parameter_name, False))
     del model.__dict__["inlay"]
+    uninstall(model)
     return model
 
 

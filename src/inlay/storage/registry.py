@@ -56,11 +56,14 @@ def kind(module: nn.Module) -> Literal["linear", "conv1d", "embedding"] | None:
 
 
 def layer_class(module: nn.Module) -> type[nn.Module]:
-    """Return the layer's class, or what it was before it was adapted in place.
+    """Return the layer's class, or what it was before it was changed in place.
 
     Only these exact classes count: a subclass may use its weight in another way.
     """
-    return vars(type(module)).get("original", type(module))
+    found = type(module)
+    while "original" in vars(found):
+        found = vars(found)["original"]
+    return found
 
 
 def storage_class(name: str) -> type[QuantizedLinear]:

@@ -1,0 +1,124 @@
+"""Output head and cross-entropy in one opaque operator: logits exist for a few rows at a time.
+
+The head is frozen, so the gradient of each row's log-probability to its hidden state is computed
+in the forward pass, while the row's logits are there; the backward pass only scales it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from inlay.kernels.frozen import Matrix
+
+LOGIT_BYTES = 128 << 20
+"""Room for the logits of the rows that are scored at once."""
+
+
+class Scores(NamedTuple):
+    """What is known of each scored position, all (n,)."""
+
+    log_probs: Tensor
+    """Of the label; fp32."""
+    entropy: Tensor
+    """Of the whole distribution; fp32, without gradient."""
+    is_top1: Tensor
+    """Whether no token is likelier than the label."""
+
+
+def rows_at_once(vocabulary: int) -> int:
+    """Return how many rows of logits are held at once."""
+    return max(1, LOGIT_BYTES // (4 * vocabulary))
+
+
+def score(logits: Tensor, labels: Tensor, to_gradient: bool) -> Scores:
+    """Score rows of fp32 logits (n, vocabulary), which are overwritten.
+
+    With `to_gradient` they become the gradient of `log p(label)`: one-hot minus probabilities.
+    """
+    index = labels[:, None]
+    best = logits.amax(1, keepdim=True)
+    is_top1 = logits.gather(1, index) >= best
+    logits -= best
+    chosen = logits.gather(1, index)
+    probabilities = torch.exp(logits)
+    total = probabilities.sum(1, keepdim=True)
+    expected = torch.linalg.vecdot(probabilities, logits).unsqueeze(1) / total
+    log_total = total.log()
+    if to_gradient:
+        torch.div(probabilities, -total, out=logits)
+        logits.scatter_add_(1, index, torch.ones_like(chosen))
+    return Scores(*(t.squeeze(1) for t in (chosen - log_total, log_total - expected, is_top1)))
+
+
+@torch.library.custom_op("inlay::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy(
+    h: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    to_gradient: bool,
+    parts: Sequence[Tensor],
+    packing: str,
+    rows: int,
+    columns: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Score hidden states h (n, in) by a frozen head (vocabulary, in) and labels (n,).
+
+    Returns log-probabilities, entropies and top-1 hits, all (n,), and the gradient of the
+    log-probabilities to h, (n, in) in h's dtype, or (0, in) unless `to_gradient`.
+    """
+    matrix = Matrix(parts, packing, rows, columns, h)
+    found: list[Scores] = []
+    back = torch.empty_like(h) if to_gradient else h.new_empty(0, columns)
+    step = rows_at_once(rows)
+    for start in range(0, h.shape[0], step):
+        part = slice(start, start + step)
+        logits = matrix.times(h[part].to(matrix.dtype))
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        logits = logits.to(wide)
+        if bias is not None:
+            logits += bias
+        found.append(score(logits, labels[part], to_gradient))
+        if to_gradient:
+            back[part] = matrix.times_t(logits.to(matrix.dtype))
+    if not found:
+        empty = h.new_empty(0, dtype=torch.promote_types(h.dtype, torch.float32))
+        return empty, empty.clone(), empty.bool(), back
+    log_probs, entropy, is_top1 = (torch.cat(each) for each in zip(*found, strict=True))
+    return log_probs, entropy, is_top1, back
+
+
+@linear_cross_entropy.register_fake
+def _(
+    h: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    to_gradient: bool,
+    parts: Sequence[Tensor],
+    packing: str,
+    rows: int,
+    columns: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    each = h.new_empty(h.shape[0], dtype=torch.promote_types(h.dtype, torch.float32))
+    back = torch.empty_like(h) if to_gradient else h.new_empty(0, columns)
+    return each, torch.empty_like(each), torch.empty_like(each, dtype=torch.bool), back
+
+
+def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep each row's gradient, computed already."""
+    ctx.count = len(inputs[4])
+    ctx.save_for_backward(output[3])
+
+
+def gradient(ctx: Any, g: Tensor, *unused: Tensor) -> tuple[Any, ...]:
+    """Scale each row's gradient."""
+    del unused
+    (back,) = ctx.saved_tensors
+    scaled = (back.to(g.dtype) * g[:, None]).to(back.dtype)
+    return scaled, None, None, None, [None] * ctx.count, None, None, None
+
+
+linear_cross_entropy.register_autograd(gradient, setup_context=keep)

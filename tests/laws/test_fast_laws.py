@@ -1,0 +1,216 @@
+"""Every fast path computes what the plain one does: values, gradients, outputs; and can be off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from law_cases import STORED, far, randomise_adapter, seeded
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import inlay
+from inlay.kernels import loss as loss_kernel
+from inlay.kernels.switches import PATHS, plain
+from inlay.model.fast import Fast, FastBackbone, FastCausalLM, FastGate, FastNorm
+
+SMALL = {
+    "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 61, "intermediate_size": 72, "initializer_range": 0.15,
+}  # fmt: skip
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=10)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=40, n_layer=2, n_head=4, vocab_size=61, n_positions=80, initializer_range=0.15,
+            attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+        )
+    ),
+}  # fmt: skip
+HELD = ("fp32", "bf16", "nf4")
+PLACES = {"all": ("all-linear", ()), "with-head": ("all-linear", ("lm_head",)), "top": ("mlp", ())}
+
+
+def built(name: str, storage: str = "fp32") -> Any:
+    torch.manual_seed(0)
+    model = STORED[storage].hold_model(MODELS[name]())
+    inlay.attach(model, inlay.LoRA(rank=4, alpha=8))
+    randomise_adapter(model)
+    return model.train()
+
+
+def batch(shape: str) -> dict[str, Tensor]:
+    """Rows with masked prompts: as they are, padded on the right, on the left, or packed."""
+    ids = torch.randint(1, 61, (2, 9), generator=seeded(3))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    if shape == "dense":
+        return {"input_ids": ids, "labels": ids.clone()}
+    if shape == "masked":
+        return {"input_ids": ids, "labels": labels}
+    if shape in ("right", "left"):
+        mask = torch.ones_like(ids)
+        mask[1, slice(6, None) if shape == "right" else slice(None, 3)] = 0
+        return {"input_ids": ids, "labels": labels.where(mask == 1, -100), "attention_mask": mask}
+    assert shape == "packed"
+    positions = torch.cat([torch.arange(5), torch.arange(9), torch.arange(4)])[None]
+    return {
+        "input_ids": ids.reshape(1, 18),
+        "labels": labels.reshape(1, 18),
+        "position_ids": positions,
+    }
+
+
+def step(model: Any, inputs: dict[str, Tensor], **more: Any) -> tuple[Tensor, list[Tensor]]:
+    """The loss and the gradient of every trained tensor."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = model(**inputs, use_cache=False, **more).loss
+    return loss.detach(), list(torch.autograd.grad(loss, trained))
+
+
+def assert_same_step(model: Any, inputs: dict[str, Tensor], tolerance: float, **more: Any) -> None:
+    loss, grads = step(model, inputs, **more)
+    with plain():
+        wanted, dense = step(model, inputs, **more)
+    assert far(loss, wanted) < tolerance
+    assert torch.isfinite(loss)
+    scale = max(float(g.abs().max()) for g in dense)
+    for ours, theirs in zip(grads, dense, strict=True):
+        assert float((ours - theirs).abs().max()) / scale < tolerance
+
+
+@pytest.mark.parametrize("shape", ["dense", "masked", "right", "left", "packed"])
+@pytest.mark.parametrize("storage", HELD)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_fast_step_is_a_plain_step(name: str, storage: str, shape: str) -> None:
+    if storage == "nf4" and name == "gpt2":
+        return
+    assert_same_step(built(name, storage), batch(shape), 2 * STORED[storage].tolerance)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_each_path_can_be_off_alone(path: str) -> None:
+    model = built("llama")
+    inputs = batch("masked")
+    loss, grads = step(model, inputs)
+    with plain(path):
+        assert_same_step(model, inputs, 1e-5)
+        other, others = step(model, inputs)
+    assert far(other, loss) < 1e-5
+    assert all(far(a, b) < 1e-3 for a, b in zip(others, grads, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_no_plain_module_is_left(name: str) -> None:
+    model = built(name)
+    kinds = [type(m).__mro__[1] for m in model.modules() if isinstance(m, Fast)]
+    for wanted in (FastCausalLM, FastBackbone, FastNorm, FastGate):
+        assert wanted in kinds
+    assert not [
+        m
+        for m in model.modules()
+        if type(m).__name__.endswith("RMSNorm") and not isinstance(m, Fast)
+    ]
+
+
+def test_detach_leaves_no_fast_module() -> None:
+    torch.manual_seed(0)
+    model: Any = MODELS["llama"]()
+    classes = [type(m) for m in model.modules()]
+    inlay.attach(model, inlay.LoRA(rank=4))
+    assert model.config._attn_implementation == "inlay"
+    inlay.detach(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_head_that_is_adapted_trains() -> None:
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False))
+    inlay.attach(model, inlay.LoRA(rank=4), targets=("lm_head", "q_proj"))
+    randomise_adapter(model)
+    assert_same_step(model.train(), batch("masked"), 1e-5)
+
+
+def test_a_head_in_four_bits_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False))
+    inlay.quantize(model, "nf4", skip=("q_proj",))
+    inlay.attach(model, inlay.LoRA(rank=4), exclude="lm_head")
+    randomise_adapter(model)
+    monkeypatch.setattr(loss_kernel, "LOGIT_BYTES", 4 * 61 * 3)  # three rows at a time
+    assert_same_step(model.train(), batch("masked"), 1e-5)
+
+
+def test_checkpointing_computes_the_same() -> None:
+    model = built("llama")
+    wanted = step(model, batch("packed"))
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    got = step(model, batch("packed"))
+    assert torch.equal(wanted[0], got[0])
+    assert all(torch.equal(a, b) for a, b in zip(wanted[1], got[1], strict=True))
+
+
+def test_the_loss_is_over_the_items_of_the_whole_batch() -> None:
+    model = built("llama")
+    assert_same_step(model, batch("masked"), 1e-5, num_items_in_batch=torch.tensor(100))
+
+
+def test_logits_are_there_when_asked_for() -> None:
+    model = built("llama")
+    got = model(**batch("masked"))
+    with plain():
+        wanted = model(**batch("masked"))
+    for logits in (got.logits, got["logits"], got[1]):
+        assert far(logits, wanted.logits) < 1e-5
+    assert torch.equal(got[0], got.loss)
+
+
+def test_rows_do_not_see_each_other_when_packed() -> None:
+    model = built("llama")
+    packed = batch("packed")
+    together = model(**packed, use_cache=False)
+    assert far(together.logits, together.logits) == 0
+    cuts = [(0, 5), (5, 14), (14, 18)]
+    for start, stop in cuts:
+        alone = model(input_ids=packed["input_ids"][:, start:stop], use_cache=False).logits
+        assert far(together.logits[:, start:stop], alone) < 1e-5
+
+
+def test_a_label_nowhere_is_nan_as_in_transformers() -> None:
+    model = built("llama")
+    inputs = batch("masked")
+    inputs["labels"].fill_(-100)
+    assert model(**inputs).loss.isnan()
+    with plain():
+        assert model(**inputs).loss.isnan()
+
+
+def test_nothing_wide_is_kept_for_the_gradient() -> None:
+    model = built("llama", "bf16")
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(**batch("dense"))
+    wide = [t for t in saved if t.dtype == torch.float32 and t.numel() >= 18 * 40]
+    frozen = {p.data_ptr() for p in model.parameters()}
+    assert not [t.shape for t in wide if t.data_ptr() not in frozen]
+
+
+@pytest.mark.parametrize("words", [("attntion",), ("loss", "head")])
+def test_an_unknown_path_is_named(words: tuple[str, ...]) -> None:
+    with pytest.raises(inlay.UsageError, match="there is no fast path"), plain(*words):
+        pass
