@@ -272,11 +272,31 @@ INLINE void NAME(expand_u8)(const uint8_t *in, const uint8_t *table, uint8_t *ou
 /* The same for a table of 16-bit words. */
 INLINE void NAME(expand_u16)(const uint8_t *in, const uint16_t *table, uint16_t *out) {
 #if LEVEL >= 1
-    uint8_t low[16], high[16], below[BLOCK], above[BLOCK];
-    for (int i = 0; i < 16; i++) low[i] = (uint8_t)table[i], high[i] = (uint8_t)(table[i] >> 8);
-    NAME(expand_u8)(in, low, below);
-    NAME(expand_u8)(in, high, above);
-    for (int i = 0; i < BLOCK; i++) out[i] = (uint16_t)(below[i] | above[i] << 8);
+    const __m128i mask = _mm_set1_epi8(15);
+#if LEVEL == 2
+    const __m512i all = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)table));
+#else
+    const __m128i first = _mm_loadu_si128((const __m128i *)table), byte = _mm_set1_epi16(255);
+    const __m128i second = _mm_loadu_si128((const __m128i *)(table + 8));
+    const __m128i low = _mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte));
+    const __m128i high = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
+#endif
+    for (int half = 0; half < 2; half++) {
+        __m128i b = _mm_loadu_si128((const __m128i *)(in + 16 * half));
+        __m128i even = _mm_and_si128(_mm_srli_epi16(b, 4), mask), odd = _mm_and_si128(b, mask);
+        __m128i pair[2] = {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
+#if LEVEL == 2
+        __m512i k = _mm512_cvtepu8_epi16(_mm256_set_m128i(pair[1], pair[0]));
+        _mm512_storeu_si512(out + 32 * half, _mm512_permutexvar_epi16(k, all));
+#else
+        for (int j = 0; j < 2; j++) {
+            __m128i l = _mm_shuffle_epi8(low, pair[j]), h = _mm_shuffle_epi8(high, pair[j]);
+            __m128i *to = (__m128i *)(out + 32 * half + 16 * j);
+            _mm_storeu_si128(to, _mm_unpacklo_epi8(l, h));
+            _mm_storeu_si128(to + 1, _mm_unpackhi_epi8(l, h));
+        }
+#endif
+    }
 #else
     for (int i = 0; i < BLOCK / 2; i++) {
         out[2 * i] = table[in[i] >> 4];
