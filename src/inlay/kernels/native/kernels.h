@@ -307,12 +307,14 @@ INLINE void NAME(expand_u16)(const uint8_t *in, const uint16_t *table, uint16_t 
 
 INLINE void NAME(block_f32)(const uint8_t *in, float scale, float *out) {
     float table[16];
+#pragma omp simd
     for (int i = 0; i < 16; i++) table[i] = QUANTILES[i] * scale;
     NAME(expand_f32)(in, table, out);
 }
 
 INLINE void NAME(block_bf16)(const uint8_t *in, float scale, uint16_t *out) {
     uint16_t table[16];
+#pragma omp simd
     for (int i = 0; i < 16; i++)
         table[i] = (uint16_t)(NAME(bits)(NAME(rounded)(QUANTILES[i] * scale)) >> 16);
     NAME(expand_u16)(in, table, out);
@@ -369,6 +371,7 @@ static void NAME(to_int8)(const void *args, int64_t begin, int64_t end) {
             int64_t high = from + BLOCK > stop ? stop : from + BLOCK;
             int8_t *out = a->q + row * a->columns + (low - first);
             float scale = NAME(scale)(&a->w, b);
+#pragma omp simd
             for (int i = 0; i < 16; i++)
                 table[i] = (uint8_t)NAME(bits)(QUANTILES[i] * scale * steps + ROUNDER);
             const uint8_t *in = NAME(block_bytes)(&a->w, b, spare);
