@@ -350,7 +350,7 @@ static void NAME(dequantize)(const void *args, int64_t begin, int64_t end) {
 
 /* What numbers are multiplied by to lie within 127; 0 where that is not finite. */
 INLINE float NAME(steps)(float largest) {
-    float s = 127.0f / largest;
+    float s = 1.0f / largest * 127.0f;
     return s <= 3.4028234e38f ? s : 0.0f;
 }
 
@@ -552,7 +552,7 @@ static void NAME(gate)(const void *args, int64_t begin, int64_t end) {
         NAME(load)(x, a->gate, at, n, a->dtype);
         NAME(load)(u, a->up, at, n, a->dtype);
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) x[i] = x[i] / (1.0f + NAME(exp)(-x[i]));
+        for (int64_t i = 0; i < n; i++) x[i] *= 1.0f / (1.0f + NAME(exp)(-x[i]));
         NAME(round_tile)(x, n, a->dtype);
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) x[i] *= u[i];
