@@ -160,9 +160,7 @@ def test_nf4_to_int8_rounds_the_dense_rows(level: str, columns: int, double_quan
     parts = nf4_parts(rows, columns, double_quant)
     whole = dense(parts, "nf4", rows, columns, torch.float32)[first:]
     scales = nf4.block_scales(parts[1:]).abs()
-    touched = [
-        scales[i * columns // 64 : -(-(i + 1) * columns // 64)] for i in range(first, rows)
-    ]
+    touched = [scales[i * columns // 64 : -(-(i + 1) * columns // 64)] for i in range(first, rows)]
     largest = torch.stack([s.amax() for s in touched])
     q = torch.empty(rows - first, columns, dtype=torch.int8)
     scale = torch.empty(rows - first)
@@ -473,3 +471,15 @@ assert native.release_memory() is None
 print(before > 10 * kept, high > fresh + 10000, resident() < fresh + 5000)"""
     process = run(code, build.cache_folder().parents[1])
     assert printed(process) == "True True True"
+
+
+def test_shapes_that_do_not_fit_never_reach_c(level: str) -> None:
+    parts = nf4_parts(4, 64, True)
+    assert not native.nf4_dequantize(parts, torch.empty(4, 64), 1)
+    assert not native.nf4_dequantize([parts[0], parts[1][:2], *parts[2:]], torch.empty(4, 64), 0)
+    with pytest.raises(RuntimeError, match="size"):
+        native.rms_norm(drawn(3, 64), drawn(32), 1e-6)
+    with pytest.raises(RuntimeError, match="size"):
+        native.silu_gate(drawn(64), drawn(32))
+    with pytest.raises(RuntimeError, match="size"):
+        native.rotary(drawn(1, 2, 5, 8), drawn(1, 4, 8), drawn(1, 4, 8))

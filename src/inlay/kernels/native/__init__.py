@@ -132,6 +132,12 @@ def takes(dtypes: Sequence[torch.dtype], *tensors: Tensor) -> bool:
     ) and available()  # fmt: skip
 
 
+def sized(size: int | torch.Size, *tensors: Tensor) -> bool:
+    """Whether each of these has this shape, or as a vector this length."""
+    shape = (size,) if isinstance(size, int) else size
+    return all(t.shape == shape for t in tensors)
+
+
 # ---- NF4 ----
 
 
@@ -151,7 +157,7 @@ def nf4_nest(absmax: Tensor, offset: Tensor, midpoints: Tensor) -> tuple[Tensor,
 
     midpoints: (255,), the thresholds between the 256 codes' values.
     """
-    if not takes((torch.float32,), absmax, midpoints):
+    if not (takes((torch.float32,), absmax, midpoints) and sized(255, midpoints)):
         return None
     count = absmax.numel()
     codes = torch.empty(count, dtype=torch.uint8)
@@ -160,16 +166,20 @@ def nf4_nest(absmax: Tensor, offset: Tensor, midpoints: Tensor) -> tuple[Tensor,
     return codes, scale
 
 
-def nf4_parts(parts: Sequence[Tensor]) -> NF4Parts | None:
-    """Return the packed parts as C takes them, or None if they are not ones that it can read."""
+def nf4_parts(parts: Sequence[Tensor], end: int) -> NF4Parts | None:
+    """Return the packed parts as C takes them; None if it cannot read `end` weights of them."""
     packed, scales, *nested = parts
     kinds = ((torch.uint8,), (torch.uint8,) if nested else (torch.float32,), (torch.float32,))
     groups = [group for group in ([packed], [scales], nested) if group]
     if not all(takes(kind, *group) for kind, group in zip(kinds, groups, strict=False)):
         return None
+    if 2 * packed.numel() < end or scales.numel() * BLOCK < end:
+        return None
     if not nested:
         return NF4Parts(packed.data_ptr(), packed.numel(), scales.data_ptr())
     nested_absmax, nested_map, offset = nested
+    if nested_map.numel() != 256 or nested_absmax.numel() * BLOCK * NESTED_BLOCK < end:
+        return None
     addresses = [scales.data_ptr(), nested_absmax.data_ptr(), nested_map.data_ptr()]
     return NF4Parts(packed.data_ptr(), packed.numel(), None, *addresses, float(offset))
 
@@ -178,10 +188,10 @@ def nf4_dequantize(parts: Sequence[Tensor], out: Tensor, first: int) -> bool:
     """Write rows [first, first + len(out)) of the dense matrix into `out`; say whether it did."""
     if not takes(OUTPUTS, out):
         return False
-    held = nf4_parts(parts)
+    begin = first * out.shape[1]
+    held = nf4_parts(parts, begin + out.numel())
     if held is None:
         return False
-    begin = first * out.shape[1]
     called("inlay_nf4_dequantize", ctypes.byref(held), out, out.dtype, begin, out.numel())
     return True
 
@@ -191,9 +201,9 @@ def nf4_to_int8(parts: Sequence[Tensor], q: Tensor, scale: Tensor, first: int) -
 
     A row's scale is the largest absmax of the blocks that it touches, over 127.
     """
-    if not (takes((torch.int8,), q) and takes((torch.float32,), scale)):
+    if not (takes((torch.int8,), q) and takes((torch.float32,), scale) and sized(len(q), scale)):
         return False
-    held = nf4_parts(parts)
+    held = nf4_parts(parts, (first + len(q)) * q.shape[1])
     if held is None:
         return False
     called("inlay_nf4_to_int8", ctypes.byref(held), q, scale, first, *q.shape)
@@ -205,7 +215,7 @@ def nf4_to_int8(parts: Sequence[Tensor], q: Tensor, scale: Tensor, first: int) -
 
 def int8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise rows: `q = round(127 x / absmax)` int8 (m, n), absmax fp32 (m,); x: (m, n)."""
-    if not takes(INPUTS, x):
+    if x.ndim != 2 or not takes(INPUTS, x):
         return reference.int8_quantize(x)
     q, absmax = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
     called("inlay_int8_quantize", x, x.dtype, *x.shape, q, absmax)
@@ -215,7 +225,7 @@ def int8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 def int8_dequantize(q: Tensor, absmax: Tensor, out: Tensor) -> None:
     """Write `q * absmax / 127` into `out`; q: int8 (m, n), absmax: fp32 (m,)."""
     ready = takes((torch.int8,), q) and takes((torch.float32,), absmax) and takes(OUTPUTS, out)
-    if not ready:
+    if not (ready and sized(q.shape, out) and sized(len(q), absmax)):
         out.copy_(q * absmax[:, None] * (1 / 127))
         return
     called("inlay_int8_dequantize", q, absmax, out, out.dtype, *q.shape)
@@ -224,7 +234,8 @@ def int8_dequantize(q: Tensor, absmax: Tensor, out: Tensor) -> None:
 def int8_rescale(sums: Tensor, rows: Tensor, columns: Tensor, out: Tensor) -> None:
     """Write `sums * rows[:, None] * columns` into `out`; sums: int32 (m, n); scales fp32."""
     ready = takes((torch.int32,), sums) and takes((torch.float32,), rows, columns)
-    if not (ready and takes(OUTPUTS, out)):
+    fits = sized(sums.shape, out) and sized(len(sums), rows) and sized(sums.shape[1], columns)
+    if not (ready and takes(OUTPUTS, out) and fits):
         out.copy_(sums * rows[:, None] * columns)
         return
     called("inlay_int8_rescale", sums, rows, columns, out, out.dtype, *sums.shape)
@@ -242,7 +253,8 @@ def loss_tile(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         DataError: a label is outside the vocabulary.
     """
-    if not (takes((torch.float32,), logits) and takes((torch.int64,), labels)):
+    ready = takes((torch.float32,), logits) and takes((torch.int64,), labels)
+    if not (ready and sized(len(logits), labels)):
         check_labels(logits, labels)
         return reference.loss_tile(logits, labels)
     log_p, entropy = torch.empty(2, len(logits)).unbind()
@@ -275,7 +287,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x: (*b, n), weight: (n,) of x's dtype -> (*b, n) in that dtype, fp32 (*b,).
     """
     x = x.contiguous()
-    if not takes(OUTPUTS, x, weight):
+    if not (takes(OUTPUTS, x, weight) and sized(x.shape[-1], weight)):
         return reference.rms_norm(x, weight, eps)
     y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1])
     called("inlay_norm", x, weight, float(eps), y, rstd, x.dtype, rstd.numel(), x.shape[-1])
@@ -285,7 +297,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rms_norm_backward(g: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     """Return the gradient with respect to x, in its dtype; g: (*b, n), the gradient of y."""
     g, x = g.contiguous(), x.contiguous()
-    if not (takes(OUTPUTS, g, x, weight) and takes((torch.float32,), rstd)):
+    fits = sized(x.shape, g) and sized(x.shape[-1], weight) and sized(x.shape[:-1], rstd)
+    if not (takes(OUTPUTS, g, x, weight) and takes((torch.float32,), rstd) and fits):
         return reference.rms_norm_backward(g, x, weight, rstd)
     gx = torch.empty_like(x)
     sizes = (rstd.numel(), x.shape[-1])
@@ -297,7 +310,7 @@ def silu_gate(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
     """Return `silu(gate) * up`, silu rounded to the dtype first; `out` may be gate or up."""
     gate, up = gate.contiguous(), up.contiguous()
     h = torch.empty_like(gate) if out is None else out
-    if not takes(OUTPUTS, gate, up, h):
+    if not (takes(OUTPUTS, gate, up, h) and sized(gate.shape, up, h)):
         return h.copy_(reference.silu_gate(gate, up))
     called("inlay_gate", gate, up, h, gate.dtype, gate.numel())
     return h
@@ -312,7 +325,8 @@ def silu_gate_backward(
     """
     g, gate, up = g.contiguous(), gate.contiguous(), up.contiguous()
     g_gate, g_up, h = out or (torch.empty_like(gate) for _ in range(3))
-    if takes(OUTPUTS, g, gate, up, g_gate, g_up, h):
+    tensors = (g, gate, up, g_gate, g_up, h)
+    if takes(OUTPUTS, *tensors) and sized(gate.shape, *tensors):
         called("inlay_gate_backward", g, gate, up, g_gate, g_up, h, gate.dtype, gate.numel())
         return g_gate, g_up, h
     found = reference.silu_gate_backward(g, gate, up)
@@ -329,7 +343,7 @@ def rotary(
     """
     y = torch.empty_like(x) if out is None else out
     ready = all(t.stride(-1) == 1 and type(t) in PLAIN for t in (x, y)) and x.dtype == y.dtype
-    if not (ready and takes(OUTPUTS, x.new_empty(0), cos, sin) and fits_head(x)):
+    if not (ready and takes(OUTPUTS, x.new_empty(0), cos, sin) and fits_rotary(x, cos, sin, y)):
         return y.copy_(reference.rotary(x, cos, sin, inverse))
     batch, heads, length, width = x.shape
     angle = 0 if len(cos) == 1 else length * width
@@ -341,6 +355,9 @@ def rotary(
     return y
 
 
-def fits_head(x: Tensor) -> bool:
-    """Whether a head's width is one that the C code has room for."""
-    return x.shape[-1] % 2 == 0 and x.shape[-1] <= WIDEST_HEAD
+def fits_rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> bool:
+    """Whether the shapes fit together, with a head's width that the C code has room for."""
+    batch, _, length, width = x.shape
+    angles = [(1, length, width), (batch, length, width)]
+    even = width % 2 == 0 and width <= WIDEST_HEAD
+    return even and cos.shape in angles and sized(cos.shape, sin) and sized(x.shape, out)

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -75,7 +75,7 @@ def library() -> ctypes.CDLL | None:
 
 
 @contextlib.contextmanager
-def use(level: str) -> Iterator[None]:
+def use(level: str) -> Generator[None]:
     """Run with this instruction set (generic, avx2, avx512), or without the library (off).
 
     Raises:
@@ -159,7 +159,10 @@ def openmp_runtimes() -> Iterator[tuple[str, ctypes.CDLL]]:
     """Yield the libraries that torch loaded in which GOMP_parallel may be."""
     folder = Path(torch.__file__).parent
     for stem in ("libgomp", "libiomp5", "libomp"):
-        for path in (*folder.glob(f"lib/{stem}[.-]*"), *folder.parent.glob(f"torch.libs/{stem}[.-]*")):
+        for path in (
+            *folder.glob(f"lib/{stem}[.-]*"),
+            *folder.parent.glob(f"torch.libs/{stem}[.-]*"),
+        ):
             with contextlib.suppress(OSError):
                 yield path.name, ctypes.CDLL(str(path))
     yield "the process", ctypes.CDLL(None)

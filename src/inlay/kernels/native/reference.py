@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+@torch.no_grad()
 def int8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise rows to int8; a row whose absmax has no finite reciprocal is zero to rounding."""
     full = x.float()
@@ -15,6 +16,7 @@ def int8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(full * steps[:, None]).clamp(-127, 127).to(torch.int8), absmax
 
 
+@torch.no_grad()
 def loss_tile(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probability, entropy and top-1; the logits become onehot - softmax in place."""
     log_p = torch.log_softmax(logits.float(), 1)
@@ -27,6 +29,7 @@ def loss_tile(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return at_label.squeeze(1), entropy, top1
 
 
+@torch.no_grad()
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the normalised rows and their fp32 rstd, as transformers' LlamaRMSNorm rounds."""
     full = x.float()
@@ -34,6 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return weight * (full * rstd).to(x.dtype), rstd.squeeze(-1)
 
 
+@torch.no_grad()
 def rms_norm_backward(g: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     """Return the gradient with respect to x."""
     scaled, full, r = (g * weight).float(), x.float(), rstd.unsqueeze(-1)
@@ -41,11 +45,13 @@ def rms_norm_backward(g: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Ten
     return (scaled * r - full * slope).to(x.dtype)
 
 
+@torch.no_grad()
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """Return `silu(gate) * up`."""
     return F.silu(gate) * up
 
 
+@torch.no_grad()
 def silu_gate_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of gate and up, and the product again."""
     act = F.silu(gate)
@@ -53,6 +59,7 @@ def silu_gate_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     return g_gate, g * act, act * up
 
 
+@torch.no_grad()
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """Return the rotated heads, or the transpose of that rotation."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
