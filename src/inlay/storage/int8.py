@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from inlay.errors import StorageError
+from inlay.kernels import native
 from inlay.kernels.frozen import dense, register_format
 from inlay.storage.quantized import (
     QuantizedLinear,
@@ -40,7 +41,7 @@ class Int8Linear(QuantizedLinear):
         absmax = torch.empty(rows, device=w.device)
         step = max(1, chunk_size(w.device) // columns)
         for part in (slice(start, start + step) for start in range(0, rows, step)):
-            q[part], absmax[part] = quantized_rows(full[part].float())
+            q[part], absmax[part] = native.int8_quantize(full[part])
         checked_finite(absmax * 127.0, cls.storage)  # the largest product in dequantising
         return cls((rows, columns), dtype or w.dtype, bias, weight=q, SCB=absmax)
 
@@ -77,24 +78,13 @@ class Int8Linear(QuantizedLinear):
         return dense(picked, self.storage, rows.numel(), self.in_features, self.dtype)
 
 
-def quantized_rows(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise fp32 rows: int8 of w's shape, and each row's absmax.
-
-    A row whose absmax has no finite reciprocal is zero to rounding.
-    """
-    absmax = w.abs().amax(1)
-    scale = (127.0 / absmax).nan_to_num(nan=0.0, posinf=0.0)
-    q = torch.round(w * scale.unsqueeze(1)).clamp(-127, 127)
-    return q.to(torch.int8), absmax
-
-
 def dequantized(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
     """Write the dense matrix's rows from `first` on into `out`, each weight rounded once."""
     q, absmax = parts
     step = max(1, chunk_size(q.device) // out.shape[1])
     for start in range(0, out.shape[0], step):
         rows = slice(first + start, min(first + start + step, first + out.shape[0]))
-        out[start : start + step] = q[rows] * absmax[rows, None] * (1 / 127)
+        native.int8_dequantize(q[rows], absmax[rows], out[start : start + step])
 
 
 register_format(Int8Linear.storage, dequantized)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inlay.errors import StorageError
+from inlay.kernels import native
 from inlay.kernels.frozen import register_format
 from inlay.storage.quantized import (
     QuantizedLinear,
@@ -195,6 +196,9 @@ def midpoints(values: Tensor) -> Tensor:
 def quantized_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise a contiguous matrix: packed bytes (⌈n/2⌉, 1), absmax (⌈n/64⌉,)."""
     flat = w.reshape(-1)
+    done = native.nf4_quantize(flat)
+    if done is not None:
+        return done
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-flat.numel() // BLOCK), device=w.device)
     step = chunk_size(w.device)
@@ -237,17 +241,24 @@ def nearest_quantiles(scaled: Tensor) -> Tensor:
 def nested(absmax: Tensor) -> dict[str, Tensor]:
     """Quantise the blocks' absmax (n,) to 8 bits around their mean, in blocks of 256."""
     offset = absmax.mean()
-    padded = F.pad(absmax - offset, (0, -absmax.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    scale = padded.abs().amax(1)
-    scaled = (padded * (1.0 / scale).unsqueeze(1)).clamp(-1, 1)
-    codes = nearest_codes(scaled)
-    codes[scale == 0] = 0
+    thresholds = midpoints(dynamic_map(absmax.device))
+    codes, scale = native.nf4_nest(absmax, offset, thresholds) or nested_codes(absmax - offset)
     return {
-        "absmax": codes.reshape(-1)[: absmax.numel()].clone(),
+        "absmax": codes,
         "nested_absmax": scale,
         "nested_quant_map": dynamic_map(absmax.device).clone(),
         "nested_offset": offset,
     }
+
+
+def nested_codes(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the 8-bit codes (n,) and each 256's largest magnitude."""
+    padded = F.pad(centred, (0, -centred.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    scale = padded.abs().amax(1)
+    scaled = (padded * (1.0 / scale).unsqueeze(1)).clamp(-1, 1)
+    codes = nearest_codes(scaled)
+    codes[scale == 0] = 0
+    return codes.reshape(-1)[: centred.numel()].clone(), scale
 
 
 def nearest_codes(scaled: Tensor) -> Tensor:
@@ -272,6 +283,8 @@ def block_scales(parts: Sequence[Tensor], first: int = 0, stop: int | None = Non
 
 def dequantized(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
     """Write the dense matrix's rows from `first` on into `out`, each weight rounded once."""
+    if native.nf4_dequantize(parts, out, first):
+        return
     flat, packed = out.view(-1), parts[0].reshape(-1)
     begin = first * out.shape[1]
     end = begin + out.numel()

@@ -1,0 +1,363 @@
+"""CPU kernels in C, torch-free, compiled at first use: tile loss, norm, gate, rotary, NF4, int8.
+
+Each function runs on any device and dtype: by the C library on contiguous CPU tensors of a dtype
+that it knows, else by the same steps in torch (`reference`). None of them records gradients; they
+are what opaque operators are made of. `use("off")`, or INLAY_NATIVE=0, switches the library off.
+
+    available() -> bool
+    status() -> str
+    use(level: "off" | "generic" | "avx2" | "avx512")      context manager
+    keep_memory() -> str | None;  release_memory() -> str | None
+    loss_tile(logits, labels) -> (log_p, entropy, top1)    logits become onehot - softmax
+    rms_norm(x, weight, eps) -> (y, rstd)
+    rms_norm_backward(g, x, weight, rstd) -> gx
+    silu_gate(gate, up, out=None) -> h
+    silu_gate_backward(g, gate, up, out=None) -> (g_gate, g_up, h)
+    rotary(x, cos, sin, inverse=False, out=None) -> y
+    int8_quantize(x) -> (q, absmax)
+    int8_dequantize(q, absmax, out)
+    int8_rescale(sums, row_scale, column_scale, out)
+
+The storages fall back to their own torch code where these say that they did nothing:
+
+    nf4_quantize(flat) -> (packed, absmax) | None
+    nf4_nest(absmax, offset, midpoints) -> (codes, nested_absmax) | None
+    nf4_dequantize(parts, out, first) -> bool
+    nf4_to_int8(parts, q, scale, first) -> bool
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlay.errors import DataError
+from inlay.kernels.native import reference
+from inlay.kernels.native.allocator import keep_memory, release_memory
+from inlay.kernels.native.build import library, status, use
+
+__all__ = [
+    "available",
+    "int8_dequantize",
+    "int8_quantize",
+    "int8_rescale",
+    "keep_memory",
+    "loss_tile",
+    "nf4_dequantize",
+    "nf4_nest",
+    "nf4_quantize",
+    "nf4_to_int8",
+    "release_memory",
+    "rms_norm",
+    "rms_norm_backward",
+    "rotary",
+    "silu_gate",
+    "silu_gate_backward",
+    "status",
+    "use",
+]
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INPUTS = (torch.float32, torch.bfloat16, torch.float16)
+OUTPUTS = (torch.float32, torch.bfloat16)
+PLAIN = (Tensor, torch.nn.Parameter)
+BLOCK = 64
+NESTED_BLOCK = 256
+WIDEST_HEAD = 512
+
+
+class NF4Parts(ctypes.Structure):
+    """`struct nf4` of the C sources."""
+
+    _fields_ = [
+        ("packed", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("absmax", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("nested_absmax", ctypes.c_void_p),
+        ("nested_map", ctypes.c_void_p),
+        ("offset", ctypes.c_float),
+    ]
+
+
+class RotaryArguments(ctypes.Structure):
+    """`struct rotary_args` of the C sources."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "cos", "sin", "out")),
+        ("dtype", ctypes.c_int),
+        ("inverse", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("heads", "length", "width")),
+        *((name, ctypes.c_int64) for name in ("x_batch", "x_head", "x_token")),
+        *((name, ctypes.c_int64) for name in ("out_batch", "out_head", "out_token")),
+        *((name, ctypes.c_int64) for name in ("angle_batch", "angle_token")),
+    ]
+
+
+def available() -> bool:
+    """Whether the C library is there and on."""
+    return library() is not None
+
+
+def called(name: str, *arguments: Any) -> int:
+    """Call a C function with tensors as addresses, numbers as 64 bits, on torch's threads."""
+    found = library()
+    assert found is not None
+    function = getattr(found, name)
+    function.restype = ctypes.c_int64
+    return function(*map(converted, arguments), torch.get_num_threads())
+
+
+def converted(value: Any) -> Any:
+    """Return a value as C takes it."""
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, torch.dtype):
+        return ctypes.c_int(CODES[value])
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_int64(value) if isinstance(value, int) else value
+
+
+def takes(dtypes: Sequence[torch.dtype], *tensors: Tensor) -> bool:
+    """Whether the library can work on these: CPU, contiguous, of one and the same such dtype."""
+    return tensors[0].dtype in dtypes and all(
+        type(t) in PLAIN and t.device.type == "cpu" and t.is_contiguous()
+        and t.dtype == tensors[0].dtype
+        for t in tensors
+    ) and available()  # fmt: skip
+
+
+def sized(size: int | torch.Size, *tensors: Tensor) -> bool:
+    """Whether each of these has this shape, or as a vector this length."""
+    shape = (size,) if isinstance(size, int) else size
+    return all(t.shape == shape for t in tensors)
+
+
+# ---- NF4 ----
+
+
+def nf4_quantize(flat: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Quantise n numbers to NF4: packed bytes (⌈n/2⌉, 1), absmax (⌈n/64⌉,); None if it cannot."""
+    if not takes(INPUTS, flat):
+        return None
+    count = flat.numel()
+    packed = torch.empty((count + 1) // 2, 1, dtype=torch.uint8)
+    absmax = torch.empty(-(-count // BLOCK))
+    called("inlay_nf4_quantize", flat, flat.dtype, count, packed, absmax)
+    return packed, absmax
+
+
+def nf4_nest(absmax: Tensor, offset: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Quantise absmax - offset to 8 bits: codes (n,), scale (⌈n/256⌉,); None if it cannot.
+
+    midpoints: (255,), the thresholds between the 256 codes' values.
+    """
+    if not (takes((torch.float32,), absmax, midpoints) and sized(255, midpoints)):
+        return None
+    count = absmax.numel()
+    codes = torch.empty(count, dtype=torch.uint8)
+    scale = torch.empty(-(-count // NESTED_BLOCK))
+    called("inlay_nf4_nest", absmax, count, float(offset), midpoints, codes, scale)
+    return codes, scale
+
+
+def nf4_parts(parts: Sequence[Tensor], end: int) -> NF4Parts | None:
+    """Return the packed parts as C takes them; None if it cannot read `end` weights of them."""
+    packed, scales, *nested = parts
+    kinds = ((torch.uint8,), (torch.uint8,) if nested else (torch.float32,), (torch.float32,))
+    groups = [group for group in ([packed], [scales], nested) if group]
+    if not all(takes(kind, *group) for kind, group in zip(kinds, groups, strict=False)):
+        return None
+    if 2 * packed.numel() < end or scales.numel() * BLOCK < end:
+        return None
+    if not nested:
+        return NF4Parts(packed.data_ptr(), packed.numel(), scales.data_ptr())
+    nested_absmax, nested_map, offset = nested
+    if nested_map.numel() != 256 or nested_absmax.numel() * BLOCK * NESTED_BLOCK < end:
+        return None
+    addresses = [scales.data_ptr(), nested_absmax.data_ptr(), nested_map.data_ptr()]
+    return NF4Parts(packed.data_ptr(), packed.numel(), None, *addresses, float(offset))
+
+
+def nf4_dequantize(parts: Sequence[Tensor], out: Tensor, first: int) -> bool:
+    """Write rows [first, first + len(out)) of the dense matrix into `out`; say whether it did."""
+    if not takes(OUTPUTS, out):
+        return False
+    begin = first * out.shape[1]
+    held = nf4_parts(parts, begin + out.numel())
+    if held is None:
+        return False
+    called("inlay_nf4_dequantize", ctypes.byref(held), out, out.dtype, begin, out.numel())
+    return True
+
+
+def nf4_to_int8(parts: Sequence[Tensor], q: Tensor, scale: Tensor, first: int) -> bool:
+    """Write rows as `q = round(w / scale)`; q: int8 (m, in), scale: fp32 (m,); say whether it did.
+
+    A row's scale is the largest absmax of the blocks that it touches, over 127.
+    """
+    if not (takes((torch.int8,), q) and takes((torch.float32,), scale) and sized(len(q), scale)):
+        return False
+    held = nf4_parts(parts, (first + len(q)) * q.shape[1])
+    if held is None:
+        return False
+    called("inlay_nf4_to_int8", ctypes.byref(held), q, scale, first, *q.shape)
+    return True
+
+
+# ---- int8 ----
+
+
+def int8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise rows: `q = round(127 x / absmax)` int8 (m, n), absmax fp32 (m,); x: (m, n)."""
+    if x.ndim != 2 or not takes(INPUTS, x):
+        return reference.int8_quantize(x)
+    q, absmax = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
+    called("inlay_int8_quantize", x, x.dtype, *x.shape, q, absmax)
+    return q, absmax
+
+
+def int8_dequantize(q: Tensor, absmax: Tensor, out: Tensor) -> None:
+    """Write `q * absmax / 127` into `out`; q: int8 (m, n), absmax: fp32 (m,)."""
+    ready = takes((torch.int8,), q) and takes((torch.float32,), absmax) and takes(OUTPUTS, out)
+    if not (ready and sized(q.shape, out) and sized(len(q), absmax)):
+        out.copy_(q * absmax[:, None] * (1 / 127))
+        return
+    called("inlay_int8_dequantize", q, absmax, out, out.dtype, *q.shape)
+
+
+def int8_rescale(sums: Tensor, rows: Tensor, columns: Tensor, out: Tensor) -> None:
+    """Write `sums * rows[:, None] * columns` into `out`; sums: int32 (m, n); scales fp32."""
+    ready = takes((torch.int32,), sums) and takes((torch.float32,), rows, columns)
+    fits = sized(sums.shape, out) and sized(len(sums), rows) and sized(sums.shape[1], columns)
+    if not (ready and takes(OUTPUTS, out) and fits):
+        out.copy_(sums * rows[:, None] * columns)
+        return
+    called("inlay_int8_rescale", sums, rows, columns, out, out.dtype, *sums.shape)
+
+
+# ---- the loss ----
+
+
+def loss_tile(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each label's log-probability, the entropy in nats and whether no logit is larger.
+
+    In place the logits become the gradient of the log-probability, `onehot - softmax`.
+    logits: (m, vocabulary), labels: (m,) int64 -> fp32 (m,), fp32 (m,), bool (m,).
+
+    Raises:
+        DataError: a label is outside the vocabulary.
+    """
+    ready = takes((torch.float32,), logits) and takes((torch.int64,), labels)
+    if not (ready and sized(len(logits), labels)):
+        check_labels(logits, labels)
+        return reference.loss_tile(logits, labels)
+    log_p, entropy = torch.empty(2, len(logits)).unbind()
+    top1 = torch.empty(len(logits), dtype=torch.bool)
+    rows, vocabulary = logits.shape
+    sizes = (vocabulary, rows, vocabulary)
+    wrong = called("inlay_loss", logits, *sizes, labels, log_p, entropy, top1)
+    if wrong >= 0:
+        check_labels(logits, labels)
+    return log_p, entropy, top1
+
+
+def check_labels(logits: Tensor, labels: Tensor) -> None:
+    """Raise unless every label is in the vocabulary."""
+    vocabulary = logits.shape[1]
+    wrong = labels[(labels < 0) | (labels >= vocabulary)]
+    if wrong.numel():
+        raise DataError(
+            f"label {int(wrong[0])} is outside the vocabulary of {vocabulary}; rows without a "
+            "label must be dropped before the loss"
+        )
+
+
+# ---- RMSNorm, the gate, rotary embedding ----
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return `weight * x * rstd` and `rstd = (mean(x²) + eps)^-½`, rounded as transformers does.
+
+    x: (*b, n), weight: (n,) of x's dtype -> (*b, n) in that dtype, fp32 (*b,).
+    """
+    x = x.contiguous()
+    if not (takes(OUTPUTS, x, weight) and sized(x.shape[-1], weight)):
+        return reference.rms_norm(x, weight, eps)
+    y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1])
+    called("inlay_norm", x, weight, float(eps), y, rstd, x.dtype, rstd.numel(), x.shape[-1])
+    return y, rstd
+
+
+def rms_norm_backward(g: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    """Return the gradient with respect to x, in its dtype; g: (*b, n), the gradient of y."""
+    g, x = g.contiguous(), x.contiguous()
+    fits = sized(x.shape, g) and sized(x.shape[-1], weight) and sized(x.shape[:-1], rstd)
+    if not (takes(OUTPUTS, g, x, weight) and takes((torch.float32,), rstd) and fits):
+        return reference.rms_norm_backward(g, x, weight, rstd)
+    gx = torch.empty_like(x)
+    sizes = (rstd.numel(), x.shape[-1])
+    called("inlay_norm_backward", g, x, weight, rstd, gx, x.dtype, *sizes)
+    return gx
+
+
+def silu_gate(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return `silu(gate) * up`, silu rounded to the dtype first; `out` may be gate or up."""
+    gate, up = gate.contiguous(), up.contiguous()
+    h = torch.empty_like(gate) if out is None else out
+    if not (takes(OUTPUTS, gate, up, h) and sized(gate.shape, up, h)):
+        return h.copy_(reference.silu_gate(gate, up))
+    called("inlay_gate", gate, up, h, gate.dtype, gate.numel())
+    return h
+
+
+def silu_gate_backward(
+    g: Tensor, gate: Tensor, up: Tensor, out: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of gate and up, and `h = silu(gate) * up` again.
+
+    g: the gradient of h. The tensors of `out` are written to; each may be g, gate or up.
+    """
+    g, gate, up = g.contiguous(), gate.contiguous(), up.contiguous()
+    g_gate, g_up, h = out or (torch.empty_like(gate) for _ in range(3))
+    tensors = (g, gate, up, g_gate, g_up, h)
+    if takes(OUTPUTS, *tensors) and sized(gate.shape, *tensors):
+        called("inlay_gate_backward", g, gate, up, g_gate, g_up, h, gate.dtype, gate.numel())
+        return g_gate, g_up, h
+    found = reference.silu_gate_backward(g, gate, up)
+    return g_gate.copy_(found[0]), g_up.copy_(found[1]), h.copy_(found[2])
+
+
+def rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """Return `x cos + rotate_half(x) sin`, or its transpose: what the gradient goes through.
+
+    x: (b, heads, length, width), any strides with the last one 1; cos, sin: (b or 1, length,
+    width) of x's dtype. `out` may be x itself; without it the result has x's strides.
+    """
+    y = torch.empty_like(x) if out is None else out
+    ready = all(t.stride(-1) == 1 and type(t) in PLAIN for t in (x, y)) and x.dtype == y.dtype
+    if not (ready and takes(OUTPUTS, x.new_empty(0), cos, sin) and fits_rotary(x, cos, sin, y)):
+        return y.copy_(reference.rotary(x, cos, sin, inverse))
+    batch, heads, length, width = x.shape
+    angle = 0 if len(cos) == 1 else length * width
+    strides = [x.stride(0), x.stride(1), x.stride(2), y.stride(0), y.stride(1), y.stride(2)]
+    addresses = [t.data_ptr() for t in (x, cos, sin, y)]
+    sizes = [CODES[x.dtype], int(inverse), heads, length, width]
+    arguments = RotaryArguments(*addresses, *sizes, *strides, angle, width)
+    called("inlay_rotary", ctypes.byref(arguments), batch)
+    return y
+
+
+def fits_rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> bool:
+    """Whether the shapes fit together, with a head's width that the C code has room for."""
+    batch, _, length, width = x.shape
+    angles = [(1, length, width), (batch, length, width)]
+    even = width % 2 == 0 and width <= WIDEST_HEAD
+    return even and cos.shape in angles and sized(cos.shape, sin) and sized(x.shape, out)

@@ -1,0 +1,250 @@
+/* Inlay's CPU kernels: no libtorch, no OpenMP library of their own, one shared object.
+ *
+ * kernels.h holds every loop and is compiled once for each instruction set; the widest that the
+ * CPU has runs. Threads come from the OpenMP runtime that is already in the process: its
+ * GOMP_parallel is handed in as an address, and without it everything runs on one thread.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+enum { F32, BF16, F16 };
+enum { GENERIC, AVX2, AVX512 };
+enum { BLOCK = 64, NESTED_BLOCK = 256, TILE = 512 };
+
+#define SMALLEST 1e-38f
+#define ROUNDER 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, ties to even */
+
+static const float QUANTILES[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f,
+};
+
+#define MIDPOINT(i) ((QUANTILES[i] + QUANTILES[(i) + 1]) / 2)
+
+typedef void (*task)(const void *args, int64_t begin, int64_t end);
+typedef void (*parallel_region)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+
+struct nf4 {
+    const uint8_t *packed;
+    int64_t bytes;
+    const float *absmax; /* null with double quantisation */
+    const uint8_t *codes;
+    const float *nested_absmax, *nested_map;
+    float offset;
+};
+struct quantize_args { const void *x; int dtype; int64_t count; uint8_t *packed; float *absmax; };
+struct nest_args {
+    const float *absmax; int64_t count; float offset; const float *midpoints;
+    uint8_t *codes; float *scale;
+};
+struct dequantize_args { struct nf4 w; void *out; int dtype; int64_t first, count; };
+struct to_int8_args { struct nf4 w; int8_t *q; float *scale; int64_t first, columns; };
+struct int8_args { const int8_t *q; const float *absmax; void *out; int dtype; int64_t columns; };
+struct int8_quantize_args {
+    const void *x; int dtype; int64_t columns; int8_t *q; float *absmax;
+};
+struct rescale_args {
+    const int32_t *sums; const float *rows, *columns; void *out; int dtype; int64_t width;
+};
+struct loss_args {
+    float *logits; int64_t stride, vocabulary; const int64_t *labels;
+    float *log_p, *entropy; uint8_t *top1;
+};
+struct norm_args {
+    const void *x, *w, *g; void *out; float *rstd; int dtype; int64_t columns; float eps;
+};
+struct gate_args { const void *gate, *up, *g; void *h, *g_gate, *g_up; int dtype; int64_t count; };
+struct rotary_args {
+    const void *x, *cos, *sin; void *out; int dtype, inverse;
+    int64_t heads, length, width;
+    int64_t x_batch, x_head, x_token, out_batch, out_head, out_token, angle_batch, angle_token;
+};
+
+struct kernels {
+    task quantize, nest, dequantize, to_int8, int8_dequantize, int8_quantize, rescale, loss,
+        norm, norm_backward, gate, gate_backward, rotary;
+};
+
+#define PASTE_(a, b) a##_##b
+#define PASTE(a, b) PASTE_(a, b)
+#define NAME(x) PASTE(x, SET)
+
+#define SET generic
+#define LEVEL 0
+#include "kernels.h"
+#undef SET
+#undef LEVEL
+
+#if defined(__x86_64__)
+#define SET avx2
+#define LEVEL 1
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include "kernels.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef SET
+#undef LEVEL
+
+#define SET avx512
+#define LEVEL 2
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#endif
+#include "kernels.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef SET
+#undef LEVEL
+#endif
+
+static parallel_region region = 0;
+static const struct kernels *chosen = &kernels_generic;
+
+/* Threads come from this GOMP_parallel; null means none. */
+void inlay_set_runtime(parallel_region gomp_parallel) { region = gomp_parallel; }
+
+int inlay_best_level(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return AVX512;
+    if (avx2) return AVX2;
+#endif
+    return GENERIC;
+}
+
+void inlay_set_level(int level) {
+    chosen = &kernels_generic;
+#if defined(__x86_64__)
+    if (level == AVX2) chosen = &kernels_avx2;
+    if (level == AVX512) chosen = &kernels_avx512;
+#endif
+    (void)level;
+}
+
+struct work { task run; const void *args; int64_t items, grain, next; };
+
+static void take_pieces(void *data) {
+    struct work *w = data;
+    for (;;) {
+        int64_t begin = __atomic_fetch_add(&w->next, w->grain, __ATOMIC_RELAXED);
+        if (begin >= w->items) return;
+        int64_t end = begin + w->grain;
+        w->run(w->args, begin, end < w->items ? end : w->items);
+    }
+}
+
+static void spread(task run, const void *args, int64_t items, int64_t grain, int threads) {
+    struct work w = {run, args, items, grain < 1 ? 1 : grain, 0};
+    if (threads > 1 && region && items > w.grain) region(take_pieces, &w, (unsigned)threads, 0);
+    else if (items > 0) run(args, 0, items);
+}
+
+/* Rows to take at once, so that a piece is about 16,384 numbers. */
+static int64_t rows_at_once(int64_t columns) { return 1 + 16384 / (columns + 1); }
+
+void inlay_nf4_quantize(const void *x, int dtype, int64_t count, uint8_t *packed, float *absmax,
+                        int threads) {
+    struct quantize_args a = {x, dtype, count, packed, absmax};
+    spread(chosen->quantize, &a, (count + BLOCK - 1) / BLOCK, 512, threads);
+}
+
+void inlay_nf4_nest(const float *absmax, int64_t count, float offset, const float *midpoints,
+                    uint8_t *codes, float *scale, int threads) {
+    struct nest_args a = {absmax, count, offset, midpoints, codes, scale};
+    spread(chosen->nest, &a, (count + NESTED_BLOCK - 1) / NESTED_BLOCK, 16, threads);
+}
+
+void inlay_nf4_dequantize(const struct nf4 *w, void *out, int dtype, int64_t first, int64_t count,
+                          int threads) {
+    struct dequantize_args a = {*w, out, dtype, first, count};
+    int64_t blocks = (first + count + BLOCK - 1) / BLOCK - first / BLOCK;
+    spread(chosen->dequantize, &a, count ? blocks : 0, 256, threads);
+}
+
+void inlay_nf4_to_int8(const struct nf4 *w, int8_t *q, float *scale, int64_t first, int64_t rows,
+                       int64_t columns, int threads) {
+    struct to_int8_args a = {*w, q, scale, first, columns};
+    spread(chosen->to_int8, &a, rows, rows_at_once(columns), threads);
+}
+
+void inlay_int8_dequantize(const int8_t *q, const float *absmax, void *out, int dtype,
+                           int64_t rows, int64_t columns, int threads) {
+    struct int8_args a = {q, absmax, out, dtype, columns};
+    spread(chosen->int8_dequantize, &a, rows, rows_at_once(columns), threads);
+}
+
+void inlay_int8_quantize(const void *x, int dtype, int64_t rows, int64_t columns, int8_t *q,
+                         float *absmax, int threads) {
+    struct int8_quantize_args a = {x, dtype, columns, q, absmax};
+    spread(chosen->int8_quantize, &a, rows, rows_at_once(columns), threads);
+}
+
+void inlay_int8_rescale(const int32_t *sums, const float *rows, const float *columns, void *out,
+                        int dtype, int64_t height, int64_t width, int threads) {
+    struct rescale_args a = {sums, rows, columns, out, dtype, width};
+    spread(chosen->rescale, &a, height, rows_at_once(width), threads);
+}
+
+/* Returns the first row whose label is outside the vocabulary, with nothing done; or -1. */
+int64_t inlay_loss(float *logits, int64_t stride, int64_t rows, int64_t vocabulary,
+                   const int64_t *labels, float *log_p, float *entropy, uint8_t *top1,
+                   int threads) {
+    for (int64_t i = 0; i < rows; i++)
+        if (labels[i] < 0 || labels[i] >= vocabulary) return i;
+    struct loss_args a = {logits, stride, vocabulary, labels, log_p, entropy, top1};
+    spread(chosen->loss, &a, rows, rows_at_once(vocabulary), threads);
+    return -1;
+}
+
+void inlay_norm(const void *x, const void *w, float eps, void *y, float *rstd, int dtype,
+                int64_t rows, int64_t columns, int threads) {
+    struct norm_args a = {x, w, 0, y, rstd, dtype, columns, eps};
+    spread(chosen->norm, &a, rows, rows_at_once(columns), threads);
+}
+
+void inlay_norm_backward(const void *g, const void *x, const void *w, float *rstd, void *gx,
+                         int dtype, int64_t rows, int64_t columns, int threads) {
+    struct norm_args a = {x, w, g, gx, rstd, dtype, columns, 0};
+    spread(chosen->norm_backward, &a, rows, rows_at_once(columns), threads);
+}
+
+void inlay_gate(const void *gate, const void *up, void *h, int dtype, int64_t count, int threads) {
+    struct gate_args a = {gate, up, 0, h, 0, 0, dtype, count};
+    spread(chosen->gate, &a, (count + TILE - 1) / TILE, 32, threads);
+}
+
+void inlay_gate_backward(const void *g, const void *gate, const void *up, void *g_gate, void *g_up,
+                         void *h, int dtype, int64_t count, int threads) {
+    struct gate_args a = {gate, up, g, h, g_gate, g_up, dtype, count};
+    spread(chosen->gate_backward, &a, (count + TILE - 1) / TILE, 32, threads);
+}
+
+void inlay_rotary(const struct rotary_args *a, int64_t batch, int threads) {
+    spread(chosen->rotary, a, batch * a->length, rows_at_once(a->heads * a->width), threads);
+}

@@ -1,0 +1,485 @@
+"""The C kernels against the torch code that they stand in for, at every instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from inlay.errors import DataError, UsageError
+from inlay.kernels import native
+from inlay.kernels.frozen import dense
+from inlay.kernels.native import build, reference
+from inlay.storage import nf4
+
+LEVELS = build.LEVELS[: 1 + build.LEVELS.index(native.status().split(":")[0])] if (
+    native.available()
+) else ()  # fmt: skip
+
+pytestmark = pytest.mark.skipif(not LEVELS, reason=native.status())
+HALVES = (torch.float32, torch.bfloat16, torch.float16)
+BOTH = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    with native.use(request.param):
+        yield request.param
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def by_torch(make: Callable[[], Tensor | tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    with native.use("off"):
+        made = make()
+    return (made,) if isinstance(made, Tensor) else tuple(made)
+
+
+def awkward(count: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Weights with zero blocks, ties, subnormals and a range of sizes."""
+    w = drawn(count, seed=seed) * torch.logspace(-8, 4, count)
+    w[: min(70, count // 2)] = 0.0
+    w[count // 3 : count // 3 + 20] = 1e-41
+    table = torch.tensor(nf4.QUANTILES)
+    ties = torch.cat([table, nf4.midpoints(table)])[: max(count - 100, 0)]
+    w[len(w) - len(ties) :] = ties
+    return w.to(dtype)
+
+
+def nf4_parts(rows: int, columns: int, double_quant: bool) -> list[Tensor]:
+    layer = nf4.NF4Linear.quantized(drawn(rows, columns), None, double_quant=double_quant)
+    return layer.parts()
+
+
+# ---- NF4 ----
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 127, 128, 129, 1000, 4097, 100_003])
+def test_quantised_bytes_are_those_of_torch(level: str, dtype: torch.dtype, count: int) -> None:
+    w = awkward(count, dtype, count)
+    packed, absmax = by_torch(lambda: nf4.quantized_blocks(w))
+    found = native.nf4_quantize(w)
+    assert found is not None
+    assert torch.equal(found[0], packed)
+    assert torch.equal(found[1], absmax)
+
+
+def test_every_half_is_quantised_as_torch_does(level: str) -> None:
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        w = bits.view(dtype)
+        w = w[torch.isfinite(w)]
+        packed, absmax = by_torch(lambda w=w: nf4.quantized_blocks(w))
+        found = native.nf4_quantize(w)
+        assert found is not None
+        assert torch.equal(found[0], packed)
+        assert torch.equal(found[1], absmax)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_shows_in_absmax(level: str, bad: float) -> None:
+    for place in (5, 130):
+        w = drawn(140)
+        w[place] = bad
+        packed, absmax = by_torch(lambda w=w: nf4.quantized_blocks(w))
+        found = native.nf4_quantize(w)
+        assert found is not None
+        assert torch.equal(found[0], packed)
+        assert torch.equal(found[1].isfinite(), absmax.isfinite())
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 5000])
+def test_nested_codes_are_those_of_torch(level: str, count: int) -> None:
+    absmax = drawn(count, seed=count).abs() * 0.1
+    absmax[count // 2 : count // 2 + 300] = absmax.mean()
+    expected = by_torch(lambda: tuple(nf4.nested(absmax).values()))
+    found = tuple(nf4.nested(absmax).values())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_nested_codes_of_equal_absmax_are_zero(level: str) -> None:
+    absmax = torch.full((300,), 0.5)
+    found = nf4.nested(absmax)
+    assert not found["absmax"].any()
+    assert not found["nested_absmax"].any()
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("columns", [1, 3, 63, 64, 65, 200, 896])
+def test_rows_are_dequantised_as_torch_does(level: str, columns: int, double_quant: bool) -> None:
+    rows = 37
+    parts = nf4_parts(rows, columns, double_quant)
+    for dtype in BOTH:
+        (whole,) = by_torch(lambda dtype=dtype: dense(parts, "nf4", rows, columns, dtype))
+        for first, count in ((0, rows), (0, 1), (5, 1), (7, 11), (rows - 1, 1), (3, 0)):
+            guarded = torch.full((count + 2, columns), 7.0, dtype=dtype)
+            assert native.nf4_dequantize(parts, guarded[1:-1], first)
+            assert torch.equal(guarded[1:-1], whole[first : first + count])
+            assert bool((guarded[0] == 7).all() and (guarded[-1] == 7).all())
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 50), columns=st.integers(1, 150), first=st.integers(0, 49))
+def test_any_row_range(rows: int, columns: int, first: int) -> None:
+    first = min(first, rows - 1)
+    parts = nf4_parts(rows, columns, True)
+    (whole,) = by_torch(lambda: dense(parts, "nf4", rows, columns, torch.bfloat16))
+    for level in LEVELS:
+        with native.use(level):
+            out = torch.empty(rows - first, columns, dtype=torch.bfloat16)
+            assert native.nf4_dequantize(parts, out, first)
+        assert torch.equal(out, whole[first:])
+
+
+def test_other_dtypes_are_left_to_torch(level: str) -> None:
+    parts = nf4_parts(8, 70, True)
+    for dtype in (torch.float16, torch.float64):
+        out = torch.empty(8, 70, dtype=dtype)
+        assert not native.nf4_dequantize(parts, out, 0)
+        nf4.dequantized(parts, out, 0)
+        assert torch.equal(out, dense(parts, "nf4", 8, 70, torch.float32).to(dtype))
+    assert native.nf4_quantize(drawn(64).double()) is None
+
+
+@pytest.mark.parametrize("columns", [1, 50, 64, 100, 192])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_nf4_to_int8_rounds_the_dense_rows(level: str, columns: int, double_quant: bool) -> None:
+    rows, first = 30, 4
+    parts = nf4_parts(rows, columns, double_quant)
+    whole = dense(parts, "nf4", rows, columns, torch.float32)[first:]
+    scales = nf4.block_scales(parts[1:]).abs()
+    touched = [scales[i * columns // 64 : -(-(i + 1) * columns // 64)] for i in range(first, rows)]
+    largest = torch.stack([s.amax() for s in touched])
+    q = torch.empty(rows - first, columns, dtype=torch.int8)
+    scale = torch.empty(rows - first)
+    assert native.nf4_to_int8(parts, q, scale, first)
+    assert torch.equal(scale, largest / 127)
+    steps = torch.where(largest > 0, largest.reciprocal() * 127.0, 0.0)
+    assert torch.equal(q, torch.round(whole * steps[:, None]).to(torch.int8))
+
+
+# ---- int8 ----
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 511), (7, 512), (3, 513), (40, 1500)])
+def test_int8_rows_are_those_of_torch(
+    level: str, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    x = drawn(*shape, dtype=dtype)
+    x[0] = 0
+    x[-1, 0] = 1e-42
+    q, absmax = by_torch(lambda: native.int8_quantize(x))
+    found_q, found_absmax = native.int8_quantize(x)
+    assert torch.equal(found_q, q)
+    assert torch.equal(found_absmax, absmax)
+    for out in BOTH:
+        here, there = torch.empty(shape, dtype=out), torch.empty(shape, dtype=out)
+        native.int8_dequantize(q, absmax, here)
+        with native.use("off"):
+            native.int8_dequantize(q, absmax, there)
+        assert torch.equal(here, there)
+
+
+def test_int8_product_is_near_the_product(level: str) -> None:
+    x, w = drawn(33, 700), drawn(45, 700, seed=1)
+    (qx, sx), (qw, sw) = native.int8_quantize(x), native.int8_quantize(w)
+    sums = qx.int() @ qw.int().T
+    y, bf = torch.empty(33, 45), torch.empty(33, 45, dtype=torch.bfloat16)
+    native.int8_rescale(sums, sx / 127, sw / 127, y)
+    native.int8_rescale(sums, sx / 127, sw / 127, bf)
+    assert torch.equal(y, sums * (sx / 127)[:, None] * (sw / 127))
+    assert torch.equal(bf, y.bfloat16())
+    assert (y - x @ w.T).norm() / (x @ w.T).norm() < 0.02
+
+
+# ---- the loss ----
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (3, 17), (5, 512), (40, 5001)])
+def test_loss_equals_autograd_in_fp64(level: str, rows: int, vocabulary: int) -> None:
+    logits = drawn(rows, vocabulary) * 8
+    labels = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(1))
+    labels[0] = int(logits[0].argmax())
+    exact = logits.double().requires_grad_()
+    log_p = exact.log_softmax(1)
+    at_label = log_p.gather(1, labels[:, None]).squeeze(1)
+    (gradient,) = torch.autograd.grad(at_label.sum(), exact)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    found_log_p, found_entropy, top1 = native.loss_tile(logits, labels)
+    assert torch.allclose(found_log_p.double(), at_label, rtol=1e-6, atol=2e-6)
+    assert torch.allclose(found_entropy.double(), entropy, rtol=1e-5, atol=2e-6)
+    assert torch.allclose(logits.double(), gradient, rtol=2e-6, atol=2e-7)
+    assert torch.equal(top1, exact.argmax(1) == labels)
+
+
+def test_loss_in_c_equals_loss_in_torch(level: str) -> None:
+    here, labels = drawn(9, 300) * 5, torch.arange(9)
+    there = here.clone()
+    found = native.loss_tile(here, labels)
+    expected = reference.loss_tile(there, labels)
+    for a, b in zip((*found[:2], here), (*expected[:2], there), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[2], expected[2])
+
+
+def test_loss_with_extreme_logits(level: str) -> None:
+    logits = torch.tensor([[0.0, -1e30, float("-inf"), 3.0], [1e30, 0.0, 5.0, 5.0]])
+    log_p, entropy, top1 = native.loss_tile(logits, torch.tensor([3, 0]))
+    assert torch.allclose(log_p, torch.tensor([-0.04858735, 0.0]))
+    assert torch.isfinite(entropy).all()
+    assert top1.tolist() == [True, True]
+    assert torch.isfinite(logits).all()
+    for bad in (float("nan"), float("inf")):
+        spoilt = torch.zeros(2, 40)
+        spoilt[0, 7] = bad
+        log_p, _, _ = native.loss_tile(spoilt, torch.tensor([1, 1]))
+        assert torch.isnan(log_p[0])
+        assert torch.isfinite(log_p[1])
+
+
+@pytest.mark.parametrize("wrong", [-100, -1, 50])
+def test_a_label_outside_the_vocabulary_is_an_error(wrong: int) -> None:
+    for level in ("off", *LEVELS):
+        logits = drawn(3, 50)
+        with native.use(level), pytest.raises(DataError, match=f"label {wrong} is outside"):
+            native.loss_tile(logits, torch.tensor([0, 1, wrong]))
+        assert torch.equal(logits, drawn(3, 50))
+
+
+# ---- RMSNorm, the gate, rotary ----
+
+
+def closeness(dtype: torch.dtype) -> dict[str, float]:
+    return {"rtol": 1e-5, "atol": 8e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 2e-2}
+
+
+def differing(found: Tensor, expected: Tensor) -> float:
+    """The share of entries whose bits differ."""
+    return float((found != expected).float().mean())
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("shape", [(1, 8), (3, 5, 64), (7, 513), (2, 3, 896), (4, 2500)])
+def test_norm_is_that_of_llama(level: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    module = LlamaRMSNorm(shape[-1], eps=1e-5)
+    module.weight = nn.Parameter(1 + 0.3 * drawn(shape[-1], seed=2), requires_grad=False)
+    module.to(dtype)
+    x = (drawn(*shape) * 3).to(dtype).requires_grad_()
+    y = module(x)
+    g = drawn(*shape, dtype=dtype, seed=3)
+    (gx,) = torch.autograd.grad(y, x, g)
+    found, rstd = native.rms_norm(x.detach(), module.weight.detach(), 1e-5)
+    assert rstd.shape == shape[:-1]
+    assert torch.allclose(found, y, **closeness(dtype))
+    back = native.rms_norm_backward(g, x.detach(), module.weight.detach(), rstd)
+    assert torch.allclose(back, gx, **closeness(dtype))
+    if dtype == torch.bfloat16:
+        assert differing(found, y) < 0.005
+        assert differing(back, gx) < 0.02
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("shape", [(1,), (511,), (3, 513), (4, 4864)])
+def test_gate_is_that_of_transformers(
+    level: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    gate = (drawn(*shape) * 4).to(dtype).requires_grad_()
+    up = drawn(*shape, dtype=dtype, seed=1).requires_grad_()
+    g = drawn(*shape, dtype=dtype, seed=2)
+    h = nn.functional.silu(gate) * up
+    expected = (*torch.autograd.grad(h, (gate, up), g), h.detach())
+    plain = (gate.detach(), up.detach())
+    found = native.silu_gate_backward(g, *plain)
+    assert torch.equal(native.silu_gate(*plain), found[2])
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, **closeness(dtype))
+        assert dtype == torch.float32 or differing(a, b) < 0.005
+    spare = (gate.detach().clone(), up.detach().clone())
+    written = native.silu_gate_backward(g_ := g.clone(), *spare, out=(spare[0], spare[1], g_))
+    assert written[0].data_ptr() == spare[0].data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip(written, found, strict=True))
+
+
+def test_gate_far_from_zero(level: str) -> None:
+    gate = torch.tensor([-1e30, -200.0, -90.0, 90.0, 200.0, 1e30])
+    one = torch.ones(6)
+    g_gate, g_up, h = native.silu_gate_backward(one, gate, one)
+    assert torch.allclose(h, torch.tensor([0, 0, 0, 90.0, 200.0, 1e30]), atol=1e-6)
+    assert torch.allclose(g_gate, torch.tensor([0.0, 0, 0, 1, 1, 1]), atol=1e-6)
+    assert torch.equal(g_up, h)
+    assert torch.isnan(native.silu_gate(torch.full((1,), float("nan")), torch.ones(1))).all()
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("width", [2, 16, 64, 128, 512])
+@pytest.mark.parametrize("one_angle", [True, False])
+def test_rotary_is_that_of_llama(
+    level: str, dtype: torch.dtype, width: int, one_angle: bool
+) -> None:
+    shape = (2, 5, 3, width)
+    cos, sin = drawn(2, 2, 5, width, dtype=dtype, seed=1).unbind()
+    if one_angle:
+        cos, sin = cos[:1].contiguous(), sin[:1].contiguous()
+    for contiguous in (True, False):
+        x = drawn(*shape, dtype=dtype).transpose(1, 2)
+        x = x.contiguous().requires_grad_() if contiguous else x.requires_grad_()
+        expected, _ = apply_rotary_pos_emb(x, x, cos, sin)
+        g = drawn(2, 3, 5, width, dtype=dtype, seed=2)
+        (gx,) = torch.autograd.grad(expected, x, g)
+        found = native.rotary(x.detach(), cos, sin)
+        assert found.stride() == x.stride()
+        back = native.rotary(g, cos, sin, inverse=True)
+        assert torch.equal(found, expected)
+        assert torch.equal(back, gx)
+        itself = x.detach().clone()
+        assert torch.equal(native.rotary(itself, cos, sin, out=itself), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes_go_through_torch(level: str, dtype: torch.dtype) -> None:
+    x, w = drawn(4, 20, dtype=dtype), drawn(20, dtype=dtype, seed=1)
+    y, rstd = native.rms_norm(x, w, 1e-6)
+    assert y.dtype == dtype
+    assert rstd.dtype == torch.float32
+    assert native.rms_norm_backward(x, x, w, rstd).dtype == dtype
+    h = native.silu_gate(x, x)
+    assert all(t.dtype == dtype for t in native.silu_gate_backward(h, x, x))
+    angles = drawn(1, 5, 4, dtype=dtype)
+    assert native.rotary(x.view(1, 4, 5, 4), angles, angles).dtype == dtype
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_values_do_not_depend_on_threads(level: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    x, w, labels = drawn(300, 896), drawn(896, seed=1), torch.arange(300)
+    expected = (native.rms_norm(x, w, 1e-6)[0], *native.loss_tile(x.clone(), labels)[:2])
+    try:
+        torch.set_num_threads(threads)
+        found = (native.rms_norm(x, w, 1e-6)[0], *native.loss_tile(x.clone(), labels)[:2])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_one_openmp_runtime_is_loaded() -> None:
+    native.rms_norm(drawn(300, 896), drawn(896), 1e-6)
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    inodes = {line.split()[4] for line in maps if "libgomp" in line or "libiomp" in line}
+    assert len(inodes) == 1
+    assert "threads of" in native.status()
+
+
+# ---- building ----
+
+
+def run(code: str, cache: Path, **env: str) -> subprocess.Popen[str]:
+    full = {**os.environ, "XDG_CACHE_HOME": str(cache), **env}
+    command = [sys.executable, "-c", code]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=full, stdout=pipe, stderr=pipe, text=True)
+
+
+def printed(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert not err
+    return out.strip()
+
+
+SHOW = "from inlay.kernels import native; print(native.status())"
+
+
+def test_racing_processes_build_one_library(tmp_path: Path) -> None:
+    racing = [run(SHOW, tmp_path) for _ in range(2)]
+    states = {printed(process) for process in racing}
+    assert len(states) == 1
+    assert not states.pop().startswith("off")
+    assert len(list((tmp_path / "inlay" / "native").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"INLAY_NATIVE": "0"}, "off: switched off by INLAY_NATIVE=0"),
+        ({"PATH": "/nowhere", "CC": ""}, "off: no C compiler"),
+        ({"CC": "false"}, "off: "),
+        ({"XDG_CACHE_HOME": "/dev/null"}, "off: "),
+    ],
+)
+def test_without_a_library_torch_does_the_work(
+    tmp_path: Path, env: dict[str, str], said: str
+) -> None:
+    code = f"""{SHOW}
+import torch
+from inlay.storage.nf4 import NF4Linear
+layer = NF4Linear.quantized(torch.ones(3, 70), None)
+print(native.available(), float(layer.dequantize().sum()))"""
+    state, work = printed(run(code, tmp_path, **env)).splitlines()
+    assert state.startswith(said)
+    assert work == "False 210.0"
+
+
+@pytest.mark.parametrize("asked", LEVELS)
+def test_the_environment_bounds_the_instruction_set(tmp_path: Path, asked: str) -> None:
+    cache = build.cache_folder().parents[1]
+    assert printed(run(SHOW, cache, INLAY_NATIVE=asked)).startswith(f"{asked}:")
+
+
+def test_an_unknown_level_is_an_error() -> None:
+    with pytest.raises(UsageError, match="native level 'sse9' is none of off, generic"):
+        native.use("sse9").__enter__()
+
+
+def test_quantiles_are_those_of_the_storage() -> None:
+    source = (Path(build.__file__).parent / build.SOURCES[0]).read_text()
+    table = source.split("QUANTILES[16] = {")[1].split("}")[0]
+    assert [float(x.strip(" f\n")) for x in table.split(",") if x.strip()] == list(nf4.QUANTILES)
+
+
+def test_sources_are_in_the_package() -> None:
+    patterns = Path(__file__).parents[2].joinpath("pyproject.toml").read_text()
+    assert all(f"kernels/native/*{Path(name).suffix}" in patterns for name in build.SOURCES)
+
+
+def test_memory_is_kept_and_given_back() -> None:
+    code = """
+import resource, torch
+from inlay.kernels import native
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+resident = lambda: int(open("/proc/self/statm").read().split()[1])
+before, fresh = faults(), resident()
+assert native.keep_memory() is None
+kept, high = min(faults() for _ in range(5)), resident()
+assert native.release_memory() is None
+print(before > 10 * kept, high > fresh + 10000, resident() < fresh + 5000)"""
+    process = run(code, build.cache_folder().parents[1])
+    assert printed(process) == "True True True"
+
+
+def test_shapes_that_do_not_fit_never_reach_c(level: str) -> None:
+    parts = nf4_parts(4, 64, True)
+    assert not native.nf4_dequantize(parts, torch.empty(4, 64), 1)
+    assert not native.nf4_dequantize([parts[0], parts[1][:2], *parts[2:]], torch.empty(4, 64), 0)
+    with pytest.raises(RuntimeError, match="size"):
+        native.rms_norm(drawn(3, 64), drawn(32), 1e-6)
+    with pytest.raises(RuntimeError, match="size"):
+        native.silu_gate(drawn(64), drawn(32))
+    with pytest.raises(RuntimeError, match="size"):
+        native.rotary(drawn(1, 2, 5, 8), drawn(1, 4, 8), drawn(1, 4, 8))
