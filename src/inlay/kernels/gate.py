@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = ("silu", "gelu_tanh")
-AT_ONCE = 1 << 18
+from inlay.kernels import native
 
-
-def activated(gate: Tensor, act: str) -> Tensor:
-    """Return the activation of gate, in its dtype."""
-    return F.silu(gate) if act == "silu" else F.gelu(gate, approximate="tanh")
+Activation = Literal["silu", "gelu_tanh"]
 
 
 @torch.library.custom_op("inlay::gated", mutates_args=())
 def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """`act(gate) * up`; act is `silu` or `gelu_tanh`."""
-    return activated(gate, act).mul_(up)
+    if act == "silu":
+        return native.silu_gate(gate, up)
+    return F.gelu(gate, approximate="tanh").mul_(up)
 
 
 @torch.library.custom_op("inlay::gated_backward", mutates_args=())
 def gated_backward(g: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """Return the gradients to gate and up; the activation is computed again."""
-    to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
-    for grad, one, other, out_gate, out_up in zip(
-        *(flat(t) for t in (g, gate, up, to_gate, to_up)), strict=True
-    ):
-        torch.mul(grad, activated(one, act), out=out_up)
-        through = grad * other
-        if act == "silu":
-            out_gate.copy_(torch.ops.aten.silu_backward(through, one))
-        else:
-            out_gate.copy_(torch.ops.aten.gelu_backward(through, one, approximate="tanh"))
-    return to_gate, to_up
-
-
-def flat(x: Tensor) -> tuple[Tensor, ...]:
-    """Return x's elements, some at a time on a CPU; views of a contiguous x."""
-    elements = x.reshape(-1)
-    return (elements,) if x.device.type != "cpu" else elements.split(AT_ONCE)
+    if act == "silu":
+        return native.silu_gate_backward(g, gate, up)[:2]
+    to_gate = torch.ops.aten.gelu_backward(g * up, gate, approximate="tanh")
+    return to_gate, F.gelu(gate, approximate="tanh").mul_(g)
 
 
 @gated.register_fake

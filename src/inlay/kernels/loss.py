@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from inlay.kernels import native
 from inlay.kernels.frozen import Matrix
 
 LOGIT_BYTES = 128 << 20
@@ -32,26 +33,6 @@ class Scores(NamedTuple):
 def rows_at_once(vocabulary: int) -> int:
     """Return how many rows of logits are held at once."""
     return max(1, LOGIT_BYTES // (4 * vocabulary))
-
-
-def score(logits: Tensor, labels: Tensor, to_gradient: bool) -> Scores:
-    """Score rows of fp32 logits (n, vocabulary), which are overwritten.
-
-    With `to_gradient` they become the gradient of `log p(label)`: one-hot minus probabilities.
-    """
-    index = labels[:, None]
-    best = logits.amax(1, keepdim=True)
-    is_top1 = logits.gather(1, index) >= best
-    logits -= best
-    chosen = logits.gather(1, index)
-    probabilities = torch.exp(logits)
-    total = probabilities.sum(1, keepdim=True)
-    expected = torch.linalg.vecdot(probabilities, logits).unsqueeze(1) / total
-    log_total = total.log()
-    if to_gradient:
-        torch.div(probabilities, -total, out=logits)
-        logits.scatter_add_(1, index, torch.ones_like(chosen))
-    return Scores(*(t.squeeze(1) for t in (chosen - log_total, log_total - expected, is_top1)))
 
 
 @torch.library.custom_op("inlay::linear_cross_entropy", mutates_args=())
@@ -81,7 +62,7 @@ def linear_cross_entropy(
         logits = logits.to(wide)
         if bias is not None:
             logits += bias
-        found.append(score(logits, labels[part], to_gradient))
+        found.append(Scores(*native.loss_tile(logits, labels[part])))
         if to_gradient:
             back[part] = matrix.times_t(logits.to(matrix.dtype))
     if not found:

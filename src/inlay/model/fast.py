@@ -36,6 +36,7 @@ from transformers.utils.generic import ModelOutput
 from inlay.kernels.attention import segment_attention, segments_of
 from inlay.kernels.gate import gated
 from inlay.kernels.loss import Scores, linear_cross_entropy, rows_at_once
+from inlay.kernels.native import keep_memory
 from inlay.kernels.norm import rms_norm
 from inlay.kernels.switches import is_on
 from inlay.model.source import assigned, computes_as, text
@@ -74,7 +75,7 @@ class FastNorm(Fast):
         """Normalise; a weight that trains takes the module's own way."""
         if not is_on("norms") or self.weight.requires_grad or not self.training:
             return super().forward(hidden_states)
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)[0]
 
 
 class FastGate(Fast):
@@ -408,7 +409,12 @@ def with_signature(forward: Any, plain: type[nn.Module]) -> Any:
 
 
 def install(model: nn.Module) -> None:
-    """Put the fast paths on a model's modules, in place; on a fast model nothing changes."""
+    """Put the fast paths on a model's modules, in place; on a fast model nothing changes.
+
+    On a CPU the process keeps freed memory from now on, for the steps to come.
+    """
+    if is_on("memory") and all(p.device.type == "cpu" for p in model.parameters()):
+        keep_memory()
     for module, fast in list(fitting(model)):
         if not isinstance(module, Fast):
             module.__class__ = fast_class(type(module), fast)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from inlay.errors import UsageError
+from inlay.kernels.switches import is_on
 
 SOURCES = ("inlay_native.c", "kernels.h")
 FLAGS = (
@@ -71,7 +72,7 @@ def status() -> str:
 def library() -> ctypes.CDLL | None:
     """Return the library, or None where it is absent or off."""
     state = loaded()
-    return state.library if state.level != "off" else None
+    return state.library if state.level != "off" and is_on("native") else None
 
 
 @contextlib.contextmanager

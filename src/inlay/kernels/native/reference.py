@@ -19,7 +19,7 @@ def int8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def loss_tile(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probability, entropy and top-1; the logits become onehot - softmax in place."""
-    log_p = torch.log_softmax(logits.float(), 1)
+    log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
     at_label = log_p.gather(1, labels[:, None])
     p = log_p.exp()
     entropy = torch.special.entr(p).sum(1)
