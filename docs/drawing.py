@@ -22,10 +22,18 @@ def svg(width: float, height: float, parts: Sequence[str]) -> str:
     return "\n".join([head, paper, *parts, "</svg>"]) + "\n"
 
 
-def text(x: float, y: float, words: str, anchor: str = "start", weight: str = "normal") -> str:
-    """Return a line of text."""
+def text(
+    x: float,
+    y: float,
+    words: str,
+    anchor: str = "start",
+    weight: str = "normal",
+    colour: str = INK,
+) -> str:
+    """Return a line of text, readable across a line too."""
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}">'
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" '
+        f'fill="{colour}" stroke="white" stroke-width="3" paint-order="stroke">'
         f"{escape(words)}</text>"
     )
 
@@ -117,7 +125,7 @@ def panels(shown: Sequence[Panel], across: int = 2) -> str:
 
 def drawn_panel(panel: Panel) -> list[str]:
     """Return the pieces of one panel: grid of powers, curves, points, labels."""
-    left, top, right, bottom = 62.0, 34.0, 400.0, 226.0
+    left, top, right, bottom = 62.0, 50.0, 400.0, 226.0
     across = Logarithmic([v for c in panel.curves for v in c.x], left, right)
     up = Logarithmic([v for c in panel.curves for v in c.y], bottom, top)
     parts = [text(left, 20, panel.title, weight="bold")]
@@ -133,12 +141,10 @@ def drawn_panel(panel: Panel) -> list[str]:
     for curve, colour in zip(panel.curves, COLOURS, strict=False):
         parts += drawn_curve(curve, colour, across, up)
     if len(panel.curves) > 1:
-        for number, curve in enumerate(panel.curves):
-            parts += [
-                text(left + 10, top + 14 + 15 * number, curve.label).replace(
-                    "<text", f'<text fill="{COLOURS[number]}"'
-                )
-            ]
+        parts += [
+            text(left + 86 * number, 40, curve.label, colour=COLOURS[number])
+            for number, curve in enumerate(panel.curves)
+        ]
     return parts
 
 
@@ -163,11 +169,12 @@ class Logarithmic:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Return round values in range: 1, 2 and 5 times powers of ten, or the powers alone."""
+        """Return round values in range, as many as are read easily."""
         powers = range(math.floor(self.low), math.ceil(self.high) + 1)
-        for steps in ((1, 2, 5), (1,)):
+        inside: list[float] = []
+        for steps in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1,)):
             found = [s * 10.0**p for p in powers for s in steps]
             inside = [v for v in found if self.low <= math.log10(v) <= self.high]
             if len(inside) <= 7:
-                return inside
+                break
         return inside
