@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ RESULTS = Path(__file__).parent / "results"
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
 REPORTS = SHARED / "data" / "radiology" / "reports.csv"
+PROBLEMS = SHARED / "data" / "math" / "gsm8k_train.jsonl"
+THREADS = 2
+"""Threads of every contestant, of which one works at a time."""
 PACKAGES = ("inlay", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
@@ -34,3 +39,17 @@ def write(name: str, result: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
     return path
+
+
+def spread(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
+    """Return the median, the quartiles and the values themselves, to that many digits."""
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else []
+    low, middle, high = quartiles or [*values] * 3
+    shown = {"median": middle, "q1": low, "q3": high}
+    rounded = {name: significant(value, digits) for name, value in shown.items()}
+    return {**rounded, "values": [significant(value, digits) for value in values]}
+
+
+def significant(value: float, digits: int) -> float:
+    """Round to that many significant digits."""
+    return float(f"{value:.{digits}g}")

@@ -8,11 +8,10 @@ against base is the null ratio, so that the machine's noise stands beside the fi
 
 from __future__ import annotations
 
-import statistics
 import time
 
 import torch
-from machine import write
+from machine import THREADS, spread, write
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,7 +20,6 @@ from inlay.model.attach import adapter_places
 
 ALTERNATIONS = 40
 REPEATS = 5
-THREADS = 2
 
 
 def main() -> None:
@@ -74,12 +72,6 @@ def seconds(model: PreTrainedModel, ids: Tensor) -> float:
         model(input_ids=ids, use_cache=False)
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Return the median and the quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4)
-    return {"median": round(middle, 4), "q1": round(low, 4), "q3": round(high, 4)}
 
 
 if __name__ == "__main__":
