@@ -56,10 +56,10 @@ def save_base(config: Qwen2Config, folder: Path, seed: int = 0) -> None:
     model.save_pretrained(folder)
 
 
-def save_start(base: Path, folder: Path, rank: int = RANK, alpha: float = ALPHA) -> None:
+def save_start(base: Path, folder: Path, rank: int = RANK, seed: int = 0) -> None:
     """Write the adapter that every contestant starts from."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    inlay.attach(model, inlay.LoRA(rank=rank, alpha=alpha))
+    inlay.attach(model, inlay.LoRA(rank=rank, alpha=ALPHA), seed=seed)
     inlay.save_adapter(model, folder, base_model=str(base))
 
 

@@ -35,15 +35,17 @@ class Worker:
     def __init__(
         self, script: str, spec: Mapping[str, Any], environment: Mapping[str, str] | None = None
     ) -> None:
-        self.log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", **(environment or {})},
-        )
+        self.folder = tempfile.TemporaryDirectory()
+        self.log = Path(self.folder.name) / "stderr"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).parent / script)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", **(environment or {})},
+            )
         try:
             self.ready = self.ask(**spec)
         except (SkippedError, WorkerError):
@@ -68,8 +70,7 @@ class Worker:
 
     def last_words(self) -> str:
         """Return the end of what the worker wrote to its standard error."""
-        self.log.seek(0)
-        return self.log.read()[-2000:]
+        return self.log.read_text()[-2000:]
 
     def close(self) -> None:
         """End the process."""
@@ -77,7 +78,7 @@ class Worker:
         self.process.stdin.close()
         self.process.kill()
         self.process.wait()
-        self.log.close()
+        self.folder.cleanup()
 
     def __enter__(self) -> Worker:
         return self

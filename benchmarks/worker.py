@@ -15,7 +15,7 @@ from machine import THREADS
 from torch import Tensor, nn
 from turns import Parent, PeakMemory, serve
 
-BATCHES = 4
+BATCHES = 2
 """Batches of random tokens, used one after another over and over, so that the loss falls."""
 
 
