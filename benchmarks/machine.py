@@ -11,12 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("INLAY_BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
 REPORTS = SHARED / "data" / "radiology" / "reports.csv"
 PROBLEMS = SHARED / "data" / "math" / "gsm8k_train.jsonl"
-THREADS = 2
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 """Threads of every contestant, of which one works at a time."""
 PACKAGES = ("inlay", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
