@@ -5,7 +5,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test check lint bench docs clean
+.PHONY: demo test check lint bench bench-full bench-results docs clean
 
 demo: .venv/.demo          ## the main job, offline, on the embedded model and data
 	$(BIN)/inlay demo --output demo
@@ -20,7 +20,20 @@ check: .venv/.dev          ## what CI runs: lint, types, import rules, tests
 	$(BIN)/lint-imports
 	$(MAKE) --no-print-directory test
 
-bench: .venv/.dev          ## measure on the real data in ../shared; writes benchmarks/results
+bench: .venv/.dev          ## speed and memory against peers on this CPU: minutes
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/real_data.py
+	$(BIN)/python benchmarks/nf4_speed.py
+	$(BIN)/python docs/performance.py
+
+bench-full: .venv/.dev     ## every case, growth too: hours
+	$(BIN)/python benchmarks/speed.py --full
+	$(BIN)/python benchmarks/real_data.py --full
+	$(BIN)/python benchmarks/nf4_speed.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python docs/performance.py
+
+bench-results: .venv/.dev  ## what each method reaches on the real data in ../shared
 	$(BIN)/python benchmarks/parameter_counts.py
 	$(BIN)/python benchmarks/peer_curve.py
 	$(BIN)/python benchmarks/merged_speed.py

@@ -63,7 +63,7 @@ class Training:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return time.perf_counter() - started, float(loss)
+        return time.perf_counter() - started, loss.item()
 
 
 def batches(tokens: int, vocab: int, seed: int) -> Iterator[Tensor]:
