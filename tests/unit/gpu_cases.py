@@ -13,6 +13,7 @@ from torch import Tensor
 from triton import language as tl
 
 from inlay.kernels.gpu import fp8, nf4
+from inlay.kernels.switches import plain
 from inlay.storage.nf4 import NF4Linear, block_scales, quantiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -104,11 +105,11 @@ def test_few_rows_multiply_to_rounding(
 
 
 def test_which_products_are_taken() -> None:
-    assert nf4.multiplies(torch.empty(16, 128), 128)
-    assert not nf4.multiplies(torch.empty(17, 128), 128)
-    assert not nf4.multiplies(torch.empty(0, 128), 128)
-    assert not nf4.multiplies(torch.empty(4, 100), 100)
-    assert not nf4.multiplies(torch.empty(4, 128, dtype=torch.float64), 128)
+    assert nf4.multiplies(torch.empty(16, 128))
+    assert not nf4.multiplies(torch.empty(17, 128))
+    assert not nf4.multiplies(torch.empty(0, 128))
+    assert not nf4.multiplies(torch.empty(4, 100))
+    assert not nf4.multiplies(torch.empty(4, 128, dtype=torch.float64))
 
 
 def scaled_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +153,7 @@ def test_an_nf4_weight_becomes_fp8_in_both_orders(shape: tuple[int, int], double
     straight = torch.empty(shape, dtype=torch.float8_e4m3fn, device=DEVICE)
     turned = torch.empty(shape[::-1], dtype=torch.float8_e4m3fn, device=DEVICE).t()
     scales = fp8.nf4_weight(layer.parts(), quantiles(DEVICE), straight)
-    fp8.nf4_weight(layer.parts(), quantiles(DEVICE), turned, scales)
+    fp8.nf4_weight(layer.parts(), quantiles(DEVICE), turned)
     assert torch.equal(scales.cpu(), expected_scales)
     assert torch.equal(straight.cpu().view(torch.uint8), expected)
     assert torch.equal(turned.cpu().view(torch.uint8), expected)
@@ -163,7 +164,7 @@ def test_a_dense_weight_becomes_fp8_in_both_orders() -> None:
     straight = torch.empty(70, 100, dtype=torch.float8_e4m3fn, device=DEVICE)
     turned = torch.empty(100, 70, dtype=torch.float8_e4m3fn, device=DEVICE).t()
     scales = fp8.dense_weight(w.to(DEVICE), straight)
-    fp8.dense_weight(w.to(DEVICE), turned, scales)
+    fp8.dense_weight(w.to(DEVICE), turned)
     expected = (w.float() * (1.0 / scales.cpu())).to(torch.float8_e4m3fn).view(torch.uint8)
     assert torch.equal(straight.cpu().view(torch.uint8), expected)
     assert torch.equal(turned.cpu().view(torch.uint8), expected)
@@ -175,15 +176,26 @@ def test_a_dense_weight_becomes_fp8_in_both_orders() -> None:
 def test_fp8_products_in_both_directions_are_close() -> None:
     """Each e4m3 factor is off by 2**-4 at most, some 2.6% in the mean: two give under 5%."""
     layer = packed(64, 128, double=True)
-    w = dense(layer, torch.float32)
+    w = dense(layer, torch.bfloat16)
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(32, 128, generator=generator).bfloat16()
     g = torch.randn(32, 64, generator=generator).bfloat16()
-    straight = torch.empty(64, 128, dtype=torch.float8_e4m3fn, device=DEVICE)
-    turned = torch.empty(128, 64, dtype=torch.float8_e4m3fn, device=DEVICE).t()
-    scales = fp8.nf4_weight(layer.parts(), quantiles(DEVICE), straight)
-    fp8.nf4_weight(layer.parts(), quantiles(DEVICE), turned, scales)
-    y = fp8.product(x.to(DEVICE), straight, scales).cpu().float()
-    back = fp8.product_t(g.to(DEVICE), turned, scales).cpu().float()
-    assert (y - x.float() @ w.T).norm() <= 0.05 * (x.float() @ w.T).norm()
-    assert (back - g.float() @ w).norm() <= 0.05 * (g.float() @ w).norm()
+    y, back = x.float() @ w.float().T, g.float() @ w.float()
+    for parts in (layer.parts(), [w.to(DEVICE)]):
+        eight = fp8.times(x.to(DEVICE), parts, quantiles(DEVICE), 64).cpu()
+        eight_back = fp8.times_t(g.to(DEVICE), parts, quantiles(DEVICE), 128).cpu()
+        assert eight.dtype == x.dtype
+        assert (eight.float() - y).norm() <= 0.05 * y.norm()
+        assert (eight_back.float() - back).norm() <= 0.05 * back.norm()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a CPU never takes these paths by itself")
+@pytest.mark.parametrize("count", [3, 40])
+def test_the_layer_takes_these_kernels(count: int) -> None:
+    layer = packed(96, 128, double=True)
+    x = torch.randn(count, 128, device=DEVICE, dtype=torch.bfloat16)
+    w = layer.dequantize()
+    with plain("triton"):
+        assert torch.equal(layer.dequantize(), w)
+        expected = layer(x)
+    torch.testing.assert_close(layer(x), expected, rtol=2**-7, atol=2**-7)

@@ -20,14 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inlay.kernels.gpu.nf4 import block_scales, pointers
+from inlay.kernels.gpu.nf4 import BLOCK, block_scales, pointers
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 SMALLEST = 1e-30
 """A row whose magnitudes are all below this is scaled as if it were this."""
 WIDTH = 4096
-TILE_ROWS, TILE_BLOCKS = 64, 1
+TILE_ROWS = 64
 
 
 @triton.jit
@@ -126,20 +126,17 @@ def quantize_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Ten
     return out, scales
 
 
-def nf4_weight(
-    parts: Sequence[Tensor], quantiles: Tensor, out: Tensor, scales: Tensor | None = None
-) -> Tensor:
+def nf4_weight(parts: Sequence[Tensor], quantiles: Tensor, out: Tensor) -> Tensor:
     """Write an NF4 weight to `out` (rows, columns), e4m3, of any strides; return its scales.
 
-    `columns` is a multiple of 64; `scales` is what an earlier call returned, (rows, 1).
+    `columns` is a multiple of 64. A row's scale (rows, 1) is its largest block's over 448.
     """
-    rows, per_row = out.shape[0], out.shape[1] // 64
+    rows, per_row = out.shape[0], out.shape[1] // BLOCK
     tensors, nested = pointers(parts)
-    if scales is None:
-        scales = torch.empty(rows, 1, device=out.device)
-        nf4_row_scale[(rows,)](
-            *tensors[1:], scales, per_row, NESTED=nested, WIDTH=256, enable_fp_fusion=False
-        )
+    scales = torch.empty(rows, 1, device=out.device)
+    nf4_row_scale[(rows,)](
+        *tensors[1:], scales, per_row, NESTED=nested, WIDTH=256, enable_fp_fusion=False
+    )
     nf4_tile[(triton.cdiv(rows, TILE_ROWS), per_row)](
         *tensors, quantiles, scales, out, rows, per_row, *out.stride(),
         NESTED=nested, ROWS=TILE_ROWS, enable_fp_fusion=False,
@@ -147,27 +144,44 @@ def nf4_weight(
     return scales
 
 
-def dense_weight(w: Tensor, out: Tensor, scales: Tensor | None = None) -> Tensor:
+def dense_weight(w: Tensor, out: Tensor) -> Tensor:
     """Write a dense weight to `out` (rows, columns), e4m3, of any strides; return its scales."""
     w = w.contiguous()
     rows, columns = w.shape
-    if scales is None:
-        largest = w.abs().amax(1, keepdim=True).float()
-        scales = torch.where(largest < SMALLEST, SMALLEST, largest) * (1.0 / LARGEST)
-    dense_tile[(triton.cdiv(rows, TILE_ROWS), triton.cdiv(columns, 64))](
+    largest = w.abs().amax(1, keepdim=True).float()
+    scales = torch.where(largest < SMALLEST, SMALLEST, largest) * (1.0 / LARGEST)
+    dense_tile[(triton.cdiv(rows, TILE_ROWS), triton.cdiv(columns, BLOCK))](
         w, scales, out, rows, columns, *out.stride(), ROWS=TILE_ROWS, enable_fp_fusion=False
     )
     return scales
 
 
-def product(x: Tensor, w8: Tensor, scales: Tensor) -> Tensor:
-    """Return `x @ W.T` in bf16 by FP8; x: (n, in), w8: (out, in) row-major, scales: (out, 1)."""
-    x8, sx = quantize_rows(x)
-    return torch._scaled_mm(x8, w8.t(), sx, scales.t(), out_dtype=torch.bfloat16)
+def weight(parts: Sequence[Tensor], quantiles: Tensor, out: Tensor) -> Tensor:
+    """Write a weight, dense (one part) or NF4, to `out` as e4m3; return its scales (rows, 1)."""
+    return dense_weight(parts[0], out) if len(parts) == 1 else nf4_weight(parts, quantiles, out)
 
 
-def product_t(g: Tensor, w8: Tensor, scales: Tensor) -> Tensor:
-    """Return `g @ W` in bf16 by FP8; g: (n, out), w8: (out, in) column-major, scales: (out, 1)."""
-    g8, sg = quantize_rows(g, scales)
-    ones = torch.ones(1, w8.shape[1], device=g.device)
-    return torch._scaled_mm(g8, w8, sg, ones, out_dtype=torch.bfloat16)
+def multiplies(device: torch.device, rows: int, columns: int) -> bool:
+    """Say whether `times` and `times_t` take a (rows, columns) weight on this GPU."""
+    newer = torch.cuda.get_device_capability(device) >= (8, 9)
+    return newer and rows % 16 == 0 and columns % BLOCK == 0
+
+
+def times(x: Tensor, parts: Sequence[Tensor], quantiles: Tensor, rows: int) -> Tensor:
+    """Return `x @ W.T` in x's dtype by FP8; x: (n, in) -> (n, rows)."""
+    with torch.cuda.device_of(x):
+        w8 = torch.empty(rows, x.shape[1], dtype=FP8, device=x.device)
+        scales = weight(parts, quantiles, w8)
+        x8, sx = quantize_rows(x)
+        y = torch._scaled_mm(x8, w8.t(), sx, scales.t(), out_dtype=torch.bfloat16)
+    return y.to(x.dtype)
+
+
+def times_t(g: Tensor, parts: Sequence[Tensor], quantiles: Tensor, columns: int) -> Tensor:
+    """Return `g @ W` in g's dtype by FP8; g: (n, out) -> (n, columns)."""
+    with torch.cuda.device_of(g):
+        w8 = torch.empty(columns, g.shape[1], dtype=FP8, device=g.device).t()
+        g8, sg = quantize_rows(g, weight(parts, quantiles, w8))
+        ones = torch.ones(1, columns, device=g.device)
+        x = torch._scaled_mm(g8, w8, sg, ones, out_dtype=torch.bfloat16)
+    return x.to(g.dtype)

@@ -109,15 +109,16 @@ def dequantize(parts: Sequence[Tensor], quantiles: Tensor, out: Tensor, first: i
     end = start + out.numel()
     tensors, nested = pointers(parts)
     blocks = -(-end // BLOCK) - start // BLOCK
-    unpack[(triton.cdiv(blocks, UNPACKED_BLOCKS),)](
-        *tensors, quantiles, out, start, end, (end + 1) // 2,
-        NESTED=nested, BLOCKS=UNPACKED_BLOCKS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        unpack[(triton.cdiv(blocks, UNPACKED_BLOCKS),)](
+            *tensors, quantiles, out, start, end, (end + 1) // 2,
+            NESTED=nested, BLOCKS=UNPACKED_BLOCKS, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
-def multiplies(x: Tensor, columns: int) -> bool:
-    """Say whether `matmul` takes x, (n, columns): few rows, whole blocks, no fp64."""
-    return 0 < x.shape[0] <= FEW and columns % BLOCK == 0 and x.dtype in DTYPES
+def multiplies(x: Tensor) -> bool:
+    """Say whether `matmul` takes x, (n, in): few rows, whole blocks, no fp64."""
+    return 0 < x.shape[0] <= FEW and x.shape[1] % BLOCK == 0 and x.dtype in DTYPES
 
 
 def matmul(x: Tensor, parts: Sequence[Tensor], quantiles: Tensor, rows: int) -> Tensor:
@@ -125,9 +126,10 @@ def matmul(x: Tensor, parts: Sequence[Tensor], quantiles: Tensor, rows: int) -> 
     x = x.contiguous()
     y = x.new_empty(x.shape[0], rows)
     tensors, nested = pointers(parts)
-    few_rows[(triton.cdiv(rows, MATMUL_ROWS),)](
-        x, *tensors, quantiles, y, x.shape[0], rows, x.shape[1],
-        NESTED=nested, SAMPLES=FEW, ROWS=MATMUL_ROWS, BLOCKS=MATMUL_BLOCKS,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        few_rows[(triton.cdiv(rows, MATMUL_ROWS),)](
+            x, *tensors, quantiles, y, x.shape[0], rows, x.shape[1],
+            NESTED=nested, SAMPLES=FEW, ROWS=MATMUL_ROWS, BLOCKS=MATMUL_BLOCKS,
+            enable_fp_fusion=False,
+        )  # fmt: skip
     return y
