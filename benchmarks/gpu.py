@@ -258,8 +258,6 @@ def summary(
         "losses": losses,
         "final_loss": losses[-1],
         "targets_met": {what: reached[what] >= x for what, x in least.items()},
-        if ours(name)
-        else {},
     }
 
 
