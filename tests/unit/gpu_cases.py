@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import os
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import triton.runtime.interpreter as interpreter
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from triton import language as tl
 
-from inlay.kernels.gpu import fp8, nf4
+from inlay.kernels.gpu import fp8, liger, nf4
 from inlay.kernels.switches import plain
 from inlay.storage.nf4 import NF4Linear, block_scales, quantiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+needs_liger = pytest.mark.skipif(
+    INTERPRETED or find_spec("liger_kernel") is None,
+    reason="Liger's kernels take plain floats, which the interpreter does not, or it is not there",
+)
 ROUNDED = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
 
 
@@ -199,3 +207,34 @@ def test_the_layer_takes_these_kernels(count: int) -> None:
         assert torch.equal(layer.dequantize(), w)
         expected = layer(x)
     torch.testing.assert_close(layer(x), expected, rtol=2**-7, atol=2**-7)
+
+
+@needs_liger
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
+def test_ligers_gates_are_what_transformers_computes(act: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    gate, up, g = (torch.randn(5, 48, generator=generator).to(DEVICE) for _ in range(3))
+    plain_act = F.silu if act == "silu" else partial(F.gelu, approximate="tanh")
+    one, two = gate.clone().requires_grad_(), up.clone().requires_grad_()
+    expected = plain_act(one) * two
+    expected.backward(g)
+    three, four = gate.clone().requires_grad_(), up.clone().requires_grad_()
+    found = liger.gated(three * 1, four * 1, act)
+    found.backward(g)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(three.grad, one.grad)
+    torch.testing.assert_close(four.grad, two.grad)
+
+
+@needs_liger
+def test_ligers_norm_is_what_transformers_computes() -> None:
+    generator = torch.Generator().manual_seed(7)
+    x, g = (torch.randn(5, 48, generator=generator).to(DEVICE) for _ in range(2))
+    norm = LlamaRMSNorm(48, eps=1e-6).to(DEVICE).requires_grad_(False)
+    norm.weight.normal_()
+    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+    norm(one).backward(g)
+    found = liger.rms_norm(two, norm.weight, 1e-6)
+    found.backward(g)
+    torch.testing.assert_close(found, norm(x))
+    torch.testing.assert_close(two.grad, one.grad)
