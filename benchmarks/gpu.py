@@ -103,12 +103,10 @@ CASES = [
     Case("kernels", "8B", "nf4", 4096, ("kernels",)),
 ]
 """Peers at 70B run on a few layers, since dense weights of all do not fit; see `extrapolated`."""
-LITTLE = ("inlay", "peft", "peft + TRL", "unsloth")
-PACKED = ("inlay", "peft", RESIDENT, STREAMED)
 SMOKE = [
-    Case("smoke bf16", "tiny", "bf16", 16, LITTLE),
-    Case("smoke nf4", "tiny llama", "nf4", 16, PACKED, release=True),
-    Case("smoke policy", "tiny llama", "bf16", 16, ("inlay",), policy="layer-inputs"),
+    Case("smoke bf16", "tiny", "bf16", 16, ("inlay", "peft + TRL", "unsloth")),
+    Case("smoke nf4", "tiny llama", "nf4", 16, ("inlay", "peft"), release=True),
+    Case("smoke packed", "tiny llama", "nf4", 16, (RESIDENT, STREAMED), policy="layer-inputs"),
 ]
 
 
