@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.smoke and not torch.cuda.is_available():
         sys.exit("There is no GPU here, so nothing was measured. `--smoke` runs on a CPU.")
     device = "cpu" if options.smoke else "cuda"
-    path = options.output or RESULTS / ("gpu_smoke.json" if options.smoke else "gpu.json")
+    path = options.output or (Path(gettempdir()) if options.smoke else RESULTS) / "gpu.json"
     results = earlier(path, device)
     ends = time.monotonic() + options.seconds
     for number, case in enumerate(chosen):
@@ -146,7 +147,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="instead of each case's own")
     parser.add_argument("--policy", help="activation policy of ours, instead of each case's own")
     parser.add_argument("--contestants", help="only these, with semicolons")
-    parser.add_argument("--output", type=Path, help="instead of benchmarks/results/gpu.json")
+    parser.add_argument("--output", type=Path, help="instead of results/gpu.json here")
     return parser.parse_args(arguments)
 
 
