@@ -5,7 +5,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test check lint bench bench-full bench-results docs clean
+.PHONY: demo test check lint bench bench-full bench-results bench-gpu docs clean
 
 demo: .venv/.demo          ## the main job, offline, on the embedded model and data
 	$(BIN)/inlay demo --output demo
@@ -39,6 +39,9 @@ bench-results: .venv/.dev  ## what each method reaches on the real data in ../sh
 	$(BIN)/python benchmarks/merged_speed.py
 	$(BIN)/python benchmarks/radiology.py
 	$(BIN)/python docs/results.py
+
+bench-gpu: .venv/.dev      ## measure on a GPU against peers; CASES="8B nf4" and SECONDS=500 choose
+	$(BIN)/python benchmarks/gpu.py --cases "$(CASES)" --seconds $(or $(SECONDS),21600)
 
 docs: .venv/.dev           ## write docs/methods from the docstrings
 	$(BIN)/python docs/build.py

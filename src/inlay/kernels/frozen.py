@@ -30,6 +30,18 @@ def register_format(name: str, dequantize: Dequantize) -> None:
     FORMATS[name] = dequantize
 
 
+Product = Callable[[Tensor, Sequence[Tensor], int], Tensor | None]
+"""`(x, parts, out)` -> `x @ W.T`, or None where the weight is unpacked first."""
+
+PACKED_PRODUCTS: dict[str, Product] = {}
+"""Format name -> a product that reads the packed parts once, for few rows."""
+
+
+def register_product(name: str, product: Product) -> None:
+    """Make a packed format's own product known to the operators under `name`."""
+    PACKED_PRODUCTS[name] = product
+
+
 def copy_rows(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
     """Unpack a dense weight (out, in): cast its rows."""
     out.copy_(parts[0][first : first + out.shape[0]])
@@ -72,6 +84,10 @@ class Matrix:
         """`x @ W.T`; x: (n, columns) -> (n, rows)."""
         if self.whole is not None:
             return F.linear(x, self.whole)
+        product = PACKED_PRODUCTS.get(self.packing)
+        direct = product(x, self.parts, self.rows) if product else None
+        if direct is not None:
+            return direct
         y = x.new_empty(x.shape[0], self.rows)
         for part, tile in self.each_tile():
             torch.mm(x, tile.t(), out=y[:, part])

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from inlay.errors import StorageError
 from inlay.kernels import native
-from inlay.kernels.frozen import register_format
+from inlay.kernels.frozen import register_format, register_product
+from inlay.kernels.gpu import runs_on
 from inlay.storage.quantized import (
     QuantizedLinear,
     checked_finite,
@@ -283,6 +284,10 @@ def block_scales(parts: Sequence[Tensor], first: int = 0, stop: int | None = Non
 
 def dequantized(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
     """Write the dense matrix's rows from `first` on into `out`, each weight rounded once."""
+    if runs_on(out.device):
+        from inlay.kernels.gpu import nf4
+
+        return nf4.dequantize(parts, quantiles(out.device), out, first)
     if native.nf4_dequantize(parts, out, first):
         return
     flat, packed = out.view(-1), parts[0].reshape(-1)
@@ -353,4 +358,14 @@ def check_sizes(
         raise StorageError("the weight's quant_map is not NF4's sixteen values")
 
 
+def multiplied(x: Tensor, parts: Sequence[Tensor], rows: int) -> Tensor | None:
+    """Return `x @ W.T` in one pass over the packed weight, on a GPU and for few rows; else None."""
+    if not runs_on(x.device):
+        return None
+    from inlay.kernels.gpu import nf4
+
+    return nf4.matmul(x, parts, quantiles(x.device), rows) if nf4.multiplies(x) else None
+
+
 register_format(NF4Linear.storage, dequantized)
+register_product(NF4Linear.storage, multiplied)

@@ -1,0 +1,21 @@
+"""Triton kernels for GPUs; the pure-torch paths beside them define the values."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from inlay.kernels.switches import is_on
+
+
+@cache
+def has_triton() -> bool:
+    """Say whether Triton is installed; it comes with PyTorch for NVIDIA GPUs."""
+    return find_spec("triton") is not None
+
+
+def runs_on(device: torch.device) -> bool:
+    """Say whether the kernels here are used on a device."""
+    return device.type == "cuda" and is_on("triton") and has_triton()
