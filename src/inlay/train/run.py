@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from inlay.checkpoint.adapter import save_adapter
 from inlay.data.rows import Rows
 from inlay.data.tokens import Encoded, summarise
-from inlay.errors import DataError, TrainingError
+from inlay.errors import DataError, TrainingError, UsageError
 from inlay.evaluate.losses import losses
 from inlay.evaluate.record import ComparisonRecord, Run, Step
 from inlay.evaluate.report import write_report
@@ -27,15 +27,17 @@ from inlay.methods.base import Method
 from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
 from inlay.model.load import load, located, quiet_transformers, read_tokenizer
+from inlay.model.packing import mixes_rows
 from inlay.model.report import Report, report
+from inlay.model.shapes import length_multiple
 from inlay.train import checkpoints, provenance
-from inlay.train.arguments import arguments
+from inlay.train.arguments import arguments, check_optimizer
+from inlay.train.collate import Concatenate
 from inlay.train.config import RunConfig
 from inlay.train.events import Event, OnEvent
 from inlay.train.files import saving, size_of
 from inlay.train.folder import RunFolder, check_same_inputs, open_folder
 from inlay.train.guard import Guard, check_changed, fingerprints
-from inlay.train.packing import check_packing
 from inlay.train.recipe import LearningRate, learning_rate
 from inlay.train.recorder import Recorder, read_metrics
 from inlay.train.rows import RunRows, encode_rows, rows_of_run, sample
@@ -244,8 +246,8 @@ class Running:
     ) -> AdapterTrainer:
         """Return the trainer, nothing trained yet."""
         config = self.config
-        if config.packing:
-            check_packing(model, tokens.train)
+        check_optimizer(config.optimizer, model.device.type)
+        collate = self.collate(model, tokenizer, tokens)
         with saving("the run", self.folder.path):
             self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
         return AdapterTrainer(
@@ -255,10 +257,29 @@ class Running:
             arguments(config, model, self.folder.checkpoints, record["learning_rate"]["value"]),
             recorder=Recorder(self.folder.metrics, config.log_every, self.tell),
             guard=Guard(),
+            collate=collate,
             held_out=held_out(model, tokens.validation, config.batch_size),
             warmup=config.warmup,
             keep_checkpoints=config.keep_checkpoints,
         )
+
+    def collate(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tokens
+    ) -> Concatenate | None:
+        """Return what joins a batch's rows without padding; None leaves the batch to TRL.
+
+        Raises:
+            UsageError: the run asks for packing, and rows would see each other.
+        """
+        packing = self.config.packing
+        mixed = mixes_rows(model, [row.input_ids for row in tokens.train]) if packing else None
+        if mixed is not None and packing != "auto":
+            raise UsageError(f"'packing' would mix rows: {mixed}; leave packing at auto")
+        if mixed is not None:
+            self.note(f"batches are padded, not packed: {mixed}")
+        if packing in (False, "bfd") or mixed is not None:
+            return None
+        return Concatenate(int(tokenizer.pad_token_id or 0), length_multiple(model))
 
     def fit(self, trainer: AdapterTrainer) -> None:
         """Train from the start, or from the last complete checkpoint."""

@@ -35,13 +35,11 @@ from inlay.storage.dense import DenseView
 from inlay.storage.registry import frozen
 from inlay.train import checkpoints
 from inlay.train.arguments import warmup_steps
+from inlay.train.collate import IGNORED, Concatenate
 from inlay.train.guard import DivergedError, Guard, check_gradients
 from inlay.train.order import TrainingOrder
 from inlay.train.recorder import Recorder
 from inlay.train.state import load_tree, random_state, restore_random_state, save_tree
-
-IGNORED = -100
-"""The label of a token that is not trained on."""
 
 HeldOut = Callable[[], float]
 """Measures the held-out loss, in nats a token."""
@@ -63,6 +61,7 @@ class AdapterTrainer(SFTTrainer):
         *,
         recorder: Recorder,
         guard: Guard,
+        collate: Concatenate | None = None,
         held_out: HeldOut | None = None,
         warmup: float = 0.0,
         keep_checkpoints: int = 2,
@@ -78,6 +77,7 @@ class AdapterTrainer(SFTTrainer):
             super().__init__(
                 model=model,
                 args=args,
+                data_collator=collate,
                 train_dataset=dataset(rows),
                 processing_class=tokenizer,
                 callbacks=[Moments(self)],
@@ -160,7 +160,7 @@ class AdapterTrainer(SFTTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one forward and backward pass; raise on a loss that is not finite."""
-        self.step_tokens += tokens_in(args[1])
+        self.step_tokens += take_token_count(args[1])
         loss: Tensor = super().training_step(*args, **kwargs)
         value = float(loss)
         self.guard.check_loss(value, self.state.global_step + 1)
@@ -295,10 +295,10 @@ def labels(row: EncodedRow) -> list[int]:
     return [token if trained else IGNORED for token, trained in pairs]
 
 
-def tokens_in(batch: Mapping[str, Tensor]) -> int:
-    """Count a batch's tokens, padding left out."""
-    mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+def take_token_count(batch: dict[str, Tensor]) -> int:
+    """Count a batch's tokens, padding left out; take out what only counting needs."""
+    mask, padding = batch.get("attention_mask"), batch.pop("padding", 0)
+    return batch["input_ids"].numel() - int(padding) if mask is None else int(mask.sum())
 
 
 def tensors_of(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
