@@ -121,8 +121,8 @@ def test_what_leaks_a_little_is_found():
 
 def test_joined_rows():
     rows = [{"input_ids": [5, 6, 7], "labels": [5, -100, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = Concatenate(padding=1, multiple=3)(rows)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 1, 1]]
+    batch = Concatenate(multiple=3)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 7, -100, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
     assert int(batch["padding"]) == 2

@@ -13,6 +13,7 @@ from inlay.model.packing import positions
 
 IGNORED = -100
 """The label of a token that is not trained on."""
+PADDING = 0
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,13 @@ class Concatenate:
     of padding, without labels, fills the sequence to a multiple of `multiple` tokens.
     """
 
-    padding: int
     multiple: int
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Return input_ids, labels and position_ids, each (1, tokens), and the padding's size."""
         lengths = [len(row["input_ids"]) for row in rows]
         filled = -sum(lengths) % self.multiple
-        ids = [token for row in rows for token in row["input_ids"]] + [self.padding] * filled
+        ids = [token for row in rows for token in row["input_ids"]] + [PADDING] * filled
         labels = [label for row in rows for label in [IGNORED, *row["labels"][1:]]]
         return {
             "input_ids": torch.tensor([ids]),

@@ -247,7 +247,7 @@ class Running:
         """Return the trainer, nothing trained yet."""
         config = self.config
         check_optimizer(config.optimizer, model.device.type)
-        collate = self.collate(model, tokenizer, tokens)
+        collate = self.collate(model, tokens)
         with saving("the run", self.folder.path):
             self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
         return AdapterTrainer(
@@ -263,9 +263,7 @@ class Running:
             keep_checkpoints=config.keep_checkpoints,
         )
 
-    def collate(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tokens
-    ) -> Concatenate | None:
+    def collate(self, model: PreTrainedModel, tokens: Tokens) -> Concatenate | None:
         """Return what joins a batch's rows without padding; None leaves the batch to TRL.
 
         Raises:
@@ -279,7 +277,7 @@ class Running:
             self.note(f"batches are padded, not packed: {mixed}")
         if packing in (False, "bfd") or mixed is not None:
             return None
-        return Concatenate(int(tokenizer.pad_token_id or 0), length_multiple(model))
+        return Concatenate(length_multiple(model))
 
     def fit(self, trainer: AdapterTrainer) -> None:
         """Train from the start, or from the last complete checkpoint."""
