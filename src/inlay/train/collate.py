@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inlay.evaluate.losses import PADDING
 from inlay.model.packing import positions
 
 IGNORED = -100
 """The label of a token that is not trained on."""
-PADDING = 0
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +31,7 @@ from inlay.model.load import load, located, quiet_transformers, read_tokenizer
 from inlay.model.packing import mixes_rows
 from inlay.model.report import Report, report
 from inlay.model.shapes import length_multiple
+from inlay.model.trunk import Trunk, trunk_of
 from inlay.train import checkpoints, provenance
 from inlay.train.arguments import arguments, check_optimizer
 from inlay.train.collate import Concatenate
@@ -42,6 +44,7 @@ from inlay.train.recipe import LearningRate, learning_rate
 from inlay.train.recorder import Recorder, read_metrics
 from inlay.train.rows import RunRows, encode_rows, rows_of_run, sample
 from inlay.train.trainer import AdapterTrainer, HeldOut, left_as_it_was
+from inlay.train.trunk_cache import TrunkCache, cached_trunk
 
 LINES_NAMED = 5
 
@@ -120,7 +123,8 @@ class Running:
         record = self.begin(model, rows)
         with self.stopping(record), left_as_it_was(model):
             trainer = self.trainer(model, tokenizer, tokens, record)
-            self.fit(trainer)
+            with self.trunk(model, tokens):
+                self.fit(trainer)
         self.save(model, trainer)
         record["comparison"] = self.compared(model, tokenizer, tokens)
         self.finish(model, trainer, record)
@@ -278,6 +282,37 @@ class Running:
         if packing in (False, "bfd") or mixed is not None:
             return None
         return Concatenate(length_multiple(model))
+
+    def trunk(self, model: PreTrainedModel, tokens: Tokens) -> AbstractContextManager[None]:
+        """Return the context in which the blocks below the lowest adapted one are read, not run.
+
+        Raises:
+            UsageError: the run asks for that, and this model cannot have it.
+        """
+        wanted = self.config.cache_trunk
+        if not wanted or (wanted == "auto" and not self.trunk_cache_pays(model, len(tokens.train))):
+            return nullcontext()
+        self.stage("running the frozen blocks once over every row")
+        rows = [*tokens.train, *tokens.validation]
+        cache = cached_trunk(model, rows, len(tokens.train), self.folder.path)
+        if isinstance(cache, TrunkCache):
+            self.note(str(cache))
+            return cache.used()
+        if wanted == "auto":
+            self.note(f"the frozen blocks run in every epoch: {cache}")
+            return nullcontext()
+        raise UsageError(f"'cache_trunk' cannot be used: {cache}; leave it at auto")
+
+    def trunk_cache_pays(self, model: PreTrainedModel, rows: int) -> bool:
+        """Say whether at least the lower half of the blocks is frozen and rows come again."""
+        config, trunk = self.config, trunk_of(model)
+        steps = config.max_steps or math.inf
+        passes = steps * config.batch_size * config.gradient_accumulation / rows
+        return (
+            isinstance(trunk, Trunk)
+            and 2 * trunk.depth >= len(trunk.blocks)
+            and min(passes, config.epochs) > 1
+        )
 
     def fit(self, trainer: AdapterTrainer) -> None:
         """Train from the start, or from the last complete checkpoint."""
