@@ -70,7 +70,7 @@ def trained(model: PreTrainedModel, **where: Any) -> PreTrainedModel:
     attach(model, LoRA(rank=2), **where)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.3)
+            nn.init.normal_(parameter, std=0.05)
     return model
 
 
