@@ -110,6 +110,16 @@ class TrunkCache:
 
     @contextmanager
     def used(self) -> Generator[None]:
+        """Let calls read the trunk from here, then give up its memory and its file."""
+        try:
+            with self.reading():
+                yield
+        finally:
+            self.held = torch.empty(0)
+            self.path.unlink(missing_ok=True)
+
+    @contextmanager
+    def reading(self) -> Generator[None]:
         """Let every call of the model inside the `with` block read the trunk from here."""
         undo: list[Callable[[], None]] = []
 
@@ -134,8 +144,6 @@ class TrunkCache:
         finally:
             for hook in hooks:
                 hook.remove()
-            self.held = torch.empty(0)
-            self.path.unlink(missing_ok=True)
 
     def differs(self, rows: Sequence[Sequence[int]], packed: bool) -> str | None:
         """Return how far the model's logits with the trunk read are from its own, if too far."""
