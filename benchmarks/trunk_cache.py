@@ -55,7 +55,7 @@ def main() -> None:
     inlay.use(model, "top")
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        cache = cached_trunk(model, rows, len(rows), Path(folder))
+        cache = cached_trunk(model, rows, len(rows), Path(folder, "trunk"))
         filled = time.perf_counter() - began
         assert isinstance(cache, TrunkCache), cache
         print(cache)

@@ -83,7 +83,7 @@ def batch(*rows: Row) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients_are_those_of_the_whole_model(tmp_path: Path, kind: str):
     model = trained(model_of(kind), layers="3")
-    cache = cached_trunk(model, ROWS, len(ROWS), tmp_path)
+    cache = cached_trunk(model, ROWS, len(ROWS), tmp_path / "trunk.tmp")
     assert isinstance(cache, TrunkCache)
     assert cache.trunk.depth == 3
     model.train()
@@ -107,7 +107,7 @@ def test_values_and_gradients_are_those_of_the_whole_model(tmp_path: Path, kind:
 
 def test_padded_batches_read_it_and_others_run_the_blocks(tmp_path: Path):
     model = trained(model_of("qwen2"), layers="3").eval()
-    cache = cached_trunk(model, ROWS, len(ROWS), tmp_path)
+    cache = cached_trunk(model, ROWS, len(ROWS), tmp_path / "trunk.tmp")
     assert isinstance(cache, TrunkCache)
     ids, mask = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 0]]), torch.tensor([[1] * 4, [1, 1, 1, 0]])
     own = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
@@ -130,7 +130,7 @@ def test_padded_batches_read_it_and_others_run_the_blocks(tmp_path: Path):
 
 def test_a_call_that_fails_leaves_the_model_as_it_was(tmp_path: Path):
     model = trained(model_of("qwen2"), layers="3")
-    cache = cached_trunk(model, ROWS, len(ROWS), tmp_path)
+    cache = cached_trunk(model, ROWS, len(ROWS), tmp_path / "trunk.tmp")
     assert isinstance(cache, TrunkCache)
     blocks = list(cache.trunk.blocks)
     with cache.used(), pytest.raises(TypeError):
@@ -142,9 +142,9 @@ def test_a_cache_too_large_for_memory_lies_in_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     model = trained(model_of("qwen2"), layers="2-3")
-    first = cached_trunk(model, ROWS, len(ROWS), tmp_path)
+    first = cached_trunk(model, ROWS, len(ROWS), tmp_path / "trunk.tmp")
     monkeypatch.setattr(trunk_cache, "free_memory", lambda: 0)
-    second = cached_trunk(model, ROWS, len(ROWS), tmp_path)
+    second = cached_trunk(model, ROWS, len(ROWS), tmp_path / "trunk.tmp")
     assert isinstance(first, TrunkCache)
     assert isinstance(second, TrunkCache)
     assert "in memory" not in str(second)
@@ -166,7 +166,7 @@ def test_a_cache_too_large_for_memory_lies_in_a_file(
     ],
 )
 def test_where_it_cannot_be_kept_a_reason_is_told(tmp_path: Path, model: nn.Module, reason: str):
-    found = cached_trunk(model, ROWS, len(ROWS), tmp_path)
+    found = cached_trunk(model, ROWS, len(ROWS), tmp_path / "trunk.tmp")
     assert isinstance(found, str)
     assert re.search(reason, found)
 
@@ -181,7 +181,7 @@ def test_a_trunk_that_hands_on_more_than_its_output_is_found_out(tmp_path: Path)
     blocks[3].register_forward_hook(
         lambda module, args, output: output + seen.pop().roll(1, -1) if seen else output
     )
-    assert "off by" in str(cached_trunk(model, ROWS, len(ROWS), tmp_path))
+    assert "off by" in str(cached_trunk(model, ROWS, len(ROWS), tmp_path / "trunk.tmp"))
 
 
 # A whole run.

@@ -47,6 +47,8 @@ from inlay.train.trainer import AdapterTrainer, HeldOut, left_as_it_was
 from inlay.train.trunk_cache import TrunkCache, cached_trunk
 
 LINES_NAMED = 5
+TRUNK = "trunk.tmp"
+"""The file that a kept trunk takes if it does not fit in memory; what a kill leaves is removed."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,7 @@ class Running:
             return nullcontext()
         self.stage("running the frozen blocks once over every row")
         rows = [*tokens.train, *tokens.validation]
-        cache = cached_trunk(model, rows, len(tokens.train), self.folder.path)
+        cache = cached_trunk(model, rows, len(tokens.train), self.folder.checkpoints / TRUNK)
         if isinstance(cache, TrunkCache):
             self.note(str(cache))
             return cache.used()

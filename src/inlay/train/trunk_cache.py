@@ -32,8 +32,8 @@ FULL, LOW = 1e-4, 0.05
 class TrunkCache:
     """The trunk's output (tokens, width) for rows, found again by their tokens."""
 
-    def __init__(self, trunk: Trunk, rows: Sequence[Sequence[int]], folder: Path) -> None:
-        self.trunk, self.folder = trunk, folder
+    def __init__(self, trunk: Trunk, rows: Sequence[Sequence[int]], path: Path) -> None:
+        self.trunk, self.path = trunk, path
         self.places: dict[tuple[int, ...], int] = {}
         self.tokens = 0
         for row in map(tuple, rows):
@@ -41,11 +41,6 @@ class TrunkCache:
                 self.places[row] = self.tokens
                 self.tokens += len(row)
         self.held = torch.empty(0)
-
-    @property
-    def path(self) -> Path:
-        """Where a cache lies that is too large for memory."""
-        return self.folder / "trunk.cache"
 
     def __str__(self) -> str:
         size = self.held.numel() * self.held.itemsize
@@ -197,10 +192,11 @@ def cached_trunk(
     model: nn.Module,
     rows: Sequence[EncodedRow],
     training_rows: int,
-    folder: Path,
+    path: Path,
 ) -> TrunkCache | str:
     """Return the trunk's output for these rows, or why it cannot be kept.
 
+    It goes to a file at `path` where it is too large for memory.
     Tried on the model first: the trunk has no dropout and no gradient, and the first training
     rows' logits are the same, to rounding, with the trunk read as with the trunk run.
     """
@@ -210,7 +206,7 @@ def cached_trunk(
     tokens = [row.input_ids for row in rows]
     packed = mixes_rows(model, tokens) is None
     padding = [[PADDING] * n for n in range(1, length_multiple(model))] if packed else []
-    cache = TrunkCache(trunk, [*tokens, *padding], folder)
+    cache = TrunkCache(trunk, [*tokens, *padding], path)
     tried = tokens[: min(training_rows, 4)]
     device = next(model.parameters()).device
     try:
