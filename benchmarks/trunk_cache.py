@@ -27,7 +27,7 @@ from inlay.model.load import located, read_tokenizer
 from inlay.train.collate import Concatenate
 from inlay.train.config import RunConfig, load_config
 from inlay.train.rows import encode_rows, rows_of_run
-from inlay.train.trainer import labels
+from inlay.train.trainer import labels, trained_loss
 from inlay.train.trunk_cache import TrunkCache, cached_trunk
 
 THREADS = 2
@@ -44,11 +44,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--alternations", type=int, default=5)
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     given = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
+    dtype: torch.dtype = getattr(torch, given.dtype)
     rows = real_rows()
-    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_hidden_layers=given.layers)).bfloat16()
+    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_hidden_layers=given.layers)).to(dtype)
     top = f"{given.layers * 3 // 4}-{given.layers - 1}"
     inlay.attach(model, inlay.LoRA(rank=16), name="all")
     inlay.attach(model, inlay.LoRA(rank=16), layers=top, name="top")
@@ -71,7 +73,8 @@ def main() -> None:
             )
         },
         "filling_examples_per_second": round(len(rows) / filled, 3),
-        "cache_bytes": cache.tokens * SHAPE["hidden_size"] * 2,
+        "cache_bytes": cache.held.nbytes,
+        "dtype": given.dtype,
         "layers": given.layers,
         "adapted": top,
         "shape": SHAPE,
@@ -129,7 +132,7 @@ def seconds(model: Any, data: list[dict[str, Tensor]]) -> float:
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     start = time.perf_counter()
     for batch in data:
-        model(**batch, use_cache=False).loss.backward()
+        trained_loss(model, batch, None).backward()
         optimizer.step()
         optimizer.zero_grad()
     return time.perf_counter() - start

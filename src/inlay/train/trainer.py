@@ -145,18 +145,7 @@ class AdapterTrainer(SFTTrainer):
         """Return the sum of the trained tokens' losses over their number in the whole batch."""
         if not self.own_loss or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        wanted = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
-        kept = (wanted != IGNORED).any(dim=0).nonzero().squeeze(1)
-        logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits
-        wanted = wanted[:, kept]
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            wanted.flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
-        count = (wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return loss / torch.as_tensor(count, device=loss.device).clamp(min=1)
+        return trained_loss(model, inputs, num_items_in_batch)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one forward and backward pass; raise on a loss that is not finite."""
@@ -328,6 +317,20 @@ def load_tensors(
         for place, tensors in have.items():
             for name, tensor in tensors.items():
                 tensor.copy_(saved[place][name])
+
+
+def trained_loss(model: nn.Module, inputs: dict[str, Any], count: Tensor | int | None) -> Tensor:
+    """Return the sum of the labelled tokens' losses over `count`; only they reach the head."""
+    call = dict(inputs)
+    wanted = F.pad(call.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+    kept = (wanted != IGNORED).any(dim=0).nonzero().squeeze(1)
+    logits = model(**call, use_cache=False, logits_to_keep=kept).logits
+    wanted = wanted[:, kept]
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    count = (wanted != IGNORED).sum() if count is None else count
+    return loss / torch.as_tensor(count, device=loss.device).clamp(min=1)
 
 
 def computes_own_loss(model: PreTrainedModel, args: SFTConfig) -> bool:
