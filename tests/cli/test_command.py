@@ -83,7 +83,7 @@ def test_every_key_of_a_run_stands_in_the_help_once(capsys: pytest.CaptureFixtur
         (["train", "--rank"], "--rank needs a value."),
         (["train", "--targets"], "--targets needs one or more values."),
         (["train", "--rank", "8", "--rank", "9"], "--rank is given twice."),
-        (["train", "--packing=yes"], "--packing/--no-packing takes no value"),
+        (["train", "--resume=yes"], "--resume/--no-resume takes no value"),
         (["train", "a.yaml", "b.yaml"], "unexpected argument 'b.yaml'."),
         (["train", "--model", "pocket"], "'data' is missing"),
         (["train", "nowhere.yaml"], "the run file nowhere.yaml cannot be read"),
@@ -125,9 +125,9 @@ def test_a_wrong_value_is_a_sentence(
 def test_flags_override_the_run_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run.yaml"
     run.write_text("model: pocket\ndata: reports\noutput: here\nrank: 4\nepochs: 1\n")
-    assert main(["train", str(run), "--rank", "8", "--packing", "--print-config"]) == 0
+    assert main(["train", str(run), "--rank", "8", "--packing", "bfd", "--print-config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert (printed["rank"], printed["epochs"], printed["packing"]) == (8, 1, True)
+    assert (printed["rank"], printed["epochs"], printed["packing"]) == (8, 1, "bfd")
 
 
 def test_the_printed_run_is_the_same_run(

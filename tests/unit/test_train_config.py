@@ -35,7 +35,7 @@ def test_defaults_are_the_recipe():
     assert config.learning_rate == "auto"
     assert config.method == "lora"
     assert config.batch_size * config.gradient_accumulation == 16
-    assert (config.weight_decay, config.scheduler, config.packing) == (0.0, "linear", False)
+    assert (config.weight_decay, config.scheduler, config.packing) == (0.0, "linear", "auto")
     assert config.hyperparameters == {}
 
 
@@ -75,7 +75,10 @@ def test_hyperparameters_stand_beside_the_other_keys():
         ({"targets": []}, "'targets'"),
         ({"targets": [3]}, "'targets' must be text or a list of one or more texts or nothing"),
         ({"model": ""}, "'model' must be text"),
-        ({"packing": "yes please"}, "'packing' must be true or false"),
+        (
+            {"packing": "yes please"},
+            "'packing' must be one of 'auto', 'bfd' or true or false, not 'yes please'",
+        ),
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"text": "t", "prompt": "p"}, "'text' trains on a whole column"),
         ({"prompt": "p"}, "'prompt' needs 'completion' beside it"),

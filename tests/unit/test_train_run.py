@@ -367,14 +367,15 @@ def test_our_loss_is_trls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_rows_packed_together_train_as_alone(tmp_path: Path):
-    result = train(make_run(tmp_path, packing=True, max_length=32, evaluate=False))
+    result = train(make_run(tmp_path, packing="bfd", max_length=32, evaluate=False))
     assert result.run["steps"] < 12
     measured = [line["eval_loss"] for line in losses_of(tmp_path / "out") if "eval_loss" in line]
     assert measured[-1] < measured[0]
 
 
-def test_packing_that_would_mix_rows_is_refused(tmp_path: Path):
-    config = make_run(tmp_path, packing=True, max_length=32, method="prefix", tokens=4)
+@pytest.mark.parametrize("packing", [True, "bfd"])
+def test_packing_that_would_mix_rows_is_refused(tmp_path: Path, packing: object):
+    config = make_run(tmp_path, packing=packing, max_length=32, method="prefix", tokens=4)
     with pytest.raises(UsageError, match="'packing' would mix rows"):
         train(config)
 

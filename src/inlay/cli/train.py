@@ -33,7 +33,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "training": (
         "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "scheduler",
-        "warmup", "weight_decay", "max_grad_norm", "gradient_checkpointing", "seed", "threads",
+        "optimizer", "warmup", "weight_decay", "max_grad_norm", "gradient_checkpointing",
+        "cache_trunk", "seed", "threads",
     ),
     "evaluation": ("evaluate", "eval_rows", "generate_rows", "generate_tokens"),
     "output": ("output", "log_every", "save_every", "keep_checkpoints", "resume", "overwrite"),

@@ -14,10 +14,13 @@ from torch.nn.functional import cross_entropy
 
 from inlay.errors import DataError, ModelError
 from inlay.methods.base import evaluating
+from inlay.model.packing import mixes_rows, positions
 from inlay.model.shapes import length_multiple
 
 POSITIONS_AT_ONCE = 1024
 """Rows of logits that are held in fp32 at once."""
+
+PADDING = 0
 
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows in all)."""
@@ -63,7 +66,8 @@ def losses(
     Args:
         model: a causal language model whose forward gives `.logits`.
         encoded: the rows; the first token has nothing before it and is never measured.
-        batch_size: rows in one forward pass, of similar length and padded on the right.
+        batch_size: rows in one forward pass, of similar length: joined without padding where the
+            model keeps them apart, else padded on the right.
         lines: the rows' lines in their file, for error messages; else numbered from 1.
         on_progress: called after each batch with (rows done, rows in all).
 
@@ -74,9 +78,11 @@ def losses(
     named = list(lines) if lines is not None else list(range(1, len(encoded) + 1))
     check_measurable(encoded, named)
     found: dict[int, RowLoss] = {}
+    packed = mixes_rows(model, [row.input_ids for row in encoded]) is None
     with evaluating(model), torch.no_grad():
         for batch in buckets([len(row.input_ids) for row in encoded], batch_size):
-            found.update(zip(batch, batch_losses(model, [encoded[i] for i in batch]), strict=True))
+            rows = [encoded[i] for i in batch]
+            found.update(zip(batch, batch_losses(model, rows, packed), strict=True))
             check_finite(found, batch, named)
             if on_progress is not None:
                 on_progress(len(found), len(encoded))
@@ -89,16 +95,12 @@ def buckets(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
 
 
-def batch_losses(model: nn.Module, rows: Sequence[EncodedRow]) -> list[RowLoss]:
+def batch_losses(model: nn.Module, rows: Sequence[EncodedRow], packed: bool) -> list[RowLoss]:
     """Return the losses of rows that go through the model together."""
-    step = length_multiple(model)
-    longest = -(-max(len(row.input_ids) for row in rows) // step) * step
-    ids = torch.tensor([[*r.input_ids] + [0] * (longest - len(r.input_ids)) for r in rows])
-    mask = torch.tensor([[1] * len(r.input_ids) + [0] * (longest - len(r.input_ids)) for r in rows])
-    wanted = torch.tensor([targets(row, longest) for row in rows])
-    row, position = wanted.nonzero(as_tuple=True)
-    logits = logits_at(model, ids, mask, row, position)
-    expected = ids[row, position + 1].to(logits.device)
+    batch = (joined if packed else padded)(rows, length_multiple(model))
+    where = batch.wanted.nonzero(as_tuple=True)
+    logits = logits_at(model, batch.call, *where)
+    expected = batch.call["input_ids"][where[0], where[1] + 1].to(logits.device)
     nll = torch.cat(
         [
             cross_entropy(part.float(), target, reduction="none")
@@ -107,9 +109,52 @@ def batch_losses(model: nn.Module, rows: Sequence[EncodedRow]) -> list[RowLoss]:
             )
         ]
     )
-    summed = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row, nll.double().cpu())
-    counts = wanted.sum(dim=1).tolist()
+    owner = batch.owner[where]
+    summed = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, owner, nll.double().cpu())
+    counts = owner.bincount(minlength=len(rows)).tolist()
     return [RowLoss(int(n), float(s)) for n, s in zip(counts, summed.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as one call of the model; `wanted` and `owner` have the shape of input_ids."""
+
+    call: dict[str, Tensor]
+    wanted: Tensor
+    """Whether the token after each position is measured."""
+    owner: Tensor
+    """The number of the row that each position belongs to."""
+
+
+def padded(rows: Sequence[EncodedRow], multiple: int) -> Batch:
+    """Return rows under one another, padded on the right to the longest."""
+    longest = rounded_up(max(len(row.input_ids) for row in rows), multiple)
+    ids = [[*r.input_ids] + [PADDING] * (longest - len(r.input_ids)) for r in rows]
+    mask = [[1] * len(r.input_ids) + [0] * (longest - len(r.input_ids)) for r in rows]
+    return Batch(
+        {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)},
+        torch.tensor([targets(row, longest) for row in rows]),
+        torch.arange(len(rows))[:, None].expand(-1, longest),
+    )
+
+
+def joined(rows: Sequence[EncodedRow], multiple: int) -> Batch:
+    """Return rows one after another in one sequence, each with positions from 0 on."""
+    lengths = [len(row.input_ids) for row in rows]
+    whole = rounded_up(sum(lengths), multiple)
+    lengths.append(whole - sum(lengths))
+    ids = [token for row in rows for token in row.input_ids] + [PADDING] * lengths[-1]
+    wanted = [each for row in rows for each in targets(row, len(row.input_ids))]
+    return Batch(
+        {"input_ids": torch.tensor([ids]), "position_ids": positions(lengths)},
+        torch.tensor([wanted + [False] * lengths[-1]]),
+        torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None],
+    )
+
+
+def rounded_up(length: int, multiple: int) -> int:
+    """Return the least multiple that is no less than the length."""
+    return -(-length // multiple) * multiple
 
 
 def targets(row: EncodedRow, length: int) -> list[bool]:
@@ -117,11 +162,11 @@ def targets(row: EncodedRow, length: int) -> list[bool]:
     return [*row.trained[1:]] + [False] * (length - len(row.input_ids) + 1)
 
 
-def logits_at(model: nn.Module, ids: Tensor, mask: Tensor, row: Tensor, position: Tensor) -> Tensor:
+def logits_at(model: nn.Module, inputs: dict[str, Tensor], row: Tensor, position: Tensor) -> Tensor:
     """Return the logits (n, vocabulary) at n positions; the model omits the others if it can."""
     device = next(model.parameters()).device
     accepted = inspect.signature(model.forward).parameters
-    call: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    call: dict[str, Any] = {name: x.to(device) for name, x in inputs.items()}
     if "use_cache" in accepted:
         call["use_cache"] = False
     if "logits_to_keep" not in accepted:

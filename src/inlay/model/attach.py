@@ -24,6 +24,7 @@ from inlay.model.layer import AdaptedLayer, become_adapted, become_original
 from inlay.model.prompt import PromptHook
 from inlay.model.selected import selected_copies, trained_modules
 from inlay.model.targets import Found, find_targets
+from inlay.model.trunk import keep_trunk_free_of_gradients
 from inlay.storage.registry import frozen, kind
 
 
@@ -112,6 +113,7 @@ def attach(
         found=found,
     )
     model.__dict__["inlay"] = registry
+    keep_trunk_free_of_gradients(model)
     return use(model, *(registry.active or (name,)))
 
 
@@ -246,6 +248,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         parameter.requires_grad_(registry.required_grad.get(parameter_name, False))
     del model.__dict__["inlay"]
     uninstall(model)
+    model.__dict__.pop("enable_input_require_grads", None)
     return model
 
 

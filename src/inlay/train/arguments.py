@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
+from inlay.errors import UsageError
 from inlay.methods.base import PromptMethod
 from inlay.model.attach import active, adapters
 from inlay.model.shapes import length_multiple
@@ -16,12 +18,19 @@ from inlay.train.config import RunConfig
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Our schedules -> the names transformers has for them."""
 
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw-8bit": "adamw_bnb_8bit",
+    "paged-adamw-8bit": "paged_adamw_8bit",
+}
+"""Our optimisers -> the names transformers has for them."""
+
 
 def arguments(
     config: RunConfig, model: PreTrainedModel, folder: Path, learning_rate: float
 ) -> SFTConfig:
     """Return TRL's arguments for a run whose checkpoints go to `folder`."""
-    on_gpu = model.device.type == "cuda"
+    on_gpu, bins = model.device.type == "cuda", config.packing == "bfd"
     return SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=config.batch_size,
@@ -32,7 +41,7 @@ def arguments(
         lr_scheduler_type=SCHEDULERS[config.scheduler],
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch",
+        optim=OPTIMIZERS[config.optimizer],
         seed=config.seed,
         data_seed=config.seed,
         use_cpu=not on_gpu,
@@ -40,12 +49,12 @@ def arguments(
         fp16=False,
         tf32=None,
         **recomputation(checkpoints_gradients(config, model)),
-        pad_to_multiple_of=None if config.packing else length_multiple(model),
-        max_length=config.max_length if config.packing else None,
-        packing=config.packing,
+        pad_to_multiple_of=None if bins else length_multiple(model),
+        max_length=config.max_length if bins else None,
+        packing=bins,
         packing_strategy="bfd",
         shuffle_dataset=False,
-        dataset_kwargs={"skip_prepare_dataset": not config.packing},
+        dataset_kwargs={"skip_prepare_dataset": not bins},
         completion_only_loss=False,
         dataloader_num_workers=0,
         dataloader_pin_memory=on_gpu,
@@ -68,6 +77,26 @@ def checkpoints_gradients(config: RunConfig, model: PreTrainedModel) -> bool:
         return config.gradient_checkpointing
     prompts = any(isinstance(adapters(model)[name].method, PromptMethod) for name in active(model))
     return model.device.type == "cuda" and not prompts
+
+
+def check_optimizer(name: str, device: str) -> None:
+    """Raise unless this optimiser can run here.
+
+    Raises:
+        UsageError: bitsandbytes is not installed, or its paged states are asked for on a CPU.
+    """
+    if name == "adamw":
+        return
+    if find_spec("bitsandbytes") is None:
+        raise UsageError(
+            f"optimizer {name!r} is bitsandbytes', which is not installed; "
+            "run pip install bitsandbytes, or choose adamw"
+        )
+    if name.startswith("paged") and device != "cuda":
+        raise UsageError(
+            f"optimizer {name!r} pages its state between a GPU and the host, and this model is on "
+            f"{device}; choose adamw-8bit or adamw"
+        )
 
 
 def recomputation(wanted: bool) -> dict[str, Any]:

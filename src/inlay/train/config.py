@@ -95,8 +95,10 @@ class RunConfig(BaseModel):
     )
     max_rows: PositiveInt | None = Field(None, description="read at most this many rows")
     max_length: PositiveInt = Field(1024, description="tokens a row may have; longer ones are cut")
-    packing: bool = Field(
-        False, description="several rows in one sequence; refused where rows would see each other"
+    packing: Literal["auto", "bfd"] | bool = Field(
+        "auto",
+        description="join a batch's rows without padding, none seeing another; auto: where the "
+        "model keeps them apart; bfd: also fill sequences up to max_length",
     )
 
     epochs: float = Field(3, gt=0, allow_inf_nan=False, description="passes over the training rows")
@@ -110,6 +112,9 @@ class RunConfig(BaseModel):
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         "auto", description="peak learning rate; auto: from the model's width and the method"
     )
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
+        "adamw", description="8bit: its state in bitsandbytes' blocks of 8-bit numbers"
+    )
     scheduler: Literal["linear", "constant", "cosine"] = Field(
         "linear", description="how the learning rate goes after the warmup"
     )
@@ -122,6 +127,11 @@ class RunConfig(BaseModel):
     )
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto", description="recompute activations to save memory; auto: on a GPU only"
+    )
+    cache_trunk: Literal["auto"] | bool = Field(
+        "auto",
+        description="run the blocks below the lowest adapted one once a row and keep their "
+        "output; auto: over several epochs, if at most the top half is adapted",
     )
     seed: int = Field(
         0, ge=0, le=2**32 - 1, description="seed of the split, the order and the adapter"
@@ -166,6 +176,7 @@ SYNONYMS = {
     "load_in_4bit": "storage",
     "max_seq_length": "max_length",
     "lr_scheduler_type": "scheduler",
+    "optim": "optimizer",
     "warmup_steps": "warmup",
     "warmup_ratio": "warmup",
     "logging_steps": "log_every",

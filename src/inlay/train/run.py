@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from inlay.checkpoint.adapter import save_adapter
 from inlay.data.rows import Rows
 from inlay.data.tokens import Encoded, summarise
-from inlay.errors import DataError, TrainingError
+from inlay.errors import DataError, TrainingError, UsageError
 from inlay.evaluate.losses import losses
 from inlay.evaluate.record import ComparisonRecord, Run, Step
 from inlay.evaluate.report import write_report
@@ -27,21 +28,27 @@ from inlay.methods.base import Method
 from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
 from inlay.model.load import load, located, quiet_transformers, read_tokenizer
+from inlay.model.packing import mixes_rows
 from inlay.model.report import Report, report
+from inlay.model.shapes import length_multiple
+from inlay.model.trunk import Trunk, trunk_of
 from inlay.train import checkpoints, provenance
-from inlay.train.arguments import arguments
+from inlay.train.arguments import arguments, check_optimizer
+from inlay.train.collate import Concatenate
 from inlay.train.config import RunConfig
 from inlay.train.events import Event, OnEvent
 from inlay.train.files import saving, size_of
 from inlay.train.folder import RunFolder, check_same_inputs, open_folder
 from inlay.train.guard import Guard, check_changed, fingerprints
-from inlay.train.packing import check_packing
 from inlay.train.recipe import LearningRate, learning_rate
 from inlay.train.recorder import Recorder, read_metrics
 from inlay.train.rows import RunRows, encode_rows, rows_of_run, sample
 from inlay.train.trainer import AdapterTrainer, HeldOut, left_as_it_was
+from inlay.train.trunk_cache import TrunkCache, cached_trunk
 
 LINES_NAMED = 5
+TRUNK = "trunk.tmp"
+"""The file that a kept trunk takes if it does not fit in memory; what a kill leaves is removed."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,8 @@ class Running:
         record = self.begin(model, rows)
         with self.stopping(record), left_as_it_was(model):
             trainer = self.trainer(model, tokenizer, tokens, record)
-            self.fit(trainer)
+            with self.trunk(model, tokens):
+                self.fit(trainer)
         self.save(model, trainer)
         record["comparison"] = self.compared(model, tokenizer, tokens)
         self.finish(model, trainer, record)
@@ -244,8 +252,8 @@ class Running:
     ) -> AdapterTrainer:
         """Return the trainer, nothing trained yet."""
         config = self.config
-        if config.packing:
-            check_packing(model, tokens.train)
+        check_optimizer(config.optimizer, model.device.type)
+        collate = self.collate(model, tokens)
         with saving("the run", self.folder.path):
             self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
         return AdapterTrainer(
@@ -255,9 +263,57 @@ class Running:
             arguments(config, model, self.folder.checkpoints, record["learning_rate"]["value"]),
             recorder=Recorder(self.folder.metrics, config.log_every, self.tell),
             guard=Guard(),
+            collate=collate,
             held_out=held_out(model, tokens.validation, config.batch_size),
             warmup=config.warmup,
             keep_checkpoints=config.keep_checkpoints,
+        )
+
+    def collate(self, model: PreTrainedModel, tokens: Tokens) -> Concatenate | None:
+        """Return what joins a batch's rows without padding; None leaves the batch to TRL.
+
+        Raises:
+            UsageError: the run asks for packing, and rows would see each other.
+        """
+        packing = self.config.packing
+        mixed = mixes_rows(model, [row.input_ids for row in tokens.train]) if packing else None
+        if mixed is not None and packing != "auto":
+            raise UsageError(f"'packing' would mix rows: {mixed}; leave packing at auto")
+        if mixed is not None:
+            self.note(f"batches are padded, not packed: {mixed}")
+        if packing in (False, "bfd") or mixed is not None:
+            return None
+        return Concatenate(length_multiple(model))
+
+    def trunk(self, model: PreTrainedModel, tokens: Tokens) -> AbstractContextManager[None]:
+        """Return the context in which the blocks below the lowest adapted one are read, not run.
+
+        Raises:
+            UsageError: the run asks for that, and this model cannot have it.
+        """
+        wanted = self.config.cache_trunk
+        if not wanted or (wanted == "auto" and not self.trunk_cache_pays(model, len(tokens.train))):
+            return nullcontext()
+        self.stage("running the frozen blocks once over every row")
+        rows = [*tokens.train, *tokens.validation]
+        cache = cached_trunk(model, rows, len(tokens.train), self.folder.checkpoints / TRUNK)
+        if isinstance(cache, TrunkCache):
+            self.note(str(cache))
+            return cache.used()
+        if wanted == "auto":
+            self.note(f"the frozen blocks run in every epoch: {cache}")
+            return nullcontext()
+        raise UsageError(f"'cache_trunk' cannot be used: {cache}; leave it at auto")
+
+    def trunk_cache_pays(self, model: PreTrainedModel, rows: int) -> bool:
+        """Say whether at least the lower half of the blocks is frozen and rows come again."""
+        config, trunk = self.config, trunk_of(model)
+        steps = config.max_steps or math.inf
+        passes = steps * config.batch_size * config.gradient_accumulation / rows
+        return (
+            isinstance(trunk, Trunk)
+            and 2 * trunk.depth >= len(trunk.blocks)
+            and min(passes, config.epochs) > 1
         )
 
     def fit(self, trainer: AdapterTrainer) -> None:

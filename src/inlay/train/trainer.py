@@ -35,13 +35,11 @@ from inlay.storage.dense import DenseView
 from inlay.storage.registry import frozen
 from inlay.train import checkpoints
 from inlay.train.arguments import warmup_steps
+from inlay.train.collate import IGNORED, Concatenate
 from inlay.train.guard import DivergedError, Guard, check_gradients
 from inlay.train.order import TrainingOrder
 from inlay.train.recorder import Recorder
 from inlay.train.state import load_tree, random_state, restore_random_state, save_tree
-
-IGNORED = -100
-"""The label of a token that is not trained on."""
 
 HeldOut = Callable[[], float]
 """Measures the held-out loss, in nats a token."""
@@ -63,6 +61,7 @@ class AdapterTrainer(SFTTrainer):
         *,
         recorder: Recorder,
         guard: Guard,
+        collate: Concatenate | None = None,
         held_out: HeldOut | None = None,
         warmup: float = 0.0,
         keep_checkpoints: int = 2,
@@ -78,6 +77,7 @@ class AdapterTrainer(SFTTrainer):
             super().__init__(
                 model=model,
                 args=args,
+                data_collator=collate,
                 train_dataset=dataset(rows),
                 processing_class=tokenizer,
                 callbacks=[Moments(self)],
@@ -145,22 +145,11 @@ class AdapterTrainer(SFTTrainer):
         """Return the sum of the trained tokens' losses over their number in the whole batch."""
         if not self.own_loss or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        wanted = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
-        kept = (wanted != IGNORED).any(dim=0).nonzero().squeeze(1)
-        logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits
-        wanted = wanted[:, kept]
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            wanted.flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
-        count = (wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return loss / torch.as_tensor(count, device=loss.device).clamp(min=1)
+        return trained_loss(model, inputs, num_items_in_batch)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one forward and backward pass; raise on a loss that is not finite."""
-        self.step_tokens += tokens_in(args[1])
+        self.step_tokens += take_token_count(args[1])
         loss: Tensor = super().training_step(*args, **kwargs)
         value = float(loss)
         self.guard.check_loss(value, self.state.global_step + 1)
@@ -295,10 +284,10 @@ def labels(row: EncodedRow) -> list[int]:
     return [token if trained else IGNORED for token, trained in pairs]
 
 
-def tokens_in(batch: Mapping[str, Tensor]) -> int:
-    """Count a batch's tokens, padding left out."""
-    mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+def take_token_count(batch: dict[str, Tensor]) -> int:
+    """Count a batch's tokens, padding left out; take out what only counting needs."""
+    mask, padding = batch.get("attention_mask"), batch.pop("padding", 0)
+    return batch["input_ids"].numel() - int(padding) if mask is None else int(mask.sum())
 
 
 def tensors_of(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
@@ -328,6 +317,20 @@ def load_tensors(
         for place, tensors in have.items():
             for name, tensor in tensors.items():
                 tensor.copy_(saved[place][name])
+
+
+def trained_loss(model: nn.Module, inputs: dict[str, Any], count: Tensor | int | None) -> Tensor:
+    """Return the sum of the labelled tokens' losses over `count`; only they reach the head."""
+    call = dict(inputs)
+    wanted = F.pad(call.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+    kept = (wanted != IGNORED).any(dim=0).nonzero().squeeze(1)
+    logits = model(**call, use_cache=False, logits_to_keep=kept).logits
+    wanted = wanted[:, kept]
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    count = (wanted != IGNORED).sum() if count is None else count
+    return loss / torch.as_tensor(count, device=loss.device).clamp(min=1)
 
 
 def computes_own_loss(model: PreTrainedModel, args: SFTConfig) -> bool:

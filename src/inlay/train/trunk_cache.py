@@ -1,0 +1,226 @@
+"""The trunk's output for every row, kept, so that its blocks run once a row and not once an epoch.
+
+The rows are known before training, so the cache is filled before it, in an order that depends on
+the rows alone: a resumed run fills it with the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import InlayError
+from inlay.evaluate.losses import PADDING, EncodedRow, buckets, joined, padded
+from inlay.methods.base import evaluating
+from inlay.model.packing import mixes_rows, positions, segments
+from inlay.model.shapes import length_multiple
+from inlay.model.trunk import Trunk, changes, trunk_of
+
+ROWS_AT_ONCE = 8
+SHARE_OF_MEMORY = 0.5
+"""The part of the free memory that a cache may take; a larger one lies in a file."""
+FULL, LOW = 1e-4, 0.05
+"""How far logits from the cache may be from the model's own, relative to the largest."""
+
+
+class TrunkCache:
+    """The trunk's output (tokens, width) for rows, found again by their tokens."""
+
+    def __init__(self, trunk: Trunk, rows: Sequence[Sequence[int]], path: Path) -> None:
+        self.trunk, self.path = trunk, path
+        self.places: dict[tuple[int, ...], int] = {}
+        self.tokens = 0
+        for row in map(tuple, rows):
+            if row not in self.places:
+                self.places[row] = self.tokens
+                self.tokens += len(row)
+        self.held = torch.empty(0)
+
+    def __str__(self) -> str:
+        size = self.held.numel() * self.held.itemsize
+        where = f"in {self.path}" if self.path.exists() else "in memory"
+        return (
+            f"blocks 0-{self.trunk.depth - 1} are frozen and ran once over {self.tokens} tokens; "
+            f"their output is read from now on: {size / 1e6:.1f} MB {where}"
+        )
+
+    def reserve(self, like: Tensor) -> None:
+        """Take the room for all rows: memory where there is enough, else a file."""
+        size = self.tokens * like.shape[-1]
+        if size * like.itemsize <= SHARE_OF_MEMORY * free_memory():
+            self.held = torch.empty(size, dtype=like.dtype)
+        else:
+            with self.path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size * like.itemsize)
+            self.held = torch.from_file(str(self.path), shared=True, size=size, dtype=like.dtype)
+        self.held = self.held.view(self.tokens, like.shape[-1])
+
+    def fill(self, packed: bool) -> None:
+        """Run the trunk once over every row."""
+        rows = [Row(row) for row in self.places]
+        multiple = length_multiple(self.trunk.model)
+        device = next(self.trunk.model.parameters()).device
+        with evaluating(self.trunk.model), torch.no_grad():
+            for batch in buckets([len(row.input_ids) for row in rows], ROWS_AT_ONCE):
+                made = (joined if packed else padded)([rows[i] for i in batch], multiple)
+                hidden = self.trunk.output(**{n: x.to(device) for n, x in made.call.items()})
+                if not self.held.numel():
+                    self.reserve(hidden)
+                self.put(made.call, hidden)
+
+    def put(self, call: dict[str, Tensor], hidden: Tensor) -> None:
+        """Keep the trunk's output for the rows of one call."""
+        for sequence, start, end, row in rows_in(call):
+            if row in self.places:
+                first = self.places[row]
+                self.held[first : first + len(row)] = hidden[sequence, start:end]
+
+    def get(self, call: dict[str, Any]) -> Tensor | None:
+        """Return the trunk's output for a call, or None unless all of its rows are here."""
+        if call.get("input_ids") is None or call.get("past_key_values") is not None:
+            return None
+        if call.get("position_ids") is not None and self.keeps_keys(call):
+            return None
+        found = list(rows_in(call))
+        if not all(row in self.places for *_, row in found):
+            return None
+        ids = call["input_ids"]
+        hidden = torch.zeros(*ids.shape, self.held.shape[1], dtype=self.held.dtype)
+        for sequence, start, end, row in found:
+            first = self.places[row]
+            hidden[sequence, start:end] = self.held[first : first + len(row)]
+        return hidden.to(ids.device)
+
+    def keeps_keys(self, call: dict[str, Any]) -> bool:
+        """Say whether a call keeps keys and values: rows in one sequence then see each other."""
+        config: Any = self.trunk.model.config
+        wanted = call.get("use_cache")
+        return bool(getattr(config, "use_cache", True) if wanted is None else wanted)
+
+    @contextmanager
+    def used(self) -> Generator[None]:
+        """Let calls read the trunk from here, then give up its memory and its file."""
+        try:
+            with self.reading():
+                yield
+        finally:
+            self.held = torch.empty(0)
+            self.path.unlink(missing_ok=True)
+
+    @contextmanager
+    def reading(self) -> Generator[None]:
+        """Let every call of the model inside the `with` block read the trunk from here."""
+        undo: list[Callable[[], None]] = []
+
+        def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            del model
+            hidden = None if args else self.get(kwargs)
+            if hidden is not None:
+                undo.append(self.trunk.replace(hidden))
+
+        def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            del model, args, output
+            while undo:
+                undo.pop()()
+
+        model = self.trunk.model
+        hooks = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def differs(self, rows: Sequence[Sequence[int]], packed: bool) -> str | None:
+        """Return how far the model's logits with the trunk read are from its own, if too far."""
+        model = self.trunk.model
+        batch = (joined if packed else padded)([Row(row) for row in rows], length_multiple(model))
+        device = next(model.parameters()).device
+        call: dict[str, Any] = {name: x.to(device) for name, x in batch.call.items()}
+        real = call["attention_mask"].bool() if not packed else batch.owner < len(rows)
+        call["use_cache"] = False
+        hidden = self.get(call)
+        assert hidden is not None
+        with evaluating(model), torch.no_grad():
+            own = model(**call).logits[real]
+            undo = self.trunk.replace(hidden)
+            try:
+                read = model(**call).logits[real]
+            finally:
+                undo()
+        difference = float((read - own).abs().max() / own.abs().max())
+        if difference <= (FULL if own.dtype in (torch.float32, torch.float64) else LOW):
+            return None
+        return f"logits computed from it would be off by {difference:.1%}"
+
+
+class Row:
+    """A row of which nothing is measured."""
+
+    def __init__(self, input_ids: Sequence[int]) -> None:
+        self.input_ids, self.trained = input_ids, [False] * len(input_ids)
+
+
+def rows_in(call: dict[str, Any]) -> Generator[tuple[int, int, int, tuple[int, ...]]]:
+    """Yield (sequence, start, end, tokens) for every row of a call, padding on the right left out.
+
+    A row whose positions do not run from 0 on is yielded without tokens.
+    """
+    ids, where, mask = (call.get(n) for n in ("input_ids", "position_ids", "attention_mask"))
+    assert ids is not None
+    for number, tokens in enumerate(ids.tolist()):
+        line = positions([len(tokens)])[0] if where is None else where[number].cpu()
+        edges = segments(line)
+        if mask is not None:
+            length = int(mask[number].sum())
+            whole = mask.ndim == 2 and bool(mask[number, :length].all()) and len(edges) == 1
+            edges = [(0, length if whole else 0)]
+        for start, end in edges:
+            yield number, start, end, tuple(tokens[start:end] if line[start] == 0 else ())
+
+
+def cached_trunk(
+    model: nn.Module,
+    rows: Sequence[EncodedRow],
+    training_rows: int,
+    path: Path,
+) -> TrunkCache | str:
+    """Return the trunk's output for these rows, or why it cannot be kept.
+
+    It goes to a file at `path` where it is too large for memory.
+    Tried on the model first: the trunk has no dropout and no gradient, and the first training
+    rows' logits are the same, to rounding, with the trunk read as with the trunk run.
+    """
+    trunk = trunk_of(model)
+    if isinstance(trunk, str):
+        return trunk
+    tokens = [row.input_ids for row in rows]
+    packed = mixes_rows(model, tokens) is None
+    padding = [[PADDING] * n for n in range(1, length_multiple(model))] if packed else []
+    cache = TrunkCache(trunk, [*tokens, *padding], path)
+    tried = tokens[: min(training_rows, 4)]
+    device = next(model.parameters()).device
+    try:
+        first = torch.tensor([list(tokens[0])], device=device)
+        reason = changes(trunk, {"input_ids": first})
+        if reason is not None:
+            return reason
+        cache.fill(packed)
+        return cache.differs(tried, packed) or cache
+    except (InlayError, OSError) as error:
+        cache.path.unlink(missing_ok=True)
+        return str(error)
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that nothing uses."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
