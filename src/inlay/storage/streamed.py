@@ -25,7 +25,7 @@ from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.weights_file import Stored
 
 STREAMED = "streamed"
-SMALL = 1 << 16
+SMALL = 1 << 14
 """Bytes below which a packed part stays in memory."""
 SEGMENT = 64 << 20
 """Bytes of a dense weight that are brought in at once."""
@@ -129,13 +129,7 @@ def dequantize_streamed(parts: Sequence[Tensor], out: Tensor, first: int) -> Non
     source.dequantize(out, first)
 
 
-def copy_dense(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
-    """Write rows of a dense weight, which is its own only part, into `out`."""
-    out.copy_(parts[0][first : first + len(out)])
-
-
 register_format(STREAMED, dequantize_streamed)
-register_format("dense", copy_dense)
 
 
 @torch.library.custom_op("inlay::streamed_rows", mutates_args=())

@@ -119,6 +119,20 @@ class FileTensor:
         start = self.offset % ALIGNMENT
         return room[start : start + self.nbytes].view(self.dtype).view(self.shape)
 
+    def seen_as(self, dtype: torch.dtype, shape: tuple[int, ...]) -> FileTensor:
+        """Return the same bytes as another dtype and shape.
+
+        Raises:
+            StorageError: they are not as many bytes, or do not start at a multiple of one element.
+        """
+        found = FileTensor(self.file, self.name, self.offset, dtype, shape)
+        if found.nbytes != self.nbytes or self.offset % dtype.itemsize:
+            raise StorageError(
+                f"{self.name} in {self.file.path} is {self.dtype} of shape {self.shape} at byte "
+                f"{self.offset}, which cannot be read as {dtype} of shape {shape}"
+            )
+        return found
+
     def rows(self, first: int, last: int) -> FileTensor:
         """Return the rows [first, last)."""
         each = self.nbytes // self.shape[0]
