@@ -334,7 +334,12 @@ def read_streamed(
         skeleton = stream_files.skeleton(read_as, config, compute)
     if streaming is not None:
         folder = stream_files.packed_copy(
-            folder, weight_files(folder), skeleton, config, streaming.storage, streaming.double_quant
+            folder,
+            weight_files(folder),
+            skeleton,
+            config,
+            streaming.storage,
+            streaming.double_quant,
         )
         check_cached(folder)
     files = weight_files(folder)

@@ -12,7 +12,7 @@ from inlay.errors import ModelError, StorageError
 from inlay.model.quantize import check_not_adapted
 from inlay.storage.buffers import Buffers, Statistics
 from inlay.storage.quantized import QuantizedLinear
-from inlay.storage.registry import storage_class
+from inlay.storage.registry import frozen, storage_class
 from inlay.storage.streamed import (
     SMALL,
     Layout,
@@ -107,10 +107,12 @@ def streamed_layer(
 ) -> nn.Module:
     """Return the streamed layer that takes a layer's place."""
     if segments is not None:
-        source = Source(weight.packing, segments, buffers)
-        return StreamedLinear(source, weight.shape, layer).train(layer.training)
+        source, held = Source(weight.packing, segments, buffers), frozen(layer)
+        new = StreamedLinear(source, weight.shape, held.dtype, held.bias)
+        return new.train(layer.training)
     table = weight.parts[0]
-    assert isinstance(layer, nn.Embedding) and not isinstance(table, Tensor)
+    assert isinstance(layer, nn.Embedding)
+    assert not isinstance(table, Tensor)
     return StreamedEmbedding(Rows(table, buffers.device), layer).train(layer.training)
 
 
@@ -189,9 +191,7 @@ def packed_weight(
     layer = key.removesuffix("weight")
     large = {k.removeprefix(layer): t for k, t in tensors.items() if t.nbytes >= SMALL}
     given = {k.removeprefix(layer): t.load() for k, t in tensors.items() if t.nbytes < SMALL}
-    given |= {
-        n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in large.items()
-    }
+    given |= {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in large.items()}
     held = storage_class(storage).restored(given)
     names = {id(part): n for n, part in held.held().items()}
     parts: list[Tensor | Stored] = []

@@ -87,9 +87,7 @@ def weights_in_files(
     keys = {name: key_of(name) for name in layers}
     packed = {n for n, key in keys.items() if f"{key.removesuffix('weight')}SCB" in tensors}
     packed |= {n for n, key in keys.items() if f"{key}.absmax" in tensors}
-    kept = {
-        n: m for n, m in layers.items() if n in packed or type(m) in (nn.Linear, nn.Embedding)
-    }
+    kept = {n: m for n, m in layers.items() if n in packed or type(m) in (nn.Linear, nn.Embedding)}
     found = file_weights(kept, tensors, keys.__getitem__, storage)
     for name, weight in found.items():
         check_fits(name, weight, kept[name])

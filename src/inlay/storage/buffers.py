@@ -80,7 +80,9 @@ class Slot:
 
     def __init__(self, room: int, device: torch.device) -> None:
         self.host = aligned(room, pinned=device.type == "cuda")
-        self.bytes = self.host if device.type == "cpu" else torch.empty_like(self.host, device=device)
+        self.bytes = (
+            self.host if device.type == "cpu" else torch.empty_like(self.host, device=device)
+        )
         self.block: int | None = None
         self.loaded = False
         self.uses = 0
@@ -131,7 +133,9 @@ class Shared:
 
     def copy_to_device(self, slot: Slot, room: int) -> None:
         """Copy a filled host buffer to the device, after the last product that used the buffer."""
-        assert self.stream is not None and slot.arrived and slot.released
+        assert self.stream is not None
+        assert slot.arrived is not None
+        assert slot.released is not None
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(slot.released)
             slot.bytes[:room].copy_(slot.host[:room], non_blocking=True)

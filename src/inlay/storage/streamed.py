@@ -150,11 +150,11 @@ class StreamedLinear(QuantizedLinear, named=False):
 
     storage = STREAMED
 
-    def __init__(self, source: Source, shape: tuple[int, int], like: nn.Module) -> None:
-        """Take the place of `like`, a layer of the same bias, for a weight of shape (out, in)."""
-        weight, bias = like._parameters["weight"], like._parameters["bias"]
-        assert weight is not None
-        super().__init__(shape, weight.dtype, bias)
+    def __init__(
+        self, source: Source, shape: tuple[int, int], dtype: torch.dtype, bias: Tensor | None
+    ) -> None:
+        """Hold a weight of shape (out, in) that lies elsewhere; products run in `dtype`."""
+        super().__init__(shape, dtype, bias)
         self.source = source
         self.number = torch.tensor(source.number)
 

@@ -75,7 +75,7 @@ class WeightsFile:
         Raises:
             StorageError: the file has become shorter, or the disk failed.
         """
-        view, got = memoryview(into.numpy()), 0
+        view, got = into.numpy().data, 0
         while got < needed:
             try:
                 count = os.preadv(descriptor, [view[got : got + AT_ONCE]], offset + got)
