@@ -52,10 +52,12 @@ def main() -> None:
     parser.add_argument("what", choices=["memory", "speed", "step", "make"])
     parser.add_argument("--tokens", type=int, default=None)
     parser.add_argument("--layers", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp/inlay-streaming"))
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     if given.what == "memory":
-        memory(given.folder, given.layers or 32, given.tokens or 128)
+        memory(given.folder, given.layers or 32, given.tokens or 128, given.threads)
     elif given.what == "speed":
         speed(given.folder, given.layers or 3, given.tokens or 2048)
     elif given.what == "make":
@@ -64,10 +66,11 @@ def main() -> None:
         print(json.dumps(step(given.folder, given.tokens)))
 
 
-def memory(parent: Path, layers: int, tokens: int) -> None:
+def memory(parent: Path, layers: int, tokens: int, threads: int) -> None:
     """Measure one training step in a fresh process; add it to the results."""
     folder = made(parent, layers)
     run = [sys.executable, __file__, "step", "--folder", str(folder), "--tokens", str(tokens)]
+    run += ["--threads", str(threads)]
     found = json.loads(subprocess.run(run, check=True, stdout=subprocess.PIPE).stdout)
     found["checkpoint_gb"] = round(sum(f.stat().st_size for f in folder.iterdir()) / 1e9, 3)
     keep({f"memory_{layers}_layers_{tokens}_tokens": found})
@@ -84,7 +87,6 @@ def made(parent: Path, layers: int) -> Path:
 
 def step(folder: Path, tokens: int) -> dict[str, Any]:
     """Load, attach, and train one step; return its time and this process's peak memory."""
-    torch.set_num_threads(THREADS)
     started = time.perf_counter()
     model, optimizer = prepared(folder, "disk")
     loaded = time.perf_counter()
@@ -94,6 +96,7 @@ def step(folder: Path, tokens: int) -> dict[str, Any]:
     brought = stream_statistics(model)
     return {
         "tokens": tokens,
+        "threads": torch.get_num_threads(),
         "peak_rss_gb": status("VmHWM"),
         "rss_after_load_gb": after_load,
         "load_seconds": round(loaded - started, 2),
@@ -128,7 +131,6 @@ def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, tokens:
 
 def speed(parent: Path, layers: int, tokens: int) -> None:
     """Time the streamed and the resident model's steps alternately; add it to the results."""
-    torch.set_num_threads(THREADS)
     folder = made(parent, layers)
     pairs = {stream: prepared(folder, stream) for stream in ("off", "disk")}
     seconds: dict[str, list[float]] = {stream: [] for stream in pairs}
