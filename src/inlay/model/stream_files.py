@@ -72,7 +72,7 @@ def streamable(model: nn.Module) -> dict[str, nn.Module]:
 
 def opened_files(files: Sequence[Path]) -> dict[str, FileTensor]:
     """Return every tensor of the files as where it lies."""
-    return {name: t for file in files for name, t in WeightsFile(file).tensors.items()}
+    return {name: t for file in files for name, t in WeightsFile(file).tensors().items()}
 
 
 def weights_in_files(

@@ -29,11 +29,7 @@ class WeightsFile:
     """One open safetensors file."""
 
     def __init__(self, path: Path) -> None:
-        """Open a file and read where its tensors lie.
-
-        Raises:
-            StorageError: the file is damaged, or shorter than its header says.
-        """
+        """Open a file."""
         self.path = path
         self.whole = opened(path, 0)
         try:
@@ -41,10 +37,13 @@ class WeightsFile:
         except OSError:
             self.direct = opened(path, 0)
         weakref.finalize(self, close, self.whole, self.direct)
-        self.tensors = self.read_header()
 
-    def read_header(self) -> dict[str, FileTensor]:
-        """Return every tensor of the file by name."""
+    def tensors(self) -> dict[str, FileTensor]:
+        """Return every tensor of the file by name.
+
+        Raises:
+            StorageError: the file is damaged, or shorter than its header says.
+        """
         size = os.fstat(self.whole).st_size
         try:
             length = int.from_bytes(os.pread(self.whole, 8, 0), "little")
