@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from inlay.model.merge import merge
     from inlay.model.quantize import quantize
     from inlay.model.report import report
+    from inlay.model.stream import stream
 
 __all__ = [
     "IA3",
@@ -72,6 +73,7 @@ __all__ = [
     "quantize",
     "report",
     "save_adapter",
+    "stream",
     "use",
 ]
 
@@ -85,6 +87,7 @@ VERBS = {
     "quantize": "inlay.model.quantize",
     "report": "inlay.model.report",
     "save_adapter": "inlay.checkpoint.adapter",
+    "stream": "inlay.model.stream",
     "use": "inlay.model.attach",
 }
 """The verbs and the modules they are imported from."""

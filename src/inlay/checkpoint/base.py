@@ -85,6 +85,9 @@ def values_digest(model: nn.Module, trained: Collection[str]) -> str:
             if full not in trained and is_sampled(module, parameter, value):
                 digest.update(full.encode())
                 digest.update(as_bytes(sample(value)))
+        if isinstance(module, FrozenLinear) and kind(module) == "embedding":
+            digest.update(f"{name}.weight".encode())
+            digest.update(as_bytes(module.matmul(sampled_rows(module.shape[1]))))
     return digest.hexdigest()
 
 
@@ -102,8 +105,12 @@ def sample(value: Tensor) -> Tensor:
     """Return a vector whole, or evenly spaced rows of a matrix."""
     if value.ndim == 1:
         return value
-    rows = torch.linspace(0, value.shape[0] - 1, min(SAMPLED_ROWS, value.shape[0])).long()
-    return value[rows.to(value.device)]
+    return value[sampled_rows(value.shape[0]).to(value.device)]
+
+
+def sampled_rows(count: int) -> Tensor:
+    """Return the numbers of evenly spaced rows of a matrix of `count`."""
+    return torch.linspace(0, count - 1, min(SAMPLED_ROWS, count)).long()
 
 
 def as_bytes(value: Tensor) -> bytes:

@@ -77,6 +77,7 @@ def load_tuned(
         storage or tuned.storage,
         double_quant=tuned.run.get("double_quant", True),
         dtype=tuned.run.get("dtype", "auto"),
+        stream=tuned.run.get("stream", "off"),
         revision=tuned.run.get("revision"),
     )
     load_adapter(model, tuned.adapter)

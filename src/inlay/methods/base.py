@@ -344,6 +344,18 @@ def input_embedding(model: Any) -> nn.Embedding:
     return embedding
 
 
+def token_rows(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    """Return (n, width) rows of a token embedding's table, wherever it lies."""
+    if isinstance(embedding, FrozenLinear):
+        return embedding.matmul(ids)
+    return embedding.weight.detach()[ids.to(embedding.weight.device)]
+
+
+def table_of(embedding: nn.Embedding) -> FrozenLinear | Tensor:
+    """Return what has the dtype and the device of a token embedding's table."""
+    return embedding if isinstance(embedding, FrozenLinear) else embedding.weight
+
+
 def attention_shape(config: Any) -> tuple[int, int, int]:
     """Return (layers, key-value heads, head width) of a transformers model's configuration."""
     text = config.get_text_config(decoder=True)

@@ -18,6 +18,7 @@ from inlay.methods.base import (
     evaluating,
     input_embedding,
     stored,
+    table_of,
 )
 
 
@@ -60,12 +61,12 @@ class PrefixTuning(PromptMethod):
     def init(self, model: nn.Module, seed: torch.Generator) -> Params:
         embedding = input_embedding(model)
         layers, heads, width = attention_shape(model.config)
-        prefix = stored(embedding.weight, self.tokens, layers * 2 * heads * width)
+        prefix = stored(table_of(embedding), self.tokens, layers * 2 * heads * width)
         if self.start == "random":
             return Params({"prefix": prefix.copy_(torch.randn(prefix.shape, generator=seed))})
         ids = torch.randint(embedding.num_embeddings, (1, self.tokens), generator=seed)
         with torch.no_grad(), evaluating(model):
-            cache: Any = model(input_ids=ids.to(embedding.weight.device), use_cache=True)
+            cache: Any = model(input_ids=ids.to(prefix.device), use_cache=True)
         pairs = [torch.stack((x.keys[0], x.values[0])) for x in cache.past_key_values.layers]
         return Params({"prefix": prefix.copy_(torch.stack(pairs).movedim(3, 0).flatten(1))})
 
@@ -75,7 +76,7 @@ class PrefixTuning(PromptMethod):
 
     def keys_values(self, p: Params, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         layers, heads, width = attention_shape(model.config)
-        table = p.prefix.to(input_embedding(model).weight.dtype)
+        table = p.prefix.to(table_of(input_embedding(model)).dtype)
         table = table.view(1, self.tokens, layers, 2, heads, width).permute(2, 3, 0, 4, 1, 5)
         return [(layer[0], layer[1]) for layer in table]
 

@@ -16,6 +16,8 @@ from inlay.methods.base import (
     checked_positive,
     input_embedding,
     stored,
+    table_of,
+    token_rows,
 )
 
 
@@ -57,13 +59,13 @@ class PromptTuning(PromptMethod):
             raise AdapterError("start='ids' goes with ids=(...), token ids to start from")
 
     def init(self, model: nn.Module, seed: torch.Generator) -> Params:
-        weight = input_embedding(model).weight
-        rows, width = weight.shape
+        embedding = input_embedding(model)
+        rows, width = embedding.num_embeddings, embedding.embedding_dim
         if self.start == "random":
             drawn = torch.randn(self.tokens, width, generator=seed)
         else:
-            drawn = weight.detach()[self.start_ids(rows, seed).to(weight.device)]
-        return Params({"embeddings": stored(weight, self.tokens, width).copy_(drawn)})
+            drawn = token_rows(embedding, self.start_ids(rows, seed))
+        return Params({"embeddings": stored(table_of(embedding), self.tokens, width).copy_(drawn)})
 
     def start_ids(self, rows: int, seed: torch.Generator) -> Tensor:
         """Return the (tokens,) ids whose embeddings E starts as, in a vocabulary of `rows`."""
@@ -77,7 +79,7 @@ class PromptTuning(PromptMethod):
         return self.tokens * config.get_text_config(decoder=True).hidden_size
 
     def keys_values(self, p: Params, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        embeddings = p.embeddings.to(input_embedding(model).weight.dtype)
+        embeddings = p.embeddings.to(table_of(input_embedding(model)).dtype)
         body: Any = model.base_model
         cache = body(inputs_embeds=embeddings[None], use_cache=True).past_key_values
         return [(layer.keys, layer.values) for layer in cache.layers]

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -29,7 +29,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from inlay.errors import ModelError, did_you_mean
+from inlay.model import stream_files
 from inlay.model.quantize import describe_quantization
+from inlay.model.stream import BUFFERS, connect
+from inlay.model.stream import stream as stream_from_host
 from inlay.model.streaming import (
     Stopped,
     StreamingConfig,
@@ -38,6 +41,7 @@ from inlay.model.streaming import (
 )
 from inlay.storage.registry import storage_class
 
+Stream = Literal["off", "disk", "host"]
 EMBEDDED = {"pocket": Path(__file__).parent / "pocket"}
 """Names of the base models that come with Inlay -> their folder."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
@@ -54,6 +58,7 @@ def load(
     double_quant: bool = True,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    stream: Stream = "off",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -66,6 +71,8 @@ def load(
         double_quant: for nf4, whether the blocks' scales are quantised too.
         dtype: of the dense weights and of all products; `auto` is the checkpoint's own.
         device: where the model goes; default: the first GPU, else the CPU.
+        stream: `disk` leaves the large weights in files and `host` in host memory; each block is
+            brought in just ahead of use. What is to be packed is packed once, into a cache.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that comes with the model; off unless you say so.
 
@@ -78,15 +85,24 @@ def load(
     """
     if storage != "dense":
         storage_class(storage)
+    if stream not in get_args(Stream):
+        raise ModelError(f"stream must be one of {', '.join(get_args(Stream))}, not {stream!r}")
     folder = located(model, revision)
     with quiet_transformers():
         config = read_config(folder, trust_remote_code)
         streaming = streaming_config(config, model, storage, double_quant)
         dtype = checked_dtype(dtype)
-        loaded = read_model(folder, config, streaming, dtype, device, trust_remote_code)
+        where = checked_device(device)
+        if stream == "disk":
+            loaded = read_streamed(folder, config, streaming, dtype, where)
+        else:
+            at = torch.device("cpu") if stream == "host" else where
+            loaded = read_model(folder, config, streaming, dtype, at, trust_remote_code)
         tokenizer = read_tokenizer(folder, trust_remote_code)
     loaded.config._name_or_path = str(folder) if Path(model).is_dir() else model
     describe_quantization(loaded)
+    if stream == "host":
+        stream_from_host(loaded, where)
     return loaded.requires_grad_(False).eval(), tokenizer
 
 
@@ -268,11 +284,10 @@ def read_model(
     config: PreTrainedConfig,
     streaming: StreamingConfig | None,
     dtype: str | torch.dtype,
-    device: str | torch.device | None,
+    where: torch.device,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     """Read the weights; raise unless every one of them was found and used."""
-    where = checked_device(device)
     read_as = model_class(config)
     packed = streaming is not None or "quantization_config" in vars(config)
     piecemeal = packed and reads_piecemeal(read_as)
@@ -297,6 +312,74 @@ def read_model(
     if isinstance(quantizer, StreamingQuantizer):
         quantizer.release(model)
     return model
+
+
+def read_streamed(
+    folder: Path,
+    config: PreTrainedConfig,
+    streaming: StreamingConfig | None,
+    dtype: str | torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """Read what is small; leave the large weights in the files, or in those of a packed copy."""
+    read_as = model_class(config)
+    if not reads_piecemeal(read_as):
+        raise ModelError(
+            f"{folder} is a model of its own code, which cannot be streamed; load it with "
+            "stream='off', or stream='host'"
+        )
+    said = vars(config).pop("quantization_config", None) or {}
+    compute = stored_dtype(folder, config) if isinstance(dtype, str) else dtype
+    with failures_as_sentences(folder, "configuration"):
+        skeleton = stream_files.skeleton(read_as, config, compute)
+    if streaming is not None:
+        folder = stream_files.packed_copy(
+            folder,
+            weight_files(folder),
+            skeleton,
+            config,
+            streaming.storage,
+            streaming.double_quant,
+        )
+        check_cached(folder)
+    files = weight_files(folder)
+    packed_as = streaming.storage if streaming else said.get("storage")
+    tensors = stream_files.opened_files(files)
+    weights, left = stream_files.weights_in_files(skeleton, tensors, packed_as)
+    with failures_as_sentences(folder, "weights"):
+        model, report = read_as.from_pretrained(
+            None,
+            config=config,
+            state_dict=stream_files.stand_ins(skeleton, files, left, weights),
+            dtype=compute,
+            device_map={"": "cpu"},
+            output_loading_info=True,
+        )
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    check_complete(folder, report)
+    connect(model, weights, device, BUFFERS)
+    return model.to(device)
+
+
+def check_cached(folder: Path) -> None:
+    """Raise when a packed copy is damaged."""
+    try:
+        check_folder(folder)
+    except ModelError as error:
+        raise ModelError(
+            f"the packed copy in the cache is damaged: {error}. Delete {folder}; loading again "
+            "makes a new one"
+        ) from error
+
+
+def stored_dtype(folder: Path, config: PreTrainedConfig) -> torch.dtype:
+    """Return the dtype a model was saved in: its configuration's, else its first weight's."""
+    said = getattr(config, "dtype", None)
+    if isinstance(said, torch.dtype):
+        return said
+    tensors = stream_files.opened_files(weight_files(folder)[:1]).values()
+    return next((t.dtype for t in tensors if t.dtype.is_floating_point), torch.float32)
 
 
 def model_class(config: PreTrainedConfig) -> Any:

@@ -15,6 +15,7 @@ from inlay.methods.base import evaluating
 from inlay.model.attach import active, adapters, detach, disabled
 from inlay.model.layer import AdaptedLayer
 from inlay.model.quantize import describe_quantization
+from inlay.model.stream import is_streamed
 from inlay.storage.base import FrozenLinear
 from inlay.storage.registry import frozen
 
@@ -195,6 +196,11 @@ def held(base: FrozenLinear, w: Tensor, bias: Tensor | None, storage: str) -> nn
 def check_mergeable(model: nn.Module) -> None:
     """Raise when nothing is active or an active method is not a map on weights."""
     names = active(model)
+    if is_streamed(model):
+        raise MergeError(
+            "a streamed model's weights stay where they are, and merging would hold all of them in "
+            "memory; save the adapter, load the model with stream='off' and the adapter on it"
+        )
     if not names:
         raise MergeError("no adapter is active, so there is nothing to merge; call inlay.use first")
     for name in names:

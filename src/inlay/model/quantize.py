@@ -130,7 +130,8 @@ def describe_quantization(model: nn.Module) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         return
-    held = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    quantised = tuple(QuantizedLinear.formats.values())
+    held = [m for m in model.modules() if isinstance(m, quantised)]
     if not held:
         vars(model.config).pop("quantization_config", None)
         return

@@ -63,10 +63,13 @@ class Copies:
     def of(self, module: nn.Module, method: SelectMethod, name: str) -> dict[str, Tensor]:
         """Copy the parameters of one module that the method selects."""
         own = own_parameters(module)
+        if method.selects(module, "weight"):
+            check_held(module, name)
         return {n: self.copy(module, n, p, name) for n, p in own if method.selects(module, n)}
 
     def all_of(self, module: nn.Module, name: str) -> dict[str, Tensor]:
         """Copy every parameter of one module."""
+        check_held(module, name)
         return {n: self.copy(module, n, p, name) for n, p in own_parameters(module)}
 
     def copy(self, module: nn.Module, name: str, p: nn.Parameter, where: str) -> nn.Parameter:
@@ -81,6 +84,15 @@ class Copies:
             copied = p.detach().clone().to(wide)
             self.by_identity[id(p)] = nn.Parameter(copied)
         return self.by_identity[id(p)]
+
+
+def check_held(module: nn.Module, where: str) -> None:
+    """Raise when a module's weight lies elsewhere, so that it has no parameter to train."""
+    if isinstance(module, FrozenLinear) and "weight" not in module._parameters:
+        raise AdapterError(
+            f"{where}.weight is {module.storage} and cannot train; load the model without "
+            "streaming, or choose a method that adds parameters, such as LoRA"
+        )
 
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

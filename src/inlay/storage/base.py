@@ -27,6 +27,8 @@ class FrozenLinear(ABC):
 
     storage: ClassVar[str]
     """The name users type: `dense`, `nf4`, `int8`."""
+    layer_kind: ClassVar[Kind] = "linear"
+    """Which kind of layer a module that is itself a storage is to a method."""
 
     @property
     @abstractmethod

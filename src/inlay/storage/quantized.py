@@ -34,9 +34,9 @@ class QuantizedLinear(nn.Module, FrozenLinear):
     """Every name that `serialized` may use; `weight` is the first."""
     weight: Tensor
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, named: bool = True) -> None:
         super().__init_subclass__()
-        if "storage" in vars(cls):
+        if named and "storage" in vars(cls):
             QuantizedLinear.formats[cls.storage] = cls
 
     def __init__(

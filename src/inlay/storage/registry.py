@@ -52,7 +52,9 @@ def kind(module: nn.Module) -> Literal["linear", "conv1d", "embedding"] | None:
     """Return which kind of layer this is to a method, or None when it holds no matrix."""
     if layer_class(module) in VIEWS:
         return KINDS[VIEWS[layer_class(module)].__name__]
-    return "linear" if isinstance(module, FrozenLinear) or is_foreign(module) else None
+    if isinstance(module, FrozenLinear):
+        return module.layer_kind
+    return "linear" if is_foreign(module) else None
 
 
 def layer_class(module: nn.Module) -> type[nn.Module]:

@@ -47,6 +47,9 @@ class RunConfig(BaseModel):
         "dense", description="how the frozen weights are held"
     )
     double_quant: bool = Field(True, description="nf4: quantise the block scales too")
+    stream: Literal["off", "disk", "host"] = Field(
+        "off", description="leave the frozen weights on disk or in host memory, brought in in time"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype to compute in; auto keeps the model's own"
     )

@@ -191,6 +191,7 @@ class Running:
             config.storage,
             double_quant=config.double_quant,
             dtype=config.dtype,
+            stream=config.stream,
             revision=config.revision,
         )
         attach(
