@@ -28,6 +28,7 @@ from inlay.errors import (
 
 if TYPE_CHECKING:
     from inlay.checkpoint.adapter import load_adapter, save_adapter
+    from inlay.kernels.switches import plain
     from inlay.methods.bitfit import BitFit
     from inlay.methods.bottleneck import Bottleneck
     from inlay.methods.dora import DoRA
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from inlay.methods.prefix import PrefixTuning
     from inlay.methods.prompt import PromptTuning
     from inlay.model.attach import attach, detach, disabled, use
+    from inlay.model.eight_bits import compute_in_8_bits
     from inlay.model.load import load
     from inlay.model.merge import merge
     from inlay.model.quantize import quantize
@@ -65,11 +67,13 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "attach",
+    "compute_in_8_bits",
     "detach",
     "disabled",
     "load",
     "load_adapter",
     "merge",
+    "plain",
     "quantize",
     "report",
     "save_adapter",
@@ -79,11 +83,13 @@ __all__ = [
 
 VERBS = {
     "attach": "inlay.model.attach",
+    "compute_in_8_bits": "inlay.model.eight_bits",
     "detach": "inlay.model.attach",
     "disabled": "inlay.model.attach",
     "load": "inlay.model.load",
     "load_adapter": "inlay.checkpoint.adapter",
     "merge": "inlay.model.merge",
+    "plain": "inlay.kernels.switches",
     "quantize": "inlay.model.quantize",
     "report": "inlay.model.report",
     "save_adapter": "inlay.checkpoint.adapter",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ import inlay
 from inlay.kernels import loss as loss_kernel
 from inlay.kernels.switches import PATHS, plain
 from inlay.model.fast import Fast, FastBackbone, FastCausalLM, FastGate, FastNorm
+from inlay.storage.registry import frozen
 
 SMALL = {
     "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -214,3 +216,35 @@ def test_nothing_wide_is_kept_for_the_gradient() -> None:
 def test_an_unknown_path_is_named(words: tuple[str, ...]) -> None:
     with pytest.raises(inlay.UsageError, match="there is no fast path"), plain(*words):
         pass
+
+
+@pytest.mark.parametrize("storage", HELD)
+def test_eight_bits_are_near_and_can_be_off(storage: str) -> None:
+    model = built("llama", storage)
+    inputs = batch("masked")
+    wanted, dense = step(model, inputs)
+    inlay.compute_in_8_bits(model)
+    loss, grads = step(model, inputs)
+    assert 0 < far(loss, wanted) < 0.02
+    for ours, theirs in zip(grads, dense, strict=True):
+        ours, theirs = ours.flatten(), theirs.flatten()
+        assert torch.cosine_similarity(ours, theirs, dim=0) > 0.98
+    inlay.compute_in_8_bits(model, on=False)
+    assert torch.equal(step(model, inputs)[0], wanted)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "nf4", "int8"])
+def test_an_8_bit_product_is_the_product(storage: str, native: bool) -> None:
+    layer: Any = STORED[storage].hold(torch.nn.Linear(128, 96, bias=False))
+    inlay.compute_in_8_bits(layer)
+    base = frozen(layer)
+    x = torch.randn(7, 128, generator=seeded(2)).to(base.dtype).requires_grad_()
+    w = base.dequantize().float()
+    g = torch.randn(7, 96, generator=seeded(4)).to(base.dtype)
+    with nullcontext() if native else plain("native"):
+        y = base.matmul(x)
+        (back,) = torch.autograd.grad(y, x, g)
+    for ours, wanted in ((y, x.float() @ w.T), (back, g.float() @ w)):
+        error = (ours.float() - wanted).norm() / wanted.norm()
+        assert 1e-4 < error < 0.02

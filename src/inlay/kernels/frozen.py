@@ -103,12 +103,24 @@ class Matrix:
         return x
 
 
+MATRICES: dict[str, type[Matrix]] = {"": Matrix}
+"""Prefix of a format's name -> how such a weight is multiplied; `8bit:nf4` has the prefix 8bit."""
+
+
+def matrix_of(
+    parts: Sequence[Tensor], packing: str, rows: int, columns: int, like: Tensor
+) -> Matrix:
+    """Return the matrix that these parts hold, to be multiplied with what is like `like`."""
+    prefix, _, name = packing.rpartition(":")
+    return MATRICES[prefix](parts, name, rows, columns, like)
+
+
 @torch.library.custom_op("inlay::frozen_linear", mutates_args=())
 def frozen_linear(
     x: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int
 ) -> Tensor:
     """`x @ W.T`; x: (*b, in) -> (*b, out), in x's dtype; `rows` is out, `columns` is in."""
-    matrix = Matrix(parts, packing, rows, columns, x)
+    matrix = matrix_of(parts, packing, rows, columns, x)
     y = matrix.times(matrix.flat(x, columns))
     return y.to(x.dtype).view(*x.shape[:-1], rows)
 
@@ -118,7 +130,7 @@ def frozen_linear_t(
     g: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int
 ) -> Tensor:
     """`g @ W`; g: (*b, out) -> (*b, in), in g's dtype; `rows` is out, `columns` is in."""
-    matrix = Matrix(parts, packing, rows, columns, g)
+    matrix = matrix_of(parts, packing, rows, columns, g)
     x = matrix.times_t(matrix.flat(g, rows))
     return x.to(g.dtype).view(*g.shape[:-1], columns)
 
@@ -173,7 +185,7 @@ def low_rank_linear(
 
     The low-rank term is added to the product in place, before it is rounded to x's dtype.
     """
-    matrix = Matrix(parts, packing, rows, columns, x)
+    matrix = matrix_of(parts, packing, rows, columns, x)
     flat = matrix.flat(x, columns)
     y = matrix.times(flat)
     y.addmm_(flat @ a.to(matrix.dtype).t(), b.to(matrix.dtype).t(), alpha=scale)
@@ -196,7 +208,7 @@ def low_rank_linear_backward(
     to_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients to x (empty unless `to_x`), a and b; `x @ a.T` is computed again."""
-    matrix = Matrix(parts, packing, rows, columns, x)
+    matrix = matrix_of(parts, packing, rows, columns, x)
     flat, grad = matrix.flat(x, columns), matrix.flat(g, rows)
     inner, outer = a.to(matrix.dtype), b.to(matrix.dtype)
     through = grad @ outer

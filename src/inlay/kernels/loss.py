@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inlay.kernels import native
-from inlay.kernels.frozen import Matrix
+from inlay.kernels.frozen import matrix_of
 
 LOGIT_BYTES = 128 << 20
 """Room for the logits of the rows that are scored at once."""
@@ -51,7 +51,7 @@ def linear_cross_entropy(
     Returns log-probabilities, entropies and top-1 hits, all (n,), and the gradient of the
     log-probabilities to h, (n, in) in h's dtype, or (0, in) unless `to_gradient`.
     """
-    matrix = Matrix(parts, packing, rows, columns, h)
+    matrix = matrix_of(parts, packing, rows, columns, h)
     found: list[Scores] = []
     back = torch.empty_like(h) if to_gradient else h.new_empty(0, columns)
     step = rows_at_once(rows)

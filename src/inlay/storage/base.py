@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.errors import StorageError
+from inlay.kernels.eight_bits import PREFIX
 from inlay.kernels.frozen import low_rank_linear
 from inlay.kernels.switches import is_on
 
@@ -70,6 +71,15 @@ class FrozenLinear(ABC):
         """`x @ W.T + bias`; x: (*b, in) -> (*b, out)."""
         y = self.matmul(x)
         return y if self.bias is None else y + self.bias
+
+    @property
+    def eight_bits(self) -> bool:
+        """Whether products are computed in 8 bits; `model.eight_bits` turns it on."""
+        return False
+
+    def packing(self, name: str) -> str:
+        """Return the name of a format as the operators are to multiply it."""
+        return f"{PREFIX}:{name}" if self.eight_bits else name
 
     def packed(self) -> tuple[Sequence[Tensor], str] | None:
         """Return the parts and the format by which `kernels.frozen` reads the weight.

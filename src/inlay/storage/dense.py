@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from inlay.kernels.frozen import DENSE, frozen_linear, frozen_linear_t
 from inlay.kernels.scratch import product_dtype
+from inlay.kernels.switches import is_on
 from inlay.storage.base import FrozenLinear
 
 
@@ -54,11 +55,16 @@ class DenseView(FrozenLinear):
         """The weight as (out, in), without a copy."""
 
     def packed(self) -> tuple[list[Tensor], str] | None:
-        return None if self.weight.requires_grad else ([self.matrix()], DENSE)
+        return None if self.weight.requires_grad else ([self.matrix()], self.packing(DENSE))
+
+    @property
+    def eight_bits(self) -> bool:
+        return bool(vars(self.layer).get("computes_in_8_bits"))
 
     def multiplied_elsewhere(self, x: Tensor) -> tuple[list[Tensor], str] | None:
-        """Return the packed weight when x is better multiplied in another dtype than its own."""
-        return None if product_dtype(x) == x.dtype else self.packed()
+        """Return the packed weight when x is to be multiplied in another dtype than its own."""
+        as_it_is = product_dtype(x) == x.dtype and not self.eight_bits
+        return None if as_it_is or not is_on("products") else self.packed()
 
     def matmul(self, x: Tensor) -> Tensor:
         packed = self.multiplied_elsewhere(x)

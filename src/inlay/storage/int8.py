@@ -10,6 +10,7 @@ from torch import Tensor
 
 from inlay.errors import StorageError
 from inlay.kernels import native
+from inlay.kernels.eight_bits import register_rows
 from inlay.kernels.frozen import dense, register_format
 from inlay.storage.quantized import (
     QuantizedLinear,
@@ -88,3 +89,15 @@ def dequantized(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
 
 
 register_format(Int8Linear.storage, dequantized)
+
+
+def int8_rows(
+    parts: Sequence[Tensor], first: int, count: int, columns: int
+) -> tuple[Tensor, Tensor]:
+    """Return rows and their scales as they are held."""
+    del columns
+    rows = slice(first, first + count)
+    return parts[0][rows], parts[1][rows] / 127
+
+
+register_rows(Int8Linear.storage, int8_rows)

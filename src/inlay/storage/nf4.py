@@ -20,6 +20,7 @@ from torch import Tensor
 
 from inlay.errors import StorageError
 from inlay.kernels import native
+from inlay.kernels.eight_bits import multiplies_in_fp8, register_fp8, register_rows
 from inlay.kernels.frozen import register_format, register_product
 from inlay.kernels.gpu import runs_on
 from inlay.storage.quantized import (
@@ -367,5 +368,34 @@ def multiplied(x: Tensor, parts: Sequence[Tensor], rows: int) -> Tensor | None:
     return nf4.matmul(x, parts, quantiles(x.device), rows) if nf4.multiplies(x) else None
 
 
+def int8_rows(
+    parts: Sequence[Tensor], first: int, count: int, columns: int
+) -> tuple[Tensor, Tensor] | None:
+    """Return rows as int8 and their scales, straight from the codes, by C; None without it."""
+    q = torch.empty(count, columns, dtype=torch.int8)
+    scales = torch.empty(count)
+    return (q, scales) if native.nf4_to_int8(parts, q, scales, first) else None
+
+
+def in_fp8(x: Tensor, parts: Sequence[Tensor], rows: int) -> Tensor | None:
+    """Return `x @ W.T` in FP8, where the GPU has it."""
+    if not multiplies_in_fp8(x, (rows, x.shape[1])):
+        return None
+    from inlay.kernels.gpu import fp8
+
+    return fp8.times(x, parts, quantiles(x.device), rows)
+
+
+def t_in_fp8(g: Tensor, parts: Sequence[Tensor], columns: int) -> Tensor | None:
+    """Return `g @ W` in FP8, where the GPU has it."""
+    if not multiplies_in_fp8(g, (g.shape[1], columns)):
+        return None
+    from inlay.kernels.gpu import fp8
+
+    return fp8.times_t(g, parts, quantiles(g.device), columns)
+
+
 register_format(NF4Linear.storage, dequantized)
+register_rows(NF4Linear.storage, int8_rows)
+register_fp8(NF4Linear.storage, in_fp8, t_in_fp8)
 register_product(NF4Linear.storage, multiplied)

@@ -127,14 +127,18 @@ class QuantizedLinear(nn.Module, FrozenLinear):
 
     def matmul(self, x: Tensor) -> Tensor:
         self.check_input(x, self.in_features)
-        return frozen_linear(x, self.parts(), self.storage, *self.shape)
+        return frozen_linear(x, *self.packed(), *self.shape)
 
     def matmul_t(self, g: Tensor) -> Tensor:
         self.check_input(g, self.out_features)
-        return frozen_linear_t(g, self.parts(), self.storage, *self.shape)
+        return frozen_linear_t(g, *self.packed(), *self.shape)
 
     def packed(self) -> tuple[list[Tensor], str]:
-        return self.parts(), self.storage
+        return self.parts(), self.packing(self.storage)
+
+    @property
+    def eight_bits(self) -> bool:
+        return bool(vars(self).get("computes_in_8_bits"))
 
     def low_rank_linear(self, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         self.check_input(x, self.in_features)
