@@ -27,7 +27,7 @@ from inlay.model.load import located, read_tokenizer
 from inlay.train.collate import Concatenate
 from inlay.train.config import RunConfig, load_config
 from inlay.train.rows import encode_rows, rows_of_run
-from inlay.train.trainer import labels, trained_loss
+from inlay.train.trainer import labels
 from inlay.train.trunk_cache import TrunkCache, cached_trunk
 
 THREADS = 2
@@ -132,7 +132,7 @@ def seconds(model: Any, data: list[dict[str, Tensor]]) -> float:
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     start = time.perf_counter()
     for batch in data:
-        trained_loss(model, batch, None).backward()
+        model(**batch, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return time.perf_counter() - start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -27,12 +25,9 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from inlay.checkpoint.adapter import save_adapter
-from inlay.errors import AdapterError, CheckpointError
+from inlay.errors import CheckpointError
 from inlay.evaluate.losses import EncodedRow
 from inlay.model.attach import adapter_places
-from inlay.model.layer import AdaptedLayer
-from inlay.storage.dense import DenseView
-from inlay.storage.registry import frozen
 from inlay.train import checkpoints
 from inlay.train.arguments import warmup_steps
 from inlay.train.collate import IGNORED, Concatenate
@@ -70,7 +65,6 @@ class AdapterTrainer(SFTTrainer):
         self.recorder, self.guard, self.held_out = recorder, guard, held_out
         self.keep_checkpoints, self.adapter, self.adapted = keep_checkpoints, adapter, model
         self.folder = Path(args.output_dir or "")
-        self.own_loss = computes_own_loss(model, args)
         self.step_loss, self.step_tokens = 0.0, 0
         self.resumed: Mapping[str, Any] = {}
         with as_trl_expects(model):
@@ -142,10 +136,11 @@ class AdapterTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the sum of the trained tokens' losses over their number in the whole batch."""
-        if not self.own_loss or return_outputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return trained_loss(model, inputs, num_items_in_batch)
+        """Return the loss of the trained tokens, the sum over their number in the whole batch."""
+        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        count = {"num_items_in_batch": num_items_in_batch} if counted else {}
+        outputs = model(**inputs, **count, use_cache=False)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one forward and backward pass; raise on a loss that is not finite."""
@@ -317,50 +312,6 @@ def load_tensors(
         for place, tensors in have.items():
             for name, tensor in tensors.items():
                 tensor.copy_(saved[place][name])
-
-
-def trained_loss(model: nn.Module, inputs: dict[str, Any], count: Tensor | int | None) -> Tensor:
-    """Return the sum of the labelled tokens' losses over `count`; only they reach the head."""
-    call = dict(inputs)
-    wanted = F.pad(call.pop("labels")[:, 1:], (0, 1), value=IGNORED)
-    kept = (wanted != IGNORED).any(dim=0).nonzero().squeeze(1)
-    logits = model(**call, use_cache=False, logits_to_keep=kept).logits
-    wanted = wanted[:, kept]
-    loss = F.cross_entropy(
-        logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    count = (wanted != IGNORED).sum() if count is None else count
-    return loss / torch.as_tensor(count, device=loss.device).clamp(min=1)
-
-
-def computes_own_loss(model: PreTrainedModel, args: SFTConfig) -> bool:
-    """Say whether to call the model's own head at the trained positions, instead of TRL's loss.
-
-    TRL's reads the head's weight past the layer and, without Triton, scores every position; it
-    alone knows the balancing loss of mixtures of experts and how to spare memory on a GPU.
-
-    Raises:
-        AdapterError: the head must be called as a layer, and this model cannot do that.
-    """
-    has_experts = hasattr(model.config.get_text_config(), "output_router_logits")
-    can = "logits_to_keep" in inspect.signature(model.forward).parameters and not has_experts
-    is_layer = head_is_more_than_weight(model)
-    if is_layer and not can:
-        raise AdapterError(
-            f"the output head of {type(model).__name__} cannot carry an adapter in training; "
-            "leave it out with exclude"
-        )
-    return can and (is_layer or args.device.type != "cuda")
-
-
-def head_is_more_than_weight(model: PreTrainedModel) -> bool:
-    """Say whether the output head carries an active method, or is held in another storage."""
-    head = model.get_output_embeddings()
-    if head is None:
-        return False
-    if isinstance(head, AdaptedLayer) and any(method for method, _ in head.here()):
-        return True
-    return not isinstance(frozen(head), DenseView)
 
 
 @contextmanager
