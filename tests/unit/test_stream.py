@@ -557,13 +557,13 @@ def random_checkpoint(path: Path, layers: int, width: int) -> int:
 
 
 def test_memory_is_that_of_the_buffers_not_of_the_model(tmp_path: Path) -> None:
-    random_checkpoint(tmp_path / "small", 2, 256)
-    size = random_checkpoint(tmp_path / "large", 16, 1024)
+    random_checkpoint(tmp_path / "small", 2, 1024)
+    size = random_checkpoint(tmp_path / "large", 24, 1024)
     added = {}
     for where in ("off", "disk"):
         run = [sys.executable, "-c", MEASURE, tmp_path / "small", tmp_path / "large", where]
         done = subprocess.run(run, check=True, stdout=subprocess.PIPE, timeout=300)
         added[where] = json.loads(done.stdout)
-    assert size > 80e6
-    assert added["off"] > size
-    assert added["disk"] < 0.6 * size
+    assert size > 120e6
+    assert added["off"] > 0.8 * size
+    assert added["disk"] < 0.4 * size, added
