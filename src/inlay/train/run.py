@@ -27,6 +27,7 @@ from inlay.evaluate.run import compare
 from inlay.methods.base import Method
 from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
+from inlay.model.eight_bits import ACCEPTED, compute_in_8_bits, gate
 from inlay.model.load import load, located, quiet_transformers, read_tokenizer
 from inlay.model.packing import mixes_rows
 from inlay.model.report import Report, report
@@ -47,6 +48,8 @@ from inlay.train.trainer import AdapterTrainer, HeldOut, left_as_it_was
 from inlay.train.trunk_cache import TrunkCache, cached_trunk
 
 LINES_NAMED = 5
+GATE_ROWS = 64
+"""Rows that the loss in 8 bits is measured on."""
 TRUNK = "trunk.tmp"
 """The file that a kept trunk takes if it does not fit in memory; what a kill leaves is removed."""
 
@@ -123,10 +126,14 @@ class Running:
         self.stage("loading the model")
         model, tokenizer = self.loaded()
         record = self.begin(model, rows)
+        if self.config.eight_bits:
+            record["eight_bits"] = self.in_eight_bits(model, tokens)
         with self.stopping(record), left_as_it_was(model):
             trainer = self.trainer(model, tokenizer, tokens, record)
             with self.trunk(model, tokens):
                 self.fit(trainer)
+        if self.config.eight_bits:
+            compute_in_8_bits(model, on=False)
         self.save(model, trainer)
         record["comparison"] = self.compared(model, tokenizer, tokens)
         self.finish(model, trainer, record)
@@ -341,6 +348,28 @@ class Running:
             where = f"; the last good state is {last}" if last else ""
             self.folder.write_record({**record, "stopped": str(error)})
             raise TrainingError(f"{error}{where}") from None
+
+    def in_eight_bits(self, model: PreTrainedModel, tokens: Tokens) -> dict[str, float]:
+        """Turn products in 8 bits on, if they leave the loss on this run's rows as it is.
+
+        Raises:
+            TrainingError: the loss differs by more than is accepted.
+        """
+        rows = (tokens.validation or tokens.train)[:GATE_ROWS]
+        measure = held_out(model, rows, self.config.batch_size)
+        assert measure is not None
+        measured = gate(model, measure)
+        found = (
+            f"{measured.loss:.4f} as stored, {measured.loss_in_8_bits:.4f} in 8 bits, "
+            f"a difference of {measured.difference:.2%}"
+        )
+        if not measured.passed:
+            raise TrainingError(
+                f"products in 8 bits change the loss on {len(rows)} of this run's rows: {found}; "
+                f"at most {ACCEPTED:.1%} is accepted. Leave eight_bits off"
+            )
+        self.note(f"products in 8 bits: the loss on {len(rows)} rows is {found}")
+        return {"loss": measured.loss, "loss_in_8_bits": measured.loss_in_8_bits}
 
     # Afterwards
 
