@@ -6,6 +6,7 @@ in the forward pass, while the row's logits are there; the backward pass only sc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from inlay.kernels import native
 from inlay.kernels.frozen import matrix_of
 
-LOGIT_BYTES = 128 << 20
+LOGIT_BYTES = 160 << 20
 """Room for the logits of the rows that are scored at once."""
 
 
@@ -30,9 +31,10 @@ class Scores(NamedTuple):
     """Whether no token is likelier than the label."""
 
 
-def rows_at_once(vocabulary: int) -> int:
-    """Return how many rows of logits are held at once."""
-    return max(1, LOGIT_BYTES // (4 * vocabulary))
+def rows_at_once(rows: int, vocabulary: int) -> int:
+    """Return how many of these rows are scored at once: equal shares that fit the room."""
+    most = max(1, LOGIT_BYTES // (4 * vocabulary))
+    return max(1, math.ceil(rows / math.ceil(max(rows, 1) / most)))
 
 
 @torch.library.custom_op("inlay::linear_cross_entropy", mutates_args=())
@@ -54,7 +56,7 @@ def linear_cross_entropy(
     matrix = matrix_of(parts, packing, rows, columns, h)
     found: list[Scores] = []
     back = torch.empty_like(h) if to_gradient else h.new_empty(0, columns)
-    step = rows_at_once(rows)
+    step = rows_at_once(h.shape[0], rows)
     for start in range(0, h.shape[0], step):
         part = slice(start, start + step)
         logits = matrix.times(h[part].to(matrix.dtype))

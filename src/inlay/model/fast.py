@@ -326,7 +326,7 @@ class FastCausalLM(Fast):
                 rows, labels, weight.bias, to_gradient, *packed, *weight.shape
             )
             return Scores(log_probs, entropy.detach(), is_top1)
-        step = rows_at_once(head.weight.shape[0] if kind(head) is None else frozen(head).shape[0])
+        step = rows_at_once(len(rows), frozen(head).shape[0])
         found = [
             Scores(*checkpoint(score_by, head, part, wanted, use_reentrant=False))
             for part, wanted in zip(rows.split(step), labels.split(step), strict=True)
