@@ -47,6 +47,14 @@ class Int8Linear(QuantizedLinear):
         return cls((rows, columns), dtype or w.dtype, bias, weight=q, SCB=absmax)
 
     @classmethod
+    def unfilled(
+        cls, shape: tuple[int, int], dtype: torch.dtype, bias: Tensor | None, **options: Any
+    ) -> Self:
+        del options
+        packed = torch.empty(*shape, dtype=torch.int8)
+        return cls(shape, dtype, bias, weight=packed, SCB=torch.empty(shape[0]))
+
+    @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Self:
         weight, absmax = tensors["weight"], tensors.get("SCB")
         if weight.dtype != torch.int8 or weight.ndim != 2 or absmax is None:

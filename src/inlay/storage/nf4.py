@@ -88,6 +88,33 @@ class NF4Linear(QuantizedLinear):
         return cls((rows, columns), dtype or w.dtype, bias, weight=packed, **parts)
 
     @classmethod
+    def unfilled(
+        cls,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        bias: Tensor | None,
+        *,
+        double_quant: bool = True,
+        **options: Any,
+    ) -> Self:
+        del options
+        size = shape[0] * shape[1]
+        blocks = -(-size // BLOCK)
+        packed = torch.empty((size + 1) // 2, 1, dtype=torch.uint8)
+        if not double_quant:
+            return cls(shape, dtype, bias, weight=packed, absmax=torch.empty(blocks))
+        return cls(
+            shape,
+            dtype,
+            bias,
+            weight=packed,
+            absmax=torch.empty(blocks, dtype=torch.uint8),
+            nested_absmax=torch.empty(-(-blocks // NESTED_BLOCK)),
+            nested_quant_map=torch.empty(256),
+            nested_offset=torch.empty(()),
+        )
+
+    @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Self:
         del dtype
         if STATE not in tensors:

@@ -65,6 +65,13 @@ class QuantizedLinear(nn.Module, FrozenLinear):
 
     @classmethod
     @abstractmethod
+    def unfilled(
+        cls, shape: tuple[int, int], dtype: torch.dtype, bias: Tensor | None, **options: Any
+    ) -> Self:
+        """Return a layer whose packed parts have a weight's sizes, and no values yet."""
+
+    @classmethod
+    @abstractmethod
     def restored(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Self:
         """Return the layer that was serialised as these tensors; the inverse of `serialized`.
 

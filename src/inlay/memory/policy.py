@@ -1,0 +1,176 @@
+"""Which activations a training step keeps, and which it computes again: all exact.
+
+Names from the most memory to the least:
+
+- `keep-all`: what autograd saves.
+- `keep-products`: matrix products and attention outputs; norms and activations are redone.
+- `recompute-mlp`: the same without the wide products of an MLP, which are redone too.
+- `layer-inputs`: each block's input; the whole block is redone.
+- `offload`: the same, the inputs lying in the host's memory; on a GPU only.
+
+The blocks are the model's own, untouched: transformers calls a function of ours in place of
+each, and PyTorch's selective checkpointing keeps what the policy names. Embeddings are never
+made to require a gradient, so that blocks below the lowest adapter cost no backward work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from inlay.errors import ModelError
+from inlay.model.targets import BLOCKS
+from inlay.storage.registry import frozen, kind
+
+Policy = Literal["keep-all", "keep-products", "recompute-mlp", "layer-inputs", "offload"]
+POLICIES: tuple[Policy, ...] = (
+    "keep-all",
+    "keep-products",
+    "recompute-mlp",
+    "layer-inputs",
+    "offload",
+)
+"""From the most memory and the least work to the opposite."""
+
+Move = Callable[[Tensor], Any]
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear")
+ATTENTION = ("aten::_scaled_dot_product_", "aten::_flash_attention", "aten::_efficient_attention")
+REDONE = ("norm", "silu", "gelu", "rotary")
+"""Words in the names of our own operators that are not worth their room."""
+
+
+def apply(
+    model: nn.Module, policy: Policy, *, to_host: Move | None = None, back: Move | None = None
+) -> None:
+    """Make the model's blocks keep what the policy says, when they train.
+
+    Args:
+        model: a transformers model.
+        policy: one of `POLICIES`.
+        to_host: for `offload`, moves a block's input away; default: into pinned memory.
+        back: for `offload`, brings it back.
+
+    Raises:
+        ModelError: the model's blocks cannot be computed again, or `offload` on a CPU.
+    """
+    blocks: Any = model
+    if policy == "keep-all":
+        if getattr(model, "supports_gradient_checkpointing", False):
+            blocks._set_gradient_checkpointing(enable=False)
+        return
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ModelError(
+            f"the blocks of {type(model).__name__} cannot be computed again, so that only the "
+            f"activation policy 'keep-all' is possible, not {policy!r}"
+        )
+    if policy == "offload" and to_host is None:
+        check_on_gpu(model)
+    blocks._set_gradient_checkpointing(
+        enable=True, gradient_checkpointing_func=block_runner(model, policy, to_host, back)
+    )
+
+
+def check_on_gpu(model: nn.Module) -> None:
+    """Raise when the model lies in the host's memory already."""
+    if all(p.device.type == "cpu" for p in model.parameters()):
+        raise ModelError(
+            "the activation policy 'offload' moves activations from a GPU to the host, and this "
+            "model is on the CPU; 'layer-inputs' is the one that needs the least memory there"
+        )
+
+
+def block_runner(
+    model: nn.Module, policy: Policy, to_host: Move | None, back: Move | None
+) -> Callable[..., Any]:
+    """Return what runs a block in training: `(block's forward, *its inputs) -> its output`."""
+    again = partial(checkpoint, use_reentrant=False)
+    if policy == "layer-inputs":
+        return again
+    if policy == "offload":
+        return offloading(again, to_host, back)
+    wide = wide_outputs(model) if policy == "recompute-mlp" else frozenset()
+    context = partial(create_selective_checkpoint_contexts, partial(choice, wide))
+    return partial(again, context_fn=context)
+
+
+def offloading(
+    again: Callable[..., Any], to_host: Move | None, back: Move | None
+) -> Callable[..., Any]:
+    """Return what runs a block with its inputs on the host until the backward pass."""
+
+    def run(function: Callable[..., Any], *inputs: Any) -> Any:
+        if to_host is None or back is None:
+            saving: Any = torch.autograd.graph.save_on_cpu(pin_memory=True)
+        else:
+            saving = torch.autograd.graph.saved_tensors_hooks(to_host, back)
+        with saving:
+            return again(function, *inputs)
+
+    return run
+
+
+def choice(wide: frozenset[int], context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Say whether to keep an operation's result or to compute it again."""
+    del context, kwargs
+    kept = is_product(op) and not (wide and output_width(op, args) in wide)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def is_product(op: Any) -> bool:
+    """Say whether an operation is a matrix product or attention."""
+    name = op._schema.name
+    if name.startswith("inlay::"):
+        return not any(word in name for word in REDONE)
+    return name in PRODUCTS or name.startswith(ATTENTION)
+
+
+def output_width(op: Any, args: tuple[Any, ...]) -> int | None:
+    """Return the last dimension of a product's result, as far as its arguments tell."""
+    name = op._schema.name
+    if name.startswith("inlay::"):
+        named = dict(zip((a.name for a in op._schema.arguments), args, strict=False))
+        return named.get("rows")
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    return int(tensors[-1].shape[-1]) if name in PRODUCTS else None
+
+
+def wide_outputs(model: nn.Module) -> frozenset[int]:
+    """Return the widths of the MLPs' inner products."""
+    shapes = {
+        name: frozen(m).shape for name, m in model.named_modules() if kind(m) in ("linear", "conv1d")
+    }
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    inner = {
+        out
+        for name, (out, width) in shapes.items()
+        if out > width and not set(BLOCKS).isdisjoint(name.split("."))
+    }
+    return frozenset(
+        inner
+        or {
+            out
+            for name, (out, width) in shapes.items()
+            if out >= 2 * width and model.get_submodule(name) is not head
+        }
+    )
+
+
+@contextmanager
+def applied(model: nn.Module, policy: Policy) -> Generator[nn.Module]:
+    """Make the model's blocks keep what the policy says inside the `with` block."""
+    apply(model, policy)
+    try:
+        yield model
+    finally:
+        apply(model, "keep-all")

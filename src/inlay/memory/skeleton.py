@@ -1,0 +1,92 @@
+"""A model as it will be trained, built from its configuration alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from inlay.errors import ModelError, did_you_mean
+from inlay.model.load import (
+    EMBEDDED,
+    checked_dtype,
+    failures_as_sentences,
+    looks_like_hub_id,
+    model_class,
+    packed_storage,
+)
+from inlay.model.quantize import dense_view, quantizable
+from inlay.storage.registry import storage_class
+
+
+def config_of(model: str, revision: str | None = None) -> tuple[PreTrainedConfig, Path]:
+    """Return a model's configuration and where it lies; no weights are needed.
+
+    Args:
+        model: `pocket`, a folder, a config.json, or a hub id.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ModelError: there is no such model, or its configuration cannot be read.
+    """
+    where = EMBEDDED[model] if model in EMBEDDED else Path(model).expanduser().resolve()
+    if where.is_file():
+        return config_in_file(where), where
+    if where.is_dir() and not (where / "config.json").is_file():
+        raise ModelError(f"{where} has no config.json, which every model folder has")
+    if not where.is_dir() and not looks_like_hub_id(model):
+        raise ModelError(f"there is no folder or file {model!r}.{did_you_mean(model, EMBEDDED)}")
+    source = str(where) if where.is_dir() else model
+    with failures_as_sentences(Path(source), "configuration"):
+        return AutoConfig.from_pretrained(source, revision=revision), where
+
+
+def config_in_file(file: Path) -> PreTrainedConfig:
+    """Read a configuration that lies alone in a file of any name."""
+    with failures_as_sentences(file, "configuration"):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def skeleton(
+    config: PreTrainedConfig, storage: str = "dense", *, double_quant: bool, dtype: str
+) -> PreTrainedModel:
+    """Build a model without values whose layers are held as `inlay.load` would hold them."""
+    held = packed_storage(getattr(config, "quantization_config", None), "the model") or storage
+    vars(config).pop("quantization_config", None)
+    with no_init_weights():
+        model = empty_model(config, computing_dtype(config, dtype))
+    if held != "dense":
+        for name in quantizable(model):
+            unfill(model, name, held, double_quant)
+    model.requires_grad_(False)
+    return model
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the model's own class, with its weights in `dtype`."""
+    made_as = model_class(config)
+    if made_as is AutoModelForCausalLM:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return made_as._from_config(config, dtype=dtype)
+
+
+def computing_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
+    """Return the dtype asked for, by default the configuration's own, else float32."""
+    asked = checked_dtype(dtype)
+    own: Any = config.dtype if asked == "auto" else asked
+    return getattr(torch, own) if isinstance(own, str) else own or torch.float32
+
+
+def unfill(model: nn.Module, name: str, storage: str, double_quant: bool) -> None:
+    """Hold one layer in another storage, without values."""
+    view = dense_view(model.get_submodule(name))
+    layer = storage_class(storage).unfilled(
+        view.shape, view.dtype, view.bias, double_quant=double_quant
+    )
+    model.set_submodule(name, layer.train(view.layer.training))
