@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-Workspace = Callable[..., int]
-"""`(*arguments of an operation)` -> bytes that it allocates inside and frees when it ends."""
-Flops = Callable[..., int]
-"""`(*arguments of an operation)` -> floating-point operations."""
+from inlay.kernels.frozen import DENSE
+from inlay.kernels.scratch import TILE_BYTES, product_dtype, tile_rows
+
+UNPACKING = 12 << 20
+"""About what unpacking a chunk of a packed weight holds on the way."""
 
 
 def frozen_product(
@@ -21,12 +23,108 @@ def frozen_product(
     return 2 * (x.numel() // x.shape[-1]) * rows * columns
 
 
-def dense_weight(
-    x: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int, *rest: Any
+@dataclass(frozen=True)
+class Scratch:
+    """What an operation holds beside its inputs and outputs."""
+
+    passing: int = 0
+    """Bytes that are freed when it ends."""
+    kept: int = 0
+    """Bytes of the buffer that is kept from one operation to the next."""
+
+
+def product(x: Tensor, rows: int, columns: int, packing: str, inputs: int, outputs: int) -> Scratch:
+    """Return the scratch of a frozen product.
+
+    Where x is multiplied in another dtype, `inputs` numbers a row of x are cast, and `outputs`
+    numbers a row are held before they are rounded.
+    """
+    dtype = product_dtype(x)
+    count = x.numel() // x.shape[-1]
+    cast = 0 if dtype == x.dtype else count * (inputs + outputs) * dtype.itemsize
+    if packing == DENSE and dtype == x.dtype:
+        return Scratch(cast)
+    tile = tile_rows(rows, columns, dtype, x.device) * columns * dtype.itemsize
+    unpacking = 0 if packing == DENSE else UNPACKING
+    if x.device.type != "cpu":
+        return Scratch(cast + unpacking + tile)
+    return Scratch(cast + unpacking, max(tile, TILE_BYTES))
+
+
+def frozen_linear(
+    x: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int
+) -> Scratch:
+    """Scratch of `x @ W.T`."""
+    del parts
+    return product(x, rows, columns, packing, columns, rows)
+
+
+def frozen_linear_t(
+    g: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int
+) -> Scratch:
+    """Scratch of `g @ W`."""
+    del parts
+    return product(g, rows, columns, packing, rows, columns)
+
+
+def low_rank(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    parts: Sequence[Tensor],
+    packing: str,
+    rows: int,
+    columns: int,
+) -> Scratch:
+    """Scratch of the product with its low-rank term."""
+    del b, bias, scale, parts
+    return product(x, rows, columns, packing, columns + a.shape[0], rows)
+
+
+def low_rank_backward(
+    g: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    parts: Sequence[Tensor],
+    packing: str,
+    rows: int,
+    columns: int,
+    to_x: bool,
+) -> Scratch:
+    """Scratch of the gradients: x and g are cast, the gradient to x is held."""
+    del g, b, scale, parts
+    return product(x, rows, columns, packing, columns + rows + a.shape[0], columns * to_x)
+
+
+def low_rank_product(
+    x: Tensor, a: Tensor, b: Tensor, bias: Any, scale: float, parts: Any, packing: str, *shape: int
 ) -> int:
-    """The weight, dequantised in x's dtype for the product."""
-    del parts, packing, rest
-    return rows * columns * x.element_size()
+    """Two operations a weight, the factors' included, and row of x."""
+    del b, bias, scale, parts, packing
+    rows, columns = shape
+    return 2 * (x.numel() // columns) * (rows * columns + a.shape[0] * (rows + columns))
+
+
+def low_rank_gradients(
+    g: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    parts: Any,
+    packing: str,
+    rows: int,
+    columns: int,
+    to_x: bool,
+) -> int:
+    """The frozen product when x has a gradient, and six products with the factors."""
+    del g, b, scale, parts, packing
+    count = x.numel() // columns
+    return 2 * count * (to_x * rows * columns + 3 * a.shape[0] * (rows + columns))
 
 
 def attention_forward(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> int:
@@ -42,15 +140,19 @@ def attention_backward(g: Tensor, q: Tensor, k: Tensor, *rest: Any, **options: A
     return attention_forward(q, k) * 5 // 2
 
 
-WORKSPACES: dict[str, Workspace] = {
-    "inlay.frozen_linear": dense_weight,
-    "inlay.frozen_linear_t": dense_weight,
+SCRATCH: dict[str, Callable[..., Scratch]] = {
+    "inlay.frozen_linear": frozen_linear,
+    "inlay.frozen_linear_t": frozen_linear_t,
+    "inlay.low_rank_linear": low_rank,
+    "inlay.low_rank_linear_backward": low_rank_backward,
 }
-"""Operation -> its scratch memory."""
+"""Operation -> what it holds beside its inputs and outputs."""
 
-FLOPS: dict[str, Flops] = {
+FLOPS: dict[str, Callable[..., int]] = {
     "inlay.frozen_linear": frozen_product,
     "inlay.frozen_linear_t": frozen_product,
+    "inlay.low_rank_linear": low_rank_product,
+    "inlay.low_rank_linear_backward": low_rank_gradients,
     "aten._scaled_dot_product_flash_attention_for_cpu": attention_forward,
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": attention_backward,
 }

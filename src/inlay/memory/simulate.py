@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from inlay.errors import ModelError
 from inlay.memory import policy as policies
-from inlay.memory.costs import FLOPS, WORKSPACES, Flops, Workspace
+from inlay.memory.costs import FLOPS, SCRATCH, Scratch
 from inlay.memory.policy import Policy
 
 CATEGORIES = ("weights", "adapter", "gradients", "optimiser", "activations", "loss", "buffers")
@@ -84,12 +84,13 @@ class Entry:
 class Ledger(TorchDispatchMode):
     """Counts every storage from the operation that makes it until it dies, by category."""
 
-    def __init__(self, workspaces: Mapping[str, Workspace], flops: Mapping[str, Flops]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.workspaces, self.flops = workspaces, flops
         self.entries: dict[int, Entry] = {}
         self.live: Counter[str] = Counter()
         self.total = self.peak = self.host_peak = 0
+        self.kept = 0
+        """Bytes of the buffer that operations keep; alive from the first step on."""
         self.at_peak: dict[str, int] = {}
         self.category = "weights"
         """The category of what is made now."""
@@ -104,7 +105,9 @@ class Ledger(TorchDispatchMode):
         inputs = tensors_in((args, kwargs))
         outputs = tensors_in(out)
         made = [t for t in outputs if self.add(t)]
-        self.touch(self.workspaces[name](*args, **kwargs) if name in self.workspaces else 0)
+        scratch = SCRATCH[name](*args, **kwargs) if name in SCRATCH else Scratch()
+        self.kept = max(self.kept, scratch.kept)
+        self.touch(scratch.passing)
         self.note_work(name, func, args, kwargs, out, inputs, made)
         return out
 
@@ -171,8 +174,8 @@ class Ledger(TorchDispatchMode):
         work.calls += 1
         work.bytes += sum(t.nbytes for t in (*inputs, *written))
         packet = getattr(func, "overloadpacket", None)
-        if name in self.flops:
-            work.flops += self.flops[name](*args, **kwargs)
+        if name in FLOPS:
+            work.flops += FLOPS[name](*args, **kwargs)
         elif packet in flop_registry:
             work.flops += flop_registry[packet](*args, **kwargs, out_val=out)
 
@@ -198,7 +201,6 @@ def simulate(
     optimiser: Optimiser,
     policy: Policy = "keep-all",
     accumulation: int = 1,
-    workspaces: Mapping[str, Workspace] | None = None,
 ) -> Simulation:
     """Run one training step of a model on fake tensors.
 
@@ -209,13 +211,12 @@ def simulate(
         optimiser: makes the optimiser of the trained parameters, its state included.
         policy: which activations are kept.
         accumulation: passes to a step; with several, gradients live through the passes.
-        workspaces: operation -> what it allocates inside, in place of `WORKSPACES`.
 
     Raises:
         ModelError: what the model computes depends on values that only training knows.
     """
     with fake_tensors() as mode:
-        ledger = Ledger(WORKSPACES if workspaces is None else workspaces, FLOPS)
+        ledger = Ledger()
         model = build()
         inputs = {name: known_tensor(mode, value) for name, value in batch.items()}
         with ledger:
@@ -262,8 +263,15 @@ class Step:
         passes = ledger.peak - resting["optimiser"] - resting["gradients"]
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         step()
+        at_peak = {**ledger.at_peak, "buffers": ledger.at_peak["buffers"] + ledger.kept}
         return Simulation(
-            ledger.peak, ledger.at_peak, resting, kept, passes, ledger.host_peak, ledger.work
+            peak=ledger.peak + ledger.kept,
+            at_peak=at_peak,
+            resting=resting,
+            kept=kept,
+            passes=passes + ledger.kept,
+            host=ledger.host_peak,
+            work=ledger.work,
         )
 
     def first_update(self, optimiser: Optimiser) -> Callable[[], Any]:

@@ -61,6 +61,7 @@ def skeleton(
     vars(config).pop("quantization_config", None)
     with no_init_weights():
         model = empty_model(config, computing_dtype(config, dtype))
+        model.tie_weights()
     if held != "dense":
         for name in quantizable(model):
             unfill(model, name, held, double_quant)

@@ -1,0 +1,194 @@
+"""Planned against measured memory: each case in a process of its own, on this CPU.
+
+    python benchmarks/plan_table.py [name ...]
+
+A case is a method, a storage, a length and an activation policy, on a model of four layers of the
+0.5B shape. The plan is made from the configuration alone, in one process. In another the model
+is loaded, adapted and trained for three steps; what is compared is the most that process held
+while it trained (VmHWM, set back once the model was loaded), everything included: Python, the
+libraries, the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from machine import write
+
+LAYERS, STEPS = 4, 3
+CASES: list[dict[str, Any]] = [
+    {"method": m, "storage": s, "dtype": d, "length": n, "policy": p}
+    for m, s, d, n, p in (
+        ("lora", "dense", "bfloat16", 128, "keep-all"),
+        ("lora", "dense", "bfloat16", 512, "keep-all"),
+        ("lora", "dense", "bfloat16", 512, "keep-products"),
+        ("lora", "dense", "bfloat16", 512, "recompute-mlp"),
+        ("lora", "dense", "bfloat16", 512, "layer-inputs"),
+        ("lora", "dense", "bfloat16", 2048, "keep-all"),
+        ("lora", "dense", "bfloat16", 2048, "layer-inputs"),
+        ("lora", "dense", "float32", 128, "keep-all"),
+        ("lora", "dense", "float32", 512, "keep-all"),
+        ("lora", "dense", "float32", 1024, "recompute-mlp"),
+        ("lora", "dense", "float32", 2048, "keep-products"),
+        ("lora", "nf4", "bfloat16", 128, "keep-all"),
+        ("lora", "nf4", "bfloat16", 512, "keep-all"),
+        ("lora", "nf4", "bfloat16", 1024, "keep-products"),
+        ("lora", "nf4", "bfloat16", 2048, "recompute-mlp"),
+        ("lora", "nf4", "float32", 512, "layer-inputs"),
+        ("lora", "int8", "bfloat16", 512, "keep-all"),
+        ("lora", "int8", "bfloat16", 2048, "layer-inputs"),
+        ("dora", "dense", "bfloat16", 512, "keep-all"),
+        ("dora", "nf4", "bfloat16", 1024, "recompute-mlp"),
+        ("ia3", "dense", "bfloat16", 512, "keep-all"),
+        ("ia3", "nf4", "bfloat16", 1024, "layer-inputs"),
+        ("bottleneck", "dense", "float32", 512, "keep-all"),
+        ("bottleneck", "nf4", "bfloat16", 1024, "keep-products"),
+        ("full", "dense", "float32", 128, "keep-all"),
+        ("full", "dense", "bfloat16", 512, "layer-inputs"),
+        ("bitfit", "dense", "bfloat16", 1024, "keep-all"),
+        ("prefix", "dense", "bfloat16", 512, "keep-all"),
+    )
+]
+
+
+def shape(dtype: str) -> Any:
+    """Return the configuration of the model, whose biases BitFit needs."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=32_000,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        dtype=dtype,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+
+
+def make_model(folder: Path, dtype: str) -> Path:
+    """Save random weights of that shape, with a tokenizer that nothing reads."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    path = folder / dtype
+    Qwen2ForCausalLM(shape(dtype)).to(getattr(torch, dtype)).save_pretrained(path)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="<unk>"
+    ).save_pretrained(path)
+    return path
+
+
+def batch(length: int) -> dict[str, Any]:
+    """Return one row, its first quarter not trained on."""
+    import torch
+
+    ids = torch.arange(length)[None] % 1000
+    labels = ids.clone()
+    labels[:, : length // 4] = -100
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+
+
+def planned(case: dict[str, Any]) -> dict[str, Any]:
+    """Plan a case from its configuration, as `inlay plan` does."""
+    from inlay.train.planning import planned_step
+
+    found = planned_step(
+        shape(case["dtype"]),
+        case["method"],
+        {},
+        batch(case["length"]),
+        storage=case["storage"],
+        dtype=case["dtype"],
+        policy=case["policy"],
+        accumulation=1,
+    )
+    return found
+
+
+def measured(case: dict[str, Any], model_folder: str) -> dict[str, Any]:
+    """Load, attach, and train a few steps; return the most memory held while training."""
+    import torch
+
+    from inlay.memory.policy import apply
+    from inlay.memory.probe import measuring, resident
+    from inlay.methods.catalog import build_method
+    from inlay.model.attach import attach
+    from inlay.model.load import load
+    from inlay.train import run
+    from inlay.train.trainer import step_loss
+
+    del run
+    before = resident()
+    model, _ = load(model_folder, case["storage"], device="cpu")
+    attach(model, build_method(case["method"], {}))
+    model.train()
+    apply(model, case["policy"])
+    loaded = resident()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-4)
+    inputs = batch(case["length"])
+    with measuring(torch.device("cpu")) as found:
+        for _ in range(STEPS):
+            step_loss(model, dict(inputs)).backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+    return {"measured": found.peak, "before": before, "loaded": loaded, "after": resident()}
+
+
+def in_a_process(kind: str, case: dict[str, Any], *rest: str) -> dict[str, Any]:
+    """Run one half of a case in a fresh process."""
+    words = [sys.executable, __file__, kind, json.dumps(case), *rest]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(names: list[str]) -> None:
+    """Plan and measure every case."""
+    cases = [c for c in CASES if not names or name_of(c) in names]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        folders = {d: make_model(Path(folder), d) for d in ("bfloat16", "float32")}
+        for case in cases:
+            plan = in_a_process("plan", case)
+            found = in_a_process("measure", case, str(folders[case["dtype"]]))
+            error = plan["total"] / found["measured"] - 1
+            rows.append({**case, "planned": plan, **found, "error": error})
+            megabytes = {k: round(v / 1e6) for k, v in plan["bytes"].items()}
+            about = {k: round(v / 1e6) for k, v in found.items()}
+            print(f"{name_of(case):<48}{error:+7.1%}", about, megabytes, flush=True)
+    if not names:
+        write("plan_table", {"layers": LAYERS, "steps": STEPS, "rows": rows})
+    within = sum(abs(row["error"]) <= 0.05 for row in rows)
+    print(f"{within} of {len(rows)} within 5%")
+
+
+def name_of(case: dict[str, Any]) -> str:
+    """Return a case's name."""
+    return "-".join(map(str, case.values()))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if sys.argv[1:2] == ["plan"]:
+        print(json.dumps(planned(json.loads(sys.argv[2]))))
+    elif sys.argv[1:2] == ["measure"]:
+        print(json.dumps(measured(json.loads(sys.argv[2]), sys.argv[3])))
+    else:
+        main(sys.argv[1:])

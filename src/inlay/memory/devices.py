@@ -1,0 +1,210 @@
+"""What a device holds and how fast it is: from vendors' data sheets, or measured here."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from inlay.errors import UsageError, did_you_mean
+
+GB = 10**9
+TERA = 10**12
+REACHED = 0.75
+"""The share of a data sheet's arithmetic and bandwidth that large products reach in practice."""
+CUDA_RUNTIME = int(0.7 * GB)
+"""About what CUDA's context and libraries hold on a device before any tensor is there."""
+HOST_LINK = {"pcie3": 12 * GB, "pcie4": 25 * GB, "pcie5": 50 * GB}
+"""Bytes a second from pinned host memory, as they are reached."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan needs to know of a device."""
+
+    name: str
+    kind: Literal["cpu", "cuda"]
+    memory: int
+    """Bytes, all of it."""
+    bandwidth: float
+    """Bytes a second."""
+    half: float
+    """Dense operations a second on bfloat16 (float16 on a T4 or V100), summed in float32."""
+    single: float
+    """The same on float32."""
+    link: float = HOST_LINK["pcie4"]
+    """Bytes a second from the host's memory."""
+    measured: bool = False
+    """Whether the rates were measured on this machine, not read from a data sheet."""
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """Return the operations a second to reckon with."""
+        peak = self.single if dtype in (torch.float32, torch.float64) else self.half
+        return peak if self.measured else REACHED * peak
+
+    @property
+    def bytes_per_second(self) -> float:
+        """The bandwidth to reckon with."""
+        return self.bandwidth if self.measured else REACHED * self.bandwidth
+
+
+def gpu(
+    name: str, memory: float, bandwidth: float, half: float, single: float, link: str = "pcie4"
+) -> Device:
+    """Return a GPU from its data sheet: GB, GB/s, TFLOP/s, TFLOP/s."""
+    return Device(
+        name,
+        "cuda",
+        int(memory * GB),
+        bandwidth * GB,
+        half * TERA,
+        single * TERA,
+        HOST_LINK[link],
+    )
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        gpu("b200", 180, 8000, 2250, 75, "pcie5"),
+        gpu("h200", 141, 4800, 989, 67, "pcie5"),
+        gpu("h100", 80, 3350, 989, 67, "pcie5"),
+        gpu("a100-80", 80, 2039, 312, 19.5),
+        gpu("a100-40", 40, 1555, 312, 19.5),
+        gpu("a10", 24, 600, 125, 31.2),
+        gpu("l40s", 48, 864, 362, 91.6),
+        gpu("l4", 24, 300, 121, 30.3),
+        gpu("t4", 16, 320, 65, 8.1, "pcie3"),
+        gpu("v100", 32, 900, 125, 15.7, "pcie3"),
+        gpu("rtx6000-ada", 48, 960, 182, 91.1),
+        gpu("a6000", 48, 768, 155, 38.7),
+        gpu("rtx5090", 32, 1792, 209.5, 104.8, "pcie5"),
+        gpu("rtx4090", 24, 1008, 165.2, 82.6),
+        gpu("rtx3090", 24, 936, 71, 35.6),
+    )
+}
+"""GPUs by the name one types; rates without sparsity, half precision summed in float32."""
+ALIASES = {"a100": "a100-80", "4090": "rtx4090", "3090": "rtx3090", "5090": "rtx5090"}
+
+
+def device_named(name: str | None, memory: int | None = None) -> Device:
+    """Return a device by name, by default the one of this machine.
+
+    Args:
+        name: a GPU of the table, several as `2xrtx4090`, `cpu`, or None.
+        memory: bytes to reckon with in place of the device's own.
+
+    Raises:
+        UsageError: there is no such device in the table.
+    """
+    found = known_device(name)
+    return found if memory is None else replace(found, memory=memory)
+
+
+def known_device(name: str | None) -> Device:
+    """Return a device with its own memory."""
+    if name is None and torch.cuda.is_available():
+        return this_gpu()
+    if name in (None, "cpu"):
+        return this_cpu()
+    count, _, single = name.lower().rpartition("x") if re.match(r"\d+x", name) else ("1", "", name)
+    single = ALIASES.get(single.lower(), single.lower())
+    if single not in DEVICES:
+        known = ("cpu", *DEVICES)
+        raise UsageError(
+            f"there is no device {name!r} in the table; there are {', '.join(known)}, and several "
+            f"as '2xrtx4090'.{did_you_mean(single, known)}"
+        )
+    device = DEVICES[single]
+    return device if count == "1" else replace(device, name=name, memory=int(count) * device.memory)
+
+
+def this_gpu() -> Device:
+    """Return this machine's first GPU: its rates from the table, where it is known there."""
+    properties = torch.cuda.get_device_properties(0)
+    plain = re.sub(r"[^a-z0-9]", "", properties.name.lower())
+    near = [d for n, d in DEVICES.items() if n.split("-")[0].removeprefix("rtx") in plain]
+    base = near[0] if near else DEVICES["l4"]
+    free, total = torch.cuda.mem_get_info(0)
+    del total
+    return replace(base, name=properties.name, memory=free + CUDA_RUNTIME)
+
+
+def this_cpu() -> Device:
+    """Return this machine's CPU: memory that is free now, rates measured in about a second."""
+    half, single, bandwidth = cpu_rates()
+    return Device(
+        "cpu", "cpu", available_memory(), bandwidth, half, single, bandwidth, measured=True
+    )
+
+
+def available_memory() -> int:
+    """Return the bytes this process could still take: free memory, or less in a cgroup."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        import os
+
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    return min([free, *cgroup_rooms()])
+
+
+def cgroup_rooms() -> list[int]:
+    """Return what the cgroups of this process leave it, where they limit memory."""
+    root = Path("/sys/fs/cgroup")
+    files = [(root / "memory.max", root / "memory.current")]
+    files += [(root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes")]
+    rooms: list[int] = []
+    for limit, usage in files:
+        if limit.is_file() and usage.is_file() and (text := limit.read_text().strip()) != "max":
+            rooms.append(max(0, int(text) - int(usage.read_text())))
+    return rooms
+
+
+def cpu_rates() -> tuple[float, float, float]:
+    """Measure this CPU: operations a second on bfloat16 and float32 products, bytes a second.
+
+    The rate for bfloat16 is the better of both dtypes, as the kernels choose.
+    """
+    single, half = (product_rate(dtype) for dtype in (torch.float32, torch.bfloat16))
+    x = torch.empty(1 << 24)
+    seconds = fastest(lambda: x.mul_(1.0))
+    return max(half, single), single, 2 * x.nbytes / seconds
+
+
+def product_rate(dtype: torch.dtype, width: int = 1024, rows: int = 512) -> float:
+    """Return the operations a second of a matrix product."""
+    a, b = torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+    return 2 * rows * width * width / fastest(lambda: a @ b)
+
+
+def fastest(work: Callable[[], object], budget: float = 0.3) -> float:
+    """Return the least seconds that some work takes, tried for `budget` seconds."""
+    best, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < budget:
+        begun = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - begun)
+    return best
+
+
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def bytes_from(text: str) -> int:
+    """Return the bytes that `24GB`, `22.5GiB` or a plain number means.
+
+    Raises:
+        UsageError: it is not a size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if not found or found[2].lower() not in UNITS:
+        raise UsageError(f"'memory' must be a size such as 24GB or 80GiB, not {text!r}")
+    return int(float(found[1]) * UNITS[found[2].lower()])
