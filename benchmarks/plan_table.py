@@ -104,19 +104,26 @@ def batch(length: int) -> dict[str, Any]:
 
 def planned(case: dict[str, Any]) -> dict[str, Any]:
     """Plan a case from its configuration, as `inlay plan` does."""
+    from inlay.memory.devices import Device
+    from inlay.train.config import load_config
     from inlay.train.planning import planned_step
 
-    found = planned_step(
-        shape(case["dtype"]),
-        case["method"],
-        {},
-        batch(case["length"]),
-        storage=case["storage"],
-        dtype=case["dtype"],
-        policy=case["policy"],
-        accumulation=1,
+    run = load_config(
+        None,
+        {
+            "model": "pocket",
+            "data": "reports",
+            "output": "unused",
+            "method": case["method"],
+            "storage": case["storage"],
+            "dtype": case["dtype"],
+            "activations": case["policy"],
+            "gradient_accumulation": 1,
+        },
     )
-    return found
+    device = Device("cpu", "cpu", 1 << 40, 1e10, 3e11, 3e11)
+    found = planned_step(shape(case["dtype"]), run, batch(case["length"]), device).best
+    return {"total": found.total, "bytes": found.bytes}
 
 
 def measured(case: dict[str, Any], model_folder: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "training": (
         "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "scheduler",
-        "optimizer", "warmup", "weight_decay", "max_grad_norm", "gradient_checkpointing",
+        "optimizer", "warmup", "weight_decay", "max_grad_norm", "activations",
         "cache_trunk", "seed", "threads",
     ),
     "evaluation": ("evaluate", "eval_rows", "generate_rows", "generate_tokens"),

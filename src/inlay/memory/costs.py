@@ -11,7 +11,7 @@ from torch import Tensor
 from inlay.kernels.frozen import DENSE
 from inlay.kernels.scratch import TILE_BYTES, product_dtype, tile_rows
 
-UNPACKING = 12 << 20
+UNPACKING = (4 << 20, 4 << 20, 2 << 20)
 """About what unpacking a chunk of a packed weight holds on the way."""
 
 
@@ -27,28 +27,27 @@ def frozen_product(
 class Scratch:
     """What an operation holds beside its inputs and outputs."""
 
-    passing: int = 0
-    """Bytes that are freed when it ends."""
+    passing: tuple[int, ...] = ()
+    """Bytes of the blocks that are freed when it ends."""
     kept: int = 0
     """Bytes of the buffer that is kept from one operation to the next."""
 
 
-def product(x: Tensor, rows: int, columns: int, packing: str, inputs: int, outputs: int) -> Scratch:
+def product(x: Tensor, rows: int, columns: int, packing: str, *widths: int) -> Scratch:
     """Return the scratch of a frozen product.
 
-    Where x is multiplied in another dtype, `inputs` numbers a row of x are cast, and `outputs`
-    numbers a row are held before they are rounded.
+    Where x is multiplied in another dtype, blocks of these widths are held for every row of x.
     """
     dtype = product_dtype(x)
     count = x.numel() // x.shape[-1]
-    cast = 0 if dtype == x.dtype else count * (inputs + outputs) * dtype.itemsize
+    cast = () if dtype == x.dtype else tuple(count * w * dtype.itemsize for w in widths)
     if packing == DENSE and dtype == x.dtype:
         return Scratch(cast)
     tile = tile_rows(rows, columns, dtype, x.device) * columns * dtype.itemsize
-    unpacking = 0 if packing == DENSE else UNPACKING
+    unpacking = () if packing == DENSE else UNPACKING
     if x.device.type != "cpu":
-        return Scratch(cast + unpacking + tile)
-    return Scratch(cast + unpacking, max(tile, TILE_BYTES))
+        return Scratch((*cast, *unpacking, tile))
+    return Scratch((*cast, *unpacking), max(tile, TILE_BYTES))
 
 
 def frozen_linear(
@@ -80,7 +79,7 @@ def low_rank(
 ) -> Scratch:
     """Scratch of the product with its low-rank term."""
     del b, bias, scale, parts
-    return product(x, rows, columns, packing, columns + a.shape[0], rows)
+    return product(x, rows, columns, packing, columns, rows, a.shape[0])
 
 
 def low_rank_backward(
@@ -97,7 +96,8 @@ def low_rank_backward(
 ) -> Scratch:
     """Scratch of the gradients: x and g are cast, the gradient to x is held."""
     del g, b, scale, parts
-    return product(x, rows, columns, packing, columns + rows + a.shape[0], columns * to_x)
+    widths = (columns, rows, a.shape[0], *([columns] if to_x else []))
+    return product(x, rows, columns, packing, *widths)
 
 
 def low_rank_product(

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from inlay.errors import ModelError
 from inlay.memory import policy as policies
 from inlay.memory.costs import FLOPS, SCRATCH, Scratch
+from inlay.memory.heap import SMALLEST, Event, Heap
 from inlay.memory.policy import Policy
 
 CATEGORIES = ("weights", "adapter", "gradients", "optimiser", "activations", "loss", "buffers")
@@ -63,8 +64,24 @@ class Simulation:
     """The peak of the first forward and backward pass, before there is an optimiser's state."""
     host: int
     """The most bytes moved to the host at once."""
+    buffer: int
+    """Bytes of the buffer that operations keep."""
+    trace: list[Event]
+    """The blocks of memory that come and go in the step."""
+    trained: int
+    """Parameters that train."""
+    streamed_weights: int
+    """Bytes of the frozen weights that lie on the device when they are streamed: two blocks'."""
     work: dict[str, Work]
     """Operation -> what it did."""
+
+    def fragmentation(self, keeps: bool) -> int:
+        """Return the bytes that glibc holds at its peak beyond what is alive at the step's."""
+        heap = Heap(keeps=keeps)
+        for _ in range(3):
+            heap.replay(self.trace)
+        passing = sum(self.at_peak.values()) - sum(self.resting.values()) - self.buffer
+        return max(0, heap.peak - passing)
 
     @property
     def flops(self) -> int:
@@ -78,6 +95,7 @@ class Entry:
 
     size: int
     category: str
+    block: int
     alive: weakref.ref[Any] = field(repr=False)
 
 
@@ -95,19 +113,24 @@ class Ledger(TorchDispatchMode):
         self.category = "weights"
         """The category of what is made now."""
         self.work: dict[str, Work] = {}
+        self.trace: list[Event] = []
+        """Blocks as they come and go, for what the allocator makes of them."""
+        self.made = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = followed(func, args, kwargs)
         name = str(func).removesuffix(".default")
+        scratch = SCRATCH[name](*args, **kwargs) if name in SCRATCH else Scratch()
+        passing = [self.block(size) for size in scratch.passing]
+        out = followed(func, args, kwargs)
         inputs = tensors_in((args, kwargs))
         outputs = tensors_in(out)
         made = [t for t in outputs if self.add(t)]
-        scratch = SCRATCH[name](*args, **kwargs) if name in SCRATCH else Scratch()
         self.kept = max(self.kept, scratch.kept)
-        self.touch(scratch.passing)
+        self.touch(sum(scratch.passing))
+        self.trace += [(number, 0) for number in passing]
         self.note_work(name, func, args, kwargs, out, inputs, made)
         return out
 
@@ -119,7 +142,8 @@ class Ledger(TorchDispatchMode):
             return False
         category = category or self.category
         size = storage.nbytes()
-        self.entries[key] = Entry(size, category, weakref.ref(storage, lambda _: self.drop(key)))
+        alive = weakref.ref(storage, lambda _: self.drop(key))
+        self.entries[key] = Entry(size, category, self.block(size), alive)
         self.change(category, size)
         return True
 
@@ -127,6 +151,14 @@ class Ledger(TorchDispatchMode):
         """A storage has died."""
         entry = self.entries.pop(key)
         self.change(entry.category, -entry.size)
+        self.trace.append((entry.block, 0))
+
+    def block(self, size: int) -> int:
+        """Note that a block of memory is made; return its number."""
+        self.made += 1
+        if size >= SMALLEST:
+            self.trace.append((self.made, size))
+        return self.made
 
     def recategorise(self, tensor: Tensor, category: str) -> None:
         """Count a tensor's storage as something else from now on."""
@@ -154,6 +186,7 @@ class Ledger(TorchDispatchMode):
     def start_over(self) -> None:
         """Forget the peak and the work so far; what is alive stays."""
         self.peak, self.host_peak, self.work = 0, 0, {}
+        self.trace.clear()
         self.touch(0)
 
     def note_work(
@@ -271,7 +304,11 @@ class Step:
             kept=kept,
             passes=passes + ledger.kept,
             host=ledger.host_peak,
+            trained=sum(p.numel() for p in self.trained),
+            streamed_weights=2 * largest_block(self.model),
             work=ledger.work,
+            buffer=ledger.kept,
+            trace=ledger.trace,
         )
 
     def first_update(self, optimiser: Optimiser) -> Callable[[], Any]:
@@ -303,6 +340,19 @@ class Step:
     def back(self, x: Tensor) -> Tensor:
         """Return a copy of a tensor of the host's in the device's memory."""
         return torch.empty_like(x)
+
+
+def largest_block(model: nn.Module) -> int:
+    """Return the frozen bytes of the model's largest repeated block, or of its embedding."""
+    blocks = [m for each in model.modules() if isinstance(each, nn.ModuleList) for m in each]
+    parts = [*blocks, *(m for m in model.modules() if isinstance(m, nn.Embedding))]
+    return max((frozen_bytes(part) for part in parts), default=frozen_bytes(model))
+
+
+def frozen_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's tensors that do not train."""
+    tensors = (*module.parameters(), *module.buffers())
+    return sum(t.nbytes for t in tensors if not t.requires_grad)
 
 
 def known_tensor(mode: FakeTensorMode, value: Tensor) -> Tensor:

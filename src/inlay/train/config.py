@@ -134,8 +134,12 @@ class RunConfig(BaseModel):
     max_grad_norm: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="gradients are clipped to this norm"
     )
-    gradient_checkpointing: Literal["auto"] | bool = Field(
-        "auto", description="recompute activations to save memory; auto: on a GPU only"
+    activations: Literal[
+        "auto", "keep-all", "keep-products", "recompute-mlp", "layer-inputs", "offload"
+    ] = Field(
+        "auto",
+        description="what the forward pass keeps for the backward pass, the rest is computed "
+        "again; auto: the most that fits",
     )
     cache_trunk: Literal["auto"] | bool = Field(
         "auto",
@@ -186,6 +190,8 @@ SYNONYMS = {
     "max_seq_length": "max_length",
     "lr_scheduler_type": "scheduler",
     "optim": "optimizer",
+    "gradient_checkpointing": "activations",
+    "activation_checkpointing": "activations",
     "warmup_steps": "warmup",
     "warmup_ratio": "warmup",
     "logging_steps": "log_every",

@@ -2,43 +2,281 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from inlay.memory.policy import Policy
+from inlay.data.tokens import Encoded
+from inlay.errors import TrainingError
+from inlay.memory.devices import Device
+from inlay.memory.plan import Plan, Task, plan
+from inlay.memory.policy import POLICIES, Policy
 from inlay.memory.probe import runtime
-from inlay.memory.simulate import Simulation, adamw, simulate
-from inlay.memory.skeleton import skeleton
+from inlay.memory.simulate import Optimiser, adamw, adamw_8bit
+from inlay.memory.skeleton import computing_dtype, config_of, skeleton
+from inlay.methods.base import PromptMethod
 from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
-from inlay.train.trainer import step_loss
+from inlay.model.shapes import length_multiple
+from inlay.train.config import RunConfig
+from inlay.train.order import order
+from inlay.train.trainer import IGNORED, labels, step_loss
+
+EPOCHS_LOOKED_AT = 10
+RANKS = (16, 32, 64, 128)
+"""Ranks that are proposed; the first whose parameters outnumber the trained tokens."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the plan needs of the data: the largest batch, and how much there is."""
+
+    batch: dict[str, Tensor]
+    count: int
+    tokens: int
+    trained_tokens: int
+    assumed: bool = False
+    """Whether there were no rows to look at, so that every one is taken to be of full length."""
+
+
+def planned_run(
+    config: RunConfig, rows: Rows, device: Device, *, streamed: bool = False
+) -> Plan:
+    """Plan a run's step on a device, from the model's configuration alone.
+
+    Raises:
+        ModelError: the configuration cannot be read, or the step not be followed.
+    """
+    shape, _ = config_of(config.model, config.revision)
+    task = Task(
+        build=partial(built, shape, config),
+        batch=rows.batch,
+        loss=step_loss,
+        optimiser=optimiser_of(config, device),
+        accumulation=config.gradient_accumulation,
+        dtype=computing_dtype(shape, config.dtype),
+        streamed=streamed,
+    )
+    return plan(task, device, runtime=held_already(device), policies=policies_of(config))
+
+
+def held_already(device: Device) -> int:
+    """Return what this process holds with everything imported that a run imports."""
+    from inlay.train import run
+
+    del run
+    return runtime() if device.kind == "cpu" else 0
+
+
+def built(shape: PreTrainedConfig, config: RunConfig) -> nn.Module:
+    """Build the run's model without values, adapted and ready to train."""
+    model = skeleton(shape, config.storage, double_quant=config.double_quant, dtype=config.dtype)
+    attach(
+        model,
+        build_method(config.method, config.hyperparameters),
+        targets=config.targets,
+        exclude=config.exclude,
+        layers=config.layers,
+        modules_to_save=config.modules_to_save,
+    )
+    return model.train()
+
+
+def policies_of(config: RunConfig) -> Sequence[Policy]:
+    """Return the activation policies a run allows; a prompt's cache forbids computing again."""
+    method = build_method(config.method, config.hyperparameters)
+    if config.activations == "auto":
+        return POLICIES[:1] if isinstance(method, PromptMethod) else POLICIES
+    return (config.activations,)
+
+
+def optimiser_of(config: RunConfig, device: Device) -> Optimiser:
+    """Return the run's optimiser, as it counts on this device."""
+    if getattr(config, "optimizer", "adamw") != "adamw":
+        return adamw_8bit
+    return partial(adamw, foreach=device.kind == "cuda")
+
+
+# The largest batch
+
+
+def rows_to_plan(config: RunConfig, encoded: Sequence[Encoded], multiple: int = 1) -> Rows:
+    """Return the largest batch that the run's order yields, and how much data there is."""
+    chosen = [encoded[i] for i in largest_batch(config, [len(r.input_ids) for r in encoded])]
+    return Rows(
+        padded(chosen, multiple),
+        len(encoded),
+        sum(len(row.input_ids) for row in encoded),
+        sum(row.trained_tokens for row in encoded),
+    )
+
+
+def assumed_rows(config: RunConfig) -> Rows:
+    """Return a batch of rows as long as the run allows, every token trained on."""
+    length = config.max_length
+    row = Encoded([0] * length, [True] * length, length)
+    return Rows(padded([row] * config.batch_size, 1), 0, 0, 0, assumed=True)
+
+
+def largest_batch(config: RunConfig, lengths: Sequence[int]) -> list[int]:
+    """Return the row numbers of the batch with the most tokens, padding included."""
+    size, worst = config.batch_size, (0, [])
+    for epoch in range(min(ceil(config.epochs), EPOCHS_LOOKED_AT)):
+        numbers = order(lengths, size, config.seed, epoch)
+        for start in range(0, len(numbers), size):
+            batch = numbers[start : start + size]
+            tokens = len(batch) * max(lengths[i] for i in batch)
+            if tokens > worst[0]:
+                worst = (tokens, batch)
+    return worst[1]
+
+
+def padded(rows: Sequence[Encoded], multiple: int) -> dict[str, Tensor]:
+    """Return rows as the training loop pads them: ids, labels and mask."""
+    longest = max(len(row.input_ids) for row in rows)
+    width = ceil(longest / multiple) * multiple
+    lengths = [len(row.input_ids) for row in rows]
+    filled = [(row.input_ids, labels(row)) for row in rows]
+    return {
+        "input_ids": torch.tensor([[*ids, *[0] * (width - len(ids))] for ids, _ in filled]),
+        "labels": torch.tensor([[*ls, *[IGNORED] * (width - len(ls))] for _, ls in filled]),
+        "attention_mask": torch.tensor([[1] * n + [0] * (width - n) for n in lengths]),
+    }
+
+
+def padding_multiple(config: RunConfig, device: Device) -> int:
+    """Return what the run pads row lengths to a multiple of, on this device."""
+    shape, _ = config_of(config.model, config.revision)
+    stand_in = nn.Linear(1, 1)
+    stand_in.config = shape  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    return length_multiple(stand_in) if device.kind == "cpu" else 1
+
+
+# What to do when it does not fit, or when nothing was asked for
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A run that fits, and why it is this one."""
+
+    config: RunConfig
+    plan: Plan
+    streamed: bool
+    reasons: tuple[str, ...]
+
+
+def proposal(config: RunConfig, rows_for: Callable[[RunConfig], Rows], device: Device) -> Proposal:
+    """Return LoRA on the most exact storage that fits, at the batch asked for or a smaller one."""
+    reasons: list[str] = []
+    for storage, batch, streamed in candidates(config):
+        changed = config.model_copy(
+            update={
+                "method": "lora",
+                "hyperparameters": {"rank": RANKS[0]},
+                "storage": storage,
+                "batch_size": batch,
+                "gradient_accumulation": ceil(
+                    config.batch_size * config.gradient_accumulation / batch
+                ),
+            }
+        )
+        rows = rows_for(changed)
+        found = planned_run(changed, rows, device, streamed=streamed)
+        what = f"{storage}{', streamed' if streamed else ''}, {batch} rows a pass"
+        if found.chosen is not None:
+            reasons.append(f"{what}: fits")
+            ranked, why = with_rank(changed, found, rows)
+            return Proposal(ranked, found, streamed, (*reasons, why))
+        reasons.append(f"{what}: needs {found.least.total / 1e9:.1f} GB")
+    raise TrainingError(
+        f"nothing fits {device.name} with {device.memory / 1e9:.1f} GB: {'; '.join(reasons)}; "
+        "lower max_length or take a smaller model"
+    )
+
+
+def candidates(config: RunConfig) -> list[tuple[str, int, bool]]:
+    """Return storage, rows a pass and whether streamed, from the most exact to the smallest."""
+    sizes = sorted({config.batch_size, 1}, reverse=True)
+    resident = [(storage, size, False) for storage in ("dense", "nf4") for size in sizes]
+    return [*resident, ("nf4", config.batch_size, True), ("nf4", 1, True)]
+
+
+def with_rank(config: RunConfig, found: Plan, rows: Rows) -> tuple[RunConfig, str]:
+    """Return the run with a rank whose parameters can hold what the trained tokens teach."""
+    per_rank = found.trained / RANKS[0]
+    rank = next((r for r in RANKS if r * per_rank >= rows.trained_tokens), RANKS[-1])
+    why = (
+        f"rank {rank}: {rank * per_rank:,.0f} parameters to hold {rows.trained_tokens:,} trained "
+        "tokens"
+        if rows.trained_tokens
+        else f"rank {rank}: enough for small and middling data"
+    )
+    return config.model_copy(update={"hyperparameters": {"rank": rank}}), why
+
+
+def check_fits(found: Plan, config: RunConfig) -> None:
+    """Raise when no allowed policy fits, before anything is loaded."""
+    if found.chosen is not None:
+        return
+    least = found.least
+    raise TrainingError(
+        f"training would run out of memory: the largest batch needs {least.total / 1e9:.2f} GB "
+        f"with activations {least.policy!r}, and {found.device.name} has "
+        f"{found.device.memory / 1e9:.2f} GB; {remedies(config)}"
+    )
+
+
+def remedies(config: RunConfig) -> str:
+    """Return what would make a run smaller."""
+    ways = [f"lower max_length (now {config.max_length})"]
+    if config.batch_size > 1:
+        ways.append("set batch_size to 1 and raise gradient_accumulation")
+    if config.storage == "dense":
+        ways.append("hold the base with storage nf4")
+    if config.activations != "auto":
+        ways.append("leave activations at auto")
+    return ", or ".join(ways) + "; `inlay plan` shows what each needs"
+
+
+def steps_of(config: RunConfig, rows: Rows) -> int:
+    """Return how many optimiser steps the run takes."""
+    if config.max_steps is not None:
+        return config.max_steps
+    batches = ceil(rows.count / config.batch_size)
+    return ceil(config.epochs * ceil(batches / config.gradient_accumulation))
+
+
+def run_seconds(config: RunConfig, rows: Rows, step: float) -> float:
+    """Return the run's seconds: the largest batch's, scaled by how long rows are on average."""
+    if not rows.count:
+        return steps_of(config, rows) * step
+    mean = rows.tokens / rows.count * min(config.batch_size, rows.count)
+    return steps_of(config, rows) * step * min(1.0, mean / rows.batch["input_ids"].numel())
+
+
+# One step for the benchmark
 
 
 def planned_step(
-    config: PreTrainedConfig,
-    method: str,
-    hyperparameters: Mapping[str, Any],
+    shape: PreTrainedConfig,
+    config: RunConfig,
     batch: Mapping[str, Tensor],
-    *,
-    storage: str,
-    dtype: str,
-    policy: Policy,
-    accumulation: int,
-) -> dict[str, Any]:
-    from inlay.train import run  # what a run imports
-    del run
-    held = runtime()
-
-    def build() -> nn.Module:
-        model = skeleton(config, storage, double_quant=True, dtype=dtype)
-        attach(model, build_method(method, hyperparameters))
-        return model.train()
-
-    s = simulate(
-        build, batch, step_loss, optimiser=adamw, policy=policy, accumulation=accumulation
+    device: Device,
+) -> Plan:
+    """Plan a step of a model that is given as its configuration."""
+    task = Task(
+        build=partial(built, shape, config),
+        batch=batch,
+        loss=step_loss,
+        optimiser=optimiser_of(config, device),
+        accumulation=config.gradient_accumulation,
+        dtype=computing_dtype(shape, config.dtype),
     )
-    return {"total": s.peak + held, "bytes": {**s.at_peak, "runtime": held}}
+    return plan(task, device, runtime=held_already(device), policies=policies_of(config))
+
