@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def shape(dtype: str) -> Any:
     )
 
 
-def make_model(folder: Path, dtype: str) -> Path:
+def make_model(folder: Path, dtype: str) -> str:
     """Save random weights of that shape, with a tokenizer that nothing reads."""
     import torch
     from tokenizers import Tokenizer, models
@@ -89,7 +90,7 @@ def make_model(folder: Path, dtype: str) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="<unk>"
     ).save_pretrained(path)
-    return path
+    return str(path)
 
 
 def batch(length: int) -> dict[str, Any]:
@@ -157,12 +158,41 @@ def measured(case: dict[str, Any], model_folder: str) -> dict[str, Any]:
     return {"measured": found.peak, "before": before, "loaded": loaded, "after": resident()}
 
 
-def in_a_process(kind: str, case: dict[str, Any], *rest: str) -> dict[str, Any]:
-    """Run one half of a case in a fresh process."""
-    words = [sys.executable, __file__, kind, json.dumps(case), *rest]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
+def plans(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Plan every case in this process."""
+    return [planned(case) for case in cases]
+
+
+def measurements(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Measure every case in a process of its own, which begins with the imports of a run."""
+    from inlay.train import run
+
+    del run
+    with tempfile.TemporaryDirectory() as folder:
+        folders = {d: in_a_child(make_model, Path(folder), d) for d in ("bfloat16", "float32")}
+        return [in_a_child(measured, case, folders[case["dtype"]]) for case in cases]
+
+
+def in_a_child(work: Callable[..., Any], *args: Any) -> Any:
+    """Return what some work returns in a child of this process, which has not computed yet."""
+    read, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with os.fdopen(write_end, "w") as answer:
+            answer.write(json.dumps(work(*args)))
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read) as answer:
+        text = answer.read()
+    os.waitpid(child, 0)
+    print(work.__name__, *(name_of(a) for a in args if isinstance(a, dict)), text, file=sys.stderr)
+    return json.loads(text)
+
+
+def in_a_process(kind: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run one half of the table in a fresh process."""
+    words = [sys.executable, __file__, kind, json.dumps(cases)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -170,16 +200,14 @@ def main(names: list[str]) -> None:
     """Plan and measure every case."""
     cases = [c for c in CASES if not names or name_of(c) in names]
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        folders = {d: make_model(Path(folder), d) for d in ("bfloat16", "float32")}
-        for case in cases:
-            plan = in_a_process("plan", case)
-            found = in_a_process("measure", case, str(folders[case["dtype"]]))
-            error = plan["total"] / found["measured"] - 1
-            rows.append({**case, "planned": plan, **found, "error": error})
-            megabytes = {k: round(v / 1e6) for k, v in plan["bytes"].items()}
-            about = {k: round(v / 1e6) for k, v in found.items()}
-            print(f"{name_of(case):<48}{error:+7.1%}", about, megabytes, flush=True)
+    for case, plan, found in zip(
+        cases, in_a_process("plan", cases), in_a_process("measure", cases), strict=True
+    ):
+        error = plan["total"] / found["measured"] - 1
+        rows.append({**case, "planned": plan, **found, "error": error})
+        megabytes = {k: round(v / 1e6) for k, v in plan["bytes"].items()}
+        about = {k: round(v / 1e6) for k, v in found.items()}
+        print(f"{name_of(case):<48}{error:+7.1%}", about, megabytes, flush=True)
     if not names:
         write("plan_table", {"layers": LAYERS, "steps": STEPS, "rows": rows})
     within = sum(abs(row["error"]) <= 0.05 for row in rows)
@@ -194,8 +222,8 @@ def name_of(case: dict[str, Any]) -> str:
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if sys.argv[1:2] == ["plan"]:
-        print(json.dumps(planned(json.loads(sys.argv[2]))))
+        print(json.dumps(plans(json.loads(sys.argv[2]))))
     elif sys.argv[1:2] == ["measure"]:
-        print(json.dumps(measured(json.loads(sys.argv[2]), sys.argv[3])))
+        print(json.dumps(measurements(json.loads(sys.argv[2]))))
     else:
         main(sys.argv[1:])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from inlay.kernels.frozen import DENSE
-from inlay.kernels.scratch import TILE_BYTES, product_dtype, tile_rows
+from inlay.kernels.scratch import FAST_HALVES_ON_CPU, TILE_BYTES, product_dtype, tile_rows
 
 UNPACKING = (4 << 20, 4 << 20, 2 << 20)
 """About what unpacking a chunk of a packed weight holds on the way."""
@@ -21,6 +23,21 @@ def frozen_product(
     """Two operations a weight and row of x."""
     del parts, packing, rest
     return 2 * (x.numel() // x.shape[-1]) * rows * columns
+
+
+target: Literal["cpu", "cuda"] = "cpu"
+"""The kind of device that is planned for; fake tensors say `cpu` whatever it is."""
+
+
+@contextmanager
+def planning_for(kind: Literal["cpu", "cuda"]) -> Generator[None]:
+    """Count scratch memory as on this kind of device inside the `with` block."""
+    global target
+    before, target = target, kind
+    try:
+        yield
+    finally:
+        target = before
 
 
 @dataclass(frozen=True)
@@ -38,15 +55,15 @@ def product(x: Tensor, rows: int, columns: int, packing: str, *widths: int) -> S
 
     Where x is multiplied in another dtype, blocks of these widths are held for every row of x.
     """
-    dtype = product_dtype(x)
+    dtype = product_dtype(x) if target == "cpu" else x.dtype
     count = x.numel() // x.shape[-1]
     cast = () if dtype == x.dtype else tuple(count * w * dtype.itemsize for w in widths)
     if packing == DENSE and dtype == x.dtype:
         return Scratch(cast)
-    tile = tile_rows(rows, columns, dtype, x.device) * columns * dtype.itemsize
     unpacking = () if packing == DENSE else UNPACKING
-    if x.device.type != "cpu":
-        return Scratch((*cast, *unpacking, tile))
+    if target != "cpu":
+        return Scratch((*unpacking, rows * columns * dtype.itemsize))
+    tile = tile_rows(rows, columns, dtype, x.device) * columns * dtype.itemsize
     return Scratch((*cast, *unpacking), max(tile, TILE_BYTES))
 
 
@@ -127,6 +144,24 @@ def low_rank_gradients(
     return 2 * count * (to_x * rows * columns + 3 * a.shape[0] * (rows + columns))
 
 
+def matmul(a: Tensor, b: Tensor) -> Scratch:
+    """Scratch of `a @ b`: in float32, where a CPU has no arithmetic for halves."""
+    return emulated(a, a.shape[-2] * b.shape[-1])
+
+
+def addmm(bias: Tensor, a: Tensor, b: Tensor, **factors: Any) -> Scratch:
+    """Scratch of `bias + a @ b`."""
+    del bias, factors
+    return matmul(a, b)
+
+
+def emulated(x: Tensor, outputs: int) -> Scratch:
+    """Return what a product of halves holds: its result in float32, if the CPU emulates them."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    native = target != "cpu" or x.dtype in FAST_HALVES_ON_CPU
+    return Scratch((4 * outputs,) if half and not native else ())
+
+
 def attention_forward(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> int:
     """Two products of every query with every key; q: (b, heads, n, d), k: (b, heads, m, d)."""
     del rest, options
@@ -141,6 +176,8 @@ def attention_backward(g: Tensor, q: Tensor, k: Tensor, *rest: Any, **options: A
 
 
 SCRATCH: dict[str, Callable[..., Scratch]] = {
+    "aten.mm": matmul,
+    "aten.addmm": addmm,
     "inlay.frozen_linear": frozen_linear,
     "inlay.frozen_linear_t": frozen_linear_t,
     "inlay.low_rank_linear": low_rank,

@@ -110,7 +110,7 @@ def known_device(name: str | None) -> Device:
     """Return a device with its own memory."""
     if name is None and torch.cuda.is_available():
         return this_gpu()
-    if name in (None, "cpu"):
+    if name is None or name == "cpu":
         return this_cpu()
     count, _, single = name.lower().rpartition("x") if re.match(r"\d+x", name) else ("1", "", name)
     single = ALIASES.get(single.lower(), single.lower())
@@ -135,9 +135,14 @@ def this_gpu() -> Device:
     return replace(base, name=properties.name, memory=free + CUDA_RUNTIME)
 
 
-def this_cpu() -> Device:
+def this_machine() -> Device:
+    """Return what a model goes to on this machine; a CPU's rates are not measured."""
+    return this_gpu() if torch.cuda.is_available() else this_cpu(rates=False)
+
+
+def this_cpu(*, rates: bool = True) -> Device:
     """Return this machine's CPU: memory that is free now, rates measured in about a second."""
-    half, single, bandwidth = cpu_rates()
+    half, single, bandwidth = cpu_rates() if rates else (1e11, 1e11, 1e10)
     return Device(
         "cpu", "cpu", available_memory(), bandwidth, half, single, bandwidth, measured=True
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from inlay.errors import ModelError
 from inlay.memory.devices import CUDA_RUNTIME, Device
 from inlay.memory.policy import POLICIES, Policy
-from inlay.memory.simulate import Optimiser, Simulation, simulate
+from inlay.memory.simulate import Optimiser, Simulation, fake_tensors, frozen_bytes, simulate
 
 ROOM = 0.95
 """The share of a device's memory that a plan may fill: plans are within 5% of what is measured."""
@@ -36,6 +36,9 @@ class Option:
     flops: int
     seconds: float
     """Of one step."""
+    streamed_total: int
+    """The same total, were the frozen weights streamed from the host: two blocks lie here."""
+    streamed_seconds: float
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,8 @@ class Plan:
     """The first that fits; None where none does."""
     trained: int
     """Parameters that train."""
-
-    @property
-    def limit(self) -> int:
-        """The bytes a step may take on the device."""
-        return int(ROOM * self.device.memory)
+    limit: int
+    """The bytes a step may take, what the process holds already included."""
 
     @property
     def least(self) -> Option:
@@ -99,7 +99,10 @@ def plan(
     room = int(ROOM * device.memory) + (held if device.kind == "cpu" else 0)
     options: list[Option] = []
     trained = 0
-    for policy in possible(policies, device):
+    tried = list(possible(policies, device))
+    if not task.streamed and weights_of(task) > room:
+        tried = tried[-1:]
+    for policy in tried:
         simulation = simulate(
             task.build,
             task.batch,
@@ -107,12 +110,13 @@ def plan(
             optimiser=task.optimiser,
             policy=policy,
             accumulation=task.accumulation,
+            kind=device.kind,
         )
         trained = simulation.trained
         options.append(option(policy, simulation, task, device, held))
         if options[-1].total <= room:
-            return Plan(device, tuple(options), options[-1], trained)
-    return Plan(device, tuple(options), None, trained)
+            return Plan(device, tuple(options), options[-1], trained, room)
+    return Plan(device, tuple(options), None, trained, room)
 
 
 def possible(policies: Sequence[Policy], device: Device) -> Iterator[Policy]:
@@ -130,29 +134,34 @@ def possible(policies: Sequence[Policy], device: Device) -> Iterator[Policy]:
     yield from found
 
 
-def option(
-    policy: Policy, found: Simulation, task: Task, device: Device, runtime: int
-) -> Option:
+def weights_of(task: Task) -> int:
+    """Return the bytes of the frozen weights."""
+    with fake_tensors():
+        return frozen_bytes(task.build())
+
+
+def option(policy: Policy, found: Simulation, task: Task, device: Device, runtime: int) -> Option:
     """Return what a simulated step means on a device."""
     weights = found.resting["weights"]
-    resident = found.streamed_weights if task.streamed else weights
+    resident = min(weights, found.streamed_weights) if task.streamed else weights
     parts = {**found.at_peak, "weights": resident, "runtime": runtime}
     if device.kind == "cpu":
         parts["allocator"] = found.fragmentation(keeps=False)
-    host = found.host + (weights if task.streamed else 0)
-    moved = 2 * found.host + (2 * weights if task.streamed else 0)
-    seconds = task.accumulation * max(
-        step_seconds(found, device, task.dtype), moved / device.link if device.kind == "cuda" else 0
-    )
+    total = sum(parts.values())
+    pure = step_seconds(found, device, task.dtype)
+    moving = 2 * found.host / device.link
+    streaming = max(pure, moving + 2 * weights / device.link)
     return Option(
         policy=policy,
-        total=sum(parts.values()),
+        total=total,
         bytes=parts,
-        passes=found.passes - weights + resident + runtime,
+        passes=found.passes - weights + resident + runtime + parts.get("allocator", 0),
         kept=found.kept,
-        host=host,
+        host=found.host + (weights if task.streamed else 0),
         flops=found.flops,
-        seconds=seconds,
+        seconds=task.accumulation * (streaming if task.streamed else max(pure, moving)),
+        streamed_total=total - resident + min(weights, found.streamed_weights),
+        streamed_seconds=task.accumulation * streaming,
     )
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from inlay.errors import ModelError
 from inlay.memory import policy as policies
-from inlay.memory.costs import FLOPS, SCRATCH, Scratch
+from inlay.memory.costs import FLOPS, SCRATCH, Scratch, planning_for
 from inlay.memory.heap import SMALLEST, Event, Heap
 from inlay.memory.policy import Policy
 
@@ -234,6 +234,7 @@ def simulate(
     optimiser: Optimiser,
     policy: Policy = "keep-all",
     accumulation: int = 1,
+    kind: Literal["cpu", "cuda"] = "cpu",
 ) -> Simulation:
     """Run one training step of a model on fake tensors.
 
@@ -244,11 +245,12 @@ def simulate(
         optimiser: makes the optimiser of the trained parameters, its state included.
         policy: which activations are kept.
         accumulation: passes to a step; with several, gradients live through the passes.
+        kind: the kind of device whose scratch memory is counted.
 
     Raises:
         ModelError: what the model computes depends on values that only training knows.
     """
-    with fake_tensors() as mode:
+    with planning_for(kind), fake_tensors() as mode:
         ledger = Ledger()
         model = build()
         inputs = {name: known_tensor(mode, value) for name, value in batch.items()}

@@ -10,8 +10,6 @@ from transformers import PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
 from inlay.errors import UsageError
-from inlay.methods.base import PromptMethod
-from inlay.model.attach import active, adapters
 from inlay.model.shapes import length_multiple
 from inlay.train.config import RunConfig
 
@@ -48,7 +46,7 @@ def arguments(
         bf16=False,
         fp16=False,
         tf32=None,
-        **recomputation(checkpoints_gradients(config, model)),
+        **no_recomputation(),
         pad_to_multiple_of=None if bins else length_multiple(model),
         max_length=config.max_length if bins else None,
         packing=bins,
@@ -71,39 +69,14 @@ def arguments(
     )
 
 
-def checkpoints_gradients(config: RunConfig, model: PreTrainedModel) -> bool:
-    """Say whether activations are recomputed: on a GPU, unless a prompt needs the cache."""
-    if config.gradient_checkpointing != "auto":
-        return config.gradient_checkpointing
-    prompts = any(isinstance(adapters(model)[name].method, PromptMethod) for name in active(model))
-    return model.device.type == "cuda" and not prompts
+def no_recomputation() -> dict[str, Any]:
+    """Return the arguments that leave activations to us, as this release names them.
 
-
-def check_optimizer(name: str, device: str) -> None:
-    """Raise unless this optimiser can run here.
-
-    Raises:
-        UsageError: bitsandbytes is not installed, or its paged states are asked for on a CPU.
+    What is kept is set on the model's blocks before training (`memory.policy`).
     """
-    if name == "adamw":
-        return
-    if find_spec("bitsandbytes") is None:
-        raise UsageError(
-            f"optimizer {name!r} is bitsandbytes', which is not installed; "
-            "run pip install bitsandbytes, or choose adamw"
-        )
-    if name.startswith("paged") and device != "cuda":
-        raise UsageError(
-            f"optimizer {name!r} pages its state between a GPU and the host, and this model is on "
-            f"{device}; choose adamw-8bit or adamw"
-        )
-
-
-def recomputation(wanted: bool) -> dict[str, Any]:
-    """Return the arguments that say so, under the names this release of transformers has."""
     renamed = "activation_checkpointing" in SFTConfig.__dataclass_fields__
     name = "activation_checkpointing" if renamed else "gradient_checkpointing"
-    return {name: wanted, f"{name}_kwargs": {"use_reentrant": False}}
+    return {name: False, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def warmup_steps(warmup: float, total_steps: int) -> int:

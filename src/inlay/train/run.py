@@ -19,11 +19,14 @@ from transformers.utils import logging as transformers_logging
 from inlay.checkpoint.adapter import save_adapter
 from inlay.data.rows import Rows
 from inlay.data.tokens import Encoded, summarise
-from inlay.errors import DataError, TrainingError, UsageError
+from inlay.errors import DataError, ModelError, TrainingError, UsageError
 from inlay.evaluate.losses import losses
 from inlay.evaluate.record import ComparisonRecord, Run, Step
 from inlay.evaluate.report import write_report
 from inlay.evaluate.run import compare
+from inlay.memory.devices import this_machine
+from inlay.memory.plan import Plan
+from inlay.memory.policy import applied
 from inlay.methods.base import Method
 from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
@@ -41,6 +44,13 @@ from inlay.train.events import Event, OnEvent
 from inlay.train.files import saving, size_of
 from inlay.train.folder import RunFolder, check_same_inputs, open_folder
 from inlay.train.guard import Guard, check_changed, fingerprints
+from inlay.train.planning import (
+    check_fits,
+    largest_batch,
+    padding_multiple,
+    planned_run,
+    rows_to_plan,
+)
 from inlay.train.recipe import LearningRate, learning_rate
 from inlay.train.recorder import Recorder, read_metrics
 from inlay.train.rows import RunRows, encode_rows, rows_of_run, sample
@@ -52,6 +62,8 @@ GATE_ROWS = 64
 """Rows that the loss in 8 bits is measured on."""
 TRUNK = "trunk.tmp"
 """The file that a kept trunk takes if it does not fit in memory; what a kill leaves is removed."""
+TOLERATED = 0.05
+"""How far the probed memory may be from the planned one without a word."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +135,16 @@ class Running:
         """Go through the stages of the run, the cheap checks first."""
         self.stage("reading the data")
         tokens, rows = self.tokens()
+        planned = self.planned(tokens)
         self.stage("loading the model")
         model, tokenizer = self.loaded()
         record = self.begin(model, rows)
         if self.config.eight_bits:
             record["eight_bits"] = self.in_eight_bits(model, tokens)
-        with self.stopping(record), left_as_it_was(model):
+        record["memory"] = planned_record(planned)
+        with self.stopping(record), left_as_it_was(model), self.keeping(model, planned):
             trainer = self.trainer(model, tokenizer, tokens, record)
+            self.try_largest(trainer, planned)
             with self.trunk(model, tokens):
                 self.fit(trainer)
         if self.config.eight_bits:
@@ -187,6 +202,27 @@ class Running:
                 shown = ", ".join(map(str, lines[:LINES_NAMED]))
                 more = ", ..." if len(lines) > LINES_NAMED else ""
                 self.note(f"{len(lines)} rows {what} (lines {shown}{more})")
+
+    def planned(self, tokens: Tokens) -> Plan | None:
+        """Plan the largest batch's step; raise when it cannot fit. None when it cannot be planned.
+
+        Raises:
+            TrainingError: no activation policy that the run allows fits.
+        """
+        device = this_machine()
+        rows = rows_to_plan(self.config, tokens.train, padding_multiple(self.config, device))
+        try:
+            found = planned_run(self.config, rows, device)
+        except ModelError as error:
+            self.note(f"memory is not planned: {error}")
+            return None
+        check_fits(found, self.config)
+        best = found.best
+        self.note(
+            f"memory planned: {best.total / 1e9:.2f} GB of {found.limit / 1e9:.2f} GB, "
+            f"activations {best.policy}"
+        )
+        return found
 
     # The model and its adapter
 
@@ -324,6 +360,28 @@ class Running:
             and min(passes, config.epochs) > 1
         )
 
+    def keeping(self, model: PreTrainedModel, planned: Plan | None) -> AbstractContextManager[Any]:
+        """Make the model keep the activations that were planned; without a plan, all or few."""
+        if planned is not None:
+            return applied(model, planned.best.policy)
+        if self.config.activations != "auto":
+            return applied(model, self.config.activations)
+        on_gpu = model.device.type == "cuda" and model.supports_gradient_checkpointing
+        return applied(model, "layer-inputs" if on_gpu else "keep-all")
+
+    def try_largest(self, trainer: AdapterTrainer, planned: Plan | None) -> None:
+        """Run the largest batch once, without a step; tell when its memory was planned wrongly."""
+        if planned is None:
+            return
+        measured = trainer.peak_of(largest_batch(self.config, trainer.lengths))
+        expected = planned.best.passes
+        if measured is not None and abs(measured / expected - 1) > TOLERATED:
+            self.note(
+                f"the largest batch took {measured / 1e9:.2f} GB, planned were "
+                f"{expected / 1e9:.2f} GB ({measured / expected - 1:+.0%})"
+            )
+
+
     def fit(self, trainer: AdapterTrainer) -> None:
         """Train from the start, or from the last complete checkpoint."""
         before = fingerprints(trainer.adapted, trainer.adapter)
@@ -413,6 +471,14 @@ class Running:
         write_report(self.folder.report, cast("Run", record), metrics, record["comparison"])
         self.folder.write_record(record)
         self.stage(f"done: {self.folder.path}")
+
+
+def planned_record(planned: Plan | None) -> dict[str, Any] | None:
+    """Return what run.json says of the plan."""
+    if planned is None:
+        return None
+    best = planned.best
+    return {"planned_bytes": best.total, "activations": best.policy, "parts": best.bytes}
 
 
 def trainable(found: Report) -> dict[str, float]:

@@ -27,6 +27,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from inlay.checkpoint.adapter import save_adapter
 from inlay.errors import CheckpointError
 from inlay.evaluate.losses import EncodedRow
+from inlay.memory.probe import measuring
 from inlay.model.attach import adapter_places
 from inlay.train import checkpoints
 from inlay.train.arguments import warmup_steps
@@ -141,6 +142,20 @@ class AdapterTrainer(SFTTrainer):
         count = {"num_items_in_batch": num_items_in_batch} if counted else {}
         outputs = model(**inputs, **count, use_cache=False)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def peak_of(self, rows: Sequence[int]) -> int | None:
+        """Return the most memory that a pass over these rows holds; nothing is trained by it."""
+        assert isinstance(self.train_dataset, Dataset)
+        collate: Any = self.data_collator
+        batch = self._prepare_inputs(collate([self.train_dataset[i] for i in rows]))
+        take_token_count(batch)
+        device = self.args.device
+        gpus = [device] if device.type == "cuda" else []
+        self.adapted.train()
+        with torch.random.fork_rng(gpus), measuring(device) as found:
+            self.compute_loss(self.adapted, batch).backward()
+        self.adapted.zero_grad()
+        return found.peak
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one forward and backward pass; raise on a loss that is not finite."""
