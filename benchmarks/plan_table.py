@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -164,35 +164,19 @@ def plans(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def measurements(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Measure every case in a process of its own, which begins with the imports of a run."""
-    from inlay.train import run
-
-    del run
-    with tempfile.TemporaryDirectory() as folder:
-        folders = {d: in_a_child(make_model, Path(folder), d) for d in ("bfloat16", "float32")}
-        return [in_a_child(measured, case, folders[case["dtype"]]) for case in cases]
+    """Measure every case in a process of its own, two at a time."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        folders = {d: make_model(Path(folder), d) for d in ("bfloat16", "float32")}
+        jobs = [pool.submit(in_a_process, "measure", c, folders[c["dtype"]]) for c in cases]
+        return [job.result() for job in jobs]
 
 
-def in_a_child(work: Callable[..., Any], *args: Any) -> Any:
-    """Return what some work returns in a child of this process, which has not computed yet."""
-    read, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with os.fdopen(write_end, "w") as answer:
-            answer.write(json.dumps(work(*args)))
-        os._exit(0)
-    os.close(write_end)
-    with os.fdopen(read) as answer:
-        text = answer.read()
-    os.waitpid(child, 0)
-    print(work.__name__, *(name_of(a) for a in args if isinstance(a, dict)), text, file=sys.stderr)
-    return json.loads(text)
-
-
-def in_a_process(kind: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Run one half of the table in a fresh process."""
-    words = [sys.executable, __file__, kind, json.dumps(cases)]
+def in_a_process(kind: str, case: Any, *rest: str) -> Any:
+    """Run a part of the table in a fresh process."""
+    words = [sys.executable, __file__, kind, json.dumps(case), *rest]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    if kind == "measure":
+        print(name_of(case), done.stdout.splitlines()[-1], file=sys.stderr, flush=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -201,7 +185,7 @@ def main(names: list[str]) -> None:
     cases = [c for c in CASES if not names or name_of(c) in names]
     rows: list[dict[str, Any]] = []
     for case, plan, found in zip(
-        cases, in_a_process("plan", cases), in_a_process("measure", cases), strict=True
+        cases, in_a_process("plan", cases), measurements(cases), strict=True
     ):
         error = plan["total"] / found["measured"] - 1
         rows.append({**case, "planned": plan, **found, "error": error})
@@ -224,6 +208,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["plan"]:
         print(json.dumps(plans(json.loads(sys.argv[2]))))
     elif sys.argv[1:2] == ["measure"]:
-        print(json.dumps(measurements(json.loads(sys.argv[2]))))
+        print(json.dumps(measured(json.loads(sys.argv[2]), sys.argv[3])))
     else:
         main(sys.argv[1:])

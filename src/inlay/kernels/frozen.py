@@ -51,11 +51,21 @@ DENSE = "dense"
 register_format(DENSE, copy_rows)
 
 
-def dense(parts: Sequence[Tensor], packing: str, rows: int, columns: int, dtype: torch.dtype):
+@torch.library.custom_op("inlay::dense", mutates_args=())
+def dense(
+    parts: Sequence[Tensor], packing: str, rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
     """Return the whole dense (rows, columns) matrix in `dtype`."""
     out = torch.empty(rows, columns, dtype=dtype, device=parts[0].device)
     FORMATS[packing](parts, out, 0)
     return out
+
+
+@dense.register_fake
+def _(
+    parts: Sequence[Tensor], packing: str, rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    return parts[0].new_empty(rows, columns, dtype=dtype)
 
 
 class Matrix:

@@ -10,7 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from torch.utils._python_dispatch import _disable_current_modes
+
 from inlay.kernels.frozen import DENSE
+from inlay.kernels.loss import rows_at_once
 from inlay.kernels.scratch import FAST_HALVES_ON_CPU, TILE_BYTES, product_dtype, tile_rows
 
 UNPACKING = (4 << 20, 4 << 20, 2 << 20)
@@ -162,6 +165,78 @@ def emulated(x: Tensor, outputs: int) -> Scratch:
     return Scratch((4 * outputs,) if half and not native else ())
 
 
+def scored(
+    h: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    to_gradient: bool,
+    parts: Sequence[Tensor],
+    packing: str,
+    rows: int,
+    columns: int,
+) -> Scratch:
+    """Scratch of the loss: logits and probabilities of some rows, and the gradient to them."""
+    del labels, bias, parts
+    count = min(h.shape[0], rows_at_once(rows))
+    some = h.new_empty(count, columns)
+    head = product(some, rows, columns, packing, columns, *([columns] if to_gradient else []))
+    dtype = product_dtype(h) if target == "cpu" else h.dtype
+    halves = 0 if dtype.itemsize >= 4 else 2
+    return Scratch((*head.passing, *[4 * count * rows] * 2, *[2 * count * rows] * halves), head.kept)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Scratch:
+    """Scratch of attention in segments: q, k, v and the output in the dtype of the product."""
+    del k, v, scale
+    return Scratch((largest_segment(q, segments),) * 4)
+
+
+def attended_backward(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    segments: Tensor,
+    scale: float,
+) -> Scratch:
+    """Scratch of its gradient: the same with the output's gradient, and the three gradients."""
+    del g, k, v, out, sums, scale
+    return Scratch((largest_segment(q, segments),) * 8)
+
+
+def largest_segment(q: Tensor, segments: Tensor) -> int:
+    """Return the bytes of the queries that are attended to at once; q: (b, heads, s, d)."""
+    batch, heads, length, width = q.shape
+    tokens = batch * length
+    known: Tensor | None = getattr(segments, "known", None)
+    if known is not None and known.shape[0] != batch:
+        with _disable_current_modes():
+            tokens = int((known[:, 2] - known[:, 1]).max())
+    dtype = product_dtype(q) if target == "cpu" else q.dtype
+    return tokens * heads * width * dtype.itemsize
+
+
+def loss_products(h: Tensor, labels: Tensor, bias: Any, to_gradient: bool, *rest: Any) -> int:
+    """The head's product, and with a gradient a second one."""
+    del labels, bias
+    rows, columns = rest[-2:]
+    return 2 * (1 + to_gradient) * h.shape[0] * rows * columns
+
+
+def segment_products(q: Tensor, *rest: Any) -> int:
+    """Half of the products of every query with every key, as causal attention needs."""
+    del rest
+    return attention_forward(q, q) // 2
+
+
+def segment_gradients(g: Tensor, q: Tensor, *rest: Any) -> int:
+    """Half of five such products."""
+    del g, rest
+    return attention_forward(q, q) * 5 // 4
+
+
 def attention_forward(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> int:
     """Two products of every query with every key; q: (b, heads, n, d), k: (b, heads, m, d)."""
     del rest, options
@@ -178,6 +253,9 @@ def attention_backward(g: Tensor, q: Tensor, k: Tensor, *rest: Any, **options: A
 SCRATCH: dict[str, Callable[..., Scratch]] = {
     "aten.mm": matmul,
     "aten.addmm": addmm,
+    "inlay.linear_cross_entropy": scored,
+    "inlay.segment_attention": attended,
+    "inlay.segment_attention_backward": attended_backward,
     "inlay.frozen_linear": frozen_linear,
     "inlay.frozen_linear_t": frozen_linear_t,
     "inlay.low_rank_linear": low_rank,
@@ -190,6 +268,9 @@ FLOPS: dict[str, Callable[..., int]] = {
     "inlay.frozen_linear_t": frozen_product,
     "inlay.low_rank_linear": low_rank_product,
     "inlay.low_rank_linear_backward": low_rank_gradients,
+    "inlay.linear_cross_entropy": loss_products,
+    "inlay.segment_attention": segment_products,
+    "inlay.segment_attention_backward": segment_gradients,
     "aten._scaled_dot_product_flash_attention_for_cpu": attention_forward,
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": attention_backward,
 }

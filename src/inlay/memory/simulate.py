@@ -127,7 +127,8 @@ class Ledger(TorchDispatchMode):
         out = followed(func, args, kwargs)
         inputs = tensors_in((args, kwargs))
         outputs = tensors_in(out)
-        made = [t for t in outputs if self.add(t)]
+        category = "loss" if "cross_entropy" in name else None
+        made = [t for t in outputs if self.add(t, category)]
         self.kept = max(self.kept, scratch.kept)
         self.touch(sum(scratch.passing))
         self.trace += [(number, 0) for number in passing]

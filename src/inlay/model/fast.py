@@ -392,10 +392,10 @@ def fast_class(plain: type[nn.Module], fast: type[Fast]) -> type[nn.Module]:
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,
+        # In the body, so that transformers wraps a block's forward for checkpointing.
+        "forward": with_signature(fast.forward, plain),
     }
-    made = type(plain.__name__, (fast, plain), body)
-    made.forward = with_signature(fast.forward, plain)
-    return made
+    return type(plain.__name__, (fast, plain), body)
 
 
 def with_signature(forward: Any, plain: type[nn.Module]) -> Any:
