@@ -17,6 +17,7 @@ from inlay.errors import InlayError, UsageError, did_you_mean
 
 VERBS = {
     "demo": "the whole job, offline, in a few minutes: tune, compare, merge, report",
+    "plan": "memory and time of a run before it starts, and what fits",
     "train": "tune an adapter: a model and a data file in, a measured adapter out",
     "eval": "compare base and tuned on the same rows",
     "merge": "merge an adapter into its base, checked, as a plain model folder",

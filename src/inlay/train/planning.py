@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from inlay.memory.skeleton import computing_dtype, config_of, skeleton
 from inlay.methods.base import PromptMethod
 from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
+from inlay.model.load import TOKENIZER_FILES, located, quiet_transformers, read_tokenizer
 from inlay.model.shapes import length_multiple
 from inlay.train.config import RunConfig
 from inlay.train.order import order
+from inlay.train.rows import encode_rows, rows_of_run
 from inlay.train.trainer import IGNORED, labels, step_loss
 
 EPOCHS_LOOKED_AT = 10
@@ -156,6 +159,28 @@ def padding_multiple(config: RunConfig, device: Device) -> int:
     stand_in = nn.Linear(1, 1)
     stand_in.config = shape  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     return length_multiple(stand_in) if device.kind == "cpu" else 1
+
+
+def row_reader(config: RunConfig, device: Device, has_data: bool) -> Callable[[RunConfig], Rows]:
+    """Return what works out a run's largest batch; the rows are read and encoded once.
+
+    Without data, or without a tokenizer to encode them, rows are taken to be of full length.
+    """
+    _, where = config_of(config.model, config.revision)
+    hub = not where.exists()
+    if not has_data or config.packing or not (hub or has_tokenizer(where)):
+        return assumed_rows
+    with quiet_transformers():
+        source = located(config.model, config.revision) if hub else where
+        tokenizer = read_tokenizer(source, trust_remote_code=False)
+        encoded = encode_rows(rows_of_run(config).train, tokenizer, config.max_length)
+    multiple = padding_multiple(config, device)
+    return lambda changed: rows_to_plan(changed, encoded, multiple)
+
+
+def has_tokenizer(where: Path) -> bool:
+    """Say whether a tokenizer lies in a folder."""
+    return where.is_dir() and any((where / name).is_file() for name in TOKENIZER_FILES)
 
 
 # What to do when it does not fit, or when nothing was asked for

@@ -1,0 +1,169 @@
+"""`inlay plan`: memory and time of a run before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from inlay.cli import show
+from inlay.cli.options import Parser, checked
+from inlay.cli.train import add_run, config_from
+from inlay.train.config import RunConfig, flags_of
+
+if TYPE_CHECKING:
+    from inlay.memory.devices import Device
+    from inlay.memory.plan import Option, Plan
+    from inlay.train.planning import Rows
+
+ABOUT = (
+    "Work out, from the model's configuration alone, what a run will need: memory by what it is\n"
+    "for, time, which activations are kept, and what fits. Without --method it proposes a run.\n"
+    "Takes a run file or the flags of `train`; the model may be a config.json without weights."
+)
+USAGE = """inlay plan --model M [--data D] [--memory 24GB] [--device D] [flags]
+       inlay plan RUN.yaml [flags]"""
+EXAMPLES = """examples:
+  inlay plan --model pocket --data reports --method lora
+  inlay plan --model Qwen/Qwen3-0.6B --data my.csv --memory 8GB
+  inlay plan --model llama-70b/config.json --method lora --storage nf4 --max-length 4096 \\
+             --batch-size 1 --device h100"""
+
+
+class PlanOptions(BaseModel):
+    """What `inlay plan` can be told beside the keys of a run."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    device: str | None = Field(
+        None, description="cpu, or a GPU such as h100, rtx4090, 2xrtx4090; default: this machine's"
+    )
+    memory: str | None = Field(
+        None, description="memory to reckon with, such as 24GB; default: all the device has free"
+    )
+
+
+def parser(argv: Sequence[str]) -> Parser:
+    """Return the verb's flags."""
+    found = Parser("plan", USAGE, ABOUT, EXAMPLES)
+    found.add_flags("where", flags_of(PlanOptions))
+    add_run(found, argv)
+    found.add_switches(json="write JSON for a machine")
+    return found
+
+
+def run(given: dict[str, Any]) -> int:
+    """Plan the run, or propose one, and show it."""
+    as_json = given.pop("json", False)
+    own = {key: given.pop(key) for key in ("device", "memory") if key in given}
+    options = checked(PlanOptions, own)
+    proposing = "method" not in given and "run_file" not in given
+    has_data = "data" in given or "run_file" in given
+    config = config_from({"output": "unused", **({} if has_data else {"data": "reports"}), **given})
+
+    from inlay.memory.devices import bytes_from, device_named
+    from inlay.train import planning
+    from inlay.train.run import quiet_libraries
+
+    memory = None if options.memory is None else bytes_from(options.memory)
+    with quiet_libraries():
+        device = device_named(options.device, memory)
+        read = planning.row_reader(config, device, has_data)
+        if proposing:
+            found = planning.proposal(config, read, device)
+            config, plan, why = found.config, found.plan, found.reasons
+        else:
+            plan, why = planning.planned_run(config, read(config), device), ()
+        rows = read(config)
+    if as_json:
+        show.as_json(as_record(config, rows, plan, why))
+        return 0
+    draw(config, rows, plan, why)
+    return 0
+
+
+def draw(config: RunConfig, rows: Rows, plan: Plan, why: Sequence[str]) -> None:
+    """Write the plan as tables."""
+    batch, length = rows.batch["input_ids"].shape
+    show.heading(f"{config.method} on {config.model} in {config.storage}")
+    show.facts(
+        [
+            ("trains", f"{plan.trained:,} parameters"),
+            ("largest batch", f"{batch} x {length} tokens" + " (assumed)" * rows.assumed),
+            ("device", f"{plan.device.name}, {show.size(plan.limit)} to fill"),
+        ]
+    )
+    if why:
+        show.heading("proposed")
+        for reason in why:
+            print(f"  {reason}")
+    show.heading("what each way of keeping activations needs")
+    columns = ("activations", "peak", "kept for backward", "a step", "fits")
+    show.table(columns, [cells(option, plan) for option in plan.options])
+    show.heading(f"the peak with {plan.best.policy}")
+    show.table(("for", "memory"), [[n, show.size(b)] for n, b in plan.best.bytes.items() if b])
+    for sentence in remarks(config, rows, plan):
+        print(f"  {sentence}")
+
+
+def cells(option: Option, plan: Plan) -> list[str]:
+    """Return the table's cells for one activation policy."""
+    fits = "yes" if option.total <= plan.limit else "no"
+    sizes = (show.size(option.total), show.size(option.kept))
+    return [option.policy, *sizes, seconds(option.seconds), fits]
+
+
+def seconds(value: float) -> str:
+    """Return a step's time."""
+    return show.duration(value) if value >= 60 else f"{show.number(value, 3)} s"
+
+
+def remarks(config: RunConfig, rows: Rows, plan: Plan) -> Iterator[str]:
+    """Yield what stands beside the figures."""
+    from inlay.train.planning import remedies, run_seconds
+
+    best, device = plan.best, plan.device
+    if plan.chosen is None:
+        yield f"nothing fits: {remedies(config)}"
+    if rows.count:
+        yield f"the whole run takes about {show.duration(run_seconds(config, rows, best.seconds))}"
+    if rows.assumed:
+        yield "rows are taken to fill max_length, every token trained on: there were none to read"
+    if device.measured:
+        yield "times follow from this machine's rates, measured just now"
+    else:
+        yield "times are estimates from the data sheet's rates, 75% of them; nothing was measured"
+        yield (
+            f"with the frozen weights streamed from the host: {show.size(best.streamed_total)}, "
+            f"{seconds(best.streamed_seconds)} a step"
+        )
+    if best.host:
+        yield f"host memory: {show.size(best.host)}"
+
+
+def as_record(config: RunConfig, rows: Rows, plan: Plan, why: Sequence[str]) -> dict[str, Any]:
+    """Return the plan for a machine."""
+    batch, length = rows.batch["input_ids"].shape
+    return {
+        "model": config.model,
+        "method": config.method,
+        "hyperparameters": config.hyperparameters,
+        "storage": config.storage,
+        "batch_size": config.batch_size,
+        "gradient_accumulation": config.gradient_accumulation,
+        "largest_batch": {"rows": batch, "length": length, "assumed": rows.assumed},
+        "trained_parameters": plan.trained,
+        "device": described(plan.device),
+        "limit": plan.limit,
+        "chosen": plan.chosen.policy if plan.chosen else None,
+        "options": [asdict(option) for option in plan.options],
+        "reasons": list(why),
+    }
+
+
+def described(device: Device) -> dict[str, Any]:
+    """Return what a plan says of its device."""
+    rates = "measured" if device.measured else "data sheet"
+    return {"name": device.name, "kind": device.kind, "memory": device.memory, "rates": rates}
