@@ -182,7 +182,9 @@ def scored(
     head = product(some, rows, columns, packing, columns, *([columns] if to_gradient else []))
     dtype = product_dtype(h) if target == "cpu" else h.dtype
     halves = 0 if dtype.itemsize >= 4 else 2
-    return Scratch((*head.passing, *[4 * count * rows] * 2, *[2 * count * rows] * halves), head.kept)
+    return Scratch(
+        (*head.passing, *[4 * count * rows] * 2, *[2 * count * rows] * halves), head.kept
+    )
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Scratch:

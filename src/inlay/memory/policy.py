@@ -148,7 +148,9 @@ def output_width(op: Any, args: tuple[Any, ...]) -> int | None:
 def wide_outputs(model: nn.Module) -> frozenset[int]:
     """Return the widths of the MLPs' inner products."""
     shapes = {
-        name: frozen(m).shape for name, m in model.named_modules() if kind(m) in ("linear", "conv1d")
+        name: frozen(m).shape
+        for name, m in model.named_modules()
+        if kind(m) in ("linear", "conv1d")
     }
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     inner = {

@@ -38,6 +38,7 @@ HOST = "host"
 LARGEST_KNOWN = 1 << 26
 """Integer and boolean tensors of at most this many elements are followed with their values."""
 
+
 @dataclass
 class Work:
     """What one kind of operation did in a step."""
@@ -118,7 +119,11 @@ class Ledger(TorchDispatchMode):
         self.made = 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         name = str(func).removesuffix(".default")
@@ -280,9 +285,7 @@ class Step:
         if head is not None:
             head.register_forward_pre_hook(lambda *_: self.making("loss"))
 
-    def result(
-        self, inputs: dict[str, Any], optimiser: Optimiser, accumulation: int
-    ) -> Simulation:
+    def result(self, inputs: dict[str, Any], optimiser: Optimiser, accumulation: int) -> Simulation:
         """Run the step and return what it held and did."""
         ledger = self.ledger
         step = self.first_update(optimiser)

@@ -48,9 +48,7 @@ class Rows:
     """Whether there were no rows to look at, so that every one is taken to be of full length."""
 
 
-def planned_run(
-    config: RunConfig, rows: Rows, device: Device, *, streamed: bool = False
-) -> Plan:
+def planned_run(config: RunConfig, rows: Rows, device: Device, *, streamed: bool = False) -> Plan:
     """Plan a run's step on a device, from the model's configuration alone.
 
     Raises:
@@ -304,4 +302,3 @@ def planned_step(
         dtype=computing_dtype(shape, config.dtype),
     )
     return plan(task, device, runtime=held_already(device), policies=policies_of(config))
-
