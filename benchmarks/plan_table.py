@@ -137,7 +137,7 @@ def measured(case: dict[str, Any], model_folder: str) -> dict[str, Any]:
     from inlay.model.attach import attach
     from inlay.model.load import load
     from inlay.train import run
-    from inlay.train.trainer import step_loss
+    from inlay.train.planning import step_loss
 
     del run
     before = resident()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import ModelError
+from inlay.kernels.switches import is_on
 from inlay.memory.devices import CUDA_RUNTIME, Device
 from inlay.memory.policy import POLICIES, Policy
 from inlay.memory.simulate import Optimiser, Simulation, fake_tensors, frozen_bytes, simulate
@@ -134,6 +136,11 @@ def possible(policies: Sequence[Policy], device: Device) -> Iterator[Policy]:
     yield from found
 
 
+def keeps_memory() -> bool:
+    """Say whether freed memory stays in the process, as `attach` sees to."""
+    return is_on("memory") and platform.libc_ver()[0] == "glibc"
+
+
 def weights_of(task: Task) -> int:
     """Return the bytes of the frozen weights."""
     with fake_tensors():
@@ -146,7 +153,7 @@ def option(policy: Policy, found: Simulation, task: Task, device: Device, runtim
     resident = min(weights, found.streamed_weights) if task.streamed else weights
     parts = {**found.at_peak, "weights": resident, "runtime": runtime}
     if device.kind == "cpu":
-        parts["allocator"] = found.fragmentation(keeps=False)
+        parts["allocator"] = found.fragmentation(keeps=keeps_memory())
     total = sum(parts.values())
     pure = step_seconds(found, device, task.dtype)
     moving = 2 * found.host / device.link

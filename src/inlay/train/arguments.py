@@ -69,6 +69,26 @@ def arguments(
     )
 
 
+def check_optimizer(name: str, device: str) -> None:
+    """Raise unless this optimiser can run here.
+
+    Raises:
+        UsageError: bitsandbytes is not installed, or its paged states are asked for on a CPU.
+    """
+    if name == "adamw":
+        return
+    if find_spec("bitsandbytes") is None:
+        raise UsageError(
+            f"optimizer {name!r} is bitsandbytes', which is not installed; "
+            "run pip install bitsandbytes, or choose adamw"
+        )
+    if name.startswith("paged") and device != "cuda":
+        raise UsageError(
+            f"optimizer {name!r} pages its state between a GPU and the host, and this model is on "
+            f"{device}; choose adamw-8bit or adamw"
+        )
+
+
 def no_recomputation() -> dict[str, Any]:
     """Return the arguments that leave activations to us, as this release names them.
 

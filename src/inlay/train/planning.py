@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +25,11 @@ from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
 from inlay.model.load import TOKENIZER_FILES, located, quiet_transformers, read_tokenizer
 from inlay.model.shapes import length_multiple
+from inlay.train.collate import IGNORED, Concatenate
 from inlay.train.config import RunConfig
 from inlay.train.order import order
 from inlay.train.rows import encode_rows, rows_of_run
-from inlay.train.trainer import IGNORED, labels, step_loss
+from inlay.train.trainer import labels
 
 EPOCHS_LOOKED_AT = 10
 RANKS = (16, 32, 64, 128)
@@ -65,6 +65,11 @@ def planned_run(config: RunConfig, rows: Rows, device: Device, *, streamed: bool
         streamed=streamed,
     )
     return plan(task, device, runtime=held_already(device), policies=policies_of(config))
+
+
+def step_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the loss that training asks the model for."""
+    return model(**batch, use_cache=False).loss
 
 
 def held_already(device: Device) -> int:
@@ -111,7 +116,7 @@ def rows_to_plan(config: RunConfig, encoded: Sequence[Encoded], multiple: int = 
     """Return the largest batch that the run's order yields, and how much data there is."""
     chosen = [encoded[i] for i in largest_batch(config, [len(r.input_ids) for r in encoded])]
     return Rows(
-        padded(chosen, multiple),
+        collated(config, chosen, multiple),
         len(encoded),
         sum(len(row.input_ids) for row in encoded),
         sum(row.trained_tokens for row in encoded),
@@ -122,7 +127,7 @@ def assumed_rows(config: RunConfig) -> Rows:
     """Return a batch of rows as long as the run allows, every token trained on."""
     length = config.max_length
     row = Encoded([0] * length, [True] * length, length)
-    return Rows(padded([row] * config.batch_size, 1), 0, 0, 0, assumed=True)
+    return Rows(collated(config, [row] * config.batch_size, 1), 0, 0, 0, assumed=True)
 
 
 def largest_batch(config: RunConfig, lengths: Sequence[int]) -> list[int]:
@@ -132,23 +137,34 @@ def largest_batch(config: RunConfig, lengths: Sequence[int]) -> list[int]:
         numbers = order(lengths, size, config.seed, epoch)
         for start in range(0, len(numbers), size):
             batch = numbers[start : start + size]
-            tokens = len(batch) * max(lengths[i] for i in batch)
+            here = [lengths[i] for i in batch]
+            tokens = sum(here) if config.packing else len(batch) * max(here)
             if tokens > worst[0]:
                 worst = (tokens, batch)
     return worst[1]
 
 
-def padded(rows: Sequence[Encoded], multiple: int) -> dict[str, Tensor]:
-    """Return rows as the training loop pads them: ids, labels and mask."""
+def collated(config: RunConfig, rows: Sequence[Encoded], multiple: int) -> dict[str, Tensor]:
+    """Return rows as the training loop joins them: one behind another, or padded."""
+    filled = [{"input_ids": row.input_ids, "labels": labels(row)} for row in rows]
+    if config.packing:
+        batch = Concatenate(multiple)(filled)
+        batch.pop("padding")
+        return batch
     longest = max(len(row.input_ids) for row in rows)
     width = ceil(longest / multiple) * multiple
-    lengths = [len(row.input_ids) for row in rows]
-    filled = [(row.input_ids, labels(row)) for row in rows]
     return {
-        "input_ids": torch.tensor([[*ids, *[0] * (width - len(ids))] for ids, _ in filled]),
-        "labels": torch.tensor([[*ls, *[IGNORED] * (width - len(ls))] for _, ls in filled]),
-        "attention_mask": torch.tensor([[1] * n + [0] * (width - n) for n in lengths]),
+        "input_ids": torch.tensor([[*r["input_ids"], *[0] * missing(r, width)] for r in filled]),
+        "labels": torch.tensor([[*r["labels"], *[IGNORED] * missing(r, width)] for r in filled]),
+        "attention_mask": torch.tensor(
+            [[1] * len(r["input_ids"]) + [0] * missing(r, width) for r in filled]
+        ),
     }
+
+
+def missing(row: Mapping[str, Sequence[int]], width: int) -> int:
+    """Return how many tokens a row is shorter than `width`."""
+    return width - len(row["input_ids"])
 
 
 def padding_multiple(config: RunConfig, device: Device) -> int:
@@ -166,7 +182,7 @@ def row_reader(config: RunConfig, device: Device, has_data: bool) -> Callable[[R
     """
     _, where = config_of(config.model, config.revision)
     hub = not where.exists()
-    if not has_data or config.packing or not (hub or has_tokenizer(where)):
+    if not has_data or config.packing == "bfd" or not (hub or has_tokenizer(where)):
         return assumed_rows
     with quiet_transformers():
         source = located(config.model, config.revision) if hub else where

@@ -45,6 +45,7 @@ from inlay.train.files import saving, size_of
 from inlay.train.folder import RunFolder, check_same_inputs, open_folder
 from inlay.train.guard import Guard, check_changed, fingerprints
 from inlay.train.planning import (
+    assumed_rows,
     check_fits,
     largest_batch,
     padding_multiple,
@@ -210,7 +211,13 @@ class Running:
             TrainingError: no activation policy that the run allows fits.
         """
         device = this_machine()
-        rows = rows_to_plan(self.config, tokens.train, padding_multiple(self.config, device))
+        bins = self.config.packing == "bfd"
+        multiple = padding_multiple(self.config, device)
+        rows = (
+            assumed_rows(self.config)
+            if bins
+            else rows_to_plan(self.config, tokens.train, multiple)
+        )
         try:
             found = planned_run(self.config, rows, device)
         except ModelError as error:
