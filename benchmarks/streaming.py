@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from machine import RESULTS, write
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 import inlay
-from inlay.kernels.frozen import frozen_linear
 from inlay.model.load import EMBEDDED, INDEX
 from inlay.model.quantize import bitsandbytes_config
 from inlay.model.stream import statistics as stream_statistics
@@ -135,7 +134,6 @@ def speed(parent: Path, layers: int, tokens: int) -> None:
     """Time the streamed and the resident model's steps alternately; add it to the results."""
     folder = made(parent, layers)
     pairs = {stream: prepared(folder, stream) for stream in ("off", "disk")}
-    pairs["off"][0].lm_head.__class__ = Head
     seconds: dict[str, list[float]] = {stream: [] for stream in pairs}
     losses: dict[str, list[float]] = {stream: [] for stream in pairs}
     for _ in range(ALTERNATIONS):
@@ -159,14 +157,6 @@ def speed(parent: Path, layers: int, tokens: int) -> None:
         "brought_in_gb": brought.bytes / 1e9,
     }
     keep({f"speed_{layers}_layers_{tokens}_tokens": found})
-
-
-class Head(nn.Linear):
-    """A resident head that is multiplied as the streamed one is, so that only streaming differs."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """`x @ W.T`."""
-        return frozen_linear(input, [self.weight], "dense", *self.weight.shape)
 
 
 def keep(found: dict[str, Any]) -> None:
