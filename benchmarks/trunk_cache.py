@@ -32,7 +32,6 @@ from inlay.train.trunk_cache import TrunkCache, cached_trunk
 
 THREADS = 2
 BATCH = 4
-MICROBATCHES = 3
 SHAPE = {
     "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
     "num_key_value_heads": 2, "vocab_size": 32768, "tie_word_embeddings": True,
@@ -44,12 +43,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--alternations", type=int, default=5)
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--microbatches", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     given = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     dtype: torch.dtype = getattr(torch, given.dtype)
-    rows = real_rows()
+    rows = real_rows(BATCH * given.microbatches)
     model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_hidden_layers=given.layers)).to(dtype)
     top = f"{given.layers * 3 // 4}-{given.layers - 1}"
     inlay.attach(model, inlay.LoRA(rank=16), name="all")
@@ -67,7 +67,7 @@ def main() -> None:
         "top_over_all": spread([a / t for a, t, _, _ in found]),
         "all_over_all": spread([a / b for a, _, _, b in found]),
         "examples_per_second": {
-            name: round(BATCH * MICROBATCHES / statistics.median(times), 3)
+            name: round(len(rows) / statistics.median(times), 3)
             for name, times in zip(
                 ("all", "top", "top_cached"), zip(*found, strict=True), strict=False
             )
@@ -88,13 +88,13 @@ def main() -> None:
     print(write("trunk_cache", result))
 
 
-def real_rows() -> list[Any]:
+def real_rows(count: int) -> list[Any]:
     """Return the rows of the microbatches, as a run encodes them."""
     run = {"model": "pocket", "data": str(REPORTS), "output": "unused", "skip_empty": True}
     run |= {"prompt": "Findings: {findings}\nImpression:", "completion": "impression"}
     config: RunConfig = load_config(None, {**run, "max_rows": 60})
     tokenizer = read_tokenizer(located("pocket", None), trust_remote_code=False)
-    return encode_rows(rows_of_run(config).train, tokenizer, 512)[: BATCH * MICROBATCHES]
+    return encode_rows(rows_of_run(config).train, tokenizer, 512)[:count]
 
 
 def batches(rows: list[Any]) -> list[dict[str, Tensor]]:
