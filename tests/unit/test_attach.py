@@ -27,6 +27,7 @@ from inlay.methods.lora import LoRA
 from inlay.methods.prefix import PrefixTuning
 from inlay.methods.prompt import PromptTuning
 from inlay.model.attach import active, adapter_places, adapters, attach, detach, use
+from inlay.model.layer import own_modules
 from inlay.model.merge import merge
 from inlay.model.quantize import quantize
 from inlay.model.report import report
@@ -271,3 +272,15 @@ def test_hidden_layer_inputs_given_by_name() -> None:
     randomise(model)
     x = torch.randn(2, 4)
     assert not torch.equal(model(x), detach(model)(x))
+
+
+def test_attaching_and_using_one_adapter_does_not_walk_the_others() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for number in range(50):
+        attach(model, LoRA(rank=1), name=f"a{number}")
+    visited = sum(1 for _ in own_modules(model))
+    assert visited == 3
+    use(model, "a7")
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".a7." in name for name in trained)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.model.layer import own_modules
 from inlay.model.load import EMBEDDED
-from inlay.model.selected import own_modules, own_parameters
+from inlay.model.selected import own_parameters
 from inlay.storage.base import FrozenLinear
 from inlay.storage.registry import frozen, kind
 

@@ -12,7 +12,8 @@ from inlay.checkpoint.options import words
 from inlay.errors import CheckpointError
 from inlay.methods.base import Method, PromptMethod, attention_shape
 from inlay.model.attach import Attached
-from inlay.model.selected import own_modules, own_parameters
+from inlay.model.layer import own_modules
+from inlay.model.selected import own_parameters
 from inlay.model.targets import matches
 
 AUTOMATIC = ("classifier", "score", "qa_outputs")

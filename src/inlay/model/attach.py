@@ -20,7 +20,7 @@ from inlay.methods.base import (
     WeightMethod,
 )
 from inlay.model.fast import install, uninstall
-from inlay.model.layer import AdaptedLayer, become_adapted, become_original
+from inlay.model.layer import AdaptedLayer, become_adapted, become_original, own_modules
 from inlay.model.prompt import PromptHook
 from inlay.model.selected import selected_copies, trained_modules
 from inlay.model.targets import Found, find_targets
@@ -114,6 +114,7 @@ def attach(
     )
     model.__dict__["inlay"] = registry
     keep_trunk_free_of_gradients(model)
+    set_trained(model, (name,), False)
     return use(model, *(registry.active or (name,)))
 
 
@@ -210,13 +211,22 @@ def use(model: nn.Module, *names: str) -> nn.Module:
     if len(set(names)) < len(names):
         raise AdapterError(f"an adapter is named twice in use({', '.join(names)})")
     check_order(model, names)
+    for _, module in own_modules(model):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
+    set_trained(model, registry.active, False)
     registry.active = names
     activate(model, registry, names)
-    model.requires_grad_(False)
+    set_trained(model, names, True)
+    return model
+
+
+def set_trained(model: nn.Module, names: tuple[str, ...], wanted: bool) -> None:
+    """Say whether some adapters' tensors train."""
     for name in names:
         for _, params in adapter_places(model, name):
-            params.requires_grad_(True)
-    return model
+            params.requires_grad_(wanted)
 
 
 @contextmanager
@@ -289,12 +299,12 @@ def active(model: nn.Module) -> tuple[str, ...]:
 
 def adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
     """Every layer of the model that carries adapters."""
-    return (m for m in model.modules() if isinstance(m, AdaptedLayer))
+    return (m for _, m in own_modules(model) if isinstance(m, AdaptedLayer))
 
 
 def adapter_places(model: nn.Module, name: str) -> Iterator[tuple[str, Params]]:
     """Every module name that one adapter has tensors at, with them; "" is the whole model."""
-    for module_name, module in model.named_modules():
+    for module_name, module in own_modules(model):
         if isinstance(module, AdaptedLayer) and name in module.adapters:
             yield module_name, module.params(name)
     registry = required_registry(model)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from inlay.errors import AdapterError, TargetError
 from inlay.methods.base import Params, SelectMethod
-from inlay.model.layer import AdaptedLayer
+from inlay.model.layer import own_modules
 from inlay.model.targets import in_layers, matches, nearest
 from inlay.storage.base import FrozenLinear
 
@@ -93,15 +93,6 @@ def check_held(module: nn.Module, where: str) -> None:
             f"{where}.weight is {module.storage} and cannot train; load the model without "
             "streaming, or choose a method that adds parameters, such as LoRA"
         )
-
-
-def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module of the model itself, adapters' tensors left out."""
-    inside = {id(p) for m in model.modules() if isinstance(m, Params) for p in m.modules()}
-    for layer in model.modules():
-        if isinstance(layer, AdaptedLayer):
-            inside.add(id(layer.adapters))
-    return ((n, m) for n, m in model.named_modules() if id(m) not in inside)
 
 
 def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from inlay.errors import TargetError, UsageError, did_you_mean
+from inlay.model.layer import own_modules
 from inlay.storage.registry import kind
 
 ATTENTION_OUT = (
@@ -65,7 +66,7 @@ def find_targets(
     Raises:
         TargetError: an entry matched nothing, or nothing the method can adapt.
     """
-    modules = dict(model.named_modules())
+    modules = dict(own_modules(model))
     adaptable = [n for n, m in modules.items() if kind_or_block(n, m) in kinds]
     linear = [n for n in adaptable if kind(modules[n]) in ("linear", "conv1d")]
     if not adaptable:
@@ -138,7 +139,7 @@ def nearest(entry: str, names: Iterable[str]) -> str:
 def all_linear(model: nn.Module, linear: Sequence[str]) -> Iterator[str]:
     """Every linear layer but the output head, which stands outside the blocks."""
     heads = {id(head) for head in output_heads(model)}
-    modules = dict(model.named_modules())
+    modules = dict(own_modules(model))
     return (n for n in linear if id(modules[n]) not in heads)
 
 
@@ -157,7 +158,12 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
 
 def expert_weights(model: nn.Module) -> Iterator[str]:
     """Names of 3-D weights (mixture-of-experts), which no method here adapts."""
-    return (n for n, p in model.named_parameters() if p.ndim == 3)
+    return (
+        f"{name}.{key}" if name else key
+        for name, module in own_modules(model)
+        for key, p in module._parameters.items()
+        if p is not None and p.ndim == 3
+    )
 
 
 def in_layers(names: Iterable[str], layers: str | Iterable[int] | None) -> set[str]:
