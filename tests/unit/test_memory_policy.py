@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import inlay
 from inlay.errors import ModelError
-from inlay.memory.policy import POLICIES, Policy, apply, applied, wide_outputs
+from inlay.memory.policy import POLICIES, Policy, applied, apply, wide_outputs
 
 EXACT: tuple[Policy, ...] = ("keep-products", "recompute-mlp", "layer-inputs")
 
@@ -63,7 +63,8 @@ def test_gradients_are_those_of_keep_all(method: str, storage: str, policy: Poli
     inlay.attach(model, METHODS[method])
     expected = gradients(model, "keep-all")
     found = gradients(model, policy)
-    assert expected and expected.keys() == found.keys()
+    assert expected
+    assert expected.keys() == found.keys()
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
 

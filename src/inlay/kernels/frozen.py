@@ -62,9 +62,7 @@ def dense(
 
 
 @dense.register_fake
-def _(
-    parts: Sequence[Tensor], packing: str, rows: int, columns: int, dtype: torch.dtype
-) -> Tensor:
+def _(parts: Sequence[Tensor], packing: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return parts[0].new_empty(rows, columns, dtype=dtype)
 
 

@@ -165,6 +165,12 @@ class StreamedLinear(QuantizedLinear, named=False):
         raise StorageError("a weight cannot be streamed before it lies somewhere; see inlay.stream")
 
     @classmethod
+    def unfilled(
+        cls, shape: tuple[int, int], dtype: torch.dtype, bias: Tensor | None, **options: Any
+    ) -> Self:
+        raise StorageError(f"a streamed weight of shape {shape} has no parts of its own to size")
+
+    @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Self:
         raise StorageError(f"a streamed layer takes no weight, but was given {', '.join(tensors)}")
 

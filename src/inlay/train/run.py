@@ -214,9 +214,7 @@ class Running:
         bins = self.config.packing == "bfd"
         multiple = padding_multiple(self.config, device)
         rows = (
-            assumed_rows(self.config)
-            if bins
-            else rows_to_plan(self.config, tokens.train, multiple)
+            assumed_rows(self.config) if bins else rows_to_plan(self.config, tokens.train, multiple)
         )
         try:
             found = planned_run(self.config, rows, device)
@@ -387,7 +385,6 @@ class Running:
                 f"the largest batch took {measured / 1e9:.2f} GB, planned were "
                 f"{expected / 1e9:.2f} GB ({measured / expected - 1:+.0%})"
             )
-
 
     def fit(self, trainer: AdapterTrainer) -> None:
         """Train from the start, or from the last complete checkpoint."""
