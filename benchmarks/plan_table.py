@@ -181,21 +181,19 @@ def in_a_process(kind: str, case: Any, *rest: str) -> Any:
 
 
 def main(names: list[str]) -> None:
-    """Plan and measure every case."""
+    """Measure and plan every case."""
     cases = [c for c in CASES if not names or name_of(c) in names]
+    measured_cases = measurements(cases)
     rows: list[dict[str, Any]] = []
-    for case, plan, found in zip(
-        cases, in_a_process("plan", cases), measurements(cases), strict=True
-    ):
+    for case, found, plan in zip(cases, measured_cases, in_a_process("plan", cases), strict=True):
         error = plan["total"] / found["measured"] - 1
         rows.append({**case, "planned": plan, **found, "error": error})
-        megabytes = {k: round(v / 1e6) for k, v in plan["bytes"].items()}
-        about = {k: round(v / 1e6) for k, v in found.items()}
-        print(f"{name_of(case):<48}{error:+7.1%}", about, megabytes, flush=True)
-    if not names:
-        write("plan_table", {"layers": LAYERS, "steps": STEPS, "rows": rows})
+        print(f"{name_of(case):<48}{plan['total'] / 1e6:8.0f}{found['measured'] / 1e6:8.0f}", end="")
+        print(f"{error:+8.1%}", flush=True)
     within = sum(abs(row["error"]) <= 0.05 for row in rows)
     print(f"{within} of {len(rows)} within 5%")
+    if not names:
+        write("plan_table", {"layers": LAYERS, "steps": STEPS, "rows": rows})
 
 
 def name_of(case: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from inlay.kernels.frozen import DENSE
 from inlay.kernels.loss import rows_at_once
+from inlay.kernels.native.build import library
 from inlay.kernels.scratch import FAST_HALVES_ON_CPU, TILE_BYTES, product_dtype, tile_rows
 
 UNPACKING = (4 << 20, 4 << 20, 2 << 20)
@@ -175,16 +176,16 @@ def scored(
     rows: int,
     columns: int,
 ) -> Scratch:
-    """Scratch of the loss: logits and probabilities of some rows, and the gradient to them."""
+    """Scratch of the loss: logits of some rows, which C overwrites, and the gradient to them."""
     del labels, bias, parts
-    count = min(h.shape[0], rows_at_once(rows))
+    count = rows_at_once(h.shape[0], rows)
     some = h.new_empty(count, columns)
     head = product(some, rows, columns, packing, columns, *([columns] if to_gradient else []))
     dtype = product_dtype(h) if target == "cpu" else h.dtype
     halves = 0 if dtype.itemsize >= 4 else 2
-    return Scratch(
-        (*head.passing, *[4 * count * rows] * 2, *[2 * count * rows] * halves), head.kept
-    )
+    wide = 1 if target == "cpu" and library() is not None else 2
+    blocks = (*head.passing, *[4 * count * rows] * wide, *[2 * count * rows] * halves)
+    return Scratch(blocks, head.kept)
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Scratch:

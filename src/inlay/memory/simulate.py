@@ -370,11 +370,11 @@ def known_tensor(mode: FakeTensorMode, value: Tensor) -> Tensor:
 
 # Optimisers: their state and what an update allocates.
 
-Optimiser = Callable[[list[Tensor]], Callable[[], Any]]
+Optimiser = Callable[[Sequence[Tensor]], Callable[[], Any]]
 """Creates the state for parameters that have a gradient; returns the update."""
 
 
-def adamw(parameters: list[Tensor], *, foreach: bool = False) -> Callable[[], Any]:
+def adamw(parameters: Sequence[Tensor], *, foreach: bool = False) -> Callable[[], Any]:
     """PyTorch's AdamW: two moments of the parameter's size each."""
     made = torch.optim.AdamW(parameters, foreach=foreach)
     made.step()
@@ -386,9 +386,8 @@ SMALLEST_IN_EIGHT_BIT = 4096
 """bitsandbytes keeps the moments of smaller parameters in 32 bits."""
 
 
-def adamw_8bit(parameters: list[Tensor], *, paged: bool = False) -> Callable[[], Any]:
+def adamw_8bit(parameters: Sequence[Tensor]) -> Callable[[], Any]:
     """bitsandbytes' AdamW: two moments of a byte each, with a scale for every 256."""
-    del paged
     state = [moment for p in parameters for moment in eight_bit_moments(p)]
 
     def step() -> list[Tensor]:
