@@ -188,7 +188,9 @@ def main(names: list[str]) -> None:
     for case, found, plan in zip(cases, measured_cases, in_a_process("plan", cases), strict=True):
         error = plan["total"] / found["measured"] - 1
         rows.append({**case, "planned": plan, **found, "error": error})
-        print(f"{name_of(case):<48}{plan['total'] / 1e6:8.0f}{found['measured'] / 1e6:8.0f}", end="")
+        print(
+            f"{name_of(case):<48}{plan['total'] / 1e6:8.0f}{found['measured'] / 1e6:8.0f}", end=""
+        )
         print(f"{error:+8.1%}", flush=True)
     within = sum(abs(row["error"]) <= 0.05 for row in rows)
     print(f"{within} of {len(rows)} within 5%")

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
 from torch.utils._python_dispatch import _disable_current_modes
 
 from inlay.kernels.frozen import DENSE
