@@ -12,3 +12,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 torch.set_num_threads(1)
+
+collect_ignore_glob = ["unit/gpu_*.py"]
+"""Run by test_kernels_gpu.py in processes of their own."""

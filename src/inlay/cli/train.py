@@ -25,7 +25,9 @@ EXAMPLES = """examples:
   inlay train run.yaml --learning-rate 1e-4 --output run2
   inlay train run.yaml --print-config > resolved.yaml"""
 GROUPS: dict[str, tuple[str, ...]] = {
-    "model": ("model", "revision", "storage", "double_quant", "dtype", "eight_bits"),
+    "model": (
+        "model", "revision", "storage", "double_quant", "stream", "dtype", "eight_bits",
+    ),
     "method": ("method", "targets", "exclude", "layers", "modules_to_save"),
     "data": (
         "data", "eval_data", "format", "prompt", "completion", "text", "split", "split_by",

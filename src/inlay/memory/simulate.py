@@ -426,7 +426,7 @@ def followed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def with_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation on the known values, and return fake tensors that know the result."""
-    real_args, real_kwargs = tree_map_only(Tensor, lambda t: t.known, (args, kwargs))
+    real_args, real_kwargs = tree_map_only(Tensor, lambda t: vars(t)["known"], (args, kwargs))
     with _disable_current_modes():
         real = func(*real_args, **real_kwargs)
     if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):

@@ -145,7 +145,7 @@ class FastBackbone(Fast):
             or self.config._attn_implementation != ATTENTION
             or not isinstance(given, Tensor)
             or call.get("past_key_values") is not None
-            or not (self.training or call.get("use_cache") is False)
+            or not self.training
             or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
         ):
             return None
