@@ -127,7 +127,7 @@ def possible(policies: Sequence[Policy], device: Device) -> Iterator[Policy]:
     Raises:
         ModelError: there is none among them.
     """
-    found = [p for p in policies if device.kind == "cuda" or p != "offload"]
+    found: list[Policy] = [p for p in policies if device.kind == "cuda" or p != "offload"]
     if not found:
         raise ModelError(
             "the activation policy 'offload' moves activations from a GPU to the host; on a CPU "
