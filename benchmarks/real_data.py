@@ -53,7 +53,7 @@ class Size:
 
 
 SIZES = {
-    "quick": Size("0.5B", 6, 16_384, ("radiology",), (0,), 5, 3),
+    "quick": Size("0.5B", 6, 16_384, ("radiology", "gsm8k"), (0,), 5, 3),
     "full": Size("0.5B", 6, 16_384, ("radiology", "gsm8k"), (0, 1, 2), 5, 4),
     "smoke": Size("tiny", 2, 4096, ("generated",), (0,), 2, 1),
 }
@@ -111,7 +111,7 @@ def rows(data: str, count: int) -> list[dict[str, str]]:
             reports = [r for r in csv.DictReader(file) if r["findings"] and r["impression"]]
         found = [(f"Findings: {r['findings']}\nImpression:", r["impression"]) for r in reports]
     elif data == "gsm8k":
-        problems = [json.loads(line) for line in PROBLEMS.read_text().splitlines()]
+        problems = [json.loads(line) for line in PROBLEMS.read_text().split("\n") if line]
         found = [(f"Question: {p['question']}\nAnswer:", p["answer"]) for p in problems]
     else:
         made = generate_reports(count, seed=0)

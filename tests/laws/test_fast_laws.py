@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -248,3 +249,18 @@ def test_an_8_bit_product_is_the_product(storage: str, native: bool) -> None:
     for ours, wanted in ((y, x.float() @ w.T), (back, g.float() @ w)):
         error = (ours.float() - wanted).norm() / wanted.norm()
         assert 1e-4 < error < 0.02
+
+
+def test_a_gated_product_is_not_kept() -> None:
+    model = built("llama")
+    seen: list[weakref.ref[Tensor]] = []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda module, args: seen.append(weakref.ref(args[0]))
+        )
+    loss = model(**batch("dense"), use_cache=False).loss
+    assert len(seen) == 2
+    assert not any(product() is not None for product in seen)
+    with plain("gates"):
+        kept = model(**batch("dense"), use_cache=False).loss
+    assert torch.equal(loss, kept)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, cast
@@ -91,7 +92,38 @@ class FastGate(Fast):
         act = name_of_activation(self.act_fn)
         if not is_on("gates") or act is None or not self.training:
             return super().forward(x)
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), act))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        h = gated(gate, up, act)
+        with made_again(h, lambda: gated(gate, up, act)):
+            return self.down_proj(h)
+
+
+@contextmanager
+def made_again(product: Tensor, make: Callable[[], Tensor]) -> Generator[None]:
+    """Keep nothing of `product` for the gradient of what reads it here: `make` makes it again.
+
+    Where others decide what is kept, as activation checkpointing does, it is left to them.
+    """
+    if torch.compiler.is_compiling() or others_decide_what_is_kept():
+        yield
+        return
+    storage = product.untyped_storage()._cdata
+
+    def pack(saved: Tensor) -> Tensor | None:
+        same = saved.untyped_storage()._cdata == storage and saved.shape == product.shape
+        return None if same else saved
+
+    @torch.no_grad()
+    def unpack(kept: Tensor | None) -> Tensor:
+        return make() if kept is None else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def others_decide_what_is_kept() -> bool:
+    """Say whether hooks on saved tensors are in force already."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def name_of_activation(act: nn.Module) -> str | None:
