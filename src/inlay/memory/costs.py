@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -51,6 +51,9 @@ class Scratch:
     """Bytes of the blocks that are freed when it ends."""
     kept: int = 0
     """Bytes of the buffer that is kept from one operation to the next."""
+    multiplied: tuple[int, int, int] | None = None
+    """The shape (m, k, n) of the float32 products inside: the library that multiplies keeps
+    buffers of its own for them."""
 
 
 def product(x: Tensor, rows: int, columns: int, packing: str, *widths: int) -> Scratch:
@@ -62,12 +65,13 @@ def product(x: Tensor, rows: int, columns: int, packing: str, *widths: int) -> S
     count = x.numel() // x.shape[-1]
     cast = () if dtype == x.dtype else tuple(count * w * dtype.itemsize for w in widths)
     if packing == DENSE and dtype == x.dtype:
-        return Scratch(cast)
+        return Scratch(cast, multiplied=(count, columns, rows))
     unpacking = () if packing == DENSE else UNPACKING
     if target != "cpu":
         return Scratch((*unpacking, rows * columns * dtype.itemsize))
     tile = tile_rows(rows, columns, dtype, x.device) * columns * dtype.itemsize
-    return Scratch((*cast, *unpacking), max(tile, TILE_BYTES))
+    step = tile_rows(rows, columns, dtype, x.device)
+    return Scratch((*cast, *unpacking), max(tile, TILE_BYTES), (count, columns, step))
 
 
 def frozen_linear(
@@ -149,7 +153,8 @@ def low_rank_gradients(
 
 def matmul(a: Tensor, b: Tensor) -> Scratch:
     """Scratch of `a @ b`: in float32, where a CPU has no arithmetic for halves."""
-    return emulated(a, a.shape[-2] * b.shape[-1])
+    (m, k), n = a.shape, b.shape[-1]
+    return replace(emulated(a, m * n), multiplied=(m, k, n))
 
 
 def addmm(bias: Tensor, a: Tensor, b: Tensor, **factors: Any) -> Scratch:
@@ -184,7 +189,7 @@ def scored(
     halves = 0 if dtype.itemsize >= 4 else 2
     wide = 1 if target == "cpu" and library() is not None else 2
     blocks = (*head.passing, *[4 * count * rows] * wide, *[2 * count * rows] * halves)
-    return Scratch(blocks, head.kept)
+    return Scratch(blocks, head.kept, head.multiplied)
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Scratch:

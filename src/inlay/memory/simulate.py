@@ -67,6 +67,8 @@ class Simulation:
     """The most bytes moved to the host at once."""
     buffer: int
     """Bytes of the buffer that operations keep."""
+    products: frozenset[tuple[int, int, int]]
+    """The shapes (m, k, n) that are multiplied."""
     trace: list[Event]
     """The blocks of memory that come and go in the step."""
     trained: int
@@ -114,6 +116,7 @@ class Ledger(TorchDispatchMode):
         self.category = "weights"
         """The category of what is made now."""
         self.work: dict[str, Work] = {}
+        self.products: set[tuple[int, int, int]] = set()
         self.trace: list[Event] = []
         """Blocks as they come and go, for what the allocator makes of them."""
         self.made = 0
@@ -135,6 +138,8 @@ class Ledger(TorchDispatchMode):
         category = "loss" if "cross_entropy" in name else None
         made = [t for t in outputs if self.add(t, category)]
         self.kept = max(self.kept, scratch.kept)
+        if scratch.multiplied is not None:
+            self.products.add(scratch.multiplied)
         self.touch(sum(scratch.passing))
         self.trace += [(number, 0) for number in passing]
         self.note_work(name, func, args, kwargs, out, inputs, made)
@@ -314,6 +319,7 @@ class Step:
             streamed_weights=2 * largest_block(self.model),
             work=ledger.work,
             buffer=ledger.kept,
+            products=frozenset(ledger.products),
             trace=ledger.trace,
         )
 
