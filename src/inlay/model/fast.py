@@ -107,10 +107,10 @@ def made_again(product: Tensor, make: Callable[[], Tensor]) -> Generator[None]:
     if torch.compiler.is_compiling() or others_decide_what_is_kept():
         yield
         return
-    storage = product.untyped_storage()._cdata
+    storage, shape = product.untyped_storage()._cdata, product.shape
 
     def pack(saved: Tensor) -> Tensor | None:
-        same = saved.untyped_storage()._cdata == storage and saved.shape == product.shape
+        same = saved.untyped_storage()._cdata == storage and saved.shape == shape
         return None if same else saved
 
     @torch.no_grad()
@@ -123,7 +123,8 @@ def made_again(product: Tensor, make: Callable[[], Tensor]) -> Generator[None]:
 
 def others_decide_what_is_kept() -> bool:
     """Say whether hooks on saved tensors are in force already."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    return hooks._top_saved_tensors_default_hooks(False) is not None
 
 
 def name_of_activation(act: nn.Module) -> str | None:
