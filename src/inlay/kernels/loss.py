@@ -67,6 +67,7 @@ def linear_cross_entropy(
         found.append(Scores(*native.loss_tile(logits, labels[part])))
         if to_gradient:
             back[part] = matrix.times_t(logits.to(matrix.dtype))
+        del logits
     if not found:
         empty = h.new_empty(0, dtype=torch.promote_types(h.dtype, torch.float32))
         return empty, empty.clone(), empty.bool(), back

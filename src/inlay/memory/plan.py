@@ -14,8 +14,13 @@ from inlay.errors import ModelError
 from inlay.kernels.switches import is_on
 from inlay.memory.devices import CUDA_RUNTIME, Device
 from inlay.memory.policy import POLICIES, Policy
+from inlay.memory.probe import resident
 from inlay.memory.simulate import Optimiser, Simulation, fake_tensors, frozen_bytes, simulate
 
+Product = tuple[int, int, int]
+"""The shape (m, k, n) of a matrix product."""
+Runtime = Callable[[frozenset[Product]], int]
+"""Returns the bytes a process holds beside a model that multiplies these shapes."""
 ROOM = 0.95
 """The share of a device's memory that a plan may fill: plans are within 5% of what is measured."""
 
@@ -83,22 +88,21 @@ class Task:
 
 
 def plan(
-    task: Task, device: Device, *, runtime: int, policies: Sequence[Policy] = POLICIES
+    task: Task, device: Device, *, runtime: Runtime, policies: Sequence[Policy] = POLICIES
 ) -> Plan:
     """Work out a step under one policy after another, until one fits.
 
     Args:
         task: the step.
         device: where it runs.
-        runtime: bytes this process holds before there is a model, on a CPU; ignored on a GPU.
+        runtime: what this process holds beside the model, on a CPU; on a GPU it is not asked.
         policies: those to try, from the one that keeps the most.
 
     Raises:
         ModelError: the step depends on values that only training knows.
     """
-    held = runtime if device.kind == "cpu" else CUDA_RUNTIME
     # What a CPU has free does not count what this process holds already.
-    room = int(ROOM * device.memory) + (held if device.kind == "cpu" else 0)
+    room = int(ROOM * device.memory) + (resident() if device.kind == "cpu" else 0)
     options: list[Option] = []
     trained = 0
     tried = list(possible(policies, device))
@@ -115,6 +119,7 @@ def plan(
             kind=device.kind,
         )
         trained = simulation.trained
+        held = runtime(simulation.products) if device.kind == "cpu" else CUDA_RUNTIME
         options.append(option(policy, simulation, task, device, held))
         if options[-1].total <= room:
             return Plan(device, tuple(options), options[-1], trained, room)

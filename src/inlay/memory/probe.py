@@ -67,19 +67,42 @@ def status(field: str) -> int | None:
     return None
 
 
-@cache
-def runtime() -> int:
-    """Return what this process holds once it has trained anything at all: code, pools, libraries.
+MOST_ROWS, MOST_COLUMNS, MOST_OUTPUTS = 512, 4096, 1 << 15
+"""Larger products are tried at this size: the multiplying library's buffers grow no more."""
 
-    The embedded model is loaded, adapted and trained for two short steps first, and matrices of
-    a usual size are multiplied, so that what they bring in is there; what is free is given back.
+
+def runtime(products: frozenset[tuple[int, int, int]]) -> int:
+    """Return what this process holds beside a model that it trains: code, pools, libraries.
+
+    The embedded model is loaded, adapted and trained for two short steps first, and products of
+    these shapes (m, k, n) are tried, so that what they bring in is there; what is free is given
+    back.
     """
+    tried = {(min(m, MOST_ROWS), min(k, MOST_COLUMNS), min(n, MOST_OUTPUTS)) for m, k, n in products}
+    widest = {shape for shape in tried if not any(covers(other, shape) for other in tried)}
+    return held_after(frozenset(widest))
+
+
+def covers(other: tuple[int, int, int], shape: tuple[int, int, int]) -> bool:
+    """Say whether one product is at least as large as another in every direction, and not it."""
+    return other != shape and all(a >= b for a, b in zip(other, shape, strict=True))
+
+
+@cache
+def held_after(products: frozenset[tuple[int, int, int]]) -> int:
+    """Return what is held after training a little and multiplying these shapes both ways."""
     warm_up()
+    for m, k, n in products:
+        x, w = torch.ones(m, k), torch.ones(n, k)
+        torch.mm(torch.mm(x, w.t()), w)
+        del x, w
+    vars(kept).clear()
     gc.collect()
     give_back()
     return resident()
 
 
+@cache
 def warm_up() -> None:
     """Train the embedded model for two steps on a few tokens."""
     model, _ = load("pocket", device="cpu")
@@ -92,10 +115,6 @@ def warm_up() -> None:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
-        for dtype in (torch.float32, torch.bfloat16):
-            square = torch.ones(1024, 1024, dtype=dtype)
-            torch.mm(square, square)
-    vars(kept).clear()
 
 
 def give_back() -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from inlay.data.tokens import Encoded
 from inlay.errors import TrainingError
 from inlay.memory.devices import Device
-from inlay.memory.plan import Plan, Task, plan
+from inlay.memory.plan import Plan, Product, Task, plan
 from inlay.memory.policy import POLICIES, Policy
 from inlay.memory.probe import runtime
 from inlay.memory.simulate import Optimiser, adamw, adamw_8bit
@@ -64,7 +64,7 @@ def planned_run(config: RunConfig, rows: Rows, device: Device, *, streamed: bool
         dtype=computing_dtype(shape, config.dtype),
         streamed=streamed,
     )
-    return plan(task, device, runtime=held_already(device), policies=policies_of(config))
+    return plan(task, device, runtime=held_beside, policies=policies_of(config))
 
 
 def step_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -72,12 +72,12 @@ def step_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**batch, use_cache=False).loss
 
 
-def held_already(device: Device) -> int:
-    """Return what this process holds with everything imported that a run imports."""
+def held_beside(products: frozenset[Product]) -> int:
+    """Return what this process holds beside the model, with everything a run imports."""
     from inlay.train import run
 
     del run
-    return runtime() if device.kind == "cpu" else 0
+    return runtime(products)
 
 
 def built(shape: PreTrainedConfig, config: RunConfig) -> nn.Module:
@@ -317,4 +317,4 @@ def planned_step(
         accumulation=config.gradient_accumulation,
         dtype=computing_dtype(shape, config.dtype),
     )
-    return plan(task, device, runtime=held_already(device), policies=policies_of(config))
+    return plan(task, device, runtime=held_beside, policies=policies_of(config))
