@@ -91,8 +91,8 @@ def measured(data: str, size: Size) -> dict[str, Any]:
         write_rows(folder / "held_out.jsonl", found[:HELD_OUT_ROWS])
         runs = [run(folder, size, steps, seed) for seed in size.seeds]
     return {
-        "data": data,
         **asdict(size),
+        "data": data,
         "tokenizer": "pocket's, of 4,096 tokens",
         "method": f"LoRA rank {RANK}, alpha {ALPHA}, all linear layers of the blocks",
         "batch_size": BATCH_SIZE,
