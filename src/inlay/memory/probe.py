@@ -78,7 +78,9 @@ def runtime(products: frozenset[tuple[int, int, int]]) -> int:
     these shapes (m, k, n) are tried, so that what they bring in is there; what is free is given
     back.
     """
-    tried = {(min(m, MOST_ROWS), min(k, MOST_COLUMNS), min(n, MOST_OUTPUTS)) for m, k, n in products}
+    tried = {
+        (min(m, MOST_ROWS), min(k, MOST_COLUMNS), min(n, MOST_OUTPUTS)) for m, k, n in products
+    }
     widest = {shape for shape in tried if not any(covers(other, shape) for other in tried)}
     return held_after(frozenset(widest))
 
