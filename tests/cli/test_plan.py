@@ -1,0 +1,66 @@
+"""`inlay plan`: what is said before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from inlay.cli.main import main
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    ).save_pretrained(tmp_path)
+    return str(tmp_path / "config.json")
+
+
+def record(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_config_alone_is_planned_for_a_gpu(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", config, "--method", "lora", "--max-length", "64", "--device", "h100"]
+    found = record(capsys, *words)
+    assert found["chosen"] == "keep-all"
+    assert found["device"]["rates"] == "data sheet"
+    assert found["largest_batch"]["assumed"] is True
+    assert main(["plan", *words]) == 0
+    said = capsys.readouterr().out
+    assert "estimates from the data sheet" in said
+    assert "weights" in said
+
+
+def test_too_little_memory_is_said_with_what_to_do(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", config, "--method", "lora", "--max-length", "64", "--device", "t4"]
+    assert main(["plan", *words, "--memory", "1MB"]) == 0
+    assert "nothing fits: lower max_length" in capsys.readouterr().out
+
+
+def test_without_a_method_one_is_proposed(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = record(capsys, "--model", config, "--max-length", "64", "--device", "l4")
+    assert found["method"] == "lora"
+    assert found["storage"] == "dense"
+    assert any("fits" in reason for reason in found["reasons"])
+
+
+def test_a_wrong_size_is_one_sentence(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", config, "--memory", "much"]) == 2
+    assert "'memory' must be a size such as 24GB" in capsys.readouterr().err
