@@ -52,9 +52,7 @@ def test_too_little_memory_is_said_with_what_to_do(
     assert "nothing fits: lower max_length" in capsys.readouterr().out
 
 
-def test_without_a_method_one_is_proposed(
-    config: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_method_one_is_proposed(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = record(capsys, "--model", config, "--max-length", "64", "--device", "l4")
     assert found["method"] == "lora"
     assert found["storage"] == "dense"

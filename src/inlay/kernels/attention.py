@@ -136,12 +136,11 @@ def segments_of(
             return None
         return torch.stack([torch.arange(rows), torch.zeros_like(lengths), lengths], 1)
     if position_ids is None:
-        whole = torch.tensor([0, 0, length]).repeat(rows, 1)
-        whole[:, 0] = torch.arange(rows)
-        return whole
+        row = torch.arange(rows)
+        return torch.stack([row, torch.zeros_like(row), torch.full_like(row, length)], 1)
     positions = position_ids.expand(rows, length)
     begins = torch.ones(rows, length, dtype=torch.bool)
     begins[:, 1:] = positions.diff(dim=1) != 1
     row, start = begins.nonzero(as_tuple=True)
-    flat = torch.cat([row * length + start, torch.tensor([rows * length])])
+    flat = torch.cat([row * length + start, torch.arange(rows * length, rows * length + 1)])
     return torch.stack([row, start, start + flat.diff()], 1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -421,6 +422,10 @@ def followed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation on fake tensors; where all its inputs are known, follow their values."""
     if func is torch.ops.aten.index.Tensor:
         args = (args[0], [index for i in args[1] for index in as_integers(i)], *args[2:])
+    if func is torch.ops.aten.lift_fresh.default and not isinstance(args[0], FakeTensor):
+        literal = func(*args, **kwargs)
+        literal.known = args[0]
+        return literal
     inputs = tensors_in((args, kwargs))
     if all(hasattr(t, "known") for t in inputs) and (inputs or makes_integers(func, kwargs)):
         return with_values(func, args, kwargs)
