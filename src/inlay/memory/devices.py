@@ -112,8 +112,9 @@ def known_device(name: str | None) -> Device:
         return this_gpu()
     if name is None or name == "cpu":
         return this_cpu()
-    count, _, single = name.lower().rpartition("x") if re.match(r"\d+x", name) else ("1", "", name)
-    single = ALIASES.get(single.lower(), single.lower())
+    several = re.fullmatch(r"(\d+)x(.+)", name.lower())
+    count, single = several.groups() if several else ("1", name.lower())
+    single = ALIASES.get(single, single)
     if single not in DEVICES:
         known = ("cpu", *DEVICES)
         raise UsageError(
