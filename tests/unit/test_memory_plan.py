@@ -143,6 +143,8 @@ def test_a_heap_that_keeps_its_memory_holds_its_greatest_extent() -> None:
     heap = Heap(keeps=True)
     heap.replay([(1, 10_000), (2, 20_000), (1, 0), (3, 8_000)])
     assert heap.peak == 30_000
+    heap.replay([(4, 25_000)])
+    assert heap.held == 30_000
 
 
 def test_a_heap_maps_large_blocks_by_themselves() -> None:

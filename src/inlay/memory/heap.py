@@ -58,22 +58,23 @@ class Heap:
             self.blocks[number] = (None, size)
             self.mapped += size
         else:
-            self.blocks[number] = (self.place(size), size)
+            self.blocks[number] = self.place(size)
         self.peak = max(self.peak, self.held)
 
-    def place(self, size: int) -> int:
-        """Return the address of the smallest free piece that is large enough, or of the end."""
+    def place(self, size: int) -> tuple[int, int]:
+        """Return where the smallest free piece that is large enough, or the end, is, and its size."""
         index = bisect_left(self.by_size, (size, 0))
         if index == len(self.by_size):
             start = self.top
             self.top += size
             self.touched = max(self.touched, self.top)
-            return start
+            return start, size
         found, start = self.by_size[index]
         self.remove(start, found)
         if found - size >= SMALLEST:
             self.add(start + size, found - size)
-        return start
+            return start, size
+        return start, found
 
     def free(self, number: int) -> None:
         """Give a block back, joined with the free pieces beside it."""
