@@ -62,7 +62,7 @@ class Heap:
         self.peak = max(self.peak, self.held)
 
     def place(self, size: int) -> tuple[int, int]:
-        """Return where the smallest free piece that is large enough, or the end, is, and its size."""
+        """Return place and size of the smallest free piece that is large enough, or of the end."""
         index = bisect_left(self.by_size, (size, 0))
         if index == len(self.by_size):
             start = self.top
