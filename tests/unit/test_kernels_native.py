@@ -25,6 +25,8 @@ LEVELS = build.LEVELS[: 1 + build.LEVELS.index(native.status().split(":")[0])] i
     native.available()
 ) else ()  # fmt: skip
 
+SOURCES = (*build.KERNELS.sources, *build.MEMORY.sources)
+
 pytestmark = pytest.mark.skipif(not LEVELS, reason=native.status())
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 BOTH = (torch.float32, torch.bfloat16)
@@ -444,14 +446,14 @@ def test_an_unknown_level_is_an_error() -> None:
 
 
 def test_quantiles_are_those_of_the_storage() -> None:
-    source = (Path(build.__file__).parent / build.SOURCES[0]).read_text()
+    source = (Path(build.__file__).parent / build.KERNELS.sources[0]).read_text()
     table = source.split("QUANTILES[16] = {")[1].split("}")[0]
     assert [float(x.strip(" f\n")) for x in table.split(",") if x.strip()] == list(nf4.QUANTILES)
 
 
 def test_sources_are_in_the_package() -> None:
     patterns = Path(__file__).parents[2].joinpath("pyproject.toml").read_text()
-    assert all(f"kernels/native/*{Path(name).suffix}" in patterns for name in build.SOURCES)
+    assert all(f"kernels/native/*{Path(name).suffix}" in patterns for name in SOURCES)
 
 
 def test_memory_is_kept_and_given_back() -> None:

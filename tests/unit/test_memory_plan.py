@@ -147,10 +147,10 @@ def test_nothing_of_a_plan_is_left_for_real_tensors() -> None:
 
 def test_a_heap_that_keeps_its_memory_holds_its_greatest_extent() -> None:
     heap = Heap(keeps=True)
-    heap.replay([(1, 10_000), (2, 20_000), (1, 0), (3, 8_000)])
-    assert heap.peak == 30_000
-    heap.replay([(4, 25_000)])
-    assert heap.held == 30_000
+    heap.replay([(1, 10_240), (2, 20_480), (1, 0), (3, 8_192)])
+    assert heap.peak == 30_720
+    heap.replay([(4, 25_600)])
+    assert heap.held == 30_720
 
 
 def test_a_heap_maps_large_blocks_by_themselves() -> None:

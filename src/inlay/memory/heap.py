@@ -1,9 +1,10 @@
-"""What glibc's allocator holds for blocks that come and go: more than what is alive.
+"""What an allocator holds for blocks that come and go: more than what is alive.
 
-Blocks at or above a threshold are mapped one by one and returned when freed; the others are cut
-from a heap, the smallest free piece that is large enough first, which grows at its end only. The
-threshold rises to the size of every mapped block that is freed, up to 32 MB, unless the process
-has set it (`mallopt`): then nothing is returned, and the heap keeps its greatest extent.
+Blocks are cut from a heap, the smallest free piece that is large enough first, the lowest of
+equals; it grows at its end only. The heap that Inlay keeps for tensors returns nothing: what it
+holds is its greatest extent. glibc's, otherwise, is returned beyond a threshold, and blocks at or
+above another are mapped one by one; that one rises to the size of every mapped block that is
+freed, up to 32 MB.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable
 PAGE = 4096
 FIRST_THRESHOLD = 128 << 10
 LARGEST_THRESHOLD = 32 << 20
+ALIGNMENT = 64
 SMALLEST = 4096
 """A free piece smaller than this is not split off; blocks below it are not followed."""
 
@@ -53,6 +55,7 @@ class Heap:
 
     def allocate(self, number: int, size: int) -> None:
         """Place a block."""
+        size = -(-size // ALIGNMENT) * ALIGNMENT
         if not self.keeps and size >= self.threshold:
             size = -(-size // PAGE) * PAGE
             self.blocks[number] = (None, size)

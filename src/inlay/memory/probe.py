@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import platform
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from inlay.kernels.native import return_free_memory
 from inlay.kernels.scratch import kept
 from inlay.methods.lora import LoRA
 from inlay.model.attach import attach
@@ -100,7 +99,7 @@ def held_after(products: frozenset[tuple[int, int, int]]) -> int:
         del x, w
     vars(kept).clear()
     gc.collect()
-    give_back()
+    return_free_memory()
     return resident()
 
 
@@ -117,9 +116,3 @@ def warm_up() -> None:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
-
-
-def give_back() -> None:
-    """Return free memory to the system, where the C library is glibc."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)

@@ -7,7 +7,7 @@ are what opaque operators are made of. `use("off")`, or INLAY_NATIVE=0, switches
     available() -> bool
     status() -> str
     use(level: "off" | "generic" | "avx2" | "avx512")      context manager
-    keep_memory() -> str | None;  release_memory() -> str | None
+    keep_memory() -> str | None;  release_memory() -> str | None;  return_free_memory()
     loss_tile(logits, labels) -> (log_p, entropy, top1)    logits become onehot - softmax
     rms_norm(x, weight, eps) -> (y, rstd)
     rms_norm_backward(g, x, weight, rstd) -> gx
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from inlay.errors import DataError
 from inlay.kernels.native import reference
-from inlay.kernels.native.allocator import keep_memory, release_memory
+from inlay.kernels.native.allocator import keep_memory, release_memory, return_free_memory
 from inlay.kernels.native.build import library, status, use
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "nf4_quantize",
     "nf4_to_int8",
     "release_memory",
+    "return_free_memory",
     "rms_norm",
     "rms_norm_backward",
     "rotary",

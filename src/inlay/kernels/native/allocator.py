@@ -1,24 +1,41 @@
-"""glibc's allocator: keep freed memory between steps instead of returning it to the kernel."""
+"""Memory that stays in the process between training steps instead of going back to the kernel.
+
+PyTorch's CPU tensors get a heap of their own (`tensor_memory.cpp`) where there is a C++ compiler;
+elsewhere glibc is told to keep what is freed, whose heap grows over the first steps.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+import subprocess
+from functools import cache
+
+from inlay.kernels.native.build import MEMORY, SWITCH, built
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 """mallopt's parameters, from malloc.h."""
 LARGEST = 2**31 - 1
 KEPT = {MMAP_THRESHOLD: LARGEST, TRIM_THRESHOLD: LARGEST, TOP_PAD: 64 << 20}
 DEFAULTS = {MMAP_THRESHOLD: 128 << 10, TRIM_THRESHOLD: 128 << 10, TOP_PAD: 128 << 10}
+RANGE = 4
+"""Addresses reserved for the tensors' heap, in units of the machine's memory."""
 
 
 def keep_memory() -> str | None:
-    """Keep freed blocks up to 2 GiB in the process, so that the next step faults no page in.
+    """Keep freed tensors' memory in the process, so that the next step faults no page in.
 
-    For the whole process, until `release_memory`. Peak memory does not change; memory after the
-    peak stays as large. Returns None when done, or why it was not.
+    For the whole process, until `release_memory`. Returns None when done, or why it was not.
     """
-    return set_options(KEPT)
+    heap = tensor_heap()
+    if heap is None:
+        return set_options(KEPT)
+    size = RANGE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    refused = heap.inlay_keep_tensors(ctypes.c_int64(size))
+    if refused == 2:
+        return "PyTorch's CPU tensors have another allocator already"
+    return set_options(KEPT) if refused else None
 
 
 def release_memory() -> str | None:
@@ -27,10 +44,32 @@ def release_memory() -> str | None:
     The one difference from a fresh process: the size from which a block is mapped by itself stays
     at glibc's 128 KiB and grows no more.
     """
+    heap = tensor_heap()
+    if heap is not None:
+        heap.inlay_release_tensors()
     reason = set_options(DEFAULTS)
-    if reason is None:
-        ctypes.CDLL(None).malloc_trim(0)
+    return_free_memory()
     return reason
+
+
+def return_free_memory() -> None:
+    """Return to the kernel what is free now."""
+    heap = tensor_heap()
+    if heap is not None:
+        heap.inlay_return_pages()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@cache
+def tensor_heap() -> ctypes.CDLL | None:
+    """Return the heap for PyTorch's CPU tensors; None off Linux, without a compiler or if off."""
+    if platform.system() != "Linux" or os.environ.get(SWITCH, "").lower() in ("0", "off"):
+        return None
+    try:
+        return ctypes.CDLL(str(built(MEMORY)))
+    except (OSError, RuntimeError, subprocess.SubprocessError):
+        return None
 
 
 def set_options(options: dict[int, int]) -> str | None:

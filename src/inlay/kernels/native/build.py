@@ -1,4 +1,4 @@
-"""Compile the C kernels once for each user, and load them."""
+"""Compile the C kernels, and the C++ of the allocator, once for each user, and load them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,42 @@ import torch
 from inlay.errors import UsageError
 from inlay.kernels.switches import is_on
 
-SOURCES = ("inlay_native.c", "kernels.h")
-FLAGS = (
-    "-O3", "-shared", "-fPIC", "-std=gnu11", "-fopenmp-simd", "-ffp-contract=off",
-    "-fno-math-errno", "-fno-trapping-math",
+TORCH = Path(torch.__file__).parent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one shared object is made."""
+
+    name: str
+    sources: tuple[str, ...]
+    """The first is compiled, the others are read by it."""
+    compilers: tuple[str, ...]
+    """An environment variable that names a compiler, then those that are looked for."""
+    flags: tuple[str, ...]
+    libraries: tuple[str, ...]
+    depends: str = ""
+    """What else the shared object depends on."""
+
+
+KERNELS = Recipe(
+    name="inlay_native",
+    sources=("inlay_native.c", "kernels.h"),
+    compilers=("CC", "cc", "gcc", "clang"),
+    flags=(
+        "-O3", "-shared", "-fPIC", "-std=gnu11", "-fopenmp-simd", "-ffp-contract=off",
+        "-fno-math-errno", "-fno-trapping-math",
+    ),
+    libraries=("-lm",),
 )  # fmt: skip
+MEMORY = Recipe(
+    name="tensor_memory",
+    sources=("tensor_memory.cpp",),
+    compilers=("CXX", "c++", "g++", "clang++"),
+    flags=("-O2", "-shared", "-fPIC", "-std=c++20", "-isystem", str(TORCH / "include")),
+    libraries=(f"-L{TORCH / 'lib'}", "-lc10"),
+    depends=torch.__version__,
+)
 LEVELS = ("generic", "avx2", "avx512")
 SWITCH = "INLAY_NATIVE"
 """Environment variable: 0 or off for none of this, or the widest instruction set to use."""
@@ -48,7 +79,7 @@ def loaded() -> Loaded:
     if asked in ("0", "off"):
         return Loaded(None, "off", f"switched off by {SWITCH}={asked}")
     try:
-        path = built()
+        path = built(KERNELS)
         library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return Loaded(None, "off", str(error))
@@ -101,18 +132,18 @@ def set_level(state: Loaded, level: str) -> None:
         state.library.inlay_set_level(LEVELS.index(level))
 
 
-def built() -> Path:
+def built(recipe: Recipe) -> Path:
     """Return the shared object for these sources, flags and compiler; compile it if need be."""
-    compiler = found_compiler()
+    compiler = found_compiler(recipe)
     folder = cache_folder()
-    path = folder / f"inlay_native_{fingerprint(compiler)}.so"
+    path = folder / f"{recipe.name}_{fingerprint(recipe, compiler)}.so"
     if path.exists():
         return path
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="build_") as work:
         made = Path(work) / path.name
-        source = Path(__file__).parent / SOURCES[0]
-        command = [*compiler, *FLAGS, str(source), "-o", str(made), "-lm"]
+        source = Path(__file__).parent / recipe.sources[0]
+        command = [*compiler, *recipe.flags, str(source), "-o", str(made), *recipe.libraries]
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
         if done.returncode:
             raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr.strip()[-500:]}")
@@ -120,13 +151,16 @@ def built() -> Path:
     return path
 
 
-def found_compiler() -> list[str]:
-    """Return the C compiler's command: $CC, or the first of cc, gcc and clang."""
-    for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
+def found_compiler(recipe: Recipe) -> list[str]:
+    """Return the command of the compiler that the environment names, or of the first there is."""
+    variable, *names = recipe.compilers
+    for name in (os.environ.get(variable, ""), *names):
         command = shlex.split(name)
         if command and shutil.which(command[0]):
             return command
-    raise RuntimeError("no C compiler: none of $CC, cc, gcc and clang is on the PATH")
+    language = "C++" if variable == "CXX" else "C"
+    known = f"{', '.join(names[:-1])} and {names[-1]}"
+    raise RuntimeError(f"no {language} compiler: none of ${variable}, {known} is on the PATH")
 
 
 def cache_folder() -> Path:
@@ -135,14 +169,14 @@ def cache_folder() -> Path:
     return Path(base) / "inlay" / "native"
 
 
-def fingerprint(compiler: list[str]) -> str:
+def fingerprint(recipe: Recipe, compiler: list[str]) -> str:
     """Return a hash of all that the shared object depends on."""
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, timeout=SECONDS, check=True
     ).stdout
-    text = [*compiler, *FLAGS, platform.machine(), platform.system()]
-    digest = hashlib.sha256("\0".join(text).encode() + version)
-    for name in SOURCES:
+    about = (platform.machine(), platform.system(), recipe.depends)
+    digest = hashlib.sha256("\0".join([*compiler, *recipe.flags, *about]).encode() + version)
+    for name in recipe.sources:
         digest.update((Path(__file__).parent / name).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -158,11 +192,10 @@ def hand_over_threads(library: ctypes.CDLL) -> str:
 
 def openmp_runtimes() -> Iterator[tuple[str, ctypes.CDLL]]:
     """Yield the libraries that torch loaded in which GOMP_parallel may be."""
-    folder = Path(torch.__file__).parent
     for stem in ("libgomp", "libiomp5", "libomp"):
         for path in (
-            *folder.glob(f"lib/{stem}[.-]*"),
-            *folder.parent.glob(f"torch.libs/{stem}[.-]*"),
+            *TORCH.glob(f"lib/{stem}[.-]*"),
+            *TORCH.parent.glob(f"torch.libs/{stem}[.-]*"),
         ):
             with contextlib.suppress(OSError):
                 yield path.name, ctypes.CDLL(str(path))
