@@ -3,8 +3,8 @@
     python benchmarks/plan_table.py [name ...]
 
 A case is a method, a storage, a length and an activation policy, on a model of four layers of the
-0.5B shape. The plan is made from the configuration alone, in one process. In another the model
-is loaded, adapted and trained for three steps; what is compared is the most that process held
+0.5B shape. The plan is made from the configuration alone, in one process, as `inlay plan` makes
+it. In another the model is loaded, adapted and trained for three steps; what is compared is the most that process held
 while it trained (VmHWM, set back once the model was loaded), everything included: Python, the
 libraries, the weights.
 """
@@ -158,40 +158,33 @@ def measured(case: dict[str, Any], model_folder: str) -> dict[str, Any]:
     return {"measured": found.peak, "before": before, "loaded": loaded, "after": resident()}
 
 
-def plans(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Plan every case in this process."""
-    return [planned(case) for case in cases]
-
-
-def measurements(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Measure every case in a process of its own, two at a time."""
+def results(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Measure and plan every case in processes of its own, two cases at a time."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         folders = {d: make_model(Path(folder), d) for d in ("bfloat16", "float32")}
-        jobs = [pool.submit(in_a_process, "measure", c, folders[c["dtype"]]) for c in cases]
-        return [job.result() for job in jobs]
+        return list(pool.map(lambda case: result(case, folders[case["dtype"]]), cases))
 
 
-def in_a_process(kind: str, case: Any, *rest: str) -> Any:
+def result(case: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Measure and plan one case."""
+    found = in_a_process("measure", case, folder)
+    plan = in_a_process("plan", case)
+    error = plan["total"] / found["measured"] - 1
+    sizes = f"{plan['total'] / 1e6:8.0f}{found['measured'] / 1e6:8.0f}"
+    print(f"{name_of(case):<48}{sizes}{error:+8.1%}", flush=True)
+    return {**case, "planned": plan, **found, "error": error}
+
+
+def in_a_process(kind: str, case: dict[str, Any], *rest: str) -> Any:
     """Run a part of the table in a fresh process."""
     words = [sys.executable, __file__, kind, json.dumps(case), *rest]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    if kind == "measure":
-        print(name_of(case), done.stdout.splitlines()[-1], file=sys.stderr, flush=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(names: list[str]) -> None:
     """Measure and plan every case."""
-    cases = [c for c in CASES if not names or name_of(c) in names]
-    measured_cases = measurements(cases)
-    rows: list[dict[str, Any]] = []
-    for case, found, plan in zip(cases, measured_cases, in_a_process("plan", cases), strict=True):
-        error = plan["total"] / found["measured"] - 1
-        rows.append({**case, "planned": plan, **found, "error": error})
-        print(
-            f"{name_of(case):<48}{plan['total'] / 1e6:8.0f}{found['measured'] / 1e6:8.0f}", end=""
-        )
-        print(f"{error:+8.1%}", flush=True)
+    rows = results([c for c in CASES if not names or name_of(c) in names])
     within = sum(abs(row["error"]) <= 0.05 for row in rows)
     print(f"{within} of {len(rows)} within 5%")
     if not names:
@@ -206,7 +199,7 @@ def name_of(case: dict[str, Any]) -> str:
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if sys.argv[1:2] == ["plan"]:
-        print(json.dumps(plans(json.loads(sys.argv[2]))))
+        print(json.dumps(planned(json.loads(sys.argv[2]))))
     elif sys.argv[1:2] == ["measure"]:
         print(json.dumps(measured(json.loads(sys.argv[2]), sys.argv[3])))
     else:

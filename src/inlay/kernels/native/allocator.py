@@ -35,7 +35,10 @@ def keep_memory() -> str | None:
     refused = heap.inlay_keep_tensors(ctypes.c_int64(size))
     if refused == 2:
         return "PyTorch's CPU tensors have another allocator already"
-    return set_options(KEPT) if refused else None
+    if refused:
+        return set_options(KEPT)
+    trim()
+    return None
 
 
 def release_memory() -> str | None:
@@ -57,6 +60,11 @@ def return_free_memory() -> None:
     heap = tensor_heap()
     if heap is not None:
         heap.inlay_return_pages()
+    trim()
+
+
+def trim() -> None:
+    """Return to the kernel what is free in glibc's own heap."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
