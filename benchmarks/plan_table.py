@@ -4,9 +4,9 @@
 
 A case is a method, a storage, a length and an activation policy, on a model of four layers of the
 0.5B shape. The plan is made from the configuration alone, in one process, as `inlay plan` makes
-it. In another the model is loaded, adapted and trained for three steps; what is compared is the most that process held
-while it trained (VmHWM, set back once the model was loaded), everything included: Python, the
-libraries, the weights.
+it. In another the model is loaded, adapted and trained for three steps; what is compared is the
+most that process held while it trained (VmHWM, set back once the model was loaded), everything
+included: Python, the libraries, the weights.
 """
 
 from __future__ import annotations
