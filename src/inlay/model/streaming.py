@@ -141,7 +141,7 @@ class QuantizeOne(StreamingOp):
         try:
             check_shape(weight, empty.weight)
             layer = storage_class(config.storage).quantized(
-                empty.from_matrix(weight), None, double_quant=config.double_quant
+                empty.turned(weight), None, double_quant=config.double_quant
             )
         except StorageError as error:
             raise Stopped(name, error) from error
