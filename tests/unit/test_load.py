@@ -44,7 +44,7 @@ def built(name: str) -> PreTrainedModel:
 @pytest.mark.parametrize(("storage", "double_quant"), [
     ("dense", True), ("nf4", True), ("nf4", False), ("int8", True),
 ])  # fmt: skip
-def test_streamed_equals_quantised_in_memory(
+def test_quantised_while_read_equals_quantised_in_memory(
     folders: dict[str, Path], name: str, storage: str, double_quant: bool
 ) -> None:
     loaded, tokenizer = load(str(folders[name]), storage, double_quant=double_quant)
