@@ -12,29 +12,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from shapes import ALPHA, RANK, SHAPES
+from shapes import ALPHA, RANK, Config, shape_config
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM
 from turns import SkippedError
 
 import inlay
 from inlay.storage.nf4 import BLOCK, NESTED_BLOCK, NF4Linear, dynamic_map
 
-LLAMAS: dict[str, dict[str, int]] = {
-    "tiny llama": {
-        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
-    },
-    "8B": {
-        "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
-    },
-    "70B": {
-        "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80,
-        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128_256,
-    },
-}  # fmt: skip
-"""Those of Llama 3."""
 SPREAD = 0.02
 """Standard deviation of the random weights."""
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -43,17 +28,9 @@ Spec = Mapping[str, Any]
 """What a worker is told: shape, layers, tokens, storage, device, policy, seed, ..."""
 
 
-def config_of(spec: Spec) -> PretrainedConfig:
+def config_of(spec: Spec) -> Config:
     """Return the configuration of a shape, perhaps with fewer layers."""
-    shape, layers = spec["shape"], spec.get("layers")
-    fewer = {"num_hidden_layers": layers} if layers else {}
-    if shape in LLAMAS:
-        return LlamaConfig(
-            **LLAMAS[shape] | fewer, max_position_embeddings=131_072, rope_theta=500_000.0
-        )
-    return Qwen2Config(
-        **SHAPES[shape] | fewer, max_position_embeddings=32_768, tie_word_embeddings=True
-    )
+    return shape_config(spec["shape"], spec.get("layers"))
 
 
 def dense(spec: Spec) -> nn.Module:

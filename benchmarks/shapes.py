@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import inlay
 
-SHAPES: dict[str, dict[str, int]] = {
+QWENS: dict[str, dict[str, int]] = {
     "tiny": {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096,
@@ -25,8 +25,24 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }  # fmt: skip
 """Those of Qwen2.5-0.5B and -1.5B, tied embeddings."""
+LLAMAS: dict[str, dict[str, int]] = {
+    "tiny llama": {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
+    },
+    "8B": {
+        "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
+    },
+    "70B": {
+        "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128_256,
+    },
+}  # fmt: skip
+"""Those of Llama 3."""
 
 RANK, ALPHA = 16, 32
+Config = Qwen2Config | LlamaConfig
 
 
 class Product(NamedTuple):
@@ -42,14 +58,20 @@ class Product(NamedTuple):
         return self.rows * self.columns * self.count
 
 
-def shape_config(shape: str, layers: int | None = None, vocab: int | None = None) -> Qwen2Config:
+def shape_config(shape: str, layers: int | None = None, vocab: int | None = None) -> Config:
     """Return a shape's configuration, perhaps with fewer layers or a smaller vocabulary."""
-    changed: dict[str, Any] = {"num_hidden_layers": layers, "vocab_size": vocab}
-    chosen = SHAPES[shape] | {name: value for name, value in changed.items() if value}
-    return Qwen2Config(**chosen, max_position_embeddings=32_768, tie_word_embeddings=True)
+    asked: dict[str, Any] = {"num_hidden_layers": layers, "vocab_size": vocab}
+    changed = {name: value for name, value in asked.items() if value}
+    if shape in LLAMAS:
+        return LlamaConfig(
+            **LLAMAS[shape] | changed, max_position_embeddings=131_072, rope_theta=500_000.0
+        )
+    return Qwen2Config(
+        **QWENS[shape] | changed, max_position_embeddings=32_768, tie_word_embeddings=True
+    )
 
 
-def save_base(config: Qwen2Config, folder: Path, seed: int = 0) -> None:
+def save_base(config: Config, folder: Path, seed: int = 0) -> None:
     """Write a base model of random bf16 weights."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -63,7 +85,7 @@ def save_start(base: Path, folder: Path, rank: int = RANK, seed: int = 0) -> Non
     inlay.save_adapter(model, folder, base_model=str(base))
 
 
-def layer_products(config: Qwen2Config) -> list[Product]:
+def layer_products(config: Config) -> list[Product]:
     """Return the products of the blocks: q and o, k and v, gate and up, down."""
     d, layers = config.hidden_size, config.num_hidden_layers
     kv = d // config.num_attention_heads * config.num_key_value_heads
@@ -75,17 +97,17 @@ def layer_products(config: Qwen2Config) -> list[Product]:
     ]
 
 
-def head_product(config: Qwen2Config) -> Product:
+def head_product(config: Config) -> Product:
     """Return the product of the output head."""
     return Product(config.vocab_size, config.hidden_size, 1)
 
 
-def lora_parameters(config: Qwen2Config, rank: int = RANK) -> int:
+def lora_parameters(config: Config, rank: int = RANK) -> int:
     """Count the parameters of a LoRA on every linear layer of the blocks."""
     return sum(rank * (p.rows + p.columns) * p.count for p in layer_products(config))
 
 
-def floor_flops(config: Qwen2Config, tokens: int, rank: int = RANK) -> float:
+def floor_flops(config: Config, tokens: int, rank: int = RANK) -> float:
     """Return what no exact step on one sequence of dense labels can do without, in FLOP.
 
     A token takes 4P + 4H + 3.5 * 2LdS + 6 * (LoRA parameters): P of the blocks, H of the head, L

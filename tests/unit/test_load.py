@@ -13,16 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny
 from torch import nn
 from transformers import (
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from inlay.errors import ModelError, StorageError
@@ -33,46 +28,23 @@ from inlay.storage.nf4 import NF4Linear
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
 WIDTHS = {"hidden_size": 40, "intermediate_size": 98, "vocab_size": 99}
+GPT2 = {"n_embd": 36, "n_layer": 2, "n_head": 2, "vocab_size": 99, "n_positions": 32}
 
 
 def built(name: str) -> PreTrainedModel:
     """A tiny model whose widths are no multiples of 64, with biases that are not zero."""
-    torch.manual_seed(0)
-    if name == "gpt2":
-        ends = {"bos_token_id": 0, "eos_token_id": 0}
-        config = GPT2Config(n_embd=36, n_layer=2, n_head=2, vocab_size=99, n_positions=32, **ends)
-        model: PreTrainedModel = GPT2LMHeadModel(config)
-    elif name == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**HEADS, **WIDTHS, tie_word_embeddings=True))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**HEADS, **WIDTHS))
+    model = tiny(name, GPT2, HEADS | WIDTHS)
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["pocket"])
-    found: dict[str, Path] = {}
-    for name in ("gpt2", "qwen2", "llama"):
-        found[name] = tmp_path_factory.mktemp(name)
-        built(name).save_pretrained(found[name])
-        tokenizer.save_pretrained(found[name])
-    return found
-
-
-@pytest.fixture
-def llama(folders: dict[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(folders["llama"], tmp_path / "model"))
-
-
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "llama"])
 @pytest.mark.parametrize(("storage", "double_quant"), [
     ("dense", True), ("nf4", True), ("nf4", False), ("int8", True),
 ])  # fmt: skip
-def test_streamed_equals_quantised_in_memory(
+def test_quantised_while_read_equals_quantised_in_memory(
     folders: dict[str, Path], name: str, storage: str, double_quant: bool
 ) -> None:
     loaded, tokenizer = load(str(folders[name]), storage, double_quant=double_quant)

@@ -1,4 +1,4 @@
-"""Peak memory of streaming: near the quantised size, well below the dense one."""
+"""Peak memory of quantising while reading: near the quantised size, well below the dense one."""
 
 from __future__ import annotations
 

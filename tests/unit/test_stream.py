@@ -16,16 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 import inlay
@@ -45,38 +42,15 @@ WIDTHS = {
     "hidden_size": 256, "intermediate_size": 328, "num_hidden_layers": LAYERS,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 777,
 }  # fmt: skip
+GPT2 = {
+    "n_embd": 256, "n_layer": 3, "n_head": 4, "vocab_size": 777,
+    "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
+}  # fmt: skip
 IDS = torch.randint(777, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
 def built(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    if name == "gpt2":
-        ends = {"bos_token_id": 0, "eos_token_id": 0}
-        config = GPT2Config(
-            n_embd=256,
-            n_layer=3,
-            n_head=4,
-            vocab_size=777,
-            resid_pdrop=0.0,
-            attn_pdrop=0.0,
-            embd_pdrop=0.0,
-            **ends,
-        )
-        return GPT2LMHeadModel(config)
-    if name == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**WIDTHS, tie_word_embeddings=True))
-    return LlamaForCausalLM(LlamaConfig(**WIDTHS))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["pocket"])
-    found: dict[str, Path] = {}
-    for name in ("gpt2", "qwen2", "llama"):
-        found[name] = tmp_path_factory.mktemp(name)
-        built(name).save_pretrained(found[name])
-        tokenizer.save_pretrained(found[name])
-    return found
+    return tiny(name, GPT2, WIDTHS)
 
 
 @pytest.fixture(autouse=True)
@@ -84,11 +58,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     path = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("INLAY_CACHE", str(path))
     return path
-
-
-@pytest.fixture
-def llama(folders: dict[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(folders["llama"], tmp_path / "model"))
 
 
 def streamed_layers(model: nn.Module) -> dict[str, StreamedLinear]:

@@ -14,28 +14,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.kernels.scratch import product_dtype
+from inlay.kernels.opaque import operator
+from inlay.kernels.scratch import cast, product_dtype
 
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def spans(segments: Tensor, rows: int, length: int) -> Iterator[tuple[slice, slice]]:
-    """Every segment as (rows, positions); whole rows of a batch together."""
+def spans(segments: Tensor, rows: int, length: int) -> list[tuple[slice, slice]] | None:
+    """Return every segment as (rows, positions), or None where they are the batch's whole rows."""
     listed: list[list[int]] = segments.tolist()
     if listed == [[row, 0, length] for row in range(rows)]:
-        yield slice(0, rows), slice(0, length)
-        return
-    for row, start, stop in listed:
-        yield slice(row, row + 1), slice(start, stop)
+        return None
+    return [(slice(row, row + 1), slice(start, stop)) for row, start, stop in listed]
 
 
-def repeated(x: Tensor, heads: int) -> Tensor:
-    """Repeat key or value heads (b, kv, s, d) for the query heads that share them."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+def ready(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """Return (b, kv, s, d) as the kernel reads it: repeated for the heads that share it."""
+    x = cast(x, dtype)
+    x = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("inlay::segment_attention", mutates_args=())
+def by_token(x: Tensor) -> Tensor:
+    """Return an empty (b, heads, s, d) in which a token's heads lie together, as layers make it."""
+    return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+
+
+def attended(qkv: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    """Return `softmax(s q k.T) v`, (b, s, heads, d), and log-sums (b, heads, s)."""
+    heads, dtype = qkv[0].shape[1], product_dtype(qkv[0])
+    query, key, value = (ready(x, heads, dtype) for x in qkv)
+    out, sums = flash(query, key, value, is_causal=True, scale=scale)
+    return out.transpose(1, 2), sums
+
+
+def attended_backward(
+    g: Tensor, qkv: list[Tensor], out: Tensor, sums: Tensor, scale: float
+) -> Iterator[Tensor]:
+    """Return the gradients to q, k and v, each (b, s, its heads, d); g, out: (b, s, heads, d)."""
+    heads, dtype = qkv[0].shape[1], product_dtype(qkv[0])
+    query, key, value, grad, part = (
+        ready(x, heads, dtype) for x in (*qkv, g.transpose(1, 2), out.transpose(1, 2))
+    )
+    found = flash_backward(grad, query, key, value, part, sums, 0.0, True, scale=scale)
+    for x, to in zip(qkv, found, strict=True):
+        shared = heads // x.shape[1]
+        yield (to if shared == 1 else to.unflatten(1, (-1, shared)).sum(2)).transpose(1, 2)
+
+
+@operator("segment_attention")
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -44,20 +72,20 @@ def segment_attention(
     q: (b, heads, s, d); k, v: (b, kv heads, s, d); segments: (n, 3) integers.
     """
     batch, heads, length, width = q.shape
-    dtype = product_dtype(q)
+    pieces = spans(segments, batch, length)
+    if pieces is None:
+        out, sums = attended([q, k, v], scale)
+        return cast(out, q.dtype).contiguous(), sums.contiguous()
     out = q.new_zeros(batch, length, heads, width)
-    sums = q.new_zeros(batch, heads, length, dtype=torch.promote_types(dtype, torch.float32))
-    for row, span in spans(segments, batch, length):
-        query, key, value = (
-            repeated(x[row, :, span].to(dtype), heads).contiguous() for x in (q, k, v)
-        )
-        part, part_sums = flash(query, key, value, is_causal=True, scale=scale)
-        out[row, span] = part.transpose(1, 2)
-        sums[row, :, span] = part_sums
+    wide = torch.promote_types(product_dtype(q), torch.float32)
+    sums = q.new_zeros(batch, heads, length, dtype=wide)
+    for row, span in pieces:
+        there = [x[row, :, span] for x in (q, k, v)]
+        out[row, span], sums[row, :, span] = attended(there, scale)
     return out, sums
 
 
-@torch.library.custom_op("inlay::segment_attention_backward", mutates_args=())
+@operator("segment_attention_backward")
 def segment_attention_backward(
     g: Tensor,
     q: Tensor,
@@ -69,20 +97,19 @@ def segment_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients to q, k and v; the weights are computed again."""
-    batch, heads, length, _ = q.shape
-    dtype = product_dtype(q)
-    to_q, to_k, to_v = (x.new_zeros(x.shape) for x in (q, k, v))
-    for row, span in spans(segments, batch, length):
-        query, key, value = (
-            repeated(x[row, :, span].to(dtype), heads).contiguous() for x in (q, k, v)
-        )
-        grad, part = (x[row, span].transpose(1, 2).to(dtype).contiguous() for x in (g, out))
-        part_sums = sums[row, :, span].contiguous()
-        found = flash_backward(grad, query, key, value, part, part_sums, 0.0, True, scale=scale)
-        for to, x in zip((to_q, to_k, to_v), found, strict=True):
-            kept = to.shape[1]
-            shared = x if kept == heads else x.unflatten(1, (kept, heads // kept)).sum(2)
-            to[row, :, span] = shared
+    batch, _, length, _ = q.shape
+    pieces = spans(segments, batch, length)
+    if pieces is None:
+        found = attended_backward(g, [q, k, v], out, sums, scale)
+        to_q, to_k, to_v = (cast(x, q.dtype).contiguous().transpose(1, 2) for x in found)
+        return to_q, to_k, to_v
+    to_q, to_k, to_v = (by_token(x).zero_() for x in (q, k, v))
+    for row, span in pieces:
+        there = [x[row, :, span] for x in (q, k, v)]
+        here = (out[row, span], sums[row, :, span].contiguous())
+        found = attended_backward(g[row, span], there, *here, scale)
+        for to, part in zip((to_q, to_k, to_v), found, strict=True):
+            to[row, :, span] = part.transpose(1, 2)
     return to_q, to_k, to_v
 
 
@@ -104,13 +131,15 @@ def _(
     segments: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return by_token(q), by_token(k), by_token(v)
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep q, k, v, the output and the log-sums."""
     q, k, v, segments, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output, segments)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def gradient(ctx: Any, g: Tensor, unused: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:

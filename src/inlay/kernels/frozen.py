@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay.kernels.scratch import product_dtype, scratch, tile_rows, tiles
+from inlay.kernels.opaque import operator
+from inlay.kernels.scratch import cast, product_dtype, scratch, tile_rows, tiles
 
 Dequantize = Callable[[Sequence[Tensor], Tensor, int], None]
 """`(parts, out, first)`: write the dense matrix's rows from `first` on into `out` (n, in)."""
@@ -51,7 +52,7 @@ DENSE = "dense"
 register_format(DENSE, copy_rows)
 
 
-@torch.library.custom_op("inlay::dense", mutates_args=())
+@operator("dense")
 def dense(
     parts: Sequence[Tensor], packing: str, rows: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
@@ -86,7 +87,7 @@ class Matrix:
 
     def flat(self, x: Tensor, width: int) -> Tensor:
         """Return x as rows of `width` in the dtype of the product."""
-        return x.reshape(-1, width).to(self.dtype)
+        return cast(x.reshape(-1, width), self.dtype)
 
     def times(self, x: Tensor) -> Tensor:
         """`x @ W.T`; x: (n, columns) -> (n, rows)."""
@@ -123,24 +124,24 @@ def matrix_of(
     return MATRICES[prefix](parts, name, rows, columns, like)
 
 
-@torch.library.custom_op("inlay::frozen_linear", mutates_args=())
+@operator("frozen_linear")
 def frozen_linear(
     x: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int
 ) -> Tensor:
     """`x @ W.T`; x: (*b, in) -> (*b, out), in x's dtype; `rows` is out, `columns` is in."""
     matrix = matrix_of(parts, packing, rows, columns, x)
     y = matrix.times(matrix.flat(x, columns))
-    return y.to(x.dtype).view(*x.shape[:-1], rows)
+    return cast(y, x.dtype).view(*x.shape[:-1], rows)
 
 
-@torch.library.custom_op("inlay::frozen_linear_t", mutates_args=())
+@operator("frozen_linear_t")
 def frozen_linear_t(
     g: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int
 ) -> Tensor:
     """`g @ W`; g: (*b, out) -> (*b, in), in g's dtype; `rows` is out, `columns` is in."""
     matrix = matrix_of(parts, packing, rows, columns, g)
     x = matrix.times_t(matrix.flat(g, rows))
-    return x.to(g.dtype).view(*g.shape[:-1], columns)
+    return cast(x, g.dtype).view(*g.shape[:-1], columns)
 
 
 @frozen_linear.register_fake
@@ -177,7 +178,7 @@ frozen_linear.register_autograd(gradient_by(frozen_linear_t), setup_context=keep
 frozen_linear_t.register_autograd(gradient_by(frozen_linear), setup_context=keep_parts)
 
 
-@torch.library.custom_op("inlay::low_rank_linear", mutates_args=())
+@operator("low_rank_linear")
 def low_rank_linear(
     x: Tensor,
     a: Tensor,
@@ -196,13 +197,14 @@ def low_rank_linear(
     matrix = matrix_of(parts, packing, rows, columns, x)
     flat = matrix.flat(x, columns)
     y = matrix.times(flat)
-    y.addmm_(flat @ a.to(matrix.dtype).t(), b.to(matrix.dtype).t(), alpha=scale)
+    inner = F.linear(flat, cast(a, matrix.dtype))
+    y.addmm_(inner, cast(b, matrix.dtype).t(), alpha=scale)
     if bias is not None:
-        y += bias.to(matrix.dtype)
-    return y.to(x.dtype).view(*x.shape[:-1], rows)
+        y += cast(bias, matrix.dtype)
+    return cast(y, x.dtype).view(*x.shape[:-1], rows)
 
 
-@torch.library.custom_op("inlay::low_rank_linear_backward", mutates_args=())
+@operator("low_rank_linear_backward")
 def low_rank_linear_backward(
     g: Tensor,
     x: Tensor,
@@ -218,14 +220,15 @@ def low_rank_linear_backward(
     """Return the gradients to x (empty unless `to_x`), a and b; `x @ a.T` is computed again."""
     matrix = matrix_of(parts, packing, rows, columns, x)
     flat, grad = matrix.flat(x, columns), matrix.flat(g, rows)
-    inner, outer = a.to(matrix.dtype), b.to(matrix.dtype)
+    inner, outer = cast(a, matrix.dtype), cast(b, matrix.dtype)
     through = grad @ outer
-    to_a = (through.t() @ flat).mul_(scale)
-    to_b = (grad.t() @ (flat @ inner.t())).mul_(scale)
+    to_a = torch.addmm(inner, through.t(), flat, beta=0, alpha=scale)
+    to_b = torch.addmm(outer, grad.t(), F.linear(flat, inner), beta=0, alpha=scale)
+    to_a, to_b = cast(to_a, a.dtype), cast(to_b, b.dtype)
     if not to_x:
-        return x.new_empty(0), to_a.to(a.dtype), to_b.to(b.dtype)
+        return x.new_empty(0), to_a, to_b
     back = matrix.times_t(grad).addmm_(through, inner, alpha=scale)
-    return back.to(x.dtype).view(x.shape), to_a.to(a.dtype), to_b.to(b.dtype)
+    return cast(back, x.dtype).view(x.shape), to_a, to_b
 
 
 @low_rank_linear.register_fake

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inlay.kernels import native
+from inlay.kernels.opaque import operator
 
 Activation = Literal["silu", "gelu_tanh"]
 
 
-@torch.library.custom_op("inlay::gated", mutates_args=())
+@operator("gated")
 def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """`act(gate) * up`; act is `silu` or `gelu_tanh`."""
     if act == "silu":
@@ -21,7 +22,7 @@ def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     return F.gelu(gate, approximate="tanh").mul_(up)
 
 
-@torch.library.custom_op("inlay::gated_backward", mutates_args=())
+@operator("gated_backward")
 def gated_backward(g: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """Return the gradients to gate and up; the activation is computed again."""
     if act == "silu":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from inlay.kernels import native
 from inlay.kernels.frozen import matrix_of
+from inlay.kernels.opaque import operator
 
 LOGIT_BYTES = 160 << 20
 """Room for the logits of the rows that are scored at once."""
@@ -37,7 +38,7 @@ def rows_at_once(rows: int, vocabulary: int) -> int:
     return max(1, math.ceil(rows / math.ceil(max(rows, 1) / most)))
 
 
-@torch.library.custom_op("inlay::linear_cross_entropy", mutates_args=())
+@operator("linear_cross_entropy")
 def linear_cross_entropy(
     h: Tensor,
     labels: Tensor,
@@ -94,6 +95,8 @@ def _(
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep each row's gradient, computed already."""
     ctx.count = len(inputs[4])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[3])
 
 

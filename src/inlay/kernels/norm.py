@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from inlay.kernels import native
+from inlay.kernels.opaque import operator
 
 
-@torch.library.custom_op("inlay::rms_norm", mutates_args=())
+@operator("rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return `weight * r x` and `r = (mean(x^2) + eps)^-1/2`, `r x` rounded to x's dtype first."""
     return native.rms_norm(x, weight, eps)
 
 
-@torch.library.custom_op("inlay::rms_norm_backward", mutates_args=())
+@operator("rms_norm_backward")
 def rms_norm_backward(g: Tensor, x: Tensor, weight: Tensor, root: Tensor) -> Tensor:
     """Return the gradient to x: `r (gw - n mean(gw n))`, n = r x."""
     return native.rms_norm_backward(g, x, weight, root)
@@ -36,6 +37,8 @@ def _(g: Tensor, x: Tensor, weight: Tensor, root: Tensor) -> Tensor:
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep the input, the weight and the reciprocal roots."""
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def gradient(ctx: Any, g: Tensor, unused: Tensor) -> tuple[Tensor, None, None]:

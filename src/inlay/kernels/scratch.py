@@ -46,6 +46,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if half and not fast and is_on("products") else x.dtype
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in `dtype`; `Tensor.to` takes as long as a small product to say that it is."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def tile_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
     """Return how many rows of a (rows, columns) matrix are unpacked at once."""
     if device.type != "cpu":

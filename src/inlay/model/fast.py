@@ -46,6 +46,8 @@ from inlay.storage.registry import frozen, kind
 
 IGNORED = -100
 """The label of a position that is not scored."""
+NARROW = 0.9
+"""The share of scored positions up to which leaving the others out is worth gathering these."""
 ATTENTION = "inlay"
 """The name under which transformers finds our attention."""
 
@@ -110,12 +112,14 @@ def made_again(product: Tensor, make: Callable[[], Tensor]) -> Generator[None]:
     storage, shape = product.untyped_storage()._cdata, product.shape
 
     def pack(saved: Tensor) -> Tensor | None:
-        same = saved.untyped_storage()._cdata == storage and saved.shape == shape
+        same = saved.shape == shape and saved.untyped_storage()._cdata == storage
         return None if same else saved
 
-    @torch.no_grad()
     def unpack(kept: Tensor | None) -> Tensor:
-        return make() if kept is None else kept
+        if kept is not None:
+            return kept
+        with torch.no_grad():
+            return make()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
@@ -150,7 +154,7 @@ class FastLastBlock(Fast):
             return super().forward(hidden_states, *args, **kwargs)
         normed = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(*args, hidden_states=normed, **kwargs)
-        here = (hidden_states + attended).flatten(0, 1)[scored].unsqueeze(0)
+        here = (hidden_states + attended).flatten(0, 1).index_select(0, scored).unsqueeze(0)
         return here + self.mlp(self.post_attention_layernorm(here))
 
 
@@ -207,9 +211,9 @@ def attention(
         )
     segments = attention_mask[0, 0]
     window = kwargs.get("sliding_window")
-    longest = int((segments[:, 2] - segments[:, 1]).max())
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if (window is None or longest <= window) and not dropout and "position_bias" not in kwargs:
+    near = window is None or int((segments[:, 2] - segments[:, 1]).max()) <= window
+    if near and not dropout and "position_bias" not in kwargs:
         return segment_attention(query, key, value, segments, scale)[0], None
     mask = dense_mask(segments, query.shape[0], query.shape[2], window)
     return sdpa_attention_forward(
@@ -335,11 +339,12 @@ class FastCausalLM(Fast):
         mask = wanted != IGNORED
         positions = F.pad(mask, (0, labels.shape[1] - mask.shape[1])).flatten().nonzero().squeeze(1)
         decoder = cast(Any, self).base_model
-        here = {"scored": positions} if self.narrows(decoder) and positions.numel() else {}
+        few = 0 < positions.numel() <= NARROW * labels.numel()
+        here = {"scored": positions} if few and self.narrows(decoder) else {}
         outputs = decoder(**call, **here)
         hidden: Tensor = outputs.last_hidden_state
         narrowed = bool(here) and hidden.shape[:2] == (1, positions.numel())
-        rows = hidden[0] if narrowed else hidden.flatten(0, 1)[positions]
+        rows = hidden[0] if narrowed else hidden.flatten(0, 1).index_select(0, positions)
         scores = self.score_rows(rows, wanted[mask])
         return scores, mask, outputs, None if narrowed else hidden
 
@@ -353,10 +358,9 @@ class FastCausalLM(Fast):
         head = cast(Any, self).get_output_embeddings()
         packed = None if head_is_adapted(head) else frozen(head).packed()
         if packed is not None:
-            weight = frozen(head)
             to_gradient = torch.is_grad_enabled() and rows.requires_grad
             log_probs, entropy, is_top1, _ = linear_cross_entropy(
-                rows, labels, weight.bias, to_gradient, *packed, *weight.shape
+                rows, labels, frozen(head).bias, to_gradient, *packed
             )
             return Scores(log_probs, entropy.detach(), is_top1)
         step = rows_at_once(len(rows), frozen(head).shape[0])

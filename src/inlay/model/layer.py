@@ -40,13 +40,15 @@ class AdaptedLayer(Base):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer with its active adapters."""
-        weights = list(self.weight_methods())
+        here = self.here()
+        weights = [(m, p) for m, p in here if isinstance(m, WeightMethod)]
         if weights:
             h: Any = self.composed(weights[:-1]).forward_through(*weights[-1], read(args, kwargs))
         else:
             h = super().forward(*args, **kwargs)
-        for method, p in self.hidden_methods():
-            h = method.hidden(p, read(args, kwargs), h, self.training)
+        for method, p in here:
+            if isinstance(method, HiddenMethod):
+                h = method.hidden(p, read(args, kwargs), h, self.training)
         return h
 
     def composed(self, weights: list[tuple[WeightMethod, Params]]) -> Composed:
@@ -151,11 +153,11 @@ def own_or_trained(name: str) -> Callable[[AdaptedLayer], Tensor | None]:
     """Return the reader of one parameter: an active adapter's trained copy, else the layer's."""
 
     def read(layer: AdaptedLayer) -> Tensor | None:
-        own = layer._parameters[name]
+        own, adapters = layer._parameters[name], layer.adapters._modules
         for adapter in reversed(layer.active):
-            if adapter in layer.adapters and name in layer.adapters[adapter]._parameters:
-                trained = layer.adapters[adapter]._parameters[name]
-                assert trained is not None
+            params = adapters.get(adapter)
+            trained = None if params is None else params._parameters.get(name)
+            if trained is not None:
                 return trained if own is None else trained.to(own.dtype)
         return own
 

@@ -31,14 +31,14 @@ from transformers.utils import logging as transformers_logging
 from inlay.errors import ModelError, did_you_mean
 from inlay.model import stream_files
 from inlay.model.quantize import describe_quantization
-from inlay.model.stream import BUFFERS, connect
-from inlay.model.stream import stream as stream_from_host
-from inlay.model.streaming import (
+from inlay.model.reading import (
+    ReadingConfig,
+    ReadingQuantizer,
     Stopped,
-    StreamingConfig,
-    StreamingQuantizer,
     unread_tensors,
 )
+from inlay.model.stream import BUFFERS, connect
+from inlay.model.stream import stream as stream_from_host
 from inlay.storage.registry import storage_class
 
 Stream = Literal["off", "disk", "host"]
@@ -90,14 +90,14 @@ def load(
     folder = located(model, revision)
     with quiet_transformers():
         config = read_config(folder, trust_remote_code)
-        streaming = streaming_config(config, model, storage, double_quant)
+        reading = reading_config(config, model, storage, double_quant)
         dtype = checked_dtype(dtype)
         where = checked_device(device)
         if stream == "disk":
-            loaded = read_streamed(folder, config, streaming, dtype, where)
+            loaded = read_streamed(folder, config, reading, dtype, where)
         else:
             at = torch.device("cpu") if stream == "host" else where
-            loaded = read_model(folder, config, streaming, dtype, at, trust_remote_code)
+            loaded = read_model(folder, config, reading, dtype, at, trust_remote_code)
         tokenizer = read_tokenizer(folder, trust_remote_code)
     loaded.config._name_or_path = str(folder) if Path(model).is_dir() else model
     describe_quantization(loaded)
@@ -211,9 +211,9 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def streaming_config(
+def reading_config(
     config: PreTrainedConfig, model: str, storage: str, double_quant: bool
-) -> StreamingConfig | None:
+) -> ReadingConfig | None:
     """Return how the weights are to be packed while loading; None when they stay as they are.
 
     A configuration that says bitsandbytes is given our reader instead.
@@ -223,7 +223,7 @@ def streaming_config(
         return (
             None
             if storage == "dense"
-            else StreamingConfig(storage=storage, double_quant=double_quant)
+            else ReadingConfig(storage=storage, double_quant=double_quant)
         )
     if storage not in ("dense", packed_as):
         raise ModelError(
@@ -282,14 +282,14 @@ def checked_device(device: str | torch.device | None) -> torch.device:
 def read_model(
     folder: Path,
     config: PreTrainedConfig,
-    streaming: StreamingConfig | None,
+    reading: ReadingConfig | None,
     dtype: str | torch.dtype,
     where: torch.device,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     """Read the weights; raise unless every one of them was found and used."""
     read_as = model_class(config)
-    packed = streaming is not None or "quantization_config" in vars(config)
+    packed = reading is not None or "quantization_config" in vars(config)
     piecemeal = packed and reads_piecemeal(read_as)
     with failures_as_sentences(folder, "weights"):
         # transformers would map the files into memory; packed weights are better read piecemeal.
@@ -298,7 +298,7 @@ def read_model(
             None if piecemeal else folder,
             config=config,
             state_dict=unread,
-            quantization_config=streaming,
+            quantization_config=reading,
             dtype=dtype,
             device_map={"": where},
             trust_remote_code=trust_remote_code,
@@ -309,7 +309,7 @@ def read_model(
             model.generation_config = GenerationConfig.from_pretrained(folder)
     check_complete(folder, report)
     quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, StreamingQuantizer):
+    if isinstance(quantizer, ReadingQuantizer):
         quantizer.release(model)
     return model
 
@@ -317,7 +317,7 @@ def read_model(
 def read_streamed(
     folder: Path,
     config: PreTrainedConfig,
-    streaming: StreamingConfig | None,
+    reading: ReadingConfig | None,
     dtype: str | torch.dtype,
     device: torch.device,
 ) -> PreTrainedModel:
@@ -332,18 +332,18 @@ def read_streamed(
     compute = stored_dtype(folder, config) if isinstance(dtype, str) else dtype
     with failures_as_sentences(folder, "configuration"):
         skeleton = stream_files.skeleton(read_as, config, compute)
-    if streaming is not None:
+    if reading is not None:
         folder = stream_files.packed_copy(
             folder,
             weight_files(folder),
             skeleton,
             config,
-            streaming.storage,
-            streaming.double_quant,
+            reading.storage,
+            reading.double_quant,
         )
         check_cached(folder)
     files = weight_files(folder)
-    packed_as = streaming.storage if streaming else said.get("storage")
+    packed_as = reading.storage if reading else said.get("storage")
     tensors = stream_files.opened_files(files)
     weights, left = stream_files.weights_in_files(skeleton, tensors, packed_as)
     with failures_as_sentences(folder, "weights"):

@@ -207,9 +207,7 @@ class Copy:
         name = self.layers[key]
         empty = dense_view(self.model.get_submodule(name))
         try:
-            layer = self.held_as.quantized(
-                empty.from_matrix(tensor), None, double_quant=self.double
-            )
+            layer = self.held_as.quantized(empty.turned(tensor), None, double_quant=self.double)
         except StorageError as error:
             raise StorageError(f"{name}: {error}") from None
         self.like = layer

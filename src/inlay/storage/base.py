@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -16,6 +15,8 @@ from inlay.kernels.frozen import low_rank_linear
 from inlay.kernels.switches import is_on
 
 Kind = Literal["linear", "conv1d", "embedding"]
+Packed = tuple[list[Tensor], str, int, int]
+"""The parts of a weight, its format, out and in: how `kernels.frozen` reads it."""
 
 
 class FrozenLinear(ABC):
@@ -81,10 +82,10 @@ class FrozenLinear(ABC):
         """Return the name of a format as the operators are to multiply it."""
         return f"{PREFIX}:{name}" if self.eight_bits else name
 
-    def packed(self) -> tuple[Sequence[Tensor], str] | None:
-        """Return the parts and the format by which `kernels.frozen` reads the weight.
+    def packed(self) -> Packed | None:
+        """Return the weight as the operators read it.
 
-        None when they cannot be handed over, as where the weight itself trains.
+        None when it cannot be handed over, as where the weight itself trains.
         """
         return None
 
@@ -94,4 +95,4 @@ class FrozenLinear(ABC):
         if packed is None or not is_on("products") or torch.is_autocast_enabled(x.device.type):
             y = self.linear(x)
             return y + F.linear(F.linear(x, a.to(x.dtype)).to(y.dtype), (scale * b).to(y.dtype))
-        return low_rank_linear(x, a, b, self.bias, scale, *packed, *self.shape)
+        return low_rank_linear(x, a, b, self.bias, scale, *packed)

@@ -6,14 +6,13 @@ on CPU they give wrong gradients after an evaluation, and wrong values for some 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inlay.errors import StorageError
-from inlay.storage.base import FrozenLinear
+from inlay.storage.base import FrozenLinear, Packed
 from inlay.storage.int8 import Int8Linear
 from inlay.storage.nf4 import NF4Linear, as_bytes
 from inlay.storage.quantized import QuantizedLinear
@@ -57,7 +56,7 @@ class ForeignLinear(FrozenLinear):
     def matmul_t(self, g: Tensor) -> Tensor:
         return self.held.matmul_t(g)
 
-    def packed(self) -> tuple[Sequence[Tensor], str] | None:
+    def packed(self) -> Packed | None:
         return self.held.packed()
 
     def linear(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from inlay.kernels.frozen import DENSE, frozen_linear, frozen_linear_t
 from inlay.kernels.scratch import product_dtype
 from inlay.kernels.switches import is_on
-from inlay.storage.base import FrozenLinear
+from inlay.storage.base import FrozenLinear, Packed
 
 
 class DenseView(FrozenLinear):
@@ -50,25 +50,32 @@ class DenseView(FrozenLinear):
     def device(self) -> torch.device:
         return self.weight.device
 
-    @abstractmethod
     def matrix(self) -> Tensor:
         """The weight as (out, in), without a copy."""
+        return self.turned(self.weight)
 
-    def packed(self) -> tuple[list[Tensor], str] | None:
-        return None if self.weight.requires_grad else ([self.matrix()], self.packing(DENSE))
+    def turned(self, w: Tensor) -> Tensor:
+        """Turn an (out, in) matrix into the layer's own layout, or back."""
+        return w
+
+    def packed(self) -> Packed | None:
+        weight = self.weight
+        matrix = self.turned(weight)
+        rows, columns = matrix.shape
+        return None if weight.requires_grad else ([matrix], self.packing(DENSE), rows, columns)
 
     @property
     def eight_bits(self) -> bool:
         return bool(vars(self.layer).get("computes_in_8_bits"))
 
-    def multiplied_elsewhere(self, x: Tensor) -> tuple[list[Tensor], str] | None:
+    def multiplied_elsewhere(self, x: Tensor) -> Packed | None:
         """Return the packed weight when x is to be multiplied in another dtype than its own."""
         as_it_is = product_dtype(x) == x.dtype and not self.eight_bits
         return None if as_it_is or not is_on("products") else self.packed()
 
     def matmul(self, x: Tensor) -> Tensor:
         packed = self.multiplied_elsewhere(x)
-        return frozen_linear(x, *packed, *self.shape) if packed else F.linear(x, self.matrix())
+        return frozen_linear(x, *packed) if packed else F.linear(x, self.matrix())
 
     def linear(self, x: Tensor) -> Tensor:
         if not self.multiplied_elsewhere(x):
@@ -78,7 +85,7 @@ class DenseView(FrozenLinear):
 
     def matmul_t(self, g: Tensor) -> Tensor:
         packed = self.multiplied_elsewhere(g)
-        return frozen_linear_t(g, *packed, *self.shape) if packed else g @ self.matrix()
+        return frozen_linear_t(g, *packed) if packed else g @ self.matrix()
 
     def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
         matrix = self.matrix().detach()
@@ -90,22 +97,15 @@ class DenseView(FrozenLinear):
 
     def requantized(self, w: Tensor, bias: Tensor | None) -> nn.Module:
         layer = self.empty()
-        stored = self.from_matrix(w.detach()).to(self.dtype).contiguous()
+        stored = self.turned(w.detach()).to(self.dtype).contiguous()
         layer.weight = nn.Parameter(stored, requires_grad=False)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(self.dtype), requires_grad=False)
         return layer.train(self.layer.training)
 
-    def from_matrix(self, w: Tensor) -> Tensor:
-        """Turn an (out, in) matrix into the layer's own layout."""
-        return w
-
 
 class DenseLinear(DenseView):
     """`nn.Linear`: weight (out, in)."""
-
-    def matrix(self) -> Tensor:
-        return self.weight
 
     def empty(self) -> nn.Module:
         out, width = self.shape
@@ -115,25 +115,19 @@ class DenseLinear(DenseView):
 class DenseConv1D(DenseView):
     """transformers' `Conv1D` (GPT-2): weight (in, out)."""
 
-    def matrix(self) -> Tensor:
-        return self.weight.T
+    def turned(self, w: Tensor) -> Tensor:
+        return w.T
 
     def empty(self) -> nn.Module:
         out, width = self.shape
         with torch.device("meta"):
             return Conv1D(out, width)
 
-    def from_matrix(self, w: Tensor) -> Tensor:
-        return w.T
-
 
 class DenseEmbedding(DenseView):
     """`nn.Embedding`: weight (vocabulary, width); read as (width, vocabulary) on one-hot ids."""
 
-    def matrix(self) -> Tensor:
-        return self.weight.T
-
-    def from_matrix(self, w: Tensor) -> Tensor:
+    def turned(self, w: Tensor) -> Tensor:
         return w.T
 
     def empty(self) -> nn.Module:

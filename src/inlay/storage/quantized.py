@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from inlay.errors import StorageError
 from inlay.kernels.frozen import dense, frozen_linear, frozen_linear_t
-from inlay.storage.base import FrozenLinear
+from inlay.storage.base import FrozenLinear, Packed
 
 CHUNK = 1 << 20
 """Weights taken at once on CPU, so that what lies between stays small and in the cache."""
@@ -134,14 +134,14 @@ class QuantizedLinear(nn.Module, FrozenLinear):
 
     def matmul(self, x: Tensor) -> Tensor:
         self.check_input(x, self.in_features)
-        return frozen_linear(x, *self.packed(), *self.shape)
+        return frozen_linear(x, *self.packed())
 
     def matmul_t(self, g: Tensor) -> Tensor:
         self.check_input(g, self.out_features)
-        return frozen_linear_t(g, *self.packed(), *self.shape)
+        return frozen_linear_t(g, *self.packed())
 
-    def packed(self) -> tuple[list[Tensor], str]:
-        return self.parts(), self.packing(self.storage)
+    def packed(self) -> Packed:
+        return self.parts(), self.packing(self.storage), self.out_features, self.in_features
 
     @property
     def eight_bits(self) -> bool:

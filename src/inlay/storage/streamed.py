@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from inlay.errors import StorageError
 from inlay.kernels.frozen import FORMATS, register_format
+from inlay.kernels.opaque import operator
 from inlay.storage.base import FrozenLinear
 from inlay.storage.buffers import Block, Buffers
 from inlay.storage.quantized import QuantizedLinear
@@ -132,7 +133,7 @@ def dequantize_streamed(parts: Sequence[Tensor], out: Tensor, first: int) -> Non
 register_format(STREAMED, dequantize_streamed)
 
 
-@torch.library.custom_op("inlay::streamed_rows", mutates_args=())
+@operator("streamed_rows")
 def streamed_rows(ids: Tensor, number: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Return (*ids, width) rows of a streamed table."""
     source = found(number)

@@ -34,7 +34,7 @@ class Stopped(BaseException):
 
 
 @dataclass(kw_only=True)
-class StreamingConfig(QuantizationConfigMixin):
+class ReadingConfig(QuantizationConfigMixin):
     """What `load` asks transformers' loader for."""
 
     storage: str = "nf4"
@@ -42,19 +42,19 @@ class StreamingConfig(QuantizationConfigMixin):
     quant_method: Any = "inlay"
 
 
-class StreamingQuantizer(HfQuantizer):
+class ReadingQuantizer(HfQuantizer):
     """transformers' hooks: which weights are quantised as they are read, and how.
 
     The skeleton keeps its empty dense layers until their weight comes; then the layer is replaced
     by one that holds the packed weight.
     """
 
-    quantization_config: StreamingConfig
+    quantization_config: ReadingConfig
     serialized_names = {
         "weight": list(dict.fromkeys(n for c in STORAGES.values() for n in c.tensor_names))
     }
 
-    def __init__(self, quantization_config: StreamingConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: ReadingConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.names: set[str] = set()
 
@@ -106,18 +106,18 @@ class StreamingQuantizer(HfQuantizer):
         return True
 
 
-register_quantization_config("inlay")(StreamingConfig)
-register_quantizer("inlay")(StreamingQuantizer)
+register_quantization_config("inlay")(ReadingConfig)
+register_quantizer("inlay")(ReadingQuantizer)
 
 
-class StreamingOp(ConversionOps):
+class ReadingOp(ConversionOps):
     """One step of transformers' loader for one weight."""
 
-    def __init__(self, hf_quantizer: StreamingQuantizer) -> None:
+    def __init__(self, hf_quantizer: ReadingQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
 
-class QuantizeOne(StreamingOp):
+class QuantizeOne(ReadingOp):
     """Quantise one dense weight that was just read."""
 
     @torch.no_grad()
@@ -141,14 +141,14 @@ class QuantizeOne(StreamingOp):
         try:
             check_shape(weight, empty.weight)
             layer = storage_class(config.storage).quantized(
-                empty.from_matrix(weight), None, double_quant=config.double_quant
+                empty.turned(weight), None, double_quant=config.double_quant
             )
         except StorageError as error:
             raise Stopped(name, error) from error
         return self.hf_quantizer.replace(model, name, layer)
 
 
-class TakePacked(StreamingOp):
+class TakePacked(ReadingOp):
     """Take in one weight that the checkpoint holds packed, as bitsandbytes wrote it."""
 
     @torch.no_grad()
