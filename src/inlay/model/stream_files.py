@@ -21,8 +21,8 @@ from transformers import PreTrainedConfig
 
 from inlay.errors import ModelError, StorageError
 from inlay.model.quantize import bitsandbytes_config, dense_view, is_dense_linear, quantizable
+from inlay.model.reading import unread_tensors
 from inlay.model.stream import Weight, block_name, file_weights
-from inlay.model.streaming import unread_tensors
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.registry import storage_class
 from inlay.storage.weights_file import FileTensor, WeightsFile
