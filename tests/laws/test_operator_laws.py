@@ -266,3 +266,25 @@ def test_an_operator_without_a_gradient_says_so() -> None:
     y = operator(args[0].requires_grad_(), *args[1:])[0]
     with pytest.raises(RuntimeError, match="no autograd formula"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200, 512, 513])
+@pytest.mark.parametrize("kv", [1, 2, 6])
+def test_attention_is_that_of_the_formula_at_every_length(length: int, kv: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    q, k, v = (
+        torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64)
+        .requires_grad_()
+        for heads in (6, kv, kv)
+    )  # fmt: skip
+    rows = torch.tensor([[0, 0, length], [1, 0, length]])
+    out = attention.segment_attention(q, k, v, rows, 0.3)[0]
+    keys, values = (x.repeat_interleave(6 // kv, 1) for x in (k, v))
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    logits = (q @ keys.transpose(2, 3) * 0.3).masked_fill(later, -torch.inf)
+    expected = (logits.softmax(-1) @ values).transpose(1, 2)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    g = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    found = torch.autograd.grad(out, (q, k, v), g)
+    for to, exact in zip(found, torch.autograd.grad(expected, (q, k, v), g), strict=True):
+        torch.testing.assert_close(to, exact, rtol=1e-10, atol=1e-12)

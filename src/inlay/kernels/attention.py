@@ -3,7 +3,7 @@
 A segment is `(row, start, stop)`; attention never leaves it, and what lies in no segment (padding)
 is zero. The cost is the sum of the segments' squares, and no mask is built. Kept for the gradient
 are q, k, v as the model made them (keys and values not repeated for the heads that share them),
-the output and one number a query.
+the output and one number a query. The kernel is chosen by length.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inlay.kernels import block_attention
 from inlay.kernels.opaque import operator
 from inlay.kernels.scratch import cast, product_dtype
 
@@ -29,11 +30,21 @@ def spans(segments: Tensor, rows: int, length: int) -> list[tuple[slice, slice]]
     return [(slice(row, row + 1), slice(start, stop)) for row, start, stop in listed]
 
 
-def ready(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """Return (b, kv, s, d) as the kernel reads it: repeated for the heads that share it."""
+def is_short(q: Tensor) -> bool:
+    """Say whether these queries (b, heads, s, d) are attended to in blocks."""
+    exact = product_dtype(q) in (torch.float32, torch.float64)
+    return q.device.type == "cpu" and exact and q.shape[2] <= block_attention.LONGEST
+
+
+def ready(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x (b, heads, s, d) as the kernels read it."""
     x = cast(x, dtype)
-    x = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def repeated(x: Tensor, heads: int) -> Tensor:
+    """Repeat key or value heads (b, kv, s, d) for the query heads that share them."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def by_token(x: Tensor) -> Tensor:
@@ -42,9 +53,12 @@ def by_token(x: Tensor) -> Tensor:
 
 
 def attended(qkv: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    """Return `softmax(s q k.T) v`, (b, s, heads, d), and log-sums (b, heads, s)."""
-    heads, dtype = qkv[0].shape[1], product_dtype(qkv[0])
-    query, key, value = (ready(x, heads, dtype) for x in qkv)
+    """Return `softmax(s q k.T) v`, (b, s, heads, d), and log-sums (b, heads, s), 0 in blocks."""
+    query, key, value = (ready(x, product_dtype(x)) for x in qkv)
+    if is_short(qkv[0]):
+        out = block_attention.attended(query, key, value, scale)
+        return out.transpose(1, 2), query.new_zeros(query.shape[:-1])
+    key, value = (repeated(x, query.shape[1]) for x in (key, value))
     out, sums = flash(query, key, value, is_causal=True, scale=scale)
     return out.transpose(1, 2), sums
 
@@ -53,13 +67,16 @@ def attended_backward(
     g: Tensor, qkv: list[Tensor], out: Tensor, sums: Tensor, scale: float
 ) -> Iterator[Tensor]:
     """Return the gradients to q, k and v, each (b, s, its heads, d); g, out: (b, s, heads, d)."""
-    heads, dtype = qkv[0].shape[1], product_dtype(qkv[0])
-    query, key, value, grad, part = (
-        ready(x, heads, dtype) for x in (*qkv, g.transpose(1, 2), out.transpose(1, 2))
-    )
-    found = flash_backward(grad, query, key, value, part, sums, 0.0, True, scale=scale)
+    dtype = product_dtype(qkv[0])
+    query, key, value, grad = (ready(x, dtype) for x in (*qkv, g.transpose(1, 2)))
+    if is_short(qkv[0]):
+        found = block_attention.attended_backward(grad, query, key, value, scale)
+    else:
+        key, value = (repeated(x, query.shape[1]) for x in (key, value))
+        part = ready(out.transpose(1, 2), dtype)
+        found = flash_backward(grad, query, key, value, part, sums, 0.0, True, scale=scale)
     for x, to in zip(qkv, found, strict=True):
-        shared = heads // x.shape[1]
+        shared = to.shape[1] // x.shape[1]
         yield (to if shared == 1 else to.unflatten(1, (-1, shared)).sum(2)).transpose(1, 2)
 
 

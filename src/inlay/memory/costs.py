@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from inlay.kernels import block_attention
+from inlay.kernels.attention import is_short
 from inlay.kernels.frozen import DENSE
 from inlay.kernels.loss import rows_at_once
 from inlay.kernels.native.build import library
@@ -194,8 +196,8 @@ def scored(
 
 def attended(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Scratch:
     """Scratch of attention in segments: q, k, v and the output in the dtype of the product."""
-    del k, v, scale
-    return Scratch((largest_segment(q, segments),) * 4)
+    del v, scale
+    return Scratch(attention_blocks(q, k, segments, queries=2, keys=2, weights=2))
 
 
 def attended_backward(
@@ -209,20 +211,30 @@ def attended_backward(
     scale: float,
 ) -> Scratch:
     """Scratch of its gradient: the same with the output's gradient, and the three gradients."""
-    del g, k, v, out, sums, scale
-    return Scratch((largest_segment(q, segments),) * 8)
+    del g, v, out, sums, scale
+    return Scratch(attention_blocks(q, k, segments, queries=4, keys=4, weights=3))
 
 
-def largest_segment(q: Tensor, segments: Tensor) -> int:
-    """Return the bytes of the queries that are attended to at once; q: (b, heads, s, d)."""
+def attention_blocks(
+    q: Tensor, k: Tensor, segments: Tensor, queries: int, keys: int, weights: int
+) -> tuple[int, ...]:
+    """Return the blocks that are held while a segment is attended to; q, k: (b, heads, s, d).
+
+    queries, keys: how many there are of the shape of each; weights: for a block of queries, where
+    rows are short. Otherwise keys are repeated for the queries that share them.
+    """
     batch, heads, length, width = q.shape
-    tokens = batch * length
+    shared = k.shape[1]
     known: Tensor | None = getattr(segments, "known", None)
     if known is not None and known.shape[0] != batch:
         with _disable_current_modes():
-            tokens = int((known[:, 2] - known[:, 1]).max())
-    dtype = product_dtype(q) if target == "cpu" else q.dtype
-    return tokens * heads * width * dtype.itemsize
+            batch, length = 1, int((known[:, 2] - known[:, 1]).max())
+    size = (product_dtype(q) if target == "cpu" else q.dtype).itemsize
+    token = batch * length * width * size
+    if target == "cpu" and is_short(q.new_empty(batch, heads, length, width)):
+        each = batch * heads * min(block_attention.BLOCK, length) * length * size
+        return (token * heads,) * queries + (token * shared,) * keys + (each,) * weights
+    return (token * heads,) * (queries + keys)
 
 
 def loss_products(h: Tensor, labels: Tensor, bias: Any, to_gradient: bool, *rest: Any) -> int:
