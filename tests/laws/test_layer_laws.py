@@ -126,7 +126,6 @@ def test_compiles_whole(method: str, storage: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own
 def test_compiles_with_inductor() -> None:
     assert_compiled_is_eager("lora", "nf4", "inductor")
 

@@ -210,7 +210,6 @@ def test_a_dispatch_mode_sees_it_both_ways(case: str, monkeypatch: pytest.Monkey
         assert backward in seen.names
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_a_compiler_sees_it(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     operator, args = CASES[case]()

@@ -63,10 +63,6 @@ class AdaptedLayer(Base):
         """Return the active weight methods here with their tensors, in order of activation."""
         return [(m, p) for m, p in self.here() if isinstance(m, WeightMethod)]
 
-    def hidden_methods(self) -> list[tuple[HiddenMethod, Params]]:
-        """Return the active hidden methods here with their tensors, in order of activation."""
-        return [(m, p) for m, p in self.here() if isinstance(m, HiddenMethod)]
-
     def here(self) -> list[tuple[Method | None, Params]]:
         """Return what the active adapters have at this layer."""
         return [(self.methods[n], self.params(n)) for n in self.active if n in self.methods]

@@ -12,7 +12,6 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from inlay.errors import ModelError, StorageError, did_you_mean
 from inlay.storage.dense import DenseView
-from inlay.storage.nf4 import NF4Linear
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.registry import frozen, kind, layer_class, storage_class
 
@@ -141,19 +140,8 @@ def describe_quantization(model: nn.Module) -> None:
 
 def bitsandbytes_config(layer: QuantizedLinear, dense: list[str]) -> dict[str, object]:
     """Return the configuration under which bitsandbytes reads layers like this one."""
-    nf4 = isinstance(layer, NF4Linear)
-    config: dict[str, object] = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": nf4,
-        "load_in_8bit": not nf4,
-        "llm_int8_skip_modules": dense,
-    }
-    if nf4:
-        config["bnb_4bit_quant_type"] = "nf4"
-        config["bnb_4bit_use_double_quant"] = layer.double_quant
-        config["bnb_4bit_compute_dtype"] = str(layer.dtype).removeprefix("torch.")
-        config["bnb_4bit_quant_storage"] = "uint8"
-    return config
+    method = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": dense}
+    return {**method, **layer.bitsandbytes_options()}
 
 
 def is_dense_linear(module: nn.Module) -> bool:

@@ -63,11 +63,7 @@ def keys_of(model: nn.Module, tensors: Mapping[str, object]) -> Callable[[str], 
 
 def streamable(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers of a skeleton whose weights can stay in files, by name."""
-    return {
-        n: m
-        for n, m in model.named_modules()
-        if type(m) is nn.Embedding or (is_dense_linear(m) and not isinstance(m, nn.Embedding))
-    }
+    return {n: m for n, m in model.named_modules() if type(m) is nn.Embedding or is_dense_linear(m)}
 
 
 def opened_files(files: Sequence[Path]) -> dict[str, FileTensor]:

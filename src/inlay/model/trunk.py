@@ -147,7 +147,6 @@ def needs_no_input_gradients(model: nn.Module) -> bool:
         module._gradient_checkpointing_func
         for module in model.modules()
         if getattr(module, "gradient_checkpointing", False)
-        and hasattr(module, "_gradient_checkpointing_func")
     ]
     reentrant = [getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions]
     return bool(functions) and not any(reentrant)

@@ -7,6 +7,7 @@ views only translate. Nothing is copied.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,17 +133,18 @@ class DenseEmbedding(DenseView):
 
     def empty(self) -> nn.Module:
         width, vocabulary = self.shape
-        layer = self.layer
-        assert isinstance(layer, nn.Embedding)
-        padding = layer.padding_idx
-        return nn.Embedding(vocabulary, width, padding_idx=padding, device="meta")
+        return nn.Embedding(vocabulary, width, padding_idx=self.padding, device="meta")
+
+    @property
+    def padding(self) -> int | None:
+        """The id whose row has no gradient."""
+        layer: Any = self.layer
+        return layer.padding_idx
 
     def matmul(self, x: Tensor) -> Tensor:
         if x.is_floating_point():
             return F.linear(x, self.matrix())
-        layer = self.layer
-        assert isinstance(layer, nn.Embedding)
-        return F.embedding(x, self.weight, layer.padding_idx)
+        return F.embedding(x, self.weight, self.padding)
 
     def linear(self, x: Tensor) -> Tensor:
         return self.matmul(x)

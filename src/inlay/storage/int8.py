@@ -82,6 +82,9 @@ class Int8Linear(QuantizedLinear):
     def parts(self) -> list[Tensor]:
         return [self.weight, self.SCB]
 
+    def bitsandbytes_options(self) -> dict[str, object]:
+        return {"load_in_4bit": False, "load_in_8bit": True}
+
     def dequantized_rows(self, rows: Tensor) -> Tensor:
         picked = [self.weight[rows], self.SCB[rows]]
         return dense(picked, self.storage, rows.numel(), self.in_features, self.dtype)

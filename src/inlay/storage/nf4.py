@@ -173,6 +173,16 @@ class NF4Linear(QuantizedLinear):
     def options(self) -> dict[str, Any]:
         return {"double_quant": self.double_quant}
 
+    def bitsandbytes_options(self) -> dict[str, object]:
+        return {
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "bnb_4bit_compute_dtype": str(self.dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+        }
+
     def dequantized_rows(self, rows: Tensor) -> Tensor:
         columns = torch.arange(self.in_features, device=self.device)
         places = rows[:, None] * self.in_features + columns

@@ -95,6 +95,10 @@ class QuantizedLinear(nn.Module, FrozenLinear):
         """Return the options that `quantized` was called with."""
         return {}
 
+    def bitsandbytes_options(self) -> dict[str, object]:
+        """Return how a model's configuration describes such layers to bitsandbytes, if it can."""
+        return {}
+
     def held(self) -> dict[str, Tensor]:
         """Return the packed parts by attribute name."""
         return {"weight": self.weight, **cast(dict[str, Tensor], self._buffers)}
