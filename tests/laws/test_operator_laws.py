@@ -41,12 +41,13 @@ class Table:
         return W[ids]
 
 
-def heads(seed: int, count: int = 4) -> Tensor:
-    return drawn(2, 9, count, 8, seed=seed).transpose(1, 2).requires_grad_()
+def heads(seed: int, count: int, length: int) -> Tensor:
+    return drawn(2, length, count, 8, seed=seed).transpose(1, 2).requires_grad_()
 
 
-def attention_case(segments: Tensor, kept: int) -> tuple[Any, ...]:
-    return heads(2), heads(3, kept), heads(4, kept), segments, 0.3
+def attention_case(segments: Tensor, kept: int, length: int = 9) -> tuple[Any, ...]:
+    each = (heads(seed, count, length) for seed, count in ((2, 4), (3, kept), (4, kept)))
+    return *each, segments, 0.3
 
 
 def attention_backward_case(segments: Tensor, kept: int) -> tuple[Any, ...]:
@@ -93,6 +94,10 @@ CASES: dict[str, Callable[[], tuple[Operator[Any], tuple[Any, ...]]]] = {
     ),
     "segment_attention": lambda: (attention.segment_attention, attention_case(SEGMENTS, 2)),
     "segment_attention of rows": lambda: (attention.segment_attention, attention_case(WHOLE, 4)),
+    "segment_attention in blocks": lambda: (
+        attention.segment_attention,
+        attention_case(torch.tensor([[0, 0, 70], [1, 0, 70]]), 2, 70),
+    ),
     "segment_attention_backward": lambda: (
         attention.segment_attention_backward, attention_backward_case(SEGMENTS, 2),
     ),
@@ -268,11 +273,11 @@ def test_an_operator_without_a_gradient_says_so() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200, 512, 513])
-@pytest.mark.parametrize("kv", [1, 2, 6])
-def test_attention_is_that_of_the_formula_at_every_length(length: int, kv: int) -> None:
+@pytest.mark.parametrize(("kv", "width"), [(1, 8), (2, 8), (6, 8), (6, 128)])
+def test_attention_is_that_of_the_formula_at_every_length(length: int, kv: int, width: int) -> None:
     generator = torch.Generator().manual_seed(length)
     q, k, v = (
-        torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64)
+        torch.randn(2, heads, length, width, generator=generator, dtype=torch.float64)
         .requires_grad_()
         for heads in (6, kv, kv)
     )  # fmt: skip

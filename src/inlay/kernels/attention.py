@@ -30,10 +30,15 @@ def spans(segments: Tensor, rows: int, length: int) -> list[tuple[slice, slice]]
     return [(slice(row, row + 1), slice(start, stop)) for row, start, stop in listed]
 
 
-def is_short(q: Tensor) -> bool:
-    """Say whether these queries (b, heads, s, d) are attended to in blocks."""
+def in_blocks(q: Tensor, k: Tensor) -> bool:
+    """Say whether these queries (b, heads, s, d) are attended to in blocks, where that is faster.
+
+    One product must be large enough: of several queries to a key, or of wide heads.
+    """
     exact = product_dtype(q) in (torch.float32, torch.float64)
-    return q.device.type == "cpu" and exact and q.shape[2] <= block_attention.LONGEST
+    large = k.shape[1] < q.shape[1] or q.shape[3] >= block_attention.WIDE
+    fits = block_attention.BLOCK < q.shape[2] <= block_attention.LONGEST
+    return q.device.type == "cpu" and exact and large and fits
 
 
 def ready(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,7 +60,7 @@ def by_token(x: Tensor) -> Tensor:
 def attended(qkv: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     """Return `softmax(s q k.T) v`, (b, s, heads, d), and log-sums (b, heads, s), 0 in blocks."""
     query, key, value = (ready(x, product_dtype(x)) for x in qkv)
-    if is_short(qkv[0]):
+    if in_blocks(*qkv[:2]):
         out = block_attention.attended(query, key, value, scale)
         return out.transpose(1, 2), query.new_zeros(query.shape[:-1])
     key, value = (repeated(x, query.shape[1]) for x in (key, value))
@@ -69,7 +74,7 @@ def attended_backward(
     """Return the gradients to q, k and v, each (b, s, its heads, d); g, out: (b, s, heads, d)."""
     dtype = product_dtype(qkv[0])
     query, key, value, grad = (ready(x, dtype) for x in (*qkv, g.transpose(1, 2)))
-    if is_short(qkv[0]):
+    if in_blocks(*qkv[:2]):
         found = block_attention.attended_backward(grad, query, key, value, scale)
     else:
         key, value = (repeated(x, query.shape[1]) for x in (key, value))

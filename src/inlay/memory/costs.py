@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from inlay.kernels import block_attention
-from inlay.kernels.attention import is_short
+from inlay.kernels.attention import in_blocks
 from inlay.kernels.frozen import DENSE
 from inlay.kernels.loss import rows_at_once
 from inlay.kernels.native.build import library
@@ -231,7 +231,7 @@ def attention_blocks(
             batch, length = 1, int((known[:, 2] - known[:, 1]).max())
     size = (product_dtype(q) if target == "cpu" else q.dtype).itemsize
     token = batch * length * width * size
-    if target == "cpu" and is_short(q.new_empty(batch, heads, length, width)):
+    if target == "cpu" and in_blocks(q.new_empty(batch, heads, length, width), k):
         each = batch * heads * min(block_attention.BLOCK, length) * length * size
         return (token * heads,) * queries + (token * shared,) * keys + (each,) * weights
     return (token * heads,) * (queries + keys)
