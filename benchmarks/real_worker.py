@@ -59,7 +59,7 @@ def work(parent: Parent, spec: dict[str, Any]) -> None:
     """Run one side from beginning to end."""
     torch.set_num_threads(THREADS)
     config = run_config(spec)
-    run = {"inlay": ours, "TRL + peft": peer}[spec["contestant"]]
+    run = peer if spec["contestant"] == "TRL + peft" else ours
     loss, facts = run(config, spec, Pauses(parent, spec))
     parent.answer(held_out_loss=loss, **facts)
 
@@ -73,6 +73,7 @@ def run_config(spec: dict[str, Any]) -> RunConfig:
             "batch_size": spec["batch_size"], "gradient_accumulation": 1,
             "learning_rate": spec["learning_rate"], "warmup": 0, "max_length": spec["max_length"],
             "seed": spec["seed"], "threads": THREADS, "evaluate": False,
+            "eight_bits": spec["contestant"] == "inlay, 8-bit compute",
         }
     )  # fmt: skip
 

@@ -140,6 +140,9 @@ def real_goals(found: dict[str, Any]) -> list[Goal]:
             at_least(f"{title}: examples/s over TRL + peft", 3.5, case and case["speed"],
                      in_readme=True),
             loss_goal("the same, held-out loss", case and case["held_out_loss_difference"]),
+            at_least(f"{title}: 8-bit compute over our own bf16", 1.4,
+                     case and case["eight_bits_speed"]),
+            loss_goal("the same, held-out loss", case and case["eight_bits_loss_difference"]),
         ]  # fmt: skip
     return goals
 
