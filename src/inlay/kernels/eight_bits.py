@@ -3,6 +3,10 @@
 Weight and activations are quantised for the product alone, one scale a row each; sums are exact in
 int32. `g @ W` needs no second copy of W: its row scales `s` are folded into g, as
 `g @ diag(s) Q = (g s) @ Q`. Not exact (about 1% of a product), so it is off unless asked for.
+
+A matrix that narrows is multiplied in int8 backward only. An MLP's last one reads products of two
+activations, whose tails one scale a row holds badly: left exact, it halved the difference of the
+loss after ten steps (5 seeds) and cost an eighth of the speed.
 """
 
 from __future__ import annotations
@@ -87,7 +91,7 @@ class EightBitMatrix(Matrix):
         in_fp8 = self.fp8(0, x, self.rows)
         if in_fp8 is not None:
             return in_fp8
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or self.columns > self.rows:
             return super().times(x)
         codes, absmax = native.int8_quantize(x)
         scales = absmax / 127
