@@ -26,7 +26,10 @@ from transformers import (
 import inlay
 from inlay.kernels import loss as loss_kernel
 from inlay.kernels.switches import PATHS, plain
-from inlay.model.fast import Fast, FastBackbone, FastCausalLM, FastGate, FastNorm
+from inlay.model.fast.attention import FastBackbone
+from inlay.model.fast.base import Fast
+from inlay.model.fast.causal_lm import FastCausalLM
+from inlay.model.fast.layers import FastGate, FastNorm
 from inlay.storage.registry import frozen
 
 SMALL = {
