@@ -70,9 +70,11 @@ struct rotary_args {
 
 struct widen_args { const uint16_t *x; float *out; int64_t count; int past_cache; };
 
+struct narrow_args { const float *x; void *out; int64_t count; };
+
 struct kernels {
     task quantize, nest, dequantize, to_int8, int8_dequantize, int8_quantize, rescale, loss,
-        norm, norm_backward, gate, gate_backward, rotary, widen;
+        norm, norm_backward, gate, gate_backward, rotary, widen, narrow;
 };
 
 #define PASTE_(a, b) a##_##b
@@ -255,4 +257,9 @@ void inlay_rotary(const struct rotary_args *a, int64_t batch, int threads) {
 void inlay_widen(const void *x, float *out, int64_t count, int threads) {
     struct widen_args a = {x, out, count, count * 4 > CACHED};
     spread(chosen->widen, &a, (count + TILE - 1) / TILE, 64, threads);
+}
+
+void inlay_narrow(const float *x, void *out, int64_t count, int threads) {
+    struct narrow_args a = {x, out, count};
+    spread(chosen->narrow, &a, (count + TILE - 1) / TILE, 64, threads);
 }

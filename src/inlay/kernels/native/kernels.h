@@ -631,7 +631,7 @@ static void NAME(rotary)(const void *args, int64_t begin, int64_t end) {
     }
 }
 
-/* ---- bfloat16 to fp32 ---- */
+/* ---- bfloat16 to fp32, and back ---- */
 
 /* Past the cache: the product that comes next reads from memory what does not fit there anyway. */
 INLINE void NAME(widen_past_cache)(float *to, const uint16_t *from, int64_t n) {
@@ -661,10 +661,16 @@ static void NAME(widen)(const void *args, int64_t begin, int64_t end) {
         NAME(load)(a->out + at, a->x, at, stop - at, BF16);
 }
 
+static void NAME(narrow)(const void *args, int64_t begin, int64_t end) {
+    const struct narrow_args *a = args;
+    int64_t at = begin * TILE, stop = end * TILE < a->count ? end * TILE : a->count;
+    if (at < stop) NAME(store)(a->out, at, a->x + at, stop - at, BF16);
+}
+
 static const struct kernels NAME(kernels) = {
     NAME(quantize), NAME(nest), NAME(dequantize), NAME(to_int8), NAME(int8_dequantize),
     NAME(int8_quantize), NAME(rescale), NAME(loss), NAME(norm), NAME(norm_backward), NAME(gate),
-    NAME(gate_backward), NAME(rotary), NAME(widen),
+    NAME(gate_backward), NAME(rotary), NAME(widen), NAME(narrow),
 };
 
 #undef INLINE
