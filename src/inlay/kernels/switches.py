@@ -18,7 +18,6 @@ PATHS = {
     "products": "frozen products as opaque operators, in the dtype this machine multiplies fastest",
     "norms": "RMS norms that keep their input alone for the backward pass",
     "gates": "gated feed-forward blocks that keep gate and up alone",
-    "rotary": "rotary position embedding as one operator",
     "attention": "attention by row length, over packed rows without a mask",
     "loss": "output head and cross-entropy in chunks, at labelled positions, gradient in the "
     "forward pass",

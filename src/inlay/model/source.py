@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 from torch import nn
 
@@ -15,17 +13,12 @@ from torch import nn
 @cache
 def statements(cls: type[nn.Module]) -> tuple[ast.stmt, ...]:
     """Return the statements of a class's `forward`, its docstring left out; none if unreadable."""
-    return body_of(cls.forward)
-
-
-def body_of(function: Callable[..., Any]) -> tuple[ast.stmt, ...]:
-    """Return the statements of a function, its docstring left out; none if unreadable."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
     except (OSError, TypeError, SyntaxError):
         return ()
-    defined = tree.body[0]
-    body = defined.body if isinstance(defined, ast.FunctionDef) else []
+    function = tree.body[0]
+    body = function.body if isinstance(function, ast.FunctionDef) else []
     documented = bool(body) and isinstance(body[0], ast.Expr) and ast.get_docstring(tree.body[0])  # type: ignore[arg-type]
     return tuple(body[1:] if documented else body)
 
@@ -34,16 +27,6 @@ def body_of(function: Callable[..., Any]) -> tuple[ast.stmt, ...]:
 def text(cls: type[nn.Module]) -> str:
     """Return the statements of a class's `forward` without layout and comments."""
     return "\n".join(ast.unparse(s) for s in statements(cls))
-
-
-@cache
-def calls_the_same(cls: type[nn.Module], reference: type[nn.Module], name: str) -> bool:
-    """Say whether two classes' `forward` know functions of the same statements by a name."""
-    known = [inspect.unwrap(c.forward).__globals__.get(name) for c in (cls, reference)]
-    if not all(map(callable, known)):
-        return False
-    here, there = ([ast.unparse(s) for s in body_of(function)] for function in known)
-    return bool(here) and here == there
 
 
 def computes_as(cls: type[nn.Module], reference: type[nn.Module]) -> bool:

@@ -1,4 +1,4 @@
-"""Decoders whose attention is given segments in place of a mask, and rotates in one operator."""
+"""A decoder whose attention is given segments in place of a mask."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from inlay.kernels.attention import segment_attention, segments_of
-from inlay.kernels.rotary import rotary
 from inlay.kernels.switches import is_on
 from inlay.model.fast.base import Fast, by_name
-from inlay.model.source import text
 
 ATTENTION = "inlay"
 """The name under which transformers finds our attention."""
@@ -54,45 +52,6 @@ class FastBackbone(Fast):
         )
         found = segments_of(positions, mask, *given.shape[:2]) if readable else None
         return None if found is None else found[None, None]
-
-
-class FastAttention(Fast):
-    """Attention by segments, its queries and keys rotated by one operator each."""
-
-    config: Any
-    head_dim: int
-    scaling: float
-    attention_dropout: float
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    o_proj: nn.Module
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return `o(attention(rotated q, rotated k, v))` and no weights."""
-        usual = not is_on("rotary") or self.config._attn_implementation != ATTENTION
-        if usual or not self.training or past_key_values is not None or not position_embeddings:
-            given = (hidden_states, position_embeddings, attention_mask, past_key_values)
-            return super().forward(*given, **kwargs)
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = (
-            projection(hidden_states).view(shape).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = (rotary(x, *position_embeddings, False) for x in (q, k))
-        if "sliding_window" in text(type(self).plain):
-            kwargs["sliding_window"] = getattr(self, "sliding_window", self.config.sliding_window)
-        out, weights = attention(
-            self, q, k, v, attention_mask, self.attention_dropout, self.scaling, **kwargs
-        )
-        return self.o_proj(out.reshape(*shape[:-2], -1)), weights
 
 
 def attention(

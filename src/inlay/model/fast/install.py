@@ -8,23 +8,18 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
     LlamaDecoderLayer,
     LlamaMLP,
     LlamaRMSNorm,
 )
-from transformers.models.mistral.modeling_mistral import MistralAttention
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from inlay.kernels.native import keep_memory
 from inlay.kernels.switches import is_on
-from inlay.model.fast.attention import ATTENTION, FastAttention, FastBackbone
+from inlay.model.fast.attention import ATTENTION, FastBackbone
 from inlay.model.fast.base import Fast, fast_class
 from inlay.model.fast.causal_lm import FastCausalLM
 from inlay.model.fast.layers import FastGate, FastLastBlock, FastLinear, FastNorm
-from inlay.model.source import assigned, calls_the_same, computes_as, text
-
-ROTATING = (LlamaAttention, Qwen2Attention, MistralAttention)
+from inlay.model.source import assigned, computes_as, text
 
 
 def install(model: nn.Module) -> None:
@@ -63,8 +58,6 @@ def fitting(model: nn.Module) -> Iterator[tuple[nn.Module, type[Fast]]]:
             yield module, FastNorm
         elif computes_as(cls, LlamaMLP):
             yield module, FastGate
-        elif rotates_as_llama(cls):
-            yield module, FastAttention
         elif isinstance(module, PreTrainedModel) and is_plain_head(cls):
             yield module, FastCausalLM
         elif isinstance(module, PreTrainedModel) and "create_causal_mask" in text(cls):
@@ -72,14 +65,6 @@ def fitting(model: nn.Module) -> Iterator[tuple[nn.Module, type[Fast]]]:
             layers: Any = getattr(module, "layers", None)
             if layers and computes_as(type(layers[-1]), LlamaDecoderLayer):
                 yield layers[-1], FastLastBlock
-
-
-def rotates_as_llama(cls: type[nn.Module]) -> bool:
-    """Say whether an attention is Llama's, Qwen2's or Mistral's, with Llama's rotation."""
-    functions = ("apply_rotary_pos_emb", "rotate_half")
-    return any(computes_as(cls, known) for known in ROTATING) and all(
-        calls_the_same(cls, LlamaAttention, name) for name in functions
-    )
 
 
 def is_plain_head(cls: type[nn.Module]) -> bool:
