@@ -16,6 +16,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from inlay.errors import AdapterError
 from inlay.methods.base import Params
 from inlay.model.attach import adapters
+from inlay.model.fast import FastCausalLM
+from inlay.model.fused import reads_past
 from inlay.model.report import base_size
 from inlay.peft import folders
 from inlay.peft.rows import routed
@@ -133,6 +135,8 @@ class PeftModel(peft.PeftModel):
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Run the model; `adapter_names` gives each row of the batch an adapter of its own."""
+        if kwargs.get("fused_lm_head"):
+            check_head(self.get_base_model())
         with self.rows(adapter_names, 1, {**kwargs}, args):
             return self.get_base_model()(*args, **kwargs)
 
@@ -378,6 +382,22 @@ def get_peft_model(
         peft_config = copy.deepcopy(peft_config)
         peft_config.revision = revision
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def check_head(model: Any) -> None:
+    """Raise when TRL's fused head would read past an adapter on the output head.
+
+    Raises:
+        AdapterError: it would.
+    """
+    head = model.get_output_embeddings()
+    if reads_past(head) and not (isinstance(model, FastCausalLM) and model.answers_fused()):
+        raise AdapterError(
+            "the adapter on the output head would be left out: TRL's fused head reads the head's "
+            f"own weight, and inlay has no head of its own for this {type(model).__name__} or for "
+            "what this trainer asks; leave the output head out of target_modules, or train it "
+            "whole through modules_to_save"
+        )
 
 
 def refuse(asked: dict[str, Any]) -> None:
