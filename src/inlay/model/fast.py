@@ -282,7 +282,7 @@ class FastCausalLM(Fast):
             return super().__call__(*args, **kwargs)
         kwargs.pop("fused_lm_head")
         before = vars(self).get("forward")
-        vars(self)["forward"] = functools.partial(self.scored, asked_for(before))
+        vars(self)["forward"] = functools.partial(self.scored, asked_for(before) or frozenset())
         try:
             return super().__call__(*args, **kwargs)
         finally:

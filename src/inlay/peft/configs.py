@@ -35,7 +35,7 @@ STARTS: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 """The option that says how a new adapter starts, and its values that Inlay has, by peft_type."""
 
-NEW_ONLY = {"ensure_weight_tying": False, "eva_config": None}
+NEW_ONLY = {"ensure_weight_tying": False, "eva_config": None, "prefix_projection": False}
 """Options without effect on a trained adapter that change how a new one is made."""
 
 REMEDY = "leave it at its default, or make this adapter with HF PEFT itself"
@@ -48,7 +48,8 @@ def prepared(config: PeftConfig, model: nn.Module) -> PeftConfig:
         AdapterError: not a configuration of HF PEFT, or a method or option Inlay does not have.
         TargetError: no target is given, and HF PEFT has no default for this kind of model.
     """
-    check_known(config)
+    check_config(config)
+    check_new(config)
     found: Any = copy.deepcopy(config)
     found.base_model_name_or_path = vars(model).get("name_or_path") or None
     heads = HEADS.get(plain(found.task_type) or "", ())
@@ -66,17 +67,25 @@ def prepared(config: PeftConfig, model: nn.Module) -> PeftConfig:
     return found
 
 
-def check_known(config: object) -> None:
-    """Raise unless this is a configuration whose every option Inlay has.
+def check_config(config: object) -> None:
+    """Raise unless this is one of HF PEFT's configurations.
 
     Raises:
-        AdapterError: it is not one, or an option is one that Inlay does not have.
+        AdapterError: it is something else.
     """
     if not isinstance(config, PeftConfig):
         raise AdapterError(
-            f"an adapter is described by one of HF PEFT's configurations, such as peft.LoraConfig, "
+            "an adapter is described by one of HF PEFT's configurations, such as peft.LoraConfig, "
             f"not by a {type(config).__name__}"
         )
+
+
+def check_new(config: PeftConfig) -> None:
+    """Raise unless Inlay has every option of a configuration for a new adapter.
+
+    Raises:
+        AdapterError: an option is one that Inlay does not have.
+    """
     method_of(config)
     options, where = options_of(config), type(config).__name__
     start, starts = STARTS.get(options["peft_type"], ("", ()))

@@ -20,6 +20,7 @@ from inlay.model.fast import FastCausalLM
 from inlay.model.fused import reads_past
 from inlay.model.report import base_size
 from inlay.peft import folders
+from inlay.peft.configs import check_config
 from inlay.peft.rows import routed
 from inlay.peft.status import layer_status, model_status
 from inlay.peft.tuner import Tuner
@@ -52,8 +53,9 @@ class PeftModel(peft.PeftModel):
         """Stand around a plain model that has no adapter yet.
 
         Raises:
-            AdapterError: it has some already.
+            AdapterError: it has some already, or the configuration is not one of HF PEFT's.
         """
+        check_config(config)
         if isinstance(model, peft.PeftModel) or adapters(model):
             raise AdapterError(
                 "You are trying to modify a model with PEFT for a second time: this "
