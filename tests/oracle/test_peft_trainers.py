@@ -12,8 +12,8 @@ import pytest
 import torch
 import trl.trainer.dpo_trainer
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, prepare_model_for_kbit_training
+from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import inlay.peft
@@ -153,6 +153,30 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert best.endswith("checkpoint-2"), run.evaluations
     read = inlay.peft.PeftModel.from_pretrained(bare(), best)
     assert torch.equal(logits(read), logits(trainer.model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_a_4_bit_base_trains_as_with_peft_and_its_adapter_stays_in_fp32(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    bare().save_pretrained(tmp_path / "base")
+    in_4_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    rows = Dataset.from_list([{"text": text} for text in TEXTS])
+    losses: dict[str, list[float]] = {}
+    for name, wrap in WRAPS.items():
+        base = LlamaForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=in_4_bits, dtype=torch.float32
+        )
+        torch.manual_seed(1)
+        model = wrap(prepare_model_for_kbit_training(base), lora(**options))
+        config = SFTConfig(**common(tmp_path / name), max_steps=3, save_strategy="no")
+        trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer())
+        losses[name] = finished(trainer).losses
+        if name == "inlay":
+            assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert losses["inlay"] == pytest.approx(losses["peft"], rel=5e-3)
+    assert losses["inlay"][-1] != losses["inlay"][0]
 
 
 def dpo(wrap: Wrap, folder: Path, monkeypatch: pytest.MonkeyPatch | None = None) -> Run:

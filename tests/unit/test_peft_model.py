@@ -145,7 +145,7 @@ def test_adapters_merge_one_after_the_other_as_they_do_together() -> None:
     model.merge_adapter(["b"])
     assert model.base_model.merged_adapters == ["default", "b"]
     torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-4)
-    with pytest.warns(UserWarning, match="Already following adapters were merged b"):
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
         model.merge_adapter(["b"])
     model.unmerge_adapter()
     with pytest.warns(UserWarning, match="Already unmerged"):
@@ -266,7 +266,7 @@ def test_a_deleted_adapter_that_is_merged_is_refused() -> None:
     model = made()
     model.add_adapter("b", lora())
     model.merge_adapter()
-    with pytest.raises(AdapterError, match="unmerge_adapter"):
+    with pytest.raises(AdapterError, match="unmerge them first"):
         model.delete_adapter("default")
     model.delete_adapter("b")
     assert list(model.peft_config) == ["default"]

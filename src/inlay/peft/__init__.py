@@ -17,6 +17,20 @@ if find_spec("peft") is None:
     )
 
 from inlay.peft.model import PeftModel, get_peft_model
+from inlay.peft.states import (
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
 from inlay.peft.tuner import Tuner
 
-__all__ = ["PeftModel", "Tuner", "get_peft_model"]
+__all__ = [
+    "PeftModel",
+    "Tuner",
+    "get_base_model_state_dict",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+]

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
@@ -17,8 +18,9 @@ from torch import nn
 
 from inlay.checkpoint.options import DEFAULTS, method_in
 from inlay.checkpoint.placement import names_of, placement_in, prompt_dimensions
-from inlay.errors import AdapterError, CheckpointError, TargetError
+from inlay.errors import CheckpointError
 from inlay.methods.base import Method, PromptMethod, replaced
+from inlay.peft.errors import AdapterError, TargetError
 
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -131,7 +133,7 @@ def placement_of(config: PeftConfig, method: Method, model: nn.Module) -> dict[s
 
 def fill_targets(config: Any, model: nn.Module) -> None:
     """Fill in the modules that HF PEFT targets on this kind of model when none are given."""
-    kind = str(getattr(getattr(model, "config", None), "model_type", "custom"))
+    kind = str(BaseTuner.get_model_config(model).get("model_type", "custom"))
     if config.target_modules is None:
         tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(plain(config.peft_type))]
         mapping: Mapping[str, Any] = getattr(

@@ -6,21 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from inlay.checkpoint.adapter import check_recorded, load_adapter, read_adapter, save_adapter
-from inlay.checkpoint.folder import CONFIG, EXTRAS, TENSORS, located, read_json
+from inlay.checkpoint.folder import CARD, CONFIG, EXTRAS, TENSORS, located, read_json
 from inlay.checkpoint.placement import described
 from inlay.checkpoint.tensors import fill, slots
-from inlay.errors import AdapterError, CheckpointError
+from inlay.errors import CheckpointError
 from inlay.model.attach import adapters
 from inlay.peft.configs import recorded_of
+from inlay.peft.errors import AdapterError
 
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-"""Options of HF PEFT's loading that say where on the hub an adapter is."""
+"""Options of HF PEFT's loading that say where on the hub an adapter is.
+
+`device_map` and `torch_device` are taken too: an adapter lies where its layers do."""
+
+
+OURS = "\n- inlay\n"
+"""What every card that Inlay writes has in it."""
 
 
 def folder_of(model_id: str | Path, options: Mapping[str, Any]) -> Path:
@@ -29,7 +36,7 @@ def folder_of(model_id: str | Path, options: Mapping[str, Any]) -> Path:
     Raises:
         AdapterError: an option that Inlay does not have.
     """
-    known = {"subfolder", *HUB}
+    known = {"subfolder", "device_map", "torch_device", *HUB}
     for key, value in options.items():
         if key not in known and value not in (None, False):
             raise AdapterError(
@@ -87,5 +94,11 @@ def read_again(model: nn.Module, name: str, folder: Path) -> None:
 
 
 def write(model: nn.Module, name: str, directory: Path, config: PeftConfig) -> None:
-    """Save one adapter as HF PEFT reads it."""
+    """Save one adapter as HF PEFT reads it; a card that a user wrote there stays."""
+    readme = directory / CARD
+    earlier = readme.read_text(encoding="utf-8") if readme.is_file() else OURS
     save_adapter(model, directory, name, recorded=recorded_of(config, model))
+    if OURS not in earlier:
+        kept = ModelCard(earlier, ignore_metadata_errors=True)
+        kept.data.library_name = "peft"
+        readme.write_text(str(kept), encoding="utf-8")

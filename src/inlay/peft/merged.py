@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.errors import MergeError
 from inlay.model.attach import activate, adapted_layers, adapters, required_registry
 from inlay.model.layer import AdaptedLayer, become_adapted
 from inlay.model.merge import held, trained_copy
+from inlay.peft.errors import MergeError
 from inlay.storage.registry import frozen
 
 Swap = tuple[nn.Module, str, Any, Any]

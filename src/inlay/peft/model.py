@@ -13,7 +13,6 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from inlay.errors import AdapterError
 from inlay.methods.base import Params
 from inlay.model.attach import adapters
 from inlay.model.fast import FastCausalLM
@@ -21,6 +20,7 @@ from inlay.model.fused import reads_past
 from inlay.model.report import base_size
 from inlay.peft import folders
 from inlay.peft.configs import check_config
+from inlay.peft.errors import AdapterError
 from inlay.peft.rows import routed
 from inlay.peft.status import layer_status, model_status
 from inlay.peft.tuner import Tuner
@@ -103,6 +103,19 @@ class PeftModel(peft.PeftModel):
     def active_peft_config(self) -> PeftConfig:
         """The configuration of the first active adapter."""
         return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def is_loaded_in_4bit(self) -> bool:
+        """No, whatever the base is: TRL rounds what trains on such a model to bf16.
+
+        Adapters are stored in fp32 here; a DoRA magnitude in bf16 would hardly move.
+        """
+        return False
+
+    @property
+    def is_loaded_in_8bit(self) -> bool:
+        """No, as `is_loaded_in_4bit`."""
+        return False
 
     def get_base_model(self) -> Any:
         """Return the model itself, with its adapted layers."""
@@ -333,12 +346,14 @@ class PeftModel(peft.PeftModel):
             CheckpointError: the files are missing, damaged, or for another base.
             AdapterError: an option that Inlay does not have.
         """
+        kwargs.pop("torch_device", None)  # An adapter lies where its layers do.
         found = config or folders.config_in(folders.folder_of(model_id, kwargs))
         self = cls.__new__(cls)
         self.wrap(model, found)
         if config is not None:
             config.inference_mode = not is_trainable
             self.add_adapter(adapter_name, config, False, autocast_adapter_dtype)
+            self.peft_config[adapter_name] = config
         self.load_adapter(
             model_id, adapter_name, is_trainable, None, autocast_adapter_dtype,
             ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, **kwargs,

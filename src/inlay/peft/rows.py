@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.errors import AdapterError
 from inlay.methods.base import PromptMethod
 from inlay.model.attach import adapters, required_registry
 from inlay.model.layer import AdaptedLayer, own_modules
+from inlay.peft.errors import AdapterError
 from inlay.storage.registry import kind
 
 BASE = "__base__"

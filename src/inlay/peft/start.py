@@ -11,7 +11,6 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from inlay.errors import AdapterError
 from inlay.methods.base import (
     Kind,
     LowRank,
@@ -23,6 +22,7 @@ from inlay.methods.base import (
 )
 from inlay.model.attach import adapter_tensors
 from inlay.peft.configs import options_of
+from inlay.peft.errors import AdapterError
 from inlay.storage.registry import frozen
 
 Options = dict[str, Any]

@@ -12,11 +12,11 @@ from peft import PeftConfig
 from torch import nn
 
 from inlay.checkpoint.adapter import unchanged_on_failure
-from inlay.errors import AdapterError, MergeError
 from inlay.model.attach import (
     activate,
     active,
     adapter_places,
+    adapters,
     attach,
     detach,
     registry_of,
@@ -26,6 +26,7 @@ from inlay.model.attach import (
 from inlay.model.merge import tied_names, untie
 from inlay.model.quantize import describe_quantization
 from inlay.peft.configs import method_of, placement_of, prepared
+from inlay.peft.errors import AdapterError, MergeError, as_peft_raises
 from inlay.peft.merged import Merged
 from inlay.peft.start import start
 from inlay.storage.registry import frozen, kind
@@ -79,6 +80,12 @@ class Tuner(nn.Module):
         """The names of the adapters that are merged now."""
         return list(self.merged.names) if self.merged else []
 
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The names of the modules that the adapters are on."""
+        found = (name for each in adapters(self.model).values() for name in each.found.names)
+        return list(dict.fromkeys(found))
+
     # Adapters come, act and go.
 
     def add(self, name: str, config: PeftConfig, autocast: bool) -> None:
@@ -92,7 +99,8 @@ class Tuner(nn.Module):
         ready = prepared(config, self.model)
         method = method_of(ready)
         placement = placement_of(ready, method, self.model)
-        with self.as_trained(), self.at_rest(), unchanged_on_failure(self.model, name):
+        whole = unchanged_on_failure(self.model, name)
+        with as_peft_raises(), self.as_trained(), self.at_rest(), whole:
             attach(self.model, method, name=name, **placement)
             start(self.model, name, ready)
         self.peft_config[name] = ready
@@ -108,7 +116,7 @@ class Tuner(nn.Module):
         """
         if name in self.peft_config:
             raise AdapterError(
-                f"Adapter with name '{name}' already exists.; choose another, or delete it first"
+                f"Adapter with name '{name}' already exists; choose another, or delete it first"
             )
 
     def settle_dtype(self, name: str, autocast: bool) -> None:
@@ -186,7 +194,8 @@ class Tuner(nn.Module):
             raise AdapterError(f"Adapter {adapter_name} does not exist")
         if adapter_name in self.merged_adapters:
             raise AdapterError(
-                f"adapter {adapter_name!r} is merged into the base; call unmerge_adapter() first"
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge "
+                "them first."
             )
         with self.as_trained(), self.at_rest():
             detach(self.model, adapter_name)
@@ -278,9 +287,15 @@ class Tuner(nn.Module):
         for name in names:
             self.check_has(name)
         new = [name for name in names if name not in self.merged_adapters]
-        if len(new) < len(names):
-            done = ",".join(n for n in names if n in self.merged_adapters)
-            warnings.warn(f"Already following adapters were merged {done}.", stacklevel=2)
+        done = [name for name in names if name in self.merged_adapters]
+        if names and not new:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+        elif done:
+            warnings.warn(
+                f"Already following adapters were merged {','.join(done)}. You are now "
+                f"additionally merging {','.join(new)}.",
+                stacklevel=2,
+            )
         if new:
             with self.at_rest():
                 planned = Merged(self.model, (*self.merged_adapters, *new))
