@@ -56,7 +56,7 @@ def bare() -> Any:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer()), hidden_size=64, intermediate_size=96,
+            vocab_size=len(tokenizer()), hidden_size=64, intermediate_size=128,
             num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
             initializer_range=0.1, name_or_path="",
         )

