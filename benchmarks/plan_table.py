@@ -55,6 +55,9 @@ CASES: list[dict[str, Any]] = [
         ("bitfit", "dense", "bfloat16", 1024, "keep-all"),
         ("prefix", "dense", "bfloat16", 512, "keep-all"),
     )
+] + [
+    {"method": "lora", "storage": s, "dtype": "bfloat16", "length": n, "policy": p, "eight_bits": 1}
+    for s, n, p in (("dense", 512, "keep-all"), ("nf4", 1024, "keep-products"))
 ]
 
 
@@ -120,6 +123,7 @@ def planned(case: dict[str, Any]) -> dict[str, Any]:
             "dtype": case["dtype"],
             "activations": case["policy"],
             "gradient_accumulation": 1,
+            "eight_bits": "eight_bits" in case,
         },
     )
     device = Device("cpu", "cpu", 1 << 40, 1e10, 3e11, 3e11)
@@ -135,6 +139,7 @@ def measured(case: dict[str, Any], model_folder: str) -> dict[str, Any]:
     from inlay.memory.probe import measuring, resident
     from inlay.methods.catalog import build_method
     from inlay.model.attach import attach
+    from inlay.model.eight_bits import compute_in_8_bits
     from inlay.model.load import load
     from inlay.train import run
     from inlay.train.planning import step_loss
@@ -143,6 +148,8 @@ def measured(case: dict[str, Any], model_folder: str) -> dict[str, Any]:
     before = resident()
     model, _ = load(model_folder, case["storage"], device="cpu")
     attach(model, build_method(case["method"], {}))
+    if "eight_bits" in case:
+        compute_in_8_bits(model)
     model.train()
     apply(model, case["policy"])
     loaded = resident()
@@ -193,7 +200,7 @@ def main(names: list[str]) -> None:
 
 def name_of(case: dict[str, Any]) -> str:
     """Return a case's name."""
-    return "-".join(map(str, case.values()))
+    return "-".join("8bit" if key == "eight_bits" else str(v) for key, v in case.items())
 
 
 if __name__ == "__main__":

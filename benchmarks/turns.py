@@ -6,7 +6,6 @@ is asked to, so that at any time one contestant has the whole machine.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
@@ -16,6 +15,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+from inlay.kernels.native import return_free_memory
 
 KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
 """What makes glibc keep freed blocks in the process instead of giving them to the kernel."""
@@ -122,7 +123,7 @@ class PeakMemory:
     """The most memory this process holds above what it held when this was made, in bytes."""
 
     def __init__(self) -> None:
-        ctypes.CDLL(None).malloc_trim(0)
+        return_free_memory()
         self.before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -291,7 +291,8 @@ def plan_section(found: dict[str, Any]) -> list[str]:
     if "plan_table" not in found:
         return []
     rows = [
-        f"| {r['method']} | {r['storage']} | {r['dtype']} | {r['length']} | {r['policy']} "
+        f"| {r['method']} | {r['storage']}{', 8-bit compute' if r.get('eight_bits') else ''} "
+        f"| {r['dtype']} | {r['length']} | {r['policy']} "
         f"| {r['planned']['total'] / MIB:,.0f} | {r['measured'] / MIB:,.0f} | {r['error']:+.1%} |"
         for r in found["plan_table"]["rows"]
     ]

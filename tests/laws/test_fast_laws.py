@@ -19,6 +19,8 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -26,7 +28,10 @@ from transformers import (
 import inlay
 from inlay.kernels import loss as loss_kernel
 from inlay.kernels.switches import PATHS, plain
-from inlay.model.fast import Fast, FastBackbone, FastCausalLM, FastGate, FastNorm
+from inlay.model.fast.attention import FastBackbone
+from inlay.model.fast.base import Fast
+from inlay.model.fast.causal_lm import FastCausalLM
+from inlay.model.fast.layers import FastGate, FastNorm
 from inlay.storage.registry import frozen
 
 SMALL = {
@@ -35,6 +40,7 @@ SMALL = {
 }  # fmt: skip
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=10)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)),
     "gpt2": lambda: GPT2LMHeadModel(
@@ -117,7 +123,7 @@ def test_each_path_can_be_off_alone(path: str) -> None:
     assert all(far(a, b) < 1e-3 for a, b in zip(others, grads, strict=True))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "qwen3"])
 def test_no_plain_module_is_left(name: str) -> None:
     model = built(name)
     kinds = [type(m).__mro__[1] for m in model.modules() if isinstance(m, Fast)]

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from inlay.errors import DataError, ModelError
+from inlay.evaluate.losses import logits_at
 from inlay.evaluate.run import compare, evaluate, generate, losses
 from inlay.methods.base import Params, PromptMethod
 from inlay.methods.lora import LoRA
@@ -141,6 +142,26 @@ def test_every_token_but_the_first_is_measured_where_all_are_trained(model: Llam
     found = losses(model, [row])[0]
     assert found.tokens == 3
     assert found.per_token == pytest.approx(their_loss(model, row), rel=1e-5)
+
+
+def test_logits_of_a_batch_fit_their_room(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [Row([5 + i] * 12, [i % 2 == 0 or j > 6 for j in range(12)]) for i in range(6)]
+    whole = losses(model, rows, 6)
+    held: list[int] = []
+
+    def recorded(*call: Any) -> Tensor:
+        logits = logits_at(*call)
+        held.append(len(logits))
+        return logits
+
+    monkeypatch.setattr("inlay.evaluate.losses.logits_at", recorded)
+    monkeypatch.setattr("inlay.evaluate.losses.LOGIT_BYTES", 20 * 4 * WORDS)
+    found = losses(model, rows, 6)
+    assert sum(held) == sum(row.tokens for row in whole)
+    assert max(held) <= 20
+    assert [r.nll for r in found] == pytest.approx([r.nll for r in whole], rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "prompt"])

@@ -384,29 +384,6 @@ def test_one_openmp_runtime_is_loaded() -> None:
     assert "threads of" in native.status()
 
 
-# ---- bfloat16 to fp32 ----
-
-
-@pytest.mark.parametrize("count", [0, 1, 17, 511, 512, 4099, (1 << 18) + 5, (1 << 20) + 77])
-def test_widened_values_are_those_of_torch(level: str, count: int) -> None:
-    bits = torch.arange(count, dtype=torch.int32).mul_(40_503).to(torch.int16)
-    x = bits.view(torch.bfloat16)
-    for shift in (0, 1):
-        out = torch.full((count + shift + 1,), 7.0)
-        native.widen(x, out[shift : shift + count])
-        assert torch.equal(
-            out[shift : shift + count].view(torch.int32), x.float().view(torch.int32)
-        )
-        assert out[-1] == 7.0
-
-
-def test_what_c_cannot_widen_torch_copies() -> None:
-    out = torch.empty(3, 4)
-    native.widen(torch.ones(3, 4, dtype=torch.float16), out)
-    native.widen(torch.ones(4, dtype=torch.bfloat16), out)
-    assert bool((out == 1).all())
-
-
 # ---- building ----
 
 

@@ -17,8 +17,8 @@ from inlay.methods.base import evaluating
 from inlay.model.packing import mixes_rows, positions
 from inlay.model.shapes import length_multiple
 
-POSITIONS_AT_ONCE = 1024
-"""Rows of logits that are held in fp32 at once."""
+LOGIT_BYTES = 160 << 20
+"""Room for logits in fp32: rows that need more go through the model one by one."""
 
 PADDING = 0
 
@@ -80,7 +80,7 @@ def losses(
     found: dict[int, RowLoss] = {}
     packed = mixes_rows(model, [row.input_ids for row in encoded]) is None
     with evaluating(model), torch.no_grad():
-        for batch in buckets([len(row.input_ids) for row in encoded], batch_size):
+        for batch in batches(encoded, batch_size, positions_at_once(vocabulary(model))):
             rows = [encoded[i] for i in batch]
             found.update(zip(batch, batch_losses(model, rows, packed), strict=True))
             check_finite(found, batch, named)
@@ -95,18 +95,42 @@ def buckets(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
 
 
+def batches(encoded: Sequence[EncodedRow], batch_size: int, most: int) -> Iterator[list[int]]:
+    """Yield buckets of rows, cut where together they have more measured tokens than `most`."""
+    for bucket in buckets([len(row.input_ids) for row in encoded], batch_size):
+        batch, held = [bucket[0]], sum(encoded[bucket[0]].trained[1:])
+        for i in bucket[1:]:
+            count = sum(encoded[i].trained[1:])
+            if held + count > most:
+                yield batch
+                batch, held = [], 0
+            batch.append(i)
+            held += count
+        yield batch
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Return how many tokens a model tells apart; 1 where its configuration does not say."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config().vocab_size if config is not None else 1
+
+
+def positions_at_once(classes: int) -> int:
+    """Return how many rows of logits there is room for."""
+    return max(1, LOGIT_BYTES // (4 * classes))
+
+
 def batch_losses(model: nn.Module, rows: Sequence[EncodedRow], packed: bool) -> list[RowLoss]:
     """Return the losses of rows that go through the model together."""
     batch = (joined if packed else padded)(rows, length_multiple(model))
     where = batch.wanted.nonzero(as_tuple=True)
     logits = logits_at(model, batch.call, *where)
     expected = batch.call["input_ids"][where[0], where[1] + 1].to(logits.device)
+    most = positions_at_once(logits.shape[1])
     nll = torch.cat(
         [
             cross_entropy(part.float(), target, reduction="none")
-            for part, target in zip(
-                logits.split(POSITIONS_AT_ONCE), expected.split(POSITIONS_AT_ONCE), strict=True
-            )
+            for part, target in zip(logits.split(most), expected.split(most), strict=True)
         ]
     )
     owner = batch.owner[where]

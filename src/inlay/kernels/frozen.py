@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay.kernels import native
 from inlay.kernels.opaque import operator
 from inlay.kernels.scratch import cast, product_dtype, scratch, tile_rows, tiles
 
@@ -46,7 +45,7 @@ def register_product(name: str, product: Product) -> None:
 
 def copy_rows(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
     """Unpack a dense weight (out, in): cast its rows."""
-    native.widen(parts[0][first : first + out.shape[0]], out)
+    out.copy_(parts[0][first : first + out.shape[0]])
 
 
 DENSE = "dense"

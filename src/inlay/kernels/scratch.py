@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -52,10 +53,11 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def tile_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return how many rows of a (rows, columns) matrix are unpacked at once."""
-    if device.type != "cpu":
+    """Return how many rows of a (rows, columns) matrix are unpacked at once: tiles of one size."""
+    if device.type != "cpu" or not rows:
         return rows
-    return min(rows, max(1, TILE_BYTES // (columns * dtype.itemsize)))
+    most = max(1, TILE_BYTES // (columns * dtype.itemsize))
+    return ceil(rows / ceil(rows / most))
 
 
 def scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

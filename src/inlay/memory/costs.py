@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from inlay.kernels import block_attention
 from inlay.kernels.attention import in_blocks
+from inlay.kernels.eight_bits import PREFIX as EIGHT_BITS
 from inlay.kernels.frozen import DENSE
 from inlay.kernels.loss import rows_at_once
 from inlay.kernels.native.build import library
@@ -58,22 +59,38 @@ class Scratch:
     buffers of its own for them."""
 
 
-def product(x: Tensor, rows: int, columns: int, packing: str, *widths: int) -> Scratch:
+def product(
+    x: Tensor, rows: int, columns: int, packing: str, *widths: int, back: bool | None = False
+) -> Scratch:
     """Return the scratch of a frozen product.
 
     Where x is multiplied in another dtype, blocks of these widths are held for every row of x.
+    `back`: whether it is `g @ W`, or, with None, no product at all.
     """
+    prefix, _, name = packing.rpartition(":")
     dtype = product_dtype(x) if target == "cpu" else x.dtype
     count = x.numel() // x.shape[-1]
     cast = () if dtype == x.dtype else tuple(count * w * dtype.itemsize for w in widths)
-    if packing == DENSE and dtype == x.dtype:
+    if target == "cpu" and prefix == EIGHT_BITS and (back or columns <= rows):
+        return Scratch((*cast, *in_int8(count, rows, columns, back)))
+    if name == DENSE and dtype == x.dtype:
         return Scratch(cast, multiplied=(count, columns, rows))
-    unpacking = () if packing == DENSE else UNPACKING
+    unpacking = () if name == DENSE else UNPACKING
     if target != "cpu":
         return Scratch((*unpacking, rows * columns * dtype.itemsize))
     tile = tile_rows(rows, columns, dtype, x.device) * columns * dtype.itemsize
     step = tile_rows(rows, columns, dtype, x.device)
     return Scratch((*cast, *unpacking), max(tile, TILE_BYTES), (count, columns, step))
+
+
+def in_int8(count: int, rows: int, columns: int, back: bool | None) -> tuple[int, ...]:
+    """Return the blocks of an int8 product: a tile of the weight, the codes of x, the sums."""
+    if back is None:
+        return ()
+    step = tile_rows(rows, columns, torch.int8, torch.device("cpu"))
+    if not back:
+        return (step * columns, count * columns, 4 * count * step)
+    return (step * columns, 4 * count * step, count * step, *[4 * count * columns] * 2)
 
 
 def frozen_linear(
@@ -89,7 +106,7 @@ def frozen_linear_t(
 ) -> Scratch:
     """Scratch of `g @ W`."""
     del parts
-    return product(g, rows, columns, packing, rows, columns)
+    return product(g, rows, columns, packing, rows, columns, back=True)
 
 
 def low_rank(
@@ -123,7 +140,7 @@ def low_rank_backward(
     """Scratch of the gradients: x and g are cast, the gradient to x is held."""
     del g, b, scale, parts
     widths = (columns, rows, a.shape[0], *([columns] if to_x else []))
-    return product(x, rows, columns, packing, *widths)
+    return product(x, rows, columns, packing, *widths, back=True if to_x else None)
 
 
 def low_rank_product(
@@ -186,7 +203,8 @@ def scored(
     del labels, bias, parts
     count = rows_at_once(h.shape[0], rows)
     some = h.new_empty(count, columns)
-    head = product(some, rows, columns, packing, columns, *([columns] if to_gradient else []))
+    widths = (columns, *([columns] if to_gradient else []))
+    head = product(some, rows, columns, packing, *widths, back=to_gradient)
     dtype = product_dtype(h) if target == "cpu" else h.dtype
     halves = 0 if dtype.itemsize >= 4 else 2
     wide = 1 if target == "cpu" and library() is not None else 2

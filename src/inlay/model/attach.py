@@ -19,7 +19,7 @@ from inlay.methods.base import (
     SelectMethod,
     WeightMethod,
 )
-from inlay.model.fast import install, uninstall
+from inlay.model.fast.install import install, uninstall
 from inlay.model.layer import AdaptedLayer, become_adapted, become_original, own_modules
 from inlay.model.prompt import PromptHook
 from inlay.model.selected import selected_copies, trained_modules

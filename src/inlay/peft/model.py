@@ -15,8 +15,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from inlay.methods.base import Params
 from inlay.model.attach import adapters
-from inlay.model.fast import FastCausalLM
-from inlay.model.fused import reads_past
+from inlay.model.fast.causal_lm import FastCausalLM
+from inlay.model.fast.fused import reads_past
 from inlay.model.report import base_size
 from inlay.peft import folders
 from inlay.peft.configs import check_config
@@ -152,7 +152,9 @@ class PeftModel(peft.PeftModel):
         """Run the model; `adapter_names` gives each row of the batch an adapter of its own."""
         if kwargs.get("fused_lm_head"):
             check_head(self.get_base_model())
-        with self.rows(adapter_names, 1, {**kwargs}, args):
+        if adapter_names is None:
+            return self.get_base_model()(*args, **kwargs)
+        with self.rows(adapter_names, 1, kwargs, args):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(

@@ -23,6 +23,7 @@ from inlay.memory.skeleton import computing_dtype, config_of, skeleton
 from inlay.methods.base import PromptMethod
 from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
+from inlay.model.eight_bits import compute_in_8_bits
 from inlay.model.load import TOKENIZER_FILES, located, quiet_transformers, read_tokenizer
 from inlay.model.shapes import length_multiple
 from inlay.train.collate import IGNORED, Concatenate
@@ -55,9 +56,21 @@ def planned_run(config: RunConfig, rows: Rows, device: Device, *, streamed: bool
         ModelError: the configuration cannot be read, or the step not be followed.
     """
     shape, _ = config_of(config.model, config.revision)
+    return planned_step(shape, config, rows.batch, device, streamed=streamed)
+
+
+def planned_step(
+    shape: PreTrainedConfig,
+    config: RunConfig,
+    batch: Mapping[str, Tensor],
+    device: Device,
+    *,
+    streamed: bool = False,
+) -> Plan:
+    """Plan a step of a model that is given as its configuration."""
     task = Task(
         build=partial(built, shape, config),
-        batch=rows.batch,
+        batch=batch,
         loss=step_loss,
         optimiser=optimiser_of(config, device),
         accumulation=config.gradient_accumulation,
@@ -91,7 +104,7 @@ def built(shape: PreTrainedConfig, config: RunConfig) -> nn.Module:
         layers=config.layers,
         modules_to_save=config.modules_to_save,
     )
-    return model.train()
+    return (compute_in_8_bits(model) if config.eight_bits else model).train()
 
 
 def policies_of(config: RunConfig) -> Sequence[Policy]:
@@ -297,24 +310,3 @@ def run_seconds(config: RunConfig, rows: Rows, step: float) -> float:
         return steps_of(config, rows) * step
     mean = rows.tokens / rows.count * min(config.batch_size, rows.count)
     return steps_of(config, rows) * step * min(1.0, mean / rows.batch["input_ids"].numel())
-
-
-# One step for the benchmark
-
-
-def planned_step(
-    shape: PreTrainedConfig,
-    config: RunConfig,
-    batch: Mapping[str, Tensor],
-    device: Device,
-) -> Plan:
-    """Plan a step of a model that is given as its configuration."""
-    task = Task(
-        build=partial(built, shape, config),
-        batch=batch,
-        loss=step_loss,
-        optimiser=optimiser_of(config, device),
-        accumulation=config.gradient_accumulation,
-        dtype=computing_dtype(shape, config.dtype),
-    )
-    return plan(task, device, runtime=held_beside, policies=policies_of(config))

@@ -13,7 +13,6 @@ are what opaque operators are made of. `use("off")`, or INLAY_NATIVE=0, switches
     rms_norm_backward(g, x, weight, rstd) -> gx
     silu_gate(gate, up, out=None) -> h
     silu_gate_backward(g, gate, up, out=None) -> (g_gate, g_up, h)
-    widen(x, out)
     rotary(x, cos, sin, inverse=False, out=None) -> y
     int8_quantize(x) -> (q, absmax)
     int8_dequantize(q, absmax, out)
@@ -61,7 +60,6 @@ __all__ = [
     "silu_gate_backward",
     "status",
     "use",
-    "widen",
 ]
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -279,18 +277,6 @@ def check_labels(logits: Tensor, labels: Tensor) -> None:
             f"label {int(wrong[0])} is outside the vocabulary of {vocabulary}; rows without a "
             "label must be dropped before the loss"
         )
-
-
-# ---- bfloat16 to fp32 ----
-
-
-def widen(x: Tensor, out: Tensor) -> None:
-    """Write x into `out`, of the same shape and any dtype: in C from bfloat16 to fp32."""
-    ready = takes((torch.bfloat16,), x) and takes((torch.float32,), out)
-    if not (ready and sized(x.shape, out)):
-        out.copy_(x)
-        return
-    called("inlay_widen", x, out, x.numel())
 
 
 # ---- RMSNorm, the gate, rotary embedding ----

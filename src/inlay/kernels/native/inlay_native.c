@@ -15,7 +15,6 @@
 enum { F32, BF16, F16 };
 enum { GENERIC, AVX2, AVX512 };
 enum { BLOCK = 64, NESTED_BLOCK = 256, TILE = 512 };
-enum { CACHED = 1 << 20 }; /* bytes; more than this does not stay near a core */
 
 #define SMALLEST 1e-38f
 #define ROUNDER 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, ties to even */
@@ -68,11 +67,9 @@ struct rotary_args {
     int64_t x_batch, x_head, x_token, out_batch, out_head, out_token, angle_batch, angle_token;
 };
 
-struct widen_args { const uint16_t *x; float *out; int64_t count; int past_cache; };
-
 struct kernels {
     task quantize, nest, dequantize, to_int8, int8_dequantize, int8_quantize, rescale, loss,
-        norm, norm_backward, gate, gate_backward, rotary, widen;
+        norm, norm_backward, gate, gate_backward, rotary;
 };
 
 #define PASTE_(a, b) a##_##b
@@ -250,9 +247,4 @@ void inlay_gate_backward(const void *g, const void *gate, const void *up, void *
 
 void inlay_rotary(const struct rotary_args *a, int64_t batch, int threads) {
     spread(chosen->rotary, a, batch * a->length, rows_at_once(a->heads * a->width), threads);
-}
-
-void inlay_widen(const void *x, float *out, int64_t count, int threads) {
-    struct widen_args a = {x, out, count, count * 4 > CACHED};
-    spread(chosen->widen, &a, (count + TILE - 1) / TILE, 64, threads);
 }

@@ -631,40 +631,10 @@ static void NAME(rotary)(const void *args, int64_t begin, int64_t end) {
     }
 }
 
-/* ---- bfloat16 to fp32 ---- */
-
-/* Past the cache: the product that comes next reads from memory what does not fit there anyway. */
-INLINE void NAME(widen_past_cache)(float *to, const uint16_t *from, int64_t n) {
-    int64_t i = 0;
-#if LEVEL == 2
-    for (; i + 16 <= n; i += 16) {
-        __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(from + i)));
-        _mm512_stream_si512((__m512i *)(to + i), _mm512_slli_epi32(wide, 16));
-    }
-    _mm_sfence();
-#elif LEVEL == 1
-    for (; i + 8 <= n; i += 8) {
-        __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(from + i)));
-        _mm256_stream_si256((__m256i *)(to + i), _mm256_slli_epi32(wide, 16));
-    }
-    _mm_sfence();
-#endif
-    NAME(load)(to + i, from + i, 0, n - i, BF16);
-}
-
-static void NAME(widen)(const void *args, int64_t begin, int64_t end) {
-    const struct widen_args *a = args;
-    int64_t at = begin * TILE, stop = end * TILE < a->count ? end * TILE : a->count;
-    if (a->past_cache && (uintptr_t)a->out % 64 == 0)
-        NAME(widen_past_cache)(a->out + at, a->x + at, stop - at);
-    else
-        NAME(load)(a->out + at, a->x, at, stop - at, BF16);
-}
-
 static const struct kernels NAME(kernels) = {
     NAME(quantize), NAME(nest), NAME(dequantize), NAME(to_int8), NAME(int8_dequantize),
     NAME(int8_quantize), NAME(rescale), NAME(loss), NAME(norm), NAME(norm_backward), NAME(gate),
-    NAME(gate_backward), NAME(rotary), NAME(widen),
+    NAME(gate_backward), NAME(rotary),
 };
 
 #undef INLINE

@@ -1,0 +1,54 @@
+"""Modules that change their class in place for a faster way to the same result."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from functools import cache
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class Fast(nn.Module):
+    """A module in place, with a fast way to compute what its own class computes."""
+
+    plain: ClassVar[type[nn.Module]]
+
+
+@cache
+def parameters_of(plain: type[nn.Module]) -> tuple[str, ...]:
+    """Return the names of a class's forward parameters that may be given by position."""
+    return tuple(inspect.signature(plain.forward).parameters)[1:]
+
+
+def by_name(
+    plain: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a call's arguments by name."""
+    return dict(zip(parameters_of(plain), args, strict=False)) | kwargs
+
+
+@cache
+def fast_class(plain: type[nn.Module], fast: type[Fast]) -> type[nn.Module]:
+    """Return the subclass of `plain` with a fast path; its name and signature stay the same."""
+    body: dict[str, Any] = {
+        "plain": plain,
+        "original": plain,
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,
+        # In the body, so that transformers wraps a block's forward for checkpointing.
+        "forward": with_signature(fast.forward, plain),
+    }
+    return type(plain.__name__, (fast, plain), body)
+
+
+def with_signature(forward: Any, plain: type[nn.Module]) -> Any:
+    """Return a forward that shows the signature of the plain one, as Trainer and PEFT read it."""
+
+    @functools.wraps(plain.forward)
+    def fast_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    return fast_forward

@@ -1,0 +1,213 @@
+"""A causal language model whose training loss never holds the logits of all positions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import ModelOutput
+
+from inlay.kernels.loss import Scores, linear_cross_entropy, rows_at_once
+from inlay.kernels.switches import is_on
+from inlay.model.fast.base import Fast, by_name
+from inlay.model.fast.fused import acts_on, asked_for, mean_logits, reads_past
+from inlay.model.fast.layers import FastLastBlock
+from inlay.storage.registry import frozen, kind
+
+IGNORED = -100
+"""The label of a position that is not scored."""
+NARROW = 0.9
+"""The share of scored positions up to which leaving the others out is worth gathering these."""
+
+
+@dataclass
+class ScoredOutput(ModelOutput):
+    """Per-token scores in place of logits: the fields TRL's fused head returns."""
+
+    loss: Tensor | None = None
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    label_mask: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+class LossOutput(CausalLMOutputWithPast):
+    """A training step's output: the loss now, the logits only if somebody asks for them."""
+
+    @property
+    def logits(self) -> Tensor | None:
+        """The logits of every position, computed when asked for."""
+        compute: Callable[[], Tensor] | None = vars(self).get("compute_logits")
+        return None if compute is None else compute()
+
+    @logits.setter
+    def logits(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, value: None
+    ) -> None:
+        assert value is None
+
+    def __getitem__(self, k: Any) -> Any:
+        """Return a field by name or by place."""
+        if k == "logits" or (isinstance(k, int) and k > 0):
+            return (self["loss"], self.logits)[k] if isinstance(k, int) else self.logits
+        return super().__getitem__(k)
+
+
+class FastCausalLM(Fast):
+    """A causal language model whose training loss never holds the logits of all positions."""
+
+    config: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model; TRL's request for per-token scores is answered without its own head."""
+        if not kwargs.get("fused_lm_head") or not self.answers_fused():
+            return super().__call__(*args, **kwargs)
+        kwargs.pop("fused_lm_head")
+        before = vars(self).get("forward")
+        wanted = asked_for(before) or frozenset()
+        vars(self)["forward"] = functools.partial(self.scored, wanted)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            del vars(self)["forward"]
+            if before is not None:
+                vars(self)["forward"] = before
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's output; with labels, in training, the loss comes in chunks."""
+        call = by_name(type(self).plain, args, kwargs)
+        if call.get("labels") is None or not self.takes_chunks() or asks_for_more(call):
+            return super().forward(**call)
+        items = call.pop("num_items_in_batch", None)
+        scores, mask, outputs, hidden, _ = self.scores(call)
+        count = mask.sum() if items is None else torch.as_tensor(items, device=mask.device)
+        result = LossOutput(
+            loss=-scores.log_probs.sum() / count,
+            past_key_values=outputs.get("past_key_values"),
+        )
+        vars(result)["compute_logits"] = functools.partial(self.logits_of, call, hidden)
+        return result
+
+    def logits_of(self, call: dict[str, Any], hidden: Tensor | None) -> Tensor:
+        """Return the logits of every position."""
+        head = cast(Any, self).get_output_embeddings()
+        if hidden is None:
+            hidden = cast(Any, self).base_model(**call).last_hidden_state
+        return head(hidden)
+
+    def answers_fused(self) -> bool:
+        """Say whether per-token scores are computed here: plain ones, in training.
+
+        In evaluation too where TRL's own head would read past an adapter.
+        """
+        always = reads_past(cast(Any, self).get_output_embeddings())
+        return self.takes_chunks(always) and asked_for(vars(self).get("forward")) is not None
+
+    def scored(self, wanted: frozenset[str], *args: Any, **kwargs: Any) -> ScoredOutput:
+        """Return every position's scores for its next token, zero where it is not labelled."""
+        call = by_name(type(self).plain, args, kwargs)
+        call["use_cache"] = False
+        call.pop("num_items_in_batch", None)
+        scores, mask, _, _, rows = self.scores(call)
+
+        def spread(values: Tensor) -> Tensor:
+            return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+        log_probs, entropy, is_top1 = (spread(s) for s in scores)
+        loss = -log_probs.sum() / mask.sum().clamp(min=1)
+        result = ScoredOutput(
+            loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
+        )
+        if "mean_logits" in wanted:
+            result.mean_logits = spread(mean_logits(cast(Any, self).get_output_embeddings(), rows))
+        return result
+
+    def scores(self, call: dict[str, Any]) -> tuple[Scores, Tensor, Any, Tensor | None, Tensor]:
+        """Run the decoder and score the labelled positions.
+
+        Returns their scores, the mask of these positions, the decoder's outputs, its hidden
+        states of every position when they were computed, and those of the positions scored.
+        """
+        labels, shifted = call.pop("labels"), call.pop("shift_labels", None)
+        call.pop("logits_to_keep", None)
+        wanted = labels[:, 1:] if shifted is None else shifted
+        mask = wanted != IGNORED
+        positions = F.pad(mask, (0, labels.shape[1] - mask.shape[1])).flatten().nonzero().squeeze(1)
+        decoder = cast(Any, self).base_model
+        few = 0 < positions.numel() <= NARROW * labels.numel()
+        here = {"scored": positions} if few and self.narrows(decoder) else {}
+        outputs = decoder(**call, **here)
+        hidden: Tensor = outputs.last_hidden_state
+        narrowed = bool(here) and hidden.shape[:2] == (1, positions.numel())
+        rows = hidden[0] if narrowed else hidden.flatten(0, 1).index_select(0, positions)
+        scores = self.score_rows(rows, wanted[mask])
+        return scores, mask, outputs, None if narrowed else hidden, rows
+
+    def narrows(self, decoder: nn.Module) -> bool:
+        """Say whether the last block can leave unscored positions out."""
+        layers: Any = getattr(decoder, "layers", None)
+        return is_on("last_layer") and bool(layers) and isinstance(layers[-1], FastLastBlock)
+
+    def score_rows(self, rows: Tensor, labels: Tensor) -> Scores:
+        """Score hidden states (n, d) by the output head."""
+        head = cast(Any, self).get_output_embeddings()
+        packed = None if head_is_adapted(head) else frozen(head).packed()
+        if packed is not None:
+            to_gradient = torch.is_grad_enabled() and rows.requires_grad
+            log_probs, entropy, is_top1, _ = linear_cross_entropy(
+                rows, labels, frozen(head).bias, to_gradient, *packed
+            )
+            return Scores(log_probs, entropy.detach(), is_top1)
+        step = rows_at_once(len(rows), frozen(head).shape[0])
+        found = [
+            Scores(*checkpoint(score_by, head, part, wanted, use_reentrant=False))
+            for part, wanted in zip(rows.split(step), labels.split(step), strict=True)
+        ]
+        if not found:
+            return Scores(*checkpoint(score_by, head, rows, labels, use_reentrant=False))
+        return Scores(*(torch.cat(each) for each in zip(*found, strict=True)))
+
+    def takes_chunks(self, always: bool = False) -> bool:
+        """Say whether the loss may be computed in chunks now: in training, or `always`."""
+        own: Any = self
+        return (
+            is_on("loss")
+            and (self.training or always)
+            and own.loss_function is ForCausalLMLoss
+            and kind(own.get_output_embeddings()) == "linear"
+        )
+
+
+def score_by(head: nn.Module, rows: Tensor, labels: Tensor) -> Scores:
+    """Score hidden states by a head that trains; its logits are made again for the gradient."""
+    logits = head(rows)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_all = logits.log_softmax(-1)
+    log_probs = log_all.gather(1, labels[:, None]).squeeze(1)
+    with torch.no_grad():
+        entropy = -(log_all.exp() * log_all).sum(-1)
+        is_top1 = log_probs >= log_all.amax(-1) if log_all.numel() else log_probs.bool()
+    return Scores(log_probs, entropy, is_top1)
+
+
+def head_is_adapted(head: nn.Module) -> bool:
+    """Say whether something at the output head acts or trains: it must be called as a layer."""
+    return acts_on(head) or any(p.requires_grad for p in head.parameters())
+
+
+def asks_for_more(call: dict[str, Any]) -> bool:
+    """Say whether a call wants more than the loss: hidden states, some logits, a tuple."""
+    keep = call.get("logits_to_keep", 0)
+    wants = any(call.get(n) for n in ("output_hidden_states", "output_attentions", "use_cache"))
+    return wants or call.get("return_dict") is False or isinstance(keep, Tensor) or keep != 0
