@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 from inlay import errors
 
@@ -31,3 +32,17 @@ def as_peft_raises() -> Generator[None]:
         raise
     except errors.AdapterError as error:
         raise AdapterError(str(error)) from None
+
+
+def refuse(asked: dict[str, Any]) -> None:
+    """Raise for the first option that asks for what Inlay does not have.
+
+    Raises:
+        AdapterError: one does.
+    """
+    for option, wanted in asked.items():
+        if wanted:
+            raise AdapterError(
+                f"{option} is not something that inlay.peft has; leave it out, or use HF PEFT "
+                "itself for it"
+            )
