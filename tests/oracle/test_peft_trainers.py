@@ -13,8 +13,25 @@ import torch
 import trl.trainer.dpo_trainer
 from datasets import Dataset
 from peft import LoraConfig, prepare_model_for_kbit_training
-from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 import inlay.peft
 from inlay.model.load import EMBEDDED
@@ -219,3 +236,50 @@ def test_dpo_against_the_base_with_the_adapter_off_is_that_of_peft(
     assert mine.losses == pytest.approx(peers.losses, rel=1e-3)
     assert mine.losses[0] == pytest.approx(0.6931, abs=1e-3)
     assert mine.losses[-1] < 0.69
+
+
+def answers(completions: list[str], **unused: Any) -> list[float]:
+    return [float(len(set(text))) for text in completions]
+
+
+def reward(wrap: Wrap, folder: Path) -> Any:
+    config = bare().config
+    config.num_labels = 1
+    base = LlamaForSequenceClassification(config)
+    torch.manual_seed(1)
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
+    arguments = RewardConfig(**common(folder), max_steps=3, save_strategy="no")
+    rows = Dataset.from_list(PAIRS)
+    return RewardTrainer(
+        wrap(base, adapter), arguments, train_dataset=rows, processing_class=tokenizer()
+    )
+
+
+def kto(wrap: Wrap, folder: Path) -> Any:
+    arguments = KTOConfig(**common(folder), max_steps=3, save_strategy="no")
+    texts = [(p["prompt"], p[k], k == "chosen") for p in PAIRS for k in ("chosen", "rejected")]
+    rows = Dataset.from_list([{"prompt": p, "completion": c, "label": k} for p, c, k in texts])
+    return KTOTrainer(
+        wrapped(wrap), args=arguments, train_dataset=rows, processing_class=tokenizer()
+    )
+
+
+def grpo(wrap: Wrap, folder: Path) -> Any:
+    given = {k: v for k, v in common(folder).items() if k != "max_length"}
+    given |= {"per_device_train_batch_size": 4, "num_generations": 4, "beta": 0.1}
+    arguments = GRPOConfig(
+        **given, max_steps=3, save_strategy="no", max_completion_length=8, temperature=0.8
+    )
+    rows = Dataset.from_list([{"prompt": f"Count {i}"} for i in range(16)])
+    return GRPOTrainer(
+        wrapped(wrap), answers, args=arguments, train_dataset=rows, processing_class=tokenizer()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [reward, kto, grpo], ids=lambda build: build.__name__)
+def test_trls_other_trainers_give_pefts_curve(build: Any, tmp_path: Path) -> None:
+    mine, peers = (finished(build(wrap, tmp_path / name)) for name, wrap in WRAPS.items())
+    assert len(mine.losses) == 3
+    assert mine.losses == pytest.approx(peers.losses, rel=1e-3, abs=1e-6)
+    assert len(set(mine.losses)) > 1

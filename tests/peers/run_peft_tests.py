@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -150,7 +151,7 @@ class Counts:
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[name] = report.outcome
             if report.failed:
-                self.failures[name] = str(report.longrepr).splitlines()[-1][:300]
+                self.failures[name] = same_every_time(str(report.longrepr).splitlines()[-1])[:300]
 
     def summary(self, arguments: argparse.Namespace, commit: str) -> dict[str, Any]:
         """Return the counts as JSON values."""
@@ -168,6 +169,11 @@ class Counts:
             "left_out": dict(self.left_out.most_common()),
             "failures": self.failures,
         }
+
+
+def same_every_time(line: str) -> str:
+    """Return a line without addresses and temporary folders."""
+    return re.sub(r"0x[0-9a-f]+", "0x…", re.sub(r"/tmp/[^\s,'\"]+", "/tmp/…", line))
 
 
 def words(value: Any) -> list[str]:
