@@ -228,6 +228,22 @@ def test_dpo_against_a_frozen_copy_of_the_adapter_is_that_of_peft(tmp_path: Path
 
 
 @pytest.mark.slow
+def test_a_dpo_run_resumes_with_its_frozen_copy(tmp_path: Path) -> None:
+    def trainer() -> DPOTrainer:
+        config = DPOConfig(**common(tmp_path), max_steps=4, save_steps=2, beta=0.5)
+        model = wrapped(WRAPS["inlay"], init_lora_weights=False)
+        rows = Dataset.from_list(PAIRS)
+        return DPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer())
+
+    whole = finished(trainer())
+    resumed = finished(trainer(), str(tmp_path / "checkpoint-2"))
+    assert len(whole.losses) == 4
+    assert resumed.losses == whole.losses
+    state = resumed.trainer.model.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in whole.trainer.model.state_dict().items())
+
+
+@pytest.mark.slow
 def test_dpo_against_the_base_with_the_adapter_off_is_that_of_peft(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

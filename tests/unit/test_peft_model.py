@@ -115,6 +115,37 @@ def test_unmerging_gives_the_base_back_bit_for_bit(name: str, dtype: torch.dtype
     assert torch.equal(logits(model), adapted)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["embedding", "head", "embedding whole"],
+)
+def test_tied_weights_part_when_merged_and_are_tied_again(options: dict[str, Any]) -> None:
+    base = llama()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    off = logits(base)
+    torch.manual_seed(1)
+    model = moved(get_peft_model(base, lora(**options)))
+    adapted = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), off)
+    model.unmerge_adapter()
+    inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
+    assert inputs._parameters["weight"] is outputs._parameters["weight"]
+    assert torch.equal(logits(model), adapted)
+    with pytest.warns(UserWarning, match="no longer tied"):
+        plain = model.merge_and_unload()
+    assert plain.config.tie_word_embeddings is False
+    torch.testing.assert_close(logits(plain), adapted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_quantised_layer_is_dense_while_merged_and_then_itself() -> None:
     base = inlay.quantize(llama(), "nf4")
     model = moved(get_peft_model(base, lora())).eval()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from inlay.model.attach import activate, adapted_layers, adapters, required_registry
 from inlay.model.layer import AdaptedLayer, become_adapted
 from inlay.model.merge import held, trained_copy
+from inlay.model.stream import is_streamed
 from inlay.peft.errors import MergeError
 from inlay.storage.registry import frozen
 
@@ -126,11 +127,16 @@ def place(owner: nn.Module, key: str, leaving: Any, coming: Any) -> None:
 
 
 def check_mergeable(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise when an adapter's method is no map on weights.
+    """Raise when an adapter's method is no map on weights, or the weights lie elsewhere.
 
     Raises:
-        MergeError: it adds computation that no weight can hold.
+        MergeError: it adds computation that no weight can hold, or the model is streamed.
     """
+    if is_streamed(model):
+        raise MergeError(
+            "a streamed model's weights stay where they are, and merging would hold all of them in "
+            "memory; save the adapter, load the model with stream='off' and the adapter on it"
+        )
     for name in names:
         method = adapters(model)[name].method
         if not method.mergeable:
