@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 import trl.trainer.utils
+from accelerate.utils import convert_outputs_to_fp32
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from inlay.kernels.switches import plain
@@ -58,6 +60,14 @@ def test_what_is_not_plain_is_left_to_trl() -> None:
     assert asked_for(model(["q_proj"], outputs=SCORES).forward) == set(SCORES)
     assert asked_for(model(["q_proj"], temperature=0.7).forward) is None
     assert asked_for(model(["q_proj"], outputs=("log_sum_sq_probs",)).forward) is None
+
+
+def test_what_trl_asks_is_read_through_accelerates_wrapping() -> None:
+    found = model(["q_proj"], outputs=SCORES)
+    inner = vars(found)["forward"].__func__
+    outer = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(inner))
+    assert asked_for(MethodType(outer, found)) == set(SCORES)
+    assert asked_for(LlamaForCausalLM.forward) is None
 
 
 @pytest.mark.parametrize("training", [True, False])

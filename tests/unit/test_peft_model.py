@@ -254,6 +254,15 @@ def test_a_prompt_does_not_merge() -> None:
         model.merge_adapter()
 
 
+def test_a_streamed_model_does_not_merge_and_still_adapts() -> None:
+    base = inlay.stream(llama(), "cpu")
+    torch.manual_seed(1)
+    model = moved(get_peft_model(base, lora())).eval()
+    torch.testing.assert_close(logits(model), logits(moved(made())), rtol=1e-4, atol=1e-4)
+    with pytest.raises(MergeError, match="streamed"):
+        model.merge_adapter()
+
+
 # Several adapters.
 
 

@@ -32,12 +32,24 @@ def asked_for(forward: Callable[..., Any] | None) -> frozenset[str] | None:
     """
     if forward is None:
         return ANSWERED - {"mean_logits"}
-    function: Any = getattr(forward, "__func__", forward)
-    options = inspect.getclosurevars(function).nonlocals
+    options = options_of(forward)
     if "outputs" not in options or any(options.get(k, v) != v for k, v in PLAIN.items()):
         return None
     wanted = frozenset({"log_probs", *options["outputs"]})
     return wanted if wanted <= ANSWERED else None
+
+
+def options_of(forward: Callable[..., Any]) -> dict[str, Any]:
+    """Return what TRL's forward was made with, also where accelerate wrapped it for autocast."""
+    function: Any = forward
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        if inspect.isfunction(function):
+            options = dict(inspect.getclosurevars(function).nonlocals)
+            if "outputs" in options:
+                return options
+        function = getattr(function, "__wrapped__", None)
+    return {}
 
 
 @torch.no_grad()
