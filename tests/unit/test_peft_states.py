@@ -204,6 +204,36 @@ def test_a_prompt_starts_from_a_text() -> None:
         get_peft_model(llama(4), config)
 
 
+def test_a_prompts_values_are_given_and_get_prompt_is_refused() -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = made(config)
+    (values,) = get_peft_model_state_dict(model).values()
+    assert torch.equal(model.get_prompt_embedding_to_save("default"), values)
+    with pytest.raises(AdapterError, match="get_prompt"):
+        model.get_prompt(batch_size=2)
+    with pytest.raises(AdapterError, match="no prompt"):
+        made().get_prompt_embedding_to_save("default")
+
+
+def test_what_pefts_tuners_do_besides_is_named() -> None:
+    assert not hasattr(made(), "add_weighted_adapter")
+    with pytest.raises(AttributeError, match=r"inlay\.peft has no add_weighted_adapter"):
+        made().add_weighted_adapter(["default"], [1.0], "b")
+
+
+def test_a_model_card_is_made_and_kept(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\n---\n# Mine\n")
+    model = made()
+    model.save_pretrained(tmp_path)
+    assert "# Mine" in card.read_text()
+    assert "license: mit" in card.read_text()
+    model.create_or_update_model_card(str(tmp_path))
+    assert "# Mine" in card.read_text()
+    model.save_pretrained(tmp_path / "new")
+    assert "- inlay" in (tmp_path / "new" / "README.md").read_text()
+
+
 def test_a_prefix_can_start_from_zero() -> None:
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, init_weights="zero")
     (prefix,) = get_peft_model_state_dict(made(config)).values()

@@ -27,6 +27,9 @@ from inlay.peft.merging import Merging
 from inlay.peft.start import start
 from inlay.storage.registry import frozen, kind
 
+LACKING = frozenset({"add_weighted_adapter", "inject_adapter", "subtract_mutated_init"})
+"""What HF PEFT's tuners do besides, and this one does not."""
+
 
 class Tuner(Merging):
     """The `base_model` of a `PeftModel`; the adapted model itself is `.model`.
@@ -44,7 +47,11 @@ class Tuner(Merging):
         except AttributeError:
             if name == "model":
                 raise
-            return getattr(self.model, name)
+        if name in LACKING and not hasattr(self.model, name):
+            raise AttributeError(
+                f"inlay.peft has no {name}; use HF PEFT itself for it, on the adapters' folders"
+            )
+        return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""

@@ -6,8 +6,9 @@ from typing import Any
 
 import peft
 from peft import PeftConfig
-from torch import nn
+from torch import Tensor, nn
 
+from inlay.checkpoint.tensors import slots
 from inlay.methods.base import Params
 from inlay.model.attach import adapters
 from inlay.model.report import base_size
@@ -111,6 +112,29 @@ class Wrapped(peft.PeftModel):
     def get_model_status(self) -> Any:
         """Return the state of the model's adapters, as HF PEFT describes it."""
         return model_status(self.base_model, self.get_nb_trainable_parameters())
+
+    def get_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: a prompt is given to attention as keys and values, not to the caller.
+
+        Raises:
+            AdapterError: always.
+        """
+        raise AdapterError(
+            "inlay.peft gives a prompt to attention itself and has no get_prompt; call the model, "
+            "or take the values from inlay.peft.get_peft_model_state_dict"
+        )
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """Return a prompt's values, (tokens, width), as its file has them.
+
+        Raises:
+            AdapterError: there is no such adapter, or it is no prompt.
+        """
+        self.base_model.check_has(adapter_name)
+        if not self.peft_config[adapter_name].is_prompt_learning:
+            raise AdapterError(f"adapter {adapter_name!r} is no prompt")
+        (found,) = slots(self.get_base_model(), adapter_name)
+        return found.tensor.detach().cpu()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say no: `peft.convert_to_lora` reads HF PEFT's own layers."""
