@@ -271,6 +271,18 @@ def test_trls_head_is_not_let_past_an_adapter_on_the_output_head() -> None:
     assert model(input_ids=IDS, labels=IDS, fused_lm_head=True).log_probs is not None
 
 
+def test_a_model_without_an_adapter_says_so_and_takes_a_new_one(tmp_path: Path) -> None:
+    model = made()
+    model.delete_adapter("default")
+    with pytest.raises(AdapterError, match="no adapter is active"):
+        _ = model.active_peft_config
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    assert model.active_adapter == "b"
+    assert float((logits(model) - logits(llama())).abs().max()) > 1e-3
+    model.save_pretrained(tmp_path, max_shard_size="1GB")
+    assert (tmp_path / "b" / "adapter_config.json").is_file()
+
+
 def test_adapters_stay_off_until_they_are_put_on() -> None:
     model = made()
     adapted, base = logits(model), logits(llama())

@@ -33,6 +33,7 @@ class Saved(Wrapped):
             AdapterError: no such adapter, or an option that Inlay does not have.
             CheckpointError: the disk is full, or an adapter holds values that are not finite.
         """
+        kwargs.pop("max_shard_size", None)  # An adapter is one file.
         refuse(
             {
                 "safe_serialization=False": not safe_serialization,

@@ -73,7 +73,13 @@ class Wrapped(peft.PeftModel):
 
     @property
     def active_peft_config(self) -> PeftConfig:
-        """The configuration of the first active adapter."""
+        """The configuration of the first active adapter.
+
+        Raises:
+            AdapterError: none is active.
+        """
+        if not self.active_adapters:
+            raise AdapterError("no adapter is active; call set_adapter or add_adapter first")
         return self.peft_config[self.active_adapters[0]]
 
     @property
