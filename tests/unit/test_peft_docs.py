@@ -29,6 +29,18 @@ def test_the_counts_of_the_peers_tests_add_up_and_reach_the_goal() -> None:
     assert not any("allclose" in words for words in RESULTS["failures"].values())
 
 
+def test_the_page_has_the_counts() -> None:
+    baseline = json.loads((ROOT / "tests" / "peers" / "peft_baseline.json").read_text())
+    assert baseline["left_out"] == RESULTS["left_out"]
+    for counts in (RESULTS, baseline):
+        ran = counts["passed"] + counts["failed"]
+        assert f"{counts['passed']:,}" in PAGE
+        assert f"{ran:,}" in PAGE
+    by_name = {k: n for k, n in RESULTS["left_out"].items() if k.startswith("test: ")}
+    about_others = "test: the test is about a method, option or layer kind left out above"
+    assert all(f"({n})" in PAGE for k, n in by_name.items() if k != about_others)
+
+
 def test_every_reason_to_leave_a_test_out_was_used() -> None:
     rules = json.loads((ROOT / "tests" / "peers" / "peft_deselected.json").read_text())
     given = {f"test: {reason}" for reason in rules["tests"]}
