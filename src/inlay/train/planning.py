@@ -33,6 +33,8 @@ from inlay.train.rows import encode_rows, rows_of_run
 from inlay.train.trainer import labels
 
 EPOCHS_LOOKED_AT = 10
+STORAGES = ("dense", "nf4")
+"""Storages that are proposed, the most exact first."""
 RANKS = (16, 32, 64, 128)
 """Ranks that are proposed; the first whose parameters outnumber the trained tokens."""
 
@@ -223,10 +225,19 @@ class Proposal:
     reasons: tuple[str, ...]
 
 
-def proposal(config: RunConfig, rows_for: Callable[[RunConfig], Rows], device: Device) -> Proposal:
-    """Return LoRA on the most exact storage that fits, at the batch asked for or a smaller one."""
+def proposal(
+    config: RunConfig,
+    rows_for: Callable[[RunConfig], Rows],
+    device: Device,
+    storages: Sequence[str] = STORAGES,
+) -> Proposal:
+    """Return LoRA on the most exact storage that fits, at the batch asked for or a smaller one.
+
+    Raises:
+        TrainingError: nothing fits.
+    """
     reasons: list[str] = []
-    for storage, batch, streamed in candidates(config):
+    for storage, batch, streamed in candidates(config, storages):
         changed = config.model_copy(
             update={
                 "method": "lora",
@@ -252,11 +263,12 @@ def proposal(config: RunConfig, rows_for: Callable[[RunConfig], Rows], device: D
     )
 
 
-def candidates(config: RunConfig) -> list[tuple[str, int, bool]]:
+def candidates(config: RunConfig, storages: Sequence[str]) -> list[tuple[str, int, bool]]:
     """Return storage, rows a pass and whether streamed, from the most exact to the smallest."""
     sizes = sorted({config.batch_size, 1}, reverse=True)
-    resident = [(storage, size, False) for storage in ("dense", "nf4") for size in sizes]
-    return [*resident, ("nf4", config.batch_size, True), ("nf4", 1, True)]
+    resident = [(storage, size, False) for storage in storages for size in sizes]
+    smallest = storages[-1]
+    return [*resident, (smallest, config.batch_size, True), (smallest, 1, True)]
 
 
 def with_rank(config: RunConfig, found: Plan, rows: Rows) -> tuple[RunConfig, str]:
