@@ -15,7 +15,7 @@ from inlay.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Pair", "Side", "encode_pairs", "normalise_pairs", "side_of"]
+__all__ = ["Pair", "Side", "are_pairs", "encode_pairs", "normalise_pairs", "side_of"]
 
 Side = Literal["chosen", "rejected"]
 SIDES: tuple[Side, Side] = ("chosen", "rejected")
@@ -42,6 +42,13 @@ class Pair:
 
 
 # Rows
+
+
+def are_pairs(row: RawRow) -> bool:
+    """Say whether a row looks like a preference and like nothing supervised."""
+    return all(side in row.values for side in SIDES) and not any(
+        name in row.values for name in ("completion", "messages", "text")
+    )
 
 
 def normalise_pairs(

@@ -17,14 +17,20 @@ from inlay.evaluate.run import (
     Comparison,
     Evaluation,
     Rows,
+    Stage,
     choose_samples,
     measure,
+    named,
     record,
 )
 from inlay.evaluate.statistics import bootstrap_interval, paired_test, weighted_mean
 from inlay.model.attach import disabled
 
-__all__ = ["LogProbs", "PairLike", "Preferences", "compare_pairs", "log_probs"]
+__all__ = ["BETA", "LogProbs", "PairLike", "Preferences", "compare_pairs", "log_probs"]
+
+
+BETA = 0.1
+"""How near a model is held to its base where nothing else is said, as in DPO's paper."""
 
 
 class PairLike(Protocol):
@@ -63,8 +69,8 @@ def log_probs(
 ) -> list[LogProbs]:
     """Return what the model gives both answers of each pair; the errors are those of `losses`."""
     rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    named = None if lines is None else [*lines, *lines]
-    found = [-row.nll for row in losses(model, rows, batch_size, lines=named)]
+    twice = None if lines is None else [*lines, *lines]
+    found = [-row.nll for row in losses(model, rows, batch_size, lines=twice)]
     halves = zip(found[: len(pairs)], found[len(pairs) :], strict=True)
     return [LogProbs(chosen, rejected) for chosen, rejected in halves]
 
@@ -113,6 +119,7 @@ def compare_pairs(
     generate_rows: int = 32,
     max_new_tokens: int = 128,
     batch_size: int = 8,
+    on_progress: Stage | None = None,
 ) -> ComparisonRecord:
     """Measure the model with its active adapters, and without, on the same pairs.
 
@@ -129,6 +136,7 @@ def compare_pairs(
         generate_rows: how many rows to generate for.
         max_new_tokens: tokens to generate for a row, at most.
         batch_size: rows in one forward pass.
+        on_progress: called as the work goes on.
 
     Raises:
         DataError: there are no rows, or one has no token to measure.
@@ -137,7 +145,7 @@ def compare_pairs(
     sides = [pair.chosen for pair in pairs]
     samples = choose_samples(chosen, sides, generate_rows)
 
-    def measured() -> tuple[Evaluation, list[LogProbs]]:
+    def measured(who: str) -> tuple[Evaluation, list[LogProbs]]:
         found = measure(
             model,
             tokenizer,
@@ -146,13 +154,13 @@ def compare_pairs(
             samples,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            on_progress=None,
+            on_progress=named(who, on_progress),
         )
         return found, log_probs(model, pairs, batch_size, lines=chosen.lines)
 
-    tuned, tuned_pairs = measured()
+    tuned, tuned_pairs = measured("tuned")
     with disabled(model):
-        base, base_pairs = measured()
+        base, base_pairs = measured("base")
     prompts = [str(tokenizer.decode(list(s.prompt), skip_special_tokens=True)) for s in samples]
     found = Comparison(base, tuned, samples, tuple(p.strip() for p in prompts)).to_dict()
     answers = [renamed(metric) for metric in found["metrics"]]
