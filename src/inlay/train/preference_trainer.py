@@ -65,9 +65,11 @@ class PreferenceTrainer(AdapterLoop, DPOTrainer):
 
     # What TRL would do otherwise
 
-    def _prepare_dataset(self, dataset: Any, *unused: Any) -> Any:
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
         """Take the pairs as they come."""
-        del unused
+        del processing_class, args, dataset_name
         return dataset
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -91,7 +93,7 @@ class PreferenceTrainer(AdapterLoop, DPOTrainer):
         found: dict[int, tuple[float, float]] = {}
         collate: Any = self.data_collator
         with training(self.adapted):
-            for batch in buckets([len(row["prompt_ids"]) for row in dataset], batch_size):
+            for batch in buckets(lengths_of(dataset), batch_size):
                 inputs = self._prepare_inputs(collate([dataset[i] for i in batch]))
                 sides = self.compute_ref_log_probs(self.model, inputs)
                 chosen, rejected = (side.tolist() for side in sides)
@@ -116,6 +118,7 @@ class Scoring:
             found = self.model(**call, labels=labels, fused_lm_head=fused_lm_head)
         else:
             found = scored(self.model(**call).logits, labels)
+        assert found.log_probs is not None
         if found.mean_logits is None:
             found.mean_logits = torch.zeros_like(found.log_probs)
         return found
@@ -142,6 +145,12 @@ def dataset(pairs: Sequence[Pair]) -> Dataset:
             "rejected_ids": [pair.rejected.input_ids[pair.start :] for pair in pairs],
         }
     )
+
+
+def lengths_of(pairs: Dataset) -> list[int]:
+    """Return how many tokens the longer side of each pair has."""
+    columns = (pairs[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return [len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True)]
 
 
 @contextmanager

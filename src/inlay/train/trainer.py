@@ -140,7 +140,9 @@ class AdapterLoop(Trainer):
         gpus = [device] if device.type == "cuda" else []
         self.adapted.train()
         with torch.random.fork_rng(gpus), measuring(device) as found:
-            self.compute_loss(self.adapted, batch).backward()
+            loss: Any = self.compute_loss(self.adapted, batch)
+            loss.backward()
+            del loss
         self.adapted.zero_grad()
         return found.peak
 
