@@ -12,8 +12,8 @@ from inlay.cli.main import main
 from inlay.data.reports import generate_reports
 
 TRAIN = [
-    "train", "--task", "dpo", "--model", "pocket", "--max-steps", "2", "--batch-size", "2", "--rank", "2",
-    "--generate-rows", "2", "--generate-tokens", "4", "--threads", "1",
+    "train", "--task", "dpo", "--model", "pocket", "--max-steps", "2", "--rank", "2",
+    "--batch-size", "2", "--generate-rows", "2", "--generate-tokens", "4", "--threads", "1",
 ]  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_bad_rows_are_a_sentence_and_exit_code_2(
     line = [verb, "--task", "dpo", "--model", "pocket", "--data", str(pairs), "--max-length", "64"]
     line += ["--output", str(tmp_path / "out"), "--split", "1", "0", "0"]
     assert main(line) == 2
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     (only,) = [text for text in err.splitlines() if "--help" not in text and "reading" not in text]
     assert sentence in only
     assert not (tmp_path / "out").exists()

@@ -21,6 +21,7 @@ from inlay.train.config import RunConfig, load_config
 from inlay.train.dpo import Stages
 from inlay.train.folder import RunFolder
 from inlay.train.preference_trainer import PreferenceTrainer
+from inlay.train.recipe import learning_rate
 from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
 
@@ -144,25 +145,44 @@ def test_the_reference_is_the_base_even_under_a_trained_adapter(tmp_path: Path):
 # A run that goes wrong.
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_which_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def broken_at(monkeypatch: pytest.MonkeyPatch, step: int, what: float | BaseException) -> None:
+    """Multiply the loss of a step, or raise in it."""
     compute = PreferenceTrainer.compute_loss
 
     def broken(self: PreferenceTrainer, *args: Any, **kwargs: Any) -> Any:
         loss = compute(self, *args, **kwargs)
-        return loss * float("nan") if self.state.global_step == 6 else loss
+        if self.state.global_step + 1 != step:
+            return loss
+        if isinstance(what, BaseException):
+            raise what
+        return loss * what
 
-    config = make_dpo(tmp_path, resume=True)
     monkeypatch.setattr(PreferenceTrainer, "compute_loss", broken)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = make_dpo(tmp_path, resume=True)
+    broken_at(monkeypatch, 7, float("nan"))
     with pytest.raises(TrainingError, match="the loss became nan at step 7"):
         train(config)
     last = checkpoints.latest(tmp_path / "out" / "checkpoints")
     assert last is not None
     assert last.name == "checkpoint-6"
+    assert not (tmp_path / "out" / "adapter").exists()
+    monkeypatch.undo()
+    assert train(config).run["finished"]
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = make_dpo(tmp_path, resume=True, log_every=3)
+    broken_at(monkeypatch, 6, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
     monkeypatch.undo()
     train(config)
-    train(make_dpo(tmp_path, "whole"))
+    train(make_dpo(tmp_path, "whole", log_every=3))
     assert adapter_hash(config.output) == adapter_hash(tmp_path / "whole")
     assert losses_of(config.output) == losses_of(tmp_path / "whole")
 
@@ -206,6 +226,16 @@ def test_a_key_the_task_does_not_know_is_refused_by_name(changes: dict[str, Any]
     with pytest.raises(UsageError) as caught:
         load_config(None, run)
     assert sentence in str(caught.value)
+
+
+def test_the_formula_knows_that_preferences_want_a_lower_rate():
+    run = {"model": "m", "data": "d", "output": "o"}
+    sft, dpo = (
+        learning_rate(load_config(None, {**run, "task": task}), 1024, "llama", 1.0)
+        for task in ("sft", "dpo")
+    )
+    assert dpo.value == pytest.approx(sft.value / 10)
+    assert dpo.reason.endswith("* 0.1 (lora, dpo)")
 
 
 def test_what_the_user_left_open_is_settled_by_the_task_and_stays():

@@ -35,6 +35,8 @@ class Task:
     """The keys that this task has and others may not, with their defaults."""
     fixed: Mapping[str, Fixed] = field(default_factory=dict[str, Fixed])
     """The keys that this task does not know."""
+    learning_rate_factor: float = 1.0
+    """How the best learning rate stands to the one for supervised rows."""
 
     def settled(self, values: Mapping[str, Any]) -> dict[str, object]:
         """Return the values that the task gives to keys the user left open."""
@@ -66,6 +68,7 @@ TASKS: dict[str, Task] = {
             "inlay.train.dpo",
             own={"beta": 0.1},
             fixed=PREFERENCE,
+            learning_rate_factor=0.1,
         ),
     )
 }
