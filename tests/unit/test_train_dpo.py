@@ -24,6 +24,7 @@ from inlay.train.preference_trainer import PreferenceTrainer
 from inlay.train.recipe import learning_rate
 from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
+from inlay.train.trainer import left_as_it_was
 
 
 def make_dpo(folder: Path, output: str = "out", **changes: Any) -> RunConfig:
@@ -142,6 +143,18 @@ def test_the_reference_is_the_base_even_under_a_trained_adapter(tmp_path: Path):
     assert max(abs(a - p.chosen) for a, p in zip(active, base, strict=True)) > 0.5
 
 
+def test_dropout_of_the_base_is_off_while_it_trains_and_back_afterwards(tmp_path: Path):
+    config = make_dpo(tmp_path)
+    model, tokenizer = load(config.model)
+    attach(model, LoRA(rank=4), name="default")
+    model.model.extra = torch.nn.Dropout(0.3)
+    with left_as_it_was(model):
+        trainer_on(config, model, tokenizer)
+        assert model.model.extra.p == 0
+    assert model.model.extra.p == 0.3
+    assert "forward" not in vars(model)
+
+
 # A run that goes wrong.
 
 
@@ -257,6 +270,8 @@ def test_what_the_user_left_open_is_settled_by_the_task_and_stays():
         {"activations": "layer-inputs"},
         {"method": "prefix", "tokens": 4},
         {"method": "dora"},
+        {"method": "full", "learning_rate": 1e-2},
+        {"storage": "nf4", "stream": "disk"},
     ],
     ids=str,
 )

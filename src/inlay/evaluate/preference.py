@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from inlay.evaluate.losses import EncodedRow, losses
+from inlay.evaluate.losses import EncodedRow, RowLoss, losses
 from inlay.evaluate.record import ComparisonRecord, MetricComparison
 from inlay.evaluate.run import (
     LEVEL,
@@ -70,9 +70,13 @@ def log_probs(
     """Return what the model gives both answers of each pair; the errors are those of `losses`."""
     rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     twice = None if lines is None else [*lines, *lines]
-    found = [-row.nll for row in losses(model, rows, batch_size, lines=twice)]
-    halves = zip(found[: len(pairs)], found[len(pairs) :], strict=True)
-    return [LogProbs(chosen, rejected) for chosen, rejected in halves]
+    found = losses(model, rows, batch_size, lines=twice)
+    return joined(found[: len(pairs)], found[len(pairs) :])
+
+
+def joined(chosen: Sequence[RowLoss], rejected: Sequence[RowLoss]) -> list[LogProbs]:
+    """Return the two sides' losses as log-probabilities, pair by pair."""
+    return [LogProbs(-a.nll, -b.nll) for a, b in zip(chosen, rejected, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,9 @@ def compare_pairs(
             batch_size=batch_size,
             on_progress=named(who, on_progress),
         )
-        return found, log_probs(model, pairs, batch_size, lines=chosen.lines)
+        others = [pair.rejected for pair in pairs]
+        rejected = losses(model, others, batch_size, lines=chosen.lines)
+        return found, joined(found.losses, rejected)
 
     tuned, tuned_pairs = measured("tuned")
     with disabled(model):
