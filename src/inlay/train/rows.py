@@ -52,7 +52,8 @@ def read(config: RunConfig, source: str, group: str | None) -> Rows:
     """Read one source as the run says."""
     raw = read_rows(source)[: config.max_rows]
     if TASKS[config.task].rows == "preference":
-        return normalise_pairs(raw, group=group, skip_empty=config.skip_empty)
+        known = config.split_by if config.split_by in raw[0].values else None
+        return normalise_pairs(raw, group=group or known, skip_empty=config.skip_empty)
     return normalise(
         raw,
         prompt=config.prompt,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ HeldOut = Callable[[], Mapping[str, float]]
 """Measures the held-out `loss`, and what else the task measures by name."""
 
 
-class AdapterLoop(Trainer):
+class AdapterLoop(Trainer, ABC):
     """What every task's trainer does: saves and resumes one adapter of a model, never the model.
 
     It stands before a trainer of TRL's among the bases of a class. The model is plain, with layers
@@ -83,9 +84,9 @@ class AdapterLoop(Trainer):
         self.args.warmup_steps = warmup_steps(warmup, self.total_steps)
 
     @property
+    @abstractmethod
     def lengths(self) -> list[int]:
         """How many tokens each row has, or each pack of rows."""
-        raise NotImplementedError
 
     @property
     def stateful(self) -> dict[str, Any]:
