@@ -14,20 +14,19 @@ from inlay.data.reports import generate_reports
 from inlay.train.tasks import TASKS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
-ADVICE = "Comparison with earlier films is advised."
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the page's run says of itself, on generated reports whose reader wants advice."""
+    """What the page's run says of itself, on generated reports whose reader likes one ending."""
     folder = tmp_path_factory.mktemp("page")
     (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     (folder / "preferred.yaml").write_text(text)
     rows = [
         {
             "prompt": f"Findings: {report.findings}\nImpression:",
-            "chosen": f"{report.impression} {ADVICE}",
-            "rejected": report.impression,
+            "chosen": f"{report.impression} End of the report.",
+            "rejected": f"{report.impression} Thanks.",
         }
         for report in generate_reports(100, seed=0)
     ]
