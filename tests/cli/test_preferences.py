@@ -13,7 +13,8 @@ from inlay.data.reports import generate_reports
 
 TRAIN = [
     "train", "--task", "dpo", "--model", "pocket", "--max-steps", "2", "--rank", "2",
-    "--batch-size", "2", "--generate-rows", "2", "--generate-tokens", "4", "--threads", "1",
+    "--learning-rate", "1e-2", "--batch-size", "2", "--generate-rows", "2",
+    "--generate-tokens", "4", "--threads", "1",
 ]  # fmt: skip
 
 

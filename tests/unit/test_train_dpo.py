@@ -278,7 +278,8 @@ def test_what_the_user_left_open_is_settled_by_the_task_and_stays():
 def test_every_kind_of_run_learns(tmp_path: Path, changes: dict[str, Any]):
     train(make_dpo(tmp_path, epochs=4.0, evaluate=False, **changes))
     held = [x["eval_loss"] for x in losses_of(tmp_path / "out") if "eval_loss" in x]
-    assert held[0] == pytest.approx(math.log(2), abs=1e-6)
+    if changes.get("method") != "prefix":  # the only one of these that begins off the base
+        assert held[0] == pytest.approx(math.log(2), abs=1e-6)
     assert held[-1] < held[0] - 0.05
 
 
