@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer import dpo_trainer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -39,7 +40,8 @@ class PreferenceTrainer(AdapterLoop, DPOTrainer):
         args: DPOConfig,
         **kept: Any,
     ) -> None:
-        super().__init__(model, tokenizer, dataset(pairs), args, **kept)
+        with unhashed():
+            super().__init__(model, tokenizer, dataset(pairs), args, **kept)
 
     @property
     def lengths(self) -> list[int]:
@@ -151,6 +153,18 @@ def lengths_of(pairs: Dataset) -> list[int]:
     """Return how many tokens the longer side of each pair has."""
     columns = (pairs[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
     return [len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True)]
+
+
+@contextmanager
+def unhashed() -> Generator[None]:
+    """Spare TRL the hash of every weight: it names a file of references, which we do not write."""
+    names = vars(dpo_trainer)
+    before = names["hash_module"]
+    names["hash_module"] = lambda module: ""
+    try:
+        yield
+    finally:
+        names["hash_module"] = before
 
 
 @contextmanager
