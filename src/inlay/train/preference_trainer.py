@@ -158,13 +158,13 @@ def lengths_of(pairs: Dataset) -> list[int]:
 @contextmanager
 def unhashed() -> Generator[None]:
     """Spare TRL the hash of every weight: it names a file of references, which we do not write."""
-    names = vars(dpo_trainer)
-    before = names["hash_module"]
-    names["hash_module"] = lambda module: ""
+    trl: Any = dpo_trainer
+    before = trl.hash_module
+    trl.hash_module = lambda module: ""
     try:
         yield
     finally:
-        names["hash_module"] = before
+        trl.hash_module = before
 
 
 @contextmanager
