@@ -141,10 +141,10 @@ def measured(case: dict[str, Any], model_folder: str) -> dict[str, Any]:
     from inlay.model.attach import attach
     from inlay.model.eight_bits import compute_in_8_bits
     from inlay.model.load import load
-    from inlay.train import run
+    from inlay.train import supervised
     from inlay.train.planning import step_loss
 
-    del run
+    del supervised
     before = resident()
     model, _ = load(model_folder, case["storage"], device="cpu")
     attach(model, build_method(case["method"], {}))

@@ -59,6 +59,20 @@ def test_without_a_method_one_is_proposed(config: str, capsys: pytest.CaptureFix
     assert any("fits" in reason for reason in found["reasons"])
 
 
+def test_what_was_asked_for_is_not_proposed_away(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", config, "--max-length", "64", "--device", "l4"]
+    found = record(capsys, *words, "--storage", "nf4")
+    assert found["storage"] == "nf4"
+    assert any("fits" in reason for reason in found["reasons"])
+    ranked = record(capsys, *words, "--rank", "3")
+    assert ranked["reasons"] == []
+    assert ranked["trained_parameters"] < found["trained_parameters"]
+    assert main(["plan", *words, "--rank", "-3"]) == 2
+    assert "rank" in capsys.readouterr().err
+
+
 def test_a_wrong_size_is_one_sentence(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", config, "--memory", "much"]) == 2
     assert "'memory' must be a size such as 24GB" in capsys.readouterr().err

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 DRIVER = Path(__file__).parent / "train_kills.py"
-TRIED = {"lora": 6, "prefix": 1, "full": 1}
-"""The methods and how many runs of each are killed, each twice."""
+TRIED = {"lora": 6, "prefix": 1, "full": 1, "dpo": 3}
+"""The methods and tasks, and how many runs of each are killed, each twice."""
 
 
 @pytest.fixture(scope="module")

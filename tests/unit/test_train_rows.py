@@ -50,6 +50,18 @@ def test_max_rows_and_columns(tmp_path: Path):
         rows_of_run(run(data, text="nothing"))
 
 
+def test_preferences_may_have_the_column_to_split_by_in_held_out_data_too(tmp_path: Path):
+    pairs = tmp_path / "pairs.jsonl"
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    pairs.write_text("\n".join(json.dumps({**row, "patient": i // 2}) for i in range(8)))
+    named = {"task": "dpo", "split_by": "patient"}
+    assert len(rows_of_run(run(pairs, **named, eval_data=str(pairs))).test) == 8
+    found = rows_of_run(run(pairs, **named, split=[0.5, 0.25, 0.25]))
+    assert [len(part) for part in (found.train, found.validation, found.test)] == [4, 2, 2]
+    with pytest.raises(DataError, match="the field 'patient' is not one of a preference"):
+        rows_of_run(run(pairs, task="dpo"))
+
+
 def test_a_sample_is_spread_evenly(tmp_path: Path):
     rows = rows_of_run(run(make_data(tmp_path / "d.jsonl", 30), split=[1.0, 0.0, 0.0])).train
     assert sample(rows, 100) is rows

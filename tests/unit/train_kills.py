@@ -1,7 +1,7 @@
 """Kill runs with SIGKILL at many moments, resume each, and print what they ended in, as JSON.
 
 One process imports everything and forks a child for every run, so that a kill costs no import.
-Usage: train_kills.py FOLDER METHOD:KILLS ...
+Usage: train_kills.py FOLDER NAME:KILLS ..., where a name is a method's or a task's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from train_tiny import adapter_hash, losses_of, make_run
 
 from inlay.train.config import RunConfig
 from inlay.train.run import train
+from inlay.train.tasks import TASKS
 
 
 def child(work: Callable[[], None]) -> int:
@@ -85,16 +86,17 @@ def flushes_of(config: RunConfig, path: Path) -> Callable[[], None]:
     return work
 
 
-def attempts(folder: Path, method: str, kills: int) -> list[dict[str, Any]]:
-    """Run a method once undisturbed and then with kills; return how each ended."""
-    whole = make_run(folder, f"{method}-whole", method=method)
+def attempts(folder: Path, name: str, kills: int) -> list[dict[str, Any]]:
+    """Run a method or task once undisturbed and then with kills; return how each ended."""
+    kind = {"task": name} if name in TASKS else {"method": name}
+    whole = make_run(folder, f"{name}-whole", **kind)
     started = time.monotonic()
     assert child(flushes_of(whole, folder / "flushes")) == 0
     seconds, flushes = time.monotonic() - started, int((folder / "flushes").read_text())
     ends: list[dict[str, Any]] = [{"moments": [], **outcome(whole)}]
     chance = random.Random(0)
     for number in range(kills):
-        config = make_run(folder, f"{method}-{number}", method=method, resume=True)
+        config = make_run(folder, f"{name}-{number}", **kind, resume=True)
         first = chance.randrange(flushes * number // kills, flushes * (number + 1) // kills)
         second = chance.uniform(0.02, 0.4) * seconds
         moments = {
@@ -116,11 +118,11 @@ def outcome(config: RunConfig) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Try the methods that the words name, as `name:kills`."""
+    """Try the methods and tasks that the words name, as `name:kills`."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     tried = (word.split(":") for word in sys.argv[2:])
-    print(json.dumps({method: attempts(folder, method, int(kills)) for method, kills in tried}))
+    print(json.dumps({name: attempts(folder, name, int(kills)) for name, kills in tried}))
 
 
 if __name__ == "__main__":

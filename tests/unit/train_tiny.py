@@ -56,14 +56,28 @@ def make_data(path: Path, rows: int = 30) -> Path:
     return path
 
 
+def make_pairs(path: Path, rows: int = 30) -> Path:
+    """Write preferences: words of the first half of the vocabulary, rather than of the second."""
+    lines = []
+    for i in range(rows):
+        places = [(i + k * (1 + i % 3)) % 5 for k in range(2 + i % 4)]
+        prompt = " ".join(WORDS[(i * 3 + k) % len(WORDS)] for k in range(3 + i % 5))
+        chosen, rejected = (" ".join(WORDS[at + p] for p in places) for at in (0, 5))
+        lines.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
 def make_run(folder: Path, output: str = "out", **changes: Any) -> RunConfig:
     """Return a run of 12 steps over 23 rows on the model and data in this folder."""
     if not (folder / "model").is_dir():
         make_model(folder / "model")
         make_data(folder / "data.jsonl")
+        make_pairs(folder / "pairs.jsonl")
+    data = "data.jsonl" if changes.get("task", "sft") == "sft" else "pairs.jsonl"
     run: dict[str, Any] = {
         "model": str(folder / "model"),
-        "data": str(folder / "data.jsonl"),
+        "data": str(folder / data),
         "output": str(folder / output),
         "dropout": 0.1,
         "rank": 4,

@@ -39,14 +39,12 @@ from inlay.checkpoint.options import (
     shortened,
 )
 from inlay.checkpoint.placement import (
+    described,
     names_of,
     peft_placement,
-    peft_targets,
-    prompt_dimensions,
-    saved_modules,
+    placement_in,
     saved_roots,
     suffixes,
-    with_tied,
 )
 from inlay.checkpoint.tensors import PREFIX, fill, slots, write_tensors
 from inlay.errors import CheckpointError, TargetError
@@ -83,6 +81,7 @@ def save_adapter(
     name: str = "default",
     *,
     base_model: str | None = None,
+    recorded: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save one adapter in HF PEFT's layout, all of it or, on failure, nothing.
 
@@ -94,6 +93,8 @@ def save_adapter(
         directory: the adapter's own folder.
         name: which of the model's adapters.
         base_model: the base's name to record; default: what the model was loaded as.
+        recorded: more of HF PEFT's options to record, such as its task type; only those that do
+            not change what the adapter computes.
 
     Returns:
         The folder.
@@ -105,7 +106,7 @@ def save_adapter(
     found = slots(model, name)
     attached = adapters(model)[name]
     base = base_model or base_name(model)
-    config = config_of(model, attached, base)
+    config = config_of(model, attached, base) | checked_records(recorded or {})
 
     def put(folder: Path) -> None:
         write_json(folder / CONFIG, config)
@@ -117,6 +118,17 @@ def save_adapter(
 
     write_folder(Path(directory), put)
     return Path(directory)
+
+
+def checked_records(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options to record; raise when one of them says what the adapter computes."""
+    for key in recorded:
+        if key not in WITHOUT_EFFECT:
+            raise CheckpointError(
+                f"{key} says what the adapter computes, so it is written from the adapter itself; "
+                "leave it out of recorded"
+            )
+    return dict(recorded)
 
 
 def load_adapter(
@@ -227,20 +239,10 @@ def recorded_placement(file: AdapterFile) -> dict[str, Any] | None:
 
 def peft_placement_in(model: nn.Module, file: AdapterFile, where: str) -> dict[str, Any]:
     """Return `attach`'s arguments from HF PEFT's options, resolved on this model."""
-    names = names_of(model)
     config = file.folder.config
-    saved = saved_modules(config, names, where)
-    if isinstance(file.method, PromptMethod):
-        check_dimensions(model, file.method, config, where)
-        return {"modules_to_save": saved}
-    if config.get("target_modules") == "all-linear":
-        return {"targets": "all-linear", "modules_to_save": saved}
     if config.get("target_modules") is None:
         config = {**config, "target_modules": modules_in(file)}
-    found = peft_targets(config, names, where)
-    if config.get("ensure_weight_tying"):
-        found, saved = with_tied(model, found), with_tied(model, saved)
-    return {"targets": suffixes(found, names), "modules_to_save": saved}
+    return placement_in(model, file.method, config, where)
 
 
 def modules_in(file: AdapterFile) -> list[str]:
@@ -250,18 +252,6 @@ def modules_in(file: AdapterFile) -> list[str]:
     keys = [key.removeprefix(PREFIX) for key in file.folder.tensors]
     found = {key.removesuffix(end): None for key in keys for end in endings if key.endswith(end)}
     return list(found)
-
-
-def check_dimensions(
-    model: nn.Module, method: PromptMethod, config: Mapping[str, Any], where: str
-) -> None:
-    """Raise when a prompt was made for a model of other sizes."""
-    for key, here in prompt_dimensions(model, method).items():
-        if config.get(key) not in (None, here):
-            raise CheckpointError(
-                f"{where} says {key} {config[key]!r}, this {described(model)} has {here}: the "
-                "adapter was made for another base"
-            )
 
 
 @dataclass(frozen=True)
@@ -423,12 +413,6 @@ def unchanged_on_failure(model: nn.Module, name: str) -> Generator[None]:
             for parameter, flag in trains:
                 parameter.requires_grad_(flag)
         raise
-
-
-def described(model: nn.Module) -> str:
-    """Return a model's class and the name it was loaded under."""
-    name = base_name(model)
-    return type(model).__name__ + (f" ({name})" if name else "")
 
 
 def made_for(folder: AdapterFolder) -> str:

@@ -38,7 +38,8 @@ def card(
     method: Method, hyperparameters: Mapping[str, object], base: str | None, count: int
 ) -> str:
     """Return the text of an adapter's README.md."""
-    tags = ["inlay", method.name]
+    kind = [method.peft_type.lower()] if method.peft_type else []
+    tags = dict.fromkeys(["inlay", method.name, *kind])
     front = [f"base_model: {json.dumps(base)}"] if base else []
     front += ["library_name: peft", "tags:", *(f"- {tag}" for tag in tags)]
     rows = [f"| {key} | `{json.dumps(value)}` |" for key, value in hyperparameters.items()]

@@ -119,8 +119,13 @@ INITS = (True, False, "gaussian", "orthogonal", "eva")
 """LoRA's initialisations that leave the base weights as they are."""
 
 
-def method_in(config: Mapping[str, Any], where: str) -> Method:
+def method_in(config: Mapping[str, Any], where: str, remedy: str | None = None) -> Method:
     """Build the method that an HF PEFT configuration describes.
+
+    Args:
+        config: the options, by HF PEFT's names.
+        where: what the options are called in an error.
+        remedy: what to do about an option that Inlay does not have; default: convert the adapter.
 
     Raises:
         CheckpointError: a method or an option that Inlay does not have, or a wrong value.
@@ -129,7 +134,7 @@ def method_in(config: Mapping[str, Any], where: str) -> Method:
     cls = getattr(importlib.import_module(spec.module), spec.class_name)
     options = {**DEFAULTS.get(config["peft_type"], {}), **config}
     ours = set(cls.peft_keys.values()) | set(cls.peft_fixed)
-    refuse_unknown(options, ours, where)
+    refuse_unknown(options, ours, where, remedy)
     for mine, theirs in cls.peft_keys.items():
         if theirs in PLACEMENT:
             options[theirs] = patterns(options, theirs, where)
@@ -160,8 +165,11 @@ def agreement(spec: MethodSpec, config: Mapping[str, Any]) -> int:
     return sum(same) if all(same) else -1
 
 
-def refuse_unknown(options: Mapping[str, Any], ours: set[str], where: str) -> None:
+def refuse_unknown(
+    options: Mapping[str, Any], ours: set[str], where: str, remedy: str | None
+) -> None:
     """Raise when an option that Inlay does not have is set to something."""
+    plain = f"convert the adapter to plain {options['peft_type']} in HF PEFT first"
     neutral = DEFAULTS.get(options["peft_type"], {})
     for key, value in options.items():
         if key in ours or key in PLACEMENT or key in WITHOUT_EFFECT:
@@ -171,7 +179,7 @@ def refuse_unknown(options: Mapping[str, Any], ours: set[str], where: str) -> No
         if value not in (None, False, neutral.get(key)) and value not in ([], {}):
             raise CheckpointError(
                 f"{where} sets {key} to {shortened(value)}, which this version of inlay does not "
-                f"have; convert the adapter to plain {options['peft_type']} in HF PEFT first"
+                f"have; {remedy or plain}"
             )
 
 

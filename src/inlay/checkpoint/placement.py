@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from inlay.checkpoint.base import base_name
 from inlay.checkpoint.options import words
 from inlay.errors import CheckpointError
 from inlay.methods.base import Method, PromptMethod, attention_shape
@@ -53,6 +54,27 @@ def endings(name: str) -> list[str]:
 def names_of(model: nn.Module) -> list[str]:
     """Return the names of the model's own modules, adapters' tensors left out."""
     return [name for name, _ in own_modules(model) if name]
+
+
+def placement_in(
+    model: nn.Module, method: Method, config: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """Return `attach`'s arguments from HF PEFT's options, resolved on this model.
+
+    Raises:
+        CheckpointError: an option is not of its type, matches nothing, or is for another model.
+    """
+    names = names_of(model)
+    saved = saved_modules(config, names, where)
+    if isinstance(method, PromptMethod):
+        check_dimensions(model, method, config, where)
+        return {"modules_to_save": saved}
+    if config.get("target_modules") == "all-linear":
+        return {"targets": "all-linear", "modules_to_save": saved}
+    found = peft_targets(config, names, where)
+    if config.get("ensure_weight_tying"):
+        found, saved = with_tied(model, found), with_tied(model, saved)
+    return {"targets": suffixes(found, names), "modules_to_save": saved}
 
 
 def peft_targets(config: Mapping[str, Any], names: Sequence[str], where: str) -> list[str]:
@@ -176,3 +198,21 @@ def prompt_dimensions(model: nn.Module, method: PromptMethod) -> dict[str, Any]:
         "num_transformer_submodules": 1,
         "token_dim": width,
     }
+
+
+def check_dimensions(
+    model: nn.Module, method: PromptMethod, config: Mapping[str, Any], where: str
+) -> None:
+    """Raise when a prompt was made for a model of other sizes."""
+    for key, here in prompt_dimensions(model, method).items():
+        if config.get(key) not in (None, here):
+            raise CheckpointError(
+                f"{where} says {key} {config[key]!r}, this {described(model)} has {here}: the "
+                "adapter was made for another base"
+            )
+
+
+def described(model: nn.Module) -> str:
+    """Return a model's class and the name it was loaded under."""
+    name = base_name(model)
+    return type(model).__name__ + (f" ({name})" if name else "")

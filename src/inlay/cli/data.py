@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
@@ -11,20 +12,26 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from inlay.cli import show
 from inlay.cli.options import Parser, checked
 from inlay.cli.train import add_run, config_from
+from inlay.data.read import BUILT_IN, READERS
+from inlay.errors import UsageError
 from inlay.train.config import RunConfig, flags_of
 
 if TYPE_CHECKING:
-    from inlay.data.tokens import Summary
+    from transformers import PreTrainedTokenizerBase
+
+    from inlay.data.rows import Rows
+    from inlay.data.tokens import Encoded, Summary
     from inlay.train.rows import RunRows
 
 ABOUT = (
     "Show the data as training will see it: counts, token lengths, what is cut, and rows with\n"
     "every token marked by whether it is trained on. Takes a run file or the flags of `train`."
 )
-USAGE = """inlay data --data D [--model M] [flags]
+USAGE = """inlay data DATA [--model M] [--task T] [flags]
        inlay data RUN.yaml [flags]"""
 EXAMPLES = """examples:
-  inlay data --data reports --model pocket
+  inlay data reports --model pocket
+  inlay data pairs.jsonl --task dpo
   inlay data --data my.csv --prompt question --completion answer --model Qwen/Qwen3-0.6B
   inlay data run.yaml --show 5"""
 
@@ -50,10 +57,11 @@ def run(given: dict[str, Any]) -> int:
     """Read, check, divide and encode the rows as training would, and show them."""
     as_json = given.pop("json", False)
     options = checked(DataOptions, {key: given.pop(key) for key in ("show",) if key in given})
+    data_named(given)
     assumed = "model" not in given and "run_file" not in given
     config = config_from({"output": "unused"} | ({"model": "pocket"} if assumed else {}) | given)
 
-    from inlay.train.rows import encode_rows, rows_of_run
+    from inlay.train.rows import rows_of_run
 
     rows = rows_of_run(config)
     parts = {"train": rows.train, "validation": rows.validation, "test": rows.test}
@@ -62,10 +70,12 @@ def run(given: dict[str, Any]) -> int:
     from inlay.model.load import located, read_tokenizer
 
     tokenizer = read_tokenizer(located(config.model, config.revision), False)
-    encoded = {
-        n: encode_rows(part, tokenizer, config.max_length) for n, part in parts.items() if part
+    encoded = {name: sides(config, part, tokenizer) for name, part in parts.items() if part}
+    summaries = {
+        f"{name} {side}".strip(): summarise(found, parts[name])
+        for name, both in encoded.items()
+        for side, found in both.items()
     }
-    summaries = {n: summarise(found, parts[n]) for n, found in encoded.items()}
     if as_json:
         about = {"data": config.data, "model": config.model, "max_length": config.max_length}
         about |= {"kind": rows.train.kind, "sha256": rows.sha256}
@@ -74,11 +84,42 @@ def run(given: dict[str, Any]) -> int:
     describe(config, rows, summaries)
     if assumed:
         print("  Tokens are pocket's; name another model with --model.")
-    for index, row in enumerate(encoded["train"][: options.show]):
+    for index in range(min(options.show, len(rows.train))):
         show.heading(f"{rows.train.where(index)}, {legend()}")
-        found = pieces(row, tokenizer)
-        show.masked([piece.text for piece in found], [piece.trained for piece in found])
+        for side, found in encoded["train"].items():
+            if side:
+                print(f"{side}:")
+            row = pieces(found[index], tokenizer)
+            show.masked([piece.text for piece in row], [piece.trained for piece in row])
     return 0
+
+
+def data_named(given: dict[str, Any]) -> None:
+    """Take the one word for the data, if it is the name of such and not a run file's.
+
+    Raises:
+        UsageError: the data are named twice.
+    """
+    word = given.get("run_file", "")
+    if word != BUILT_IN and Path(word).suffix.lower() not in READERS:
+        return
+    if "data" in given:
+        raise UsageError(
+            f"the data are named twice, {word!r} and {given['data']!r}; name them once"
+        )
+    given["data"] = given.pop("run_file")
+
+
+def sides(
+    config: RunConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[Encoded]]:
+    """Return rows as tokens; of preferences both answers, by name."""
+    from inlay.train.rows import encode_pair_rows, encode_rows
+
+    if rows.kind != "preference":
+        return {"": encode_rows(rows, tokenizer, config.max_length)}
+    pairs = encode_pair_rows(rows, tokenizer, config.max_length)
+    return {"chosen": [p.chosen for p in pairs], "rejected": [p.rejected for p in pairs]}
 
 
 def describe(config: RunConfig, rows: RunRows, summaries: Mapping[str, Summary]) -> None:

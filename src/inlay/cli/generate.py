@@ -85,11 +85,11 @@ def rows_to_continue(options: GenerateOptions, tuned: Tuned | None) -> Rows | No
     """Return the rows of the file, or None when the prompt is given as text."""
     if options.data is None:
         return None
-    from inlay.cli.rows import keys_for, rows_of
+    from inlay.cli.rows import answers, keys_for, rows_of
 
     given = options.model_dump(exclude_unset=True, exclude={"prompt"})
     keys = keys_for(tuned.run if tuned else {}, given | {"max_rows": options.max_rows})
-    return rows_of(options.data, keys)
+    return answers(rows_of(options.data, keys))
 
 
 def loaded(

@@ -99,7 +99,7 @@ def check_free(output: Path, overwrite: bool) -> None:
 
 def rows_to_check(options: MergeOptions, tuned: Tuned) -> tuple[Rows | None, dict[str, Any]]:
     """Return some of the rows named, else of those the run held out, else none; and their keys."""
-    from inlay.cli.rows import held_out, keys_for, rows_of
+    from inlay.cli.rows import answers, held_out, keys_for, rows_of
     from inlay.train.rows import sample
 
     keys = keys_for(tuned.run, options.model_dump(exclude_unset=True))
@@ -109,4 +109,4 @@ def rows_to_check(options: MergeOptions, tuned: Tuned) -> tuple[Rows | None, dic
         rows = held_out(tuned.run)
     else:
         return None, keys
-    return sample(rows, options.rows), keys
+    return sample(answers(rows), options.rows), keys

@@ -59,9 +59,9 @@ def run(given: dict[str, Any]) -> int:
     as_json = given.pop("json", False)
     own = {key: given.pop(key) for key in ("device", "memory") if key in given}
     options = checked(PlanOptions, own)
-    proposing = "method" not in given and "run_file" not in given
     has_data = "data" in given or "run_file" in given
     config = config_from({"output": "unused", **({} if has_data else {"data": "reports"}), **given})
+    proposing = not {"method", "run_file"} & given.keys() and not config.hyperparameters
 
     from inlay.memory.devices import bytes_from, device_named
     from inlay.train import planning
@@ -72,7 +72,8 @@ def run(given: dict[str, Any]) -> int:
         device = device_named(options.device, memory)
         read = planning.row_reader(config, device, has_data)
         if proposing:
-            found = planning.proposal(config, read, device)
+            storages = (config.storage,) if "storage" in given else planning.STORAGES
+            found = planning.proposal(config, read, device, storages)
             config, plan, why = found.config, found.plan, found.reasons
         else:
             plan, why = planning.planned_run(config, read(config), device), ()

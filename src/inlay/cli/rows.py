@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from inlay.data.preference import are_pairs, normalise_pairs, side_of
 from inlay.data.read import read_rows
 from inlay.data.rows import Rows, normalise
 from inlay.train.config import RunConfig, checked_config
@@ -17,13 +18,17 @@ READING = ("max_length", "max_rows", "skip_empty")
 
 
 def rows_of(source: str, keys: Mapping[str, Any]) -> Rows:
-    """Read and check the rows of a source as the keys ask for.
+    """Read and check the rows of a source as the keys ask for; preferences are recognised.
 
     Raises:
         DataError: the data are not there, malformed, empty, or a row lacks what it needs.
     """
     named = {key: keys[key] for key in COLUMNS if keys.get(key) is not None}
     rows = read_rows(source)[: keys.get("max_rows")]
+    if are_pairs(rows[0]) and named.get("format", "auto") == "auto" and len(named) <= 1:
+        column = keys.get("split_by")
+        group = column if column in rows[0].values else None
+        return normalise_pairs(rows, group=group, skip_empty=keys.get("skip_empty", False))
     return normalise(rows, skip_empty=keys.get("skip_empty", False), **named)
 
 
@@ -33,11 +38,16 @@ def keys_for(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     A flag that names a column replaces all the columns of the run.
     """
     defaults = {key: RunConfig.model_fields[key].get_default() for key in (*READING, *COLUMNS)}
-    kept = ["max_length", "skip_empty"]
+    kept = ["max_length", "skip_empty", "split_by"]
     if not any(key in given for key in COLUMNS):
         kept += COLUMNS
     from_run = {key: run[key] for key in kept if key in run}
     return defaults | from_run | {key: given[key] for key in defaults if key in given}
+
+
+def answers(rows: Rows) -> Rows:
+    """Return rows with one answer each: of preferences, the preferred one."""
+    return side_of(rows, "chosen") if rows.kind == "preference" else rows
 
 
 def held_out(run: Mapping[str, Any]) -> Rows:

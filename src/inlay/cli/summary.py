@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 NAMES = {
     "loss": "loss (nats/token)",
+    "accuracy": "preferred answer likelier",
+    "margin": "margin (nats)",
+    "chosen_loss": "chosen: loss (nats/token)",
+    "chosen_perplexity": "chosen: perplexity",
     "exact_match": "exact match",
     "token_f1": "token F1",
     "rouge_l": "ROUGE-L",
@@ -22,21 +26,23 @@ ARROWS = {"lower": "↓", "higher": "↑"}
 
 def comparison(record: ComparisonRecord, what: str = "held-out rows") -> None:
     """Write base against tuned, metric by metric, with intervals and the paired test."""
+    preferring = any(metric["name"] == "margin" for metric in record["metrics"])
     show.heading(
         f"base against tuned: {record['rows']} {what}, {record['tokens']:,} tokens"
         + (f"; text of {record['generated_rows']} rows" if record["generated_rows"] else "")
     )
     show.table(
         ("metric", "base", "tuned", "difference", "p"),
-        [metric_row(metric) for metric in record["metrics"]],
+        [metric_row(metric, preferring) for metric in record["metrics"]],
     )
     tests = ", ".join(sorted({metric["test"] for metric in record["metrics"]}))
     print(f"  In brackets: {record['level']:.0%} bootstrap intervals over rows. p: {tests}.")
 
 
-def metric_row(metric: MetricComparison) -> list[str]:
-    """Return one metric's cells."""
+def metric_row(metric: MetricComparison, preferring: bool = False) -> list[str]:
+    """Return one metric's cells; the loss of preferences is of pairs and not of tokens."""
     name = NAMES.get(metric["name"], metric["name"].replace("_", " "))
+    name = "loss (of pairs)" if preferring and metric["name"] == "loss" else name
     p = metric["p_value"]
     return [
         f"{name} {ARROWS.get(metric['better'], '')}".strip(),

@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   inlay train --model Qwen/Qwen3-0.6B --data my.csv --prompt question --completion answer \\
               --storage nf4 --rank 32 --output run
   inlay train run.yaml --learning-rate 1e-4 --output run2
+  inlay train --task dpo --model pocket --data pairs.jsonl --output preferred
   inlay train run.yaml --print-config > resolved.yaml"""
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": (
@@ -30,12 +31,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "method": ("method", "targets", "exclude", "layers", "modules_to_save"),
     "data": (
-        "data", "eval_data", "format", "prompt", "completion", "text", "split", "split_by",
+        "task", "data", "eval_data", "format", "prompt", "completion", "text", "split", "split_by",
         "skip_empty", "max_rows", "max_length", "packing",
     ),
     "training": (
         "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "scheduler",
-        "optimizer", "warmup", "weight_decay", "max_grad_norm", "activations",
+        "beta", "optimizer", "warmup", "weight_decay", "max_grad_norm", "activations",
         "cache_trunk", "seed", "threads",
     ),
     "evaluation": ("evaluate", "eval_rows", "generate_rows", "generate_tokens"),

@@ -1,4 +1,7 @@
-"""Validate rows and bring them to one of three shapes: text, prompt and completion, messages."""
+"""Validate rows and bring them to one of three shapes: text, prompt and completion, messages.
+
+Rows of preferences are checked in `preference`, which brings them to a fourth.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from inlay.errors import DataError, did_you_mean
 
 __all__ = ["Format", "Kind", "Rows", "normalise"]
 
-Kind = Literal["text", "prompt_completion", "messages"]
+Kind = Literal["text", "prompt_completion", "messages", "preference"]
 Format = Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"]
 Shape = Callable[[RawRow], dict[str, Any]]
 
@@ -50,7 +53,9 @@ class Rows:
 
     kind: Kind
     rows: list[dict[str, Any]]
-    """`{"text"}`, `{"prompt", "completion"}` or `{"messages": [{"role", "content"}]}`."""
+    """`{"text"}`, `{"prompt", "completion"}`, `{"messages": [{"role", "content"}]}`, or
+    `{"prompt", "chosen", "rejected"}`, where the prompt may be messages and the others one each.
+    """
     lines: list[int]
     source: str
     sha256: str
@@ -105,6 +110,22 @@ def normalise(
     if not raw:
         raise DataError("there are no rows; training needs at least one")
     kind, shape = shape_of(raw[0], prompt, completion, text, format)
+    groups = None if group is None else lambda row, _: group_of(row, group)
+    return shaped(raw, kind, shape, groups, skip_empty)
+
+
+def shaped(
+    raw: Sequence[RawRow],
+    kind: Kind,
+    shape: Shape,
+    groups: Callable[[RawRow, dict[str, Any]], str] | None,
+    skip_empty: bool,
+) -> Rows:
+    """Return every row in its shape, those with an empty field left out if that is asked for.
+
+    Raises:
+        DataError: a row cannot be brought there, or all have an empty field.
+    """
     kept: list[int] = []
     rows: list[dict[str, Any]] = []
     skipped: list[int] = []
@@ -124,7 +145,7 @@ def normalise(
         lines=[raw[i].line for i in kept],
         source=raw[0].source,
         sha256=digest(raw),
-        groups=None if group is None else [group_of(raw[i], group) for i in kept],
+        groups=groups and [groups(raw[i], row) for i, row in zip(kept, rows, strict=True)],
         skipped=skipped,
     )
 

@@ -26,6 +26,10 @@ from inlay.evaluate.record import (
 NOT_MEASURED = "not measured"
 NAMES = {
     "loss": "Held-out loss",
+    "accuracy": "Preferred answer likelier",
+    "margin": "Margin, nats",
+    "chosen_loss": "Loss of preferred answers",
+    "chosen_perplexity": "Perplexity of preferred answers",
     "perplexity": "Perplexity",
     "number_match": "Number match",
     "exact_match": "Exact match",
@@ -214,12 +218,21 @@ def interval(score: Score, *, signed: bool = False) -> str:
 def curves_section(metrics: Sequence[Step]) -> str:
     """Training loss, held-out loss and learning rate by step."""
     trained, held = curve(metrics, "loss"), curve(metrics, "eval_loss")
+    right = curve(metrics, "reward_accuracy"), curve(metrics, "eval_reward_accuracy")
     rate = curve(metrics, "learning_rate")
     charts: list[str] = []
     if trained or held:
         lines = [Line("training", "trained", trained), Line("held out", "held", held, dots=True)]
         chart = line_chart(lines, "step")
-        charts.append(f"<div><h3>Loss, nats per token</h3>{chart}</div>")
+        title = "Loss" if any(right) else "Loss, nats per token"
+        charts.append(f"<div><h3>{title}</h3>{chart}</div>")
+    if any(right):
+        lines = [
+            Line("training", "trained", right[0]),
+            Line("held out", "held", right[1], dots=True),
+        ]
+        chart = line_chart(lines, "step")
+        charts.append(f"<div><h3>Pairs preferred more than by the base</h3>{chart}</div>")
     if rate:
         chart = line_chart([Line("learning rate", "trained", rate)], "step")
         charts.append(f"<div><h3>Learning rate</h3>{chart}</div>")

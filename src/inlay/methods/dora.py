@@ -47,7 +47,8 @@ class DoRA(LowRank):
 
     def weight(self, p: Params, w: Tensor) -> Tensor:
         v = w + self.scale * (p.B @ p.A).to(w.dtype)
-        norms = torch.linalg.vector_norm(v.detach(), dim=1, dtype=p.A.dtype)
+        wide = torch.promote_types(p.A.dtype, v.dtype)
+        norms = torch.linalg.vector_norm(v.detach(), dim=1, dtype=wide)
         return (p.magnitude / norms).to(w.dtype)[:, None] * v
 
     def forward(self, p: Params, x: Tensor, base: FrozenLinear, training: bool) -> Tensor:

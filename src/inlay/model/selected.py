@@ -36,9 +36,10 @@ def selected_copies(
     chosen = {n: copies.of(m, method, n) for n, m in own_modules(model) if n in kept}
     chosen = {n: p for n, p in chosen.items() if p}
     if not chosen:
+        what = getattr(method, "name", "the training of biases beside an adapter")
         raise TargetError(
-            f"{method.name} selects no parameter of this {type(model).__name__}: "
-            f"it has none such as {method.name} trains, or targets, exclude and layers left none"
+            f"{what} selects no parameter of this {type(model).__name__}: "
+            f"it has none such as {what} trains, or targets, exclude and layers left none"
         )
     return {n: Params(p) for n, p in chosen.items()}
 

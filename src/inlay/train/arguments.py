@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
 from inlay.errors import UsageError
@@ -27,26 +27,10 @@ OPTIMIZERS = {
 def arguments(
     config: RunConfig, model: PreTrainedModel, folder: Path, learning_rate: float
 ) -> SFTConfig:
-    """Return TRL's arguments for a run whose checkpoints go to `folder`."""
-    on_gpu, bins = model.device.type == "cuda", config.packing == "bfd"
+    """Return TRL's arguments for a supervised run whose checkpoints go to `folder`."""
+    bins = config.packing == "bfd"
     return SFTConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        learning_rate=learning_rate,
-        lr_scheduler_type=SCHEDULERS[config.scheduler],
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        optim=OPTIMIZERS[config.optimizer],
-        seed=config.seed,
-        data_seed=config.seed,
-        use_cpu=not on_gpu,
-        bf16=False,
-        fp16=False,
-        tf32=None,
-        **no_recomputation(),
+        **shared(SFTConfig, config, model, folder, learning_rate),
         pad_to_multiple_of=None if bins else length_multiple(model),
         max_length=config.max_length if bins else None,
         packing=bins,
@@ -54,19 +38,49 @@ def arguments(
         shuffle_dataset=False,
         dataset_kwargs={"skip_prepare_dataset": not bins},
         completion_only_loss=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=on_gpu,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=config.save_every,
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        push_to_hub=False,
     )
+
+
+def shared(
+    kind: type[TrainingArguments],
+    config: RunConfig,
+    model: PreTrainedModel,
+    folder: Path,
+    learning_rate: float,
+) -> dict[str, Any]:
+    """Return the arguments that every task's trainer takes."""
+    on_gpu = model.device.type == "cuda"
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps or -1,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": SCHEDULERS[config.scheduler],
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": OPTIMIZERS[config.optimizer],
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "use_cpu": not on_gpu,
+        "bf16": False,
+        "fp16": False,
+        "tf32": None,
+        **no_recomputation(kind),
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": on_gpu,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": config.save_every,
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+        "push_to_hub": False,
+    }
 
 
 def check_optimizer(name: str, device: str) -> None:
@@ -89,12 +103,12 @@ def check_optimizer(name: str, device: str) -> None:
         )
 
 
-def no_recomputation() -> dict[str, Any]:
+def no_recomputation(kind: type[TrainingArguments]) -> dict[str, Any]:
     """Return the arguments that leave activations to us, as this release names them.
 
     What is kept is set on the model's blocks before training (`memory.policy`).
     """
-    renamed = "activation_checkpointing" in SFTConfig.__dataclass_fields__
+    renamed = "activation_checkpointing" in kind.__dataclass_fields__
     name = "activation_checkpointing" if renamed else "gradient_checkpointing"
     return {name: False, f"{name}_kwargs": {"use_reentrant": False}}
 

@@ -23,6 +23,7 @@ from pydantic import (
 
 from inlay.errors import UsageError, did_you_mean
 from inlay.methods.catalog import REQUIRED, MethodSpec, catalog
+from inlay.train.tasks import TASKS, task_problems
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -41,6 +42,9 @@ class RunConfig(BaseModel):
     model: Text = Field(description="base model: a folder, a hub id, or 'pocket' (embedded)")
     data: Text = Field(description="training data: a file, a hub id, or 'reports' (generated)")
     output: Text = Field(description="folder that receives everything the run writes")
+    task: Text = Field(
+        "sft", description="what to train for: sft (answers), dpo (the preferred answer)"
+    )
 
     revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
     storage: Literal["dense", "nf4", "int8"] = Field(
@@ -120,6 +124,9 @@ class RunConfig(BaseModel):
     )
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         "auto", description="peak learning rate; auto: from the model's width and the method"
+    )
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="dpo: how near the tuned model is held to the base; default 0.1"
     )
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
         "adamw", description="8bit: its state in bitsandbytes' blocks of 8-bit numbers"
@@ -203,6 +210,8 @@ SYNONYMS = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "use_rslora": "rslora",
+    "stage": "task",
+    "dpo_beta": "beta",
 }
 """Names that other tools use -> ours, for `Did you mean`."""
 
@@ -316,7 +325,7 @@ def checked_config(
         problems |= contradictions(config)
     if problems or not isinstance(config, RunConfig):
         raise UsageError("\n".join(located(problems, source, lines or {})))
-    return config
+    return config.model_copy(update=TASKS[config.task].settled(config.model_dump()))
 
 
 def method_of(values: Mapping[str, object]) -> tuple[str | None, dict[str, str]]:
@@ -401,7 +410,7 @@ def validated(
 
 def contradictions(config: RunConfig) -> dict[str, str]:
     """Return the problems of keys that are right by themselves and wrong together."""
-    problems: dict[str, str] = {}
+    problems = task_problems(config.model_dump())
     if abs(sum(config.split) - 1) > 1e-6:
         total = f"{sum(config.split):g}"
         problems["split"] = f"'split' must add up to 1; {config.split} adds up to {total}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from math import ceil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from inlay.data.preference import Pair
 from inlay.data.tokens import Encoded
 from inlay.errors import TrainingError
 from inlay.memory.devices import Device
@@ -29,10 +31,13 @@ from inlay.model.shapes import length_multiple
 from inlay.train.collate import IGNORED, Concatenate
 from inlay.train.config import RunConfig
 from inlay.train.order import order
-from inlay.train.rows import encode_rows, rows_of_run
+from inlay.train.rows import encode_pair_rows, encode_rows, rows_of_run
+from inlay.train.tasks import TASKS
 from inlay.train.trainer import labels
 
 EPOCHS_LOOKED_AT = 10
+STORAGES = ("dense", "nf4")
+"""Storages that are proposed, the most exact first."""
 RANKS = (16, 32, 64, 128)
 """Ranks that are proposed; the first whose parameters outnumber the trained tokens."""
 
@@ -77,7 +82,8 @@ def planned_step(
         dtype=computing_dtype(shape, config.dtype),
         streamed=streamed,
     )
-    return plan(task, device, runtime=held_beside, policies=policies_of(config))
+    loop = TASKS[config.task].loop
+    return plan(task, device, runtime=partial(held_beside, loop), policies=policies_of(config))
 
 
 def step_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -85,11 +91,9 @@ def step_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**batch, use_cache=False).loss
 
 
-def held_beside(products: frozenset[Product]) -> int:
+def held_beside(loop: str, products: frozenset[Product]) -> int:
     """Return what this process holds beside the model, with everything a run imports."""
-    from inlay.train import run
-
-    del run
+    import_module(loop)
     return runtime(products)
 
 
@@ -136,11 +140,27 @@ def rows_to_plan(config: RunConfig, encoded: Sequence[Encoded], multiple: int = 
     )
 
 
+def pairs_to_plan(config: RunConfig, pairs: Sequence[Pair], multiple: int = 1) -> Rows:
+    """Return the largest batch of pairs, every chosen side and then every rejected one."""
+    largest = [pairs[i] for i in largest_batch(config, [pair.length for pair in pairs])]
+    both = [
+        [pair.chosen for pair in part] + [pair.rejected for pair in part]
+        for part in (largest, pairs)
+    ]
+    return Rows(
+        collated(config, both[0], multiple),
+        len(pairs),
+        sum(len(row.input_ids) for row in both[1]),
+        sum(row.trained_tokens for row in both[1]),
+    )
+
+
 def assumed_rows(config: RunConfig) -> Rows:
     """Return a batch of rows as long as the run allows, every token trained on."""
-    length = config.max_length
+    length, pairs = config.max_length, TASKS[config.task].rows == "preference"
     row = Encoded([0] * length, [True] * length, length)
-    return Rows(collated(config, [row] * config.batch_size, 1), 0, 0, 0, assumed=True)
+    count = config.batch_size * (2 if pairs else 1)
+    return Rows(collated(config, [row] * count, 1), 0, 0, 0, assumed=True)
 
 
 def largest_batch(config: RunConfig, lengths: Sequence[int]) -> list[int]:
@@ -200,8 +220,12 @@ def row_reader(config: RunConfig, device: Device, has_data: bool) -> Callable[[R
     with quiet_transformers():
         source = located(config.model, config.revision) if hub else where
         tokenizer = read_tokenizer(source, trust_remote_code=False)
-        encoded = encode_rows(rows_of_run(config).train, tokenizer, config.max_length)
-    multiple = padding_multiple(config, device)
+        rows = rows_of_run(config).train
+        multiple = padding_multiple(config, device)
+        if rows.kind == "preference":
+            pairs = encode_pair_rows(rows, tokenizer, config.max_length)
+            return lambda changed: pairs_to_plan(changed, pairs, multiple)
+        encoded = encode_rows(rows, tokenizer, config.max_length)
     return lambda changed: rows_to_plan(changed, encoded, multiple)
 
 
@@ -223,10 +247,19 @@ class Proposal:
     reasons: tuple[str, ...]
 
 
-def proposal(config: RunConfig, rows_for: Callable[[RunConfig], Rows], device: Device) -> Proposal:
-    """Return LoRA on the most exact storage that fits, at the batch asked for or a smaller one."""
+def proposal(
+    config: RunConfig,
+    rows_for: Callable[[RunConfig], Rows],
+    device: Device,
+    storages: Sequence[str] = STORAGES,
+) -> Proposal:
+    """Return LoRA on the most exact storage that fits, at the batch asked for or a smaller one.
+
+    Raises:
+        TrainingError: nothing fits.
+    """
     reasons: list[str] = []
-    for storage, batch, streamed in candidates(config):
+    for storage, batch, streamed in candidates(config, storages):
         changed = config.model_copy(
             update={
                 "method": "lora",
@@ -252,11 +285,12 @@ def proposal(config: RunConfig, rows_for: Callable[[RunConfig], Rows], device: D
     )
 
 
-def candidates(config: RunConfig) -> list[tuple[str, int, bool]]:
+def candidates(config: RunConfig, storages: Sequence[str]) -> list[tuple[str, int, bool]]:
     """Return storage, rows a pass and whether streamed, from the most exact to the smallest."""
     sizes = sorted({config.batch_size, 1}, reverse=True)
-    resident = [(storage, size, False) for storage in ("dense", "nf4") for size in sizes]
-    return [*resident, ("nf4", config.batch_size, True), ("nf4", 1, True)]
+    resident = [(storage, size, False) for storage in storages for size in sizes]
+    smallest = storages[-1]
+    return [*resident, (smallest, config.batch_size, True), (smallest, 1, True)]
 
 
 def with_rank(config: RunConfig, found: Plan, rows: Rows) -> tuple[RunConfig, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from inlay.train.config import RunConfig
+from inlay.train.tasks import TASKS
 
 FULL_FINE_TUNING = 5e-5
 """The learning rate that suits full fine-tuning of a model 2000 wide."""
@@ -29,7 +30,8 @@ def learning_rate(config: RunConfig, hidden: int, family: str, factor: float) ->
     """Return the run's learning rate: the user's, or the formula's times the method's factor.
 
     `5e-5 * 10 * (2000 / hidden)^P * factor`, with P = 0.781, and 0.0775 for Qwen ("LoRA Without
-    Regret", Schulman et al. 2025); no width under 256 is put in, where the formula was not tried.
+    Regret", Schulman et al. 2025), times the task's own factor; no width under 256 is put in,
+    where the formula was not tried.
 
     Args:
         config: the run; its `learning_rate` is a number or `auto`.
@@ -41,8 +43,10 @@ def learning_rate(config: RunConfig, hidden: int, family: str, factor: float) ->
         return LearningRate(config.learning_rate, "given by the user")
     power = next((p for name, p in WIDTH_POWERS.items() if family.startswith(name)), LLAMA_POWER)
     width = max(hidden, NARROWEST)
+    factor *= TASKS[config.task].learning_rate_factor
     value = FULL_FINE_TUNING * LORA_OVER_FULL * (2000 / width) ** power * factor
-    reason = f"5e-5 * 10 * (2000 / {width})^{power} * {factor:g} ({config.method})"
+    whose = config.method if config.task == "sft" else f"{config.method}, {config.task}"
+    reason = f"5e-5 * 10 * (2000 / {width})^{power} * {factor:g} ({whose})"
     if width != hidden:
         reason += f"; the model is {hidden} wide, and the formula is used from {NARROWEST} up"
     return LearningRate(value, reason)

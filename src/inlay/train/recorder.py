@@ -25,7 +25,7 @@ class Recorder:
     def __init__(self, path: Path, log_every: int, on_event: OnEvent) -> None:
         self.path, self.log_every, self.on_event = path, log_every, on_event
         self.total_steps = 0
-        self.waiting: list[float] = []
+        self.waiting: list[dict[str, float]] = []
         self.tokens = 0
         self.seconds_before = 0.0
         self.started = time.monotonic()
@@ -49,11 +49,18 @@ class Recorder:
         self.on_event(Event("checkpoint", str(folder), step, self.total_steps))
 
     def step(
-        self, step: int, epoch: float, loss: float, learning_rate: float, norm: float, tokens: int
+        self,
+        step: int,
+        epoch: float,
+        loss: float,
+        learning_rate: float,
+        norm: float,
+        tokens: int,
+        also: Mapping[str, float] | None = None,
     ) -> None:
-        """Take in one optimiser step."""
+        """Take in one optimiser step, and what its task measures beside the loss."""
         self.tokens += tokens
-        self.waiting.append(loss)
+        self.waiting.append({"loss": loss, **(also or {})})
         self.recent.append((time.monotonic(), self.tokens))
         speed, seconds_left = self.pace(step)
         self.on_event(
@@ -71,10 +78,15 @@ class Recorder:
             )
         )
         if step % self.log_every == 0 or step in (1, self.total_steps):
-            line = {"step": step, "epoch": epoch, "loss": sum(self.waiting) / len(self.waiting)}
+            line: dict[str, object] = {"step": step, "epoch": epoch, **self.means()}
             line |= {"learning_rate": learning_rate, "grad_norm": norm, "tokens": self.tokens}
             self.write({**line, "tokens_per_second": speed, "memory_bytes": peak_memory()})
             self.waiting.clear()
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each value over the steps since the last line."""
+        steps = self.waiting
+        return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
     def pace(self, step: int) -> tuple[float, float]:
         """Return tokens a second, and the seconds left at the speed of the last steps."""
@@ -83,9 +95,12 @@ class Recorder:
         steps = len(self.recent) - 1
         return (self.tokens - tokens) / seconds, seconds / steps * (self.total_steps - step)
 
-    def evaluation(self, step: int, epoch: float, loss: float) -> None:
-        """Take in a held-out loss."""
-        self.write({"step": step, "epoch": epoch, "eval_loss": loss})
+    def evaluation(
+        self, step: int, epoch: float, loss: float, also: Mapping[str, float] | None = None
+    ) -> None:
+        """Take in a held-out loss, and what its task measures beside it."""
+        more = {f"eval_{name}": value for name, value in (also or {}).items()}
+        self.write({"step": step, "epoch": epoch, "eval_loss": loss, **more})
         self.on_event(
             Event(
                 "evaluation",

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from inlay.data.preference import Pair, encode_pairs, normalise_pairs
 from inlay.data.read import read_rows
 from inlay.data.rows import Rows, normalise
 from inlay.data.split import split
 from inlay.data.tokens import Encoded, encode
 from inlay.train.config import RunConfig
+from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,8 +50,12 @@ def rows_of_run(config: RunConfig) -> RunRows:
 
 def read(config: RunConfig, source: str, group: str | None) -> Rows:
     """Read one source as the run says."""
+    raw = read_rows(source)[: config.max_rows]
+    if TASKS[config.task].rows == "preference":
+        known = config.split_by if config.split_by in raw[0].values else None
+        return normalise_pairs(raw, group=group or known, skip_empty=config.skip_empty)
     return normalise(
-        read_rows(source)[: config.max_rows],
+        raw,
         prompt=config.prompt,
         completion=config.completion,
         text=config.text,
@@ -63,6 +69,13 @@ def encode_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int)
     """Return the rows as tokens; conversations by TRL's training template where it has one."""
     template = training_template(tokenizer) if rows.kind == "messages" else None
     return encode(rows, tokenizer, max_length, chat_template=template)
+
+
+def encode_pair_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Pair]:
+    """Return rows of preferences as tokens; conversations by the same template as supervised."""
+    talks = not isinstance(rows.rows[0]["prompt"], str)
+    template = training_template(tokenizer) if talks else None
+    return encode_pairs(rows, tokenizer, max_length, chat_template=template)
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Generator
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from datasets import disable_progress_bars
@@ -18,51 +19,32 @@ from transformers.utils import logging as transformers_logging
 
 from inlay.checkpoint.adapter import save_adapter
 from inlay.data.rows import Rows
-from inlay.data.tokens import Encoded, summarise
-from inlay.errors import DataError, ModelError, TrainingError, UsageError
-from inlay.evaluate.losses import losses
+from inlay.errors import ModelError, TrainingError
 from inlay.evaluate.record import ComparisonRecord, Run, Step
 from inlay.evaluate.report import write_report
-from inlay.evaluate.run import compare
-from inlay.memory.devices import this_machine
+from inlay.memory.devices import Device, this_machine
 from inlay.memory.plan import Plan
 from inlay.memory.policy import applied
 from inlay.methods.base import Method
 from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
-from inlay.model.eight_bits import ACCEPTED, compute_in_8_bits, gate
 from inlay.model.load import load, located, quiet_transformers, read_tokenizer
-from inlay.model.packing import mixes_rows
 from inlay.model.report import Report, report
-from inlay.model.shapes import length_multiple
-from inlay.model.trunk import Trunk, trunk_of
-from inlay.train import checkpoints, provenance
-from inlay.train.arguments import arguments, check_optimizer
-from inlay.train.collate import Concatenate
+from inlay.train import checkpoints, planning, provenance
+from inlay.train.arguments import check_optimizer
 from inlay.train.config import RunConfig
 from inlay.train.events import Event, OnEvent
 from inlay.train.files import saving, size_of
 from inlay.train.folder import RunFolder, check_same_inputs, open_folder
 from inlay.train.guard import Guard, check_changed, fingerprints
-from inlay.train.planning import (
-    assumed_rows,
-    check_fits,
-    largest_batch,
-    padding_multiple,
-    planned_run,
-    rows_to_plan,
-)
 from inlay.train.recipe import LearningRate, learning_rate
 from inlay.train.recorder import Recorder, read_metrics
-from inlay.train.rows import RunRows, encode_rows, rows_of_run, sample
-from inlay.train.trainer import AdapterTrainer, HeldOut, left_as_it_was
-from inlay.train.trunk_cache import TrunkCache, cached_trunk
+from inlay.train.rows import RunRows, rows_of_run, sample
+from inlay.train.tasks import TASKS
+from inlay.train.trainer import AdapterLoop, left_as_it_was
 
+Row = TypeVar("Row")
 LINES_NAMED = 5
-GATE_ROWS = 64
-"""Rows that the loss in 8 bits is measured on."""
-TRUNK = "trunk.tmp"
-"""The file that a kept trunk takes if it does not fit in memory; what a kill leaves is removed."""
 TOLERATED = 0.05
 """How far the probed memory may be from the planned one without a word."""
 
@@ -79,12 +61,12 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Tokens(Generic[Row]):
     """A run's rows as tokens; the held-out ones cut down to what is measured."""
 
-    train: list[Encoded]
-    validation: list[Encoded]
-    test: list[Encoded]
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
     test_rows: Rows
 
 
@@ -110,7 +92,9 @@ def train(config: RunConfig, *, on_event: OnEvent | None = None) -> TrainResult:
         tell(Event("note", f"the run in {folder.path} has ended already; nothing is left to do"))
         return TrainResult(folder, folder.record(), None, None)
     with quiet_libraries():
-        return Running(config, method, folder, tell).result()
+        stages = import_module(TASKS[config.task].loop).Stages
+        running: Running[Any] = stages(config, method, folder, tell)
+        return running.result()
 
 
 @contextmanager
@@ -125,8 +109,8 @@ def quiet_libraries() -> Generator[None]:
         transformers_logging.set_verbosity(level)
 
 
-class Running:
-    """One run from its rows to its report."""
+class Running(ABC, Generic[Row]):
+    """One run from its rows to its report; a task says what its rows, loop and metrics are."""
 
     def __init__(self, config: RunConfig, method: Method, folder: RunFolder, tell: OnEvent):
         self.config, self.method, self.folder, self.tell = config, method, folder, tell
@@ -140,16 +124,14 @@ class Running:
         self.stage("loading the model")
         model, tokenizer = self.loaded()
         record = self.begin(model, rows)
-        if self.config.eight_bits:
-            record["eight_bits"] = self.in_eight_bits(model, tokens)
+        self.prepare(model, tokens, record)
         record["memory"] = planned_record(planned)
+        check_optimizer(self.config.optimizer, model.device.type)
         with self.stopping(record), left_as_it_was(model), self.keeping(model, planned):
             trainer = self.trainer(model, tokenizer, tokens, record)
             self.try_largest(trainer, planned)
-            with self.trunk(model, tokens):
+            with self.around(model, tokens):
                 self.fit(trainer)
-        if self.config.eight_bits:
-            compute_in_8_bits(model, on=False)
         self.save(model, trainer)
         record["comparison"] = self.compared(model, tokenizer, tokens)
         self.finish(model, trainer, record)
@@ -163,65 +145,83 @@ class Running:
         """Tell something worth knowing."""
         self.tell(Event("note", message))
 
+    # What a task decides
+
+    @abstractmethod
+    def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+        """Return rows as tokens."""
+
+    @abstractmethod
+    def check_rows(self, rows: Rows, encoded: list[Row]) -> None:
+        """Raise for what would make training on these rows vain; tell of what is worth knowing."""
+
+    @abstractmethod
+    def largest(self, encoded: list[Row], device: Device) -> planning.Rows:
+        """Return the largest batch, which the plan is made for."""
+
+    @abstractmethod
+    def trainer(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens: Tokens[Row],
+        record: dict[str, Any],
+    ) -> AdapterLoop:
+        """Return the trainer, nothing trained yet."""
+
+    @abstractmethod
+    def measured(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tokens[Row]
+    ) -> ComparisonRecord:
+        """Return base against tuned on the test rows."""
+
+    def prepare(self, model: PreTrainedModel, tokens: Tokens[Row], record: dict[str, Any]) -> None:
+        """Make the loaded model ready in the task's own way."""
+
+    def around(self, model: PreTrainedModel, tokens: Tokens[Row]) -> AbstractContextManager[None]:
+        """Return the context that the steps are taken in."""
+        del model, tokens
+        return nullcontext()
+
     # Before the model
 
-    def tokens(self) -> tuple[Tokens, RunRows]:
+    def tokens(self) -> tuple[Tokens[Row], RunRows]:
         """Read the rows and encode them; raise for whatever would make training on them vain."""
         rows = rows_of_run(self.config)
         source = located(self.config.model, self.config.revision)
         with quiet_transformers():
             tokenizer = read_tokenizer(source, trust_remote_code=False)
-        longest = self.config.max_length
-        encoded = encode_rows(rows.train, tokenizer, longest)
+        encoded = self.encode(rows.train, tokenizer)
         self.check_rows(rows.train, encoded)
         validation = sample(rows.validation, self.config.eval_rows)
         test = sample(rows.test, self.config.eval_rows)
         return Tokens(
             train=encoded,
-            validation=encode_rows(validation, tokenizer, longest) if validation else [],
-            test=encode_rows(test, tokenizer, longest) if test else [],
+            validation=self.encode(validation, tokenizer) if validation else [],
+            test=self.encode(test, tokenizer) if test else [],
             test_rows=test,
         ), rows
 
-    def check_rows(self, rows: Rows, encoded: list[Encoded]) -> None:
-        """Raise when no row trains the end token; tell of rows that were cut or left out."""
-        summary = summarise(encoded, rows)
-        if summary.ends_trained == 0:
-            raise DataError(
-                f"{rows.source}: no row trains the token at which generation stops, so the tuned "
-                f"model would never stop: {len(summary.truncated)} of {summary.rows} rows are cut "
-                f"at max_length {self.config.max_length}; the longest has {summary.lengths.max} "
-                "tokens"
-            )
-        for lines, what in (
-            (summary.truncated, f"cut at max_length {self.config.max_length}"),
-            (summary.skipped, "left out: a field is empty"),
-            (summary.unended, "without a trained end token"),
-            (summary.unlike_prompt, "with a prompt that is tokenised otherwise on its own"),
-        ):
-            if lines:
-                shown = ", ".join(map(str, lines[:LINES_NAMED]))
-                more = ", ..." if len(lines) > LINES_NAMED else ""
-                self.note(f"{len(lines)} rows {what} (lines {shown}{more})")
+    def note_lines(self, lines: Sequence[int], what: str) -> None:
+        """Tell what holds of some rows, if of any."""
+        if lines:
+            shown = ", ".join(map(str, lines[:LINES_NAMED]))
+            more = ", ..." if len(lines) > LINES_NAMED else ""
+            self.note(f"{len(lines)} rows {what} (lines {shown}{more})")
 
-    def planned(self, tokens: Tokens) -> Plan | None:
+    def planned(self, tokens: Tokens[Row]) -> Plan | None:
         """Plan the largest batch's step; raise when it cannot fit. None when it cannot be planned.
 
         Raises:
             TrainingError: no activation policy that the run allows fits.
         """
         device = this_machine()
-        bins = self.config.packing == "bfd"
-        multiple = padding_multiple(self.config, device)
-        rows = (
-            assumed_rows(self.config) if bins else rows_to_plan(self.config, tokens.train, multiple)
-        )
         try:
-            found = planned_run(self.config, rows, device)
+            found = planning.planned_run(self.config, self.largest(tokens.train, device), device)
         except ModelError as error:
             self.note(f"memory is not planned: {error}")
             return None
-        check_fits(found, self.config)
+        planning.check_fits(found, self.config)
         best = found.best
         self.note(
             f"memory planned: {best.total / 1e9:.2f} GB of {found.limit / 1e9:.2f} GB, "
@@ -264,6 +264,7 @@ class Running:
         rate = self.rate(model)
         record: dict[str, Any] = {
             "model": self.config.model,
+            "task": self.config.task,
             "method": self.config.method,
             "data": self.config.data,
             "seed": self.config.seed,
@@ -292,78 +293,16 @@ class Running:
 
     # Training
 
-    def trainer(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        tokens: Tokens,
-        record: dict[str, Any],
-    ) -> AdapterTrainer:
-        """Return the trainer, nothing trained yet."""
-        config = self.config
-        check_optimizer(config.optimizer, model.device.type)
-        collate = self.collate(model, tokens)
+    def watched(self) -> dict[str, Any]:
+        """Return what every task's trainer is watched and kept by; checkpoints have a folder."""
         with saving("the run", self.folder.path):
             self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        return AdapterTrainer(
-            model,
-            tokenizer,
-            tokens.train,
-            arguments(config, model, self.folder.checkpoints, record["learning_rate"]["value"]),
-            recorder=Recorder(self.folder.metrics, config.log_every, self.tell),
-            guard=Guard(),
-            collate=collate,
-            held_out=held_out(model, tokens.validation, config.batch_size),
-            warmup=config.warmup,
-            keep_checkpoints=config.keep_checkpoints,
-        )
-
-    def collate(self, model: PreTrainedModel, tokens: Tokens) -> Concatenate | None:
-        """Return what joins a batch's rows without padding; None leaves the batch to TRL.
-
-        Raises:
-            UsageError: the run asks for packing, and rows would see each other.
-        """
-        packing = self.config.packing
-        mixed = mixes_rows(model, [row.input_ids for row in tokens.train]) if packing else None
-        if mixed is not None and packing != "auto":
-            raise UsageError(f"'packing' would mix rows: {mixed}; leave packing at auto")
-        if mixed is not None:
-            self.note(f"batches are padded, not packed: {mixed}")
-        if packing in (False, "bfd") or mixed is not None:
-            return None
-        return Concatenate(length_multiple(model))
-
-    def trunk(self, model: PreTrainedModel, tokens: Tokens) -> AbstractContextManager[None]:
-        """Return the context in which the blocks below the lowest adapted one are read, not run.
-
-        Raises:
-            UsageError: the run asks for that, and this model cannot have it.
-        """
-        wanted = self.config.cache_trunk
-        if not wanted or (wanted == "auto" and not self.trunk_cache_pays(model, len(tokens.train))):
-            return nullcontext()
-        self.stage("running the frozen blocks once over every row")
-        rows = [*tokens.train, *tokens.validation]
-        cache = cached_trunk(model, rows, len(tokens.train), self.folder.checkpoints / TRUNK)
-        if isinstance(cache, TrunkCache):
-            self.note(str(cache))
-            return cache.used()
-        if wanted == "auto":
-            self.note(f"the frozen blocks run in every epoch: {cache}")
-            return nullcontext()
-        raise UsageError(f"'cache_trunk' cannot be used: {cache}; leave it at auto")
-
-    def trunk_cache_pays(self, model: PreTrainedModel, rows: int) -> bool:
-        """Say whether at least the lower half of the blocks is frozen and rows come again."""
-        config, trunk = self.config, trunk_of(model)
-        steps = config.max_steps or math.inf
-        passes = steps * config.batch_size * config.gradient_accumulation / rows
-        return (
-            isinstance(trunk, Trunk)
-            and 2 * trunk.depth >= len(trunk.blocks)
-            and min(passes, config.epochs) > 1
-        )
+        return {
+            "recorder": Recorder(self.folder.metrics, self.config.log_every, self.tell),
+            "guard": Guard(),
+            "warmup": self.config.warmup,
+            "keep_checkpoints": self.config.keep_checkpoints,
+        }
 
     def keeping(self, model: PreTrainedModel, planned: Plan | None) -> AbstractContextManager[Any]:
         """Make the model keep the activations that were planned; without a plan, all or few."""
@@ -374,11 +313,11 @@ class Running:
         on_gpu = model.device.type == "cuda" and model.supports_gradient_checkpointing
         return applied(model, "layer-inputs" if on_gpu else "keep-all")
 
-    def try_largest(self, trainer: AdapterTrainer, planned: Plan | None) -> None:
+    def try_largest(self, trainer: AdapterLoop, planned: Plan | None) -> None:
         """Run the largest batch once, without a step; tell when its memory was planned wrongly."""
         if planned is None:
             return
-        measured = trainer.peak_of(largest_batch(self.config, trainer.lengths))
+        measured = trainer.peak_of(planning.largest_batch(self.config, trainer.lengths))
         expected = planned.best.passes
         if measured is not None and abs(measured / expected - 1) > TOLERATED:
             self.note(
@@ -386,7 +325,7 @@ class Running:
                 f"{expected / 1e9:.2f} GB ({measured / expected - 1:+.0%})"
             )
 
-    def fit(self, trainer: AdapterTrainer) -> None:
+    def fit(self, trainer: AdapterLoop) -> None:
         """Train from the start, or from the last complete checkpoint."""
         before = fingerprints(trainer.adapted, trainer.adapter)
         last = checkpoints.latest(self.folder.checkpoints)
@@ -411,56 +350,24 @@ class Running:
             self.folder.write_record({**record, "stopped": str(error)})
             raise TrainingError(f"{error}{where}") from None
 
-    def in_eight_bits(self, model: PreTrainedModel, tokens: Tokens) -> dict[str, float]:
-        """Turn products in 8 bits on, if they leave the loss on this run's rows as it is.
-
-        Raises:
-            TrainingError: the loss differs by more than is accepted.
-        """
-        rows = (tokens.validation or tokens.train)[:GATE_ROWS]
-        measure = held_out(model, rows, self.config.batch_size)
-        assert measure is not None
-        measured = gate(model, measure)
-        found = (
-            f"{measured.loss:.4f} as stored, {measured.loss_in_8_bits:.4f} in 8 bits, "
-            f"a difference of {measured.difference:.2%}"
-        )
-        if not measured.passed:
-            raise TrainingError(
-                f"products in 8 bits change the loss on {len(rows)} of this run's rows: {found}; "
-                f"at most {ACCEPTED:.1%} is accepted. Leave eight_bits off"
-            )
-        self.note(f"products in 8 bits: the loss on {len(rows)} rows is {found}")
-        return {"loss": measured.loss, "loss_in_8_bits": measured.loss_in_8_bits}
-
     # Afterwards
 
-    def save(self, model: PreTrainedModel, trainer: AdapterTrainer) -> None:
-        """Write the trained adapter."""
-        with saving("the adapter", self.folder.adapter):
-            save_adapter(model, self.folder.adapter, trainer.adapter)
-        model.eval()
-
     def compared(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tokens
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tokens[Row]
     ) -> ComparisonRecord | None:
         """Return base against tuned on held-out rows, if there are any and the run says so."""
         if not self.config.evaluate or not tokens.test:
             return None
         self.stage("comparing base and tuned on held-out rows")
-        return compare(
-            model,
-            tokenizer,
-            tokens.test_rows,
-            tokens.test,
-            generate_rows=self.config.generate_rows,
-            max_new_tokens=self.config.generate_tokens,
-            batch_size=max(self.config.batch_size, 8),
-        ).to_dict()
+        return self.measured(model, tokenizer, tokens)
 
-    def finish(
-        self, model: PreTrainedModel, trainer: AdapterTrainer, record: dict[str, Any]
-    ) -> None:
+    def save(self, model: PreTrainedModel, trainer: AdapterLoop) -> None:
+        """Write the trained adapter."""
+        with saving("the adapter", self.folder.adapter):
+            save_adapter(model, self.folder.adapter, trainer.adapter)
+        model.eval()
+
+    def finish(self, model: PreTrainedModel, trainer: AdapterLoop, record: dict[str, Any]) -> None:
         """Write the report, and run.json with all that is known at the end."""
         record |= {
             "finished": True,
@@ -488,18 +395,6 @@ def planned_record(planned: Plan | None) -> dict[str, Any] | None:
 def trainable(found: Report) -> dict[str, float]:
     """Return how much of the model trains."""
     return {"count": found.trainable, "percent": found.percent, "total": found.total}
-
-
-def held_out(model: PreTrainedModel, rows: list[Encoded], batch_size: int) -> HeldOut | None:
-    """Return what measures the mean loss of held-out rows, or None when there are none."""
-    if not rows:
-        return None
-
-    def measure() -> float:
-        found = losses(model, rows, max(batch_size, 8))
-        return sum(row.nll for row in found) / sum(row.tokens for row in found)
-
-    return measure
 
 
 def step_of(checkpoint: Path) -> int:

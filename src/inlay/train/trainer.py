@@ -1,8 +1,9 @@
-"""TRL's SFTTrainer on a model with adapters of ours: what it saves, resumes and watches."""
+"""TRL's trainers on a model with adapters of ours: what they save, resume and watch."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -31,33 +33,33 @@ from inlay.memory.probe import measuring
 from inlay.model.attach import adapter_places
 from inlay.train import checkpoints
 from inlay.train.arguments import warmup_steps
-from inlay.train.collate import IGNORED, Concatenate
+from inlay.train.collate import IGNORED
 from inlay.train.guard import DivergedError, Guard, check_gradients
 from inlay.train.order import TrainingOrder
 from inlay.train.recorder import Recorder
 from inlay.train.state import load_tree, random_state, restore_random_state, save_tree
 
-HeldOut = Callable[[], float]
-"""Measures the held-out loss, in nats a token."""
+HeldOut = Callable[[], Mapping[str, float]]
+"""Measures the held-out `loss`, and what else the task measures by name."""
 
 
-class AdapterTrainer(SFTTrainer):
-    """Trains one adapter of a model: saves and resumes the adapter, never the model.
+class AdapterLoop(Trainer, ABC):
+    """What every task's trainer does: saves and resumes one adapter of a model, never the model.
 
-    The model is plain, with layers of ours in it, and nothing of HF PEFT. Rows come tokenised and
-    masked from the data room, so that what was shown is what is trained on.
+    It stands before a trainer of TRL's among the bases of a class. The model is plain, with layers
+    of ours in it, and nothing of HF PEFT.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        rows: Sequence[EncodedRow],
-        args: SFTConfig,
+        rows: Dataset,
+        args: TrainingArguments,
         *,
         recorder: Recorder,
         guard: Guard,
-        collate: Concatenate | None = None,
+        collate: Callable[..., Any] | None = None,
         held_out: HeldOut | None = None,
         warmup: float = 0.0,
         keep_checkpoints: int = 2,
@@ -73,7 +75,7 @@ class AdapterTrainer(SFTTrainer):
                 model=model,
                 args=args,
                 data_collator=collate,
-                train_dataset=dataset(rows),
+                train_dataset=rows,
                 processing_class=tokenizer,
                 callbacks=[Moments(self)],
             )
@@ -82,10 +84,9 @@ class AdapterTrainer(SFTTrainer):
         self.args.warmup_steps = warmup_steps(warmup, self.total_steps)
 
     @property
+    @abstractmethod
     def lengths(self) -> list[int]:
         """How many tokens each row has, or each pack of rows."""
-        assert isinstance(self.train_dataset, Dataset)
-        return [len(ids) for ids in self.train_dataset["input_ids"]]
 
     @property
     def stateful(self) -> dict[str, Any]:
@@ -128,20 +129,7 @@ class AdapterTrainer(SFTTrainer):
                 self.save_checkpoint()
             raise
 
-    # One step: the loss of the trained tokens, watched before the optimiser acts on it.
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return the loss of the trained tokens, the sum over their number in the whole batch."""
-        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        count = {"num_items_in_batch": num_items_in_batch} if counted else {}
-        outputs = model(**inputs, **count, use_cache=False)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+    # One step: its loss, watched before the optimiser acts on it.
 
     def peak_of(self, rows: Sequence[int]) -> int | None:
         """Return the most memory that a pass over these rows holds; nothing is trained by it."""
@@ -153,7 +141,9 @@ class AdapterTrainer(SFTTrainer):
         gpus = [device] if device.type == "cuda" else []
         self.adapted.train()
         with torch.random.fork_rng(gpus), measuring(device) as found:
-            self.compute_loss(self.adapted, batch).backward()
+            loss: Any = self.compute_loss(self.adapted, batch)
+            loss.backward()
+            del loss
         self.adapted.zero_grad()
         return found.peak
 
@@ -182,14 +172,19 @@ class AdapterTrainer(SFTTrainer):
         self.step_loss, self.step_tokens = 0.0, 0
         epoch = step / self.steps_in_epoch
         rate, norm = float(logs["learning_rate"]), float(logs["grad_norm"])
-        self.recorder.step(step, epoch, loss, rate, norm, tokens)
+        self.recorder.step(step, epoch, loss, rate, norm, tokens, self.also())
         self.guard.observe(loss, step)
+
+    def also(self) -> dict[str, float]:
+        """Return what the task measures of a step beside its loss."""
+        return {}
 
     def evaluate_held_out(self) -> None:
         """Measure and record the held-out loss, if there are rows to measure it on."""
         if self.held_out is not None:
-            step, loss = self.state.global_step, self.held_out()
-            self.recorder.evaluation(step, step / self.steps_in_epoch, loss)
+            step, found = self.state.global_step, dict(self.held_out())
+            loss = found.pop("loss")
+            self.recorder.evaluation(step, step / self.steps_in_epoch, loss, found)
             if step == 0:
                 self.guard.reference = loss
 
@@ -253,10 +248,43 @@ class AdapterTrainer(SFTTrainer):
             restore_random_state(self.resumed["random"])
 
 
+class AdapterTrainer(AdapterLoop, SFTTrainer):
+    """Trains on rows that come tokenised and masked from the data room, as they were shown."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[EncodedRow],
+        args: SFTConfig,
+        **kept: Any,
+    ) -> None:
+        super().__init__(model, tokenizer, dataset(rows), args, **kept)
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each row has, or each pack of rows."""
+        assert isinstance(self.train_dataset, Dataset)
+        return [len(ids) for ids in self.train_dataset["input_ids"]]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of the trained tokens, the sum over their number in the whole batch."""
+        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        count = {"num_items_in_batch": num_items_in_batch} if counted else {}
+        outputs = model(**inputs, **count, use_cache=False)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
 class Moments(TrainerCallback):
     """Measures the held-out loss before the first step, and after an epoch's last one."""
 
-    def __init__(self, trainer: AdapterTrainer) -> None:
+    def __init__(self, trainer: AdapterLoop) -> None:
         self.trainer = trainer
 
     def on_train_begin(
@@ -351,6 +379,7 @@ def left_as_it_was(model: PreTrainedModel) -> Generator[None]:
     """Undo, after training, what the trainers change on the model beside the adapter."""
     forward, use_cache = vars(model).get("forward"), model.config.use_cache
     training = model.training
+    dropouts = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}
     try:
         yield
     finally:
@@ -359,3 +388,5 @@ def left_as_it_was(model: PreTrainedModel) -> Generator[None]:
             vars(model)["forward"] = forward
         model.config.use_cache = use_cache
         model.train(training)
+        for module, share in dropouts.items():
+            module.p = share

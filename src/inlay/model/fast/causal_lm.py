@@ -18,6 +18,7 @@ from transformers.utils.generic import ModelOutput
 from inlay.kernels.loss import Scores, linear_cross_entropy, rows_at_once
 from inlay.kernels.switches import is_on
 from inlay.model.fast.base import Fast, by_name
+from inlay.model.fast.fused import acts_on, asked_for, mean_logits, reads_past
 from inlay.model.fast.layers import FastLastBlock
 from inlay.storage.registry import frozen, kind
 
@@ -70,11 +71,12 @@ class FastCausalLM(Fast):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; TRL's request for per-token scores is answered without its own head."""
-        if not kwargs.get("fused_lm_head") or not self.takes_chunks():
+        if not kwargs.get("fused_lm_head") or not self.answers_fused():
             return super().__call__(*args, **kwargs)
         kwargs.pop("fused_lm_head")
         before = vars(self).get("forward")
-        vars(self)["forward"] = self.scored
+        wanted = asked_for(before) or frozenset()
+        vars(self)["forward"] = functools.partial(self.scored, wanted)
         try:
             return super().__call__(*args, **kwargs)
         finally:
@@ -88,7 +90,7 @@ class FastCausalLM(Fast):
         if call.get("labels") is None or not self.takes_chunks() or asks_for_more(call):
             return super().forward(**call)
         items = call.pop("num_items_in_batch", None)
-        scores, mask, outputs, hidden = self.scores(call)
+        scores, mask, outputs, hidden, _ = self.scores(call)
         count = mask.sum() if items is None else torch.as_tensor(items, device=mask.device)
         result = LossOutput(
             loss=-scores.log_probs.sum() / count,
@@ -104,27 +106,38 @@ class FastCausalLM(Fast):
             hidden = cast(Any, self).base_model(**call).last_hidden_state
         return head(hidden)
 
-    def scored(self, *args: Any, **kwargs: Any) -> ScoredOutput:
+    def answers_fused(self) -> bool:
+        """Say whether per-token scores are computed here: plain ones, in training.
+
+        In evaluation too where TRL's own head would read past an adapter.
+        """
+        always = reads_past(cast(Any, self).get_output_embeddings())
+        return self.takes_chunks(always) and asked_for(vars(self).get("forward")) is not None
+
+    def scored(self, wanted: frozenset[str], *args: Any, **kwargs: Any) -> ScoredOutput:
         """Return every position's scores for its next token, zero where it is not labelled."""
         call = by_name(type(self).plain, args, kwargs)
         call["use_cache"] = False
         call.pop("num_items_in_batch", None)
-        scores, mask, _, _ = self.scores(call)
+        scores, mask, _, _, rows = self.scores(call)
 
         def spread(values: Tensor) -> Tensor:
             return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
         log_probs, entropy, is_top1 = (spread(s) for s in scores)
         loss = -log_probs.sum() / mask.sum().clamp(min=1)
-        return ScoredOutput(
+        result = ScoredOutput(
             loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
         )
+        if "mean_logits" in wanted:
+            result.mean_logits = spread(mean_logits(cast(Any, self).get_output_embeddings(), rows))
+        return result
 
-    def scores(self, call: dict[str, Any]) -> tuple[Scores, Tensor, Any, Tensor | None]:
+    def scores(self, call: dict[str, Any]) -> tuple[Scores, Tensor, Any, Tensor | None, Tensor]:
         """Run the decoder and score the labelled positions.
 
-        Returns their scores, the mask of these positions, the decoder's outputs, and its hidden
-        states of every position when they were computed.
+        Returns their scores, the mask of these positions, the decoder's outputs, its hidden
+        states of every position when they were computed, and those of the positions scored.
         """
         labels, shifted = call.pop("labels"), call.pop("shift_labels", None)
         call.pop("logits_to_keep", None)
@@ -139,7 +152,7 @@ class FastCausalLM(Fast):
         narrowed = bool(here) and hidden.shape[:2] == (1, positions.numel())
         rows = hidden[0] if narrowed else hidden.flatten(0, 1).index_select(0, positions)
         scores = self.score_rows(rows, wanted[mask])
-        return scores, mask, outputs, None if narrowed else hidden
+        return scores, mask, outputs, None if narrowed else hidden, rows
 
     def narrows(self, decoder: nn.Module) -> bool:
         """Say whether the last block can leave unscored positions out."""
@@ -165,12 +178,12 @@ class FastCausalLM(Fast):
             return Scores(*checkpoint(score_by, head, rows, labels, use_reentrant=False))
         return Scores(*(torch.cat(each) for each in zip(*found, strict=True)))
 
-    def takes_chunks(self) -> bool:
-        """Say whether the loss may be computed in chunks now."""
+    def takes_chunks(self, always: bool = False) -> bool:
+        """Say whether the loss may be computed in chunks now: in training, or `always`."""
         own: Any = self
         return (
             is_on("loss")
-            and self.training
+            and (self.training or always)
             and own.loss_function is ForCausalLMLoss
             and kind(own.get_output_embeddings()) == "linear"
         )
@@ -189,8 +202,8 @@ def score_by(head: nn.Module, rows: Tensor, labels: Tensor) -> Scores:
 
 
 def head_is_adapted(head: nn.Module) -> bool:
-    """Say whether something of the output head trains, so that it must be called as a layer."""
-    return any(p.requires_grad for p in head.parameters())
+    """Say whether something at the output head acts or trains: it must be called as a layer."""
+    return acts_on(head) or any(p.requires_grad for p in head.parameters())
 
 
 def asks_for_more(call: dict[str, Any]) -> bool:

@@ -1,0 +1,200 @@
+"""How often a model prefers the better answer: base against tuned on the same pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from inlay.evaluate.losses import EncodedRow, RowLoss, losses
+from inlay.evaluate.record import ComparisonRecord, MetricComparison
+from inlay.evaluate.run import (
+    LEVEL,
+    Comparison,
+    Evaluation,
+    Rows,
+    Stage,
+    choose_samples,
+    measure,
+    named,
+    record,
+)
+from inlay.evaluate.statistics import bootstrap_interval, paired_test, weighted_mean
+from inlay.model.attach import disabled
+
+__all__ = ["BETA", "LogProbs", "PairLike", "Preferences", "compare_pairs", "log_probs"]
+
+
+BETA = 0.1
+"""How near a model is held to its base where nothing else is said, as in DPO's paper."""
+
+
+class PairLike(Protocol):
+    """A pair as tokens, as the data room encodes it."""
+
+    @property
+    def chosen(self) -> EncodedRow:
+        """The prompt and the preferred answer."""
+        ...
+
+    @property
+    def rejected(self) -> EncodedRow:
+        """The prompt and the other answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """The log-probability of each of two answers, in nats."""
+
+    chosen: float
+    rejected: float
+
+    @property
+    def margin(self) -> float:
+        """How much likelier the preferred answer is; below zero where it is not."""
+        return self.chosen - self.rejected
+
+
+def log_probs(
+    model: nn.Module,
+    pairs: Sequence[PairLike],
+    batch_size: int = 8,
+    *,
+    lines: Sequence[int] | None = None,
+) -> list[LogProbs]:
+    """Return what the model gives both answers of each pair; the errors are those of `losses`."""
+    rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    twice = None if lines is None else [*lines, *lines]
+    found = losses(model, rows, batch_size, lines=twice)
+    return joined(found[: len(pairs)], found[len(pairs) :])
+
+
+def joined(chosen: Sequence[RowLoss], rejected: Sequence[RowLoss]) -> list[LogProbs]:
+    """Return the two sides' losses as log-probabilities, pair by pair."""
+    return [LogProbs(-a.nll, -b.nll) for a, b in zip(chosen, rejected, strict=True)]
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """A model's log-probabilities on pairs, seen from a reference's."""
+
+    model: Sequence[LogProbs]
+    reference: Sequence[LogProbs]
+    beta: float
+
+    @property
+    def margins(self) -> list[float]:
+        """How much more than the reference the model prefers each better answer, in nats."""
+        pairs = zip(self.model, self.reference, strict=True)
+        return [own.margin - reference.margin for own, reference in pairs]
+
+    @property
+    def losses(self) -> list[float]:
+        """DPO's loss of each pair: -log sigmoid(beta * margin)."""
+        return [softplus(-self.beta * margin) for margin in self.margins]
+
+    def means(self) -> dict[str, float]:
+        """Return the loss, and the reward's accuracy and margin as TRL defines them."""
+        count = len(self.model)
+        return {
+            "loss": sum(self.losses) / count,
+            "reward_accuracy": sum(margin > 0 for margin in self.margins) / count,
+            "reward_margin": self.beta * sum(self.margins) / count,
+        }
+
+
+def softplus(x: float) -> float:
+    """Return log(1 + exp(x)) without overflow."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def compare_pairs(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: Rows,
+    pairs: Sequence[PairLike],
+    *,
+    beta: float,
+    generate_rows: int = 32,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    on_progress: Stage | None = None,
+) -> ComparisonRecord:
+    """Measure the model with its active adapters, and without, on the same pairs.
+
+    `accuracy` is the share of pairs whose preferred answer is the likelier one, `margin` by how
+    many nats it is, `loss` DPO's with the base as its reference. Then, as of supervised rows, the
+    loss of the preferred answers, and the text that is generated against them.
+
+    Args:
+        model: a causal language model with an adapter on it.
+        tokenizer: the model's tokenizer.
+        chosen: the held-out rows with the preferred answer as their completion.
+        pairs: the same rows as tokens, one for one.
+        beta: how near the run held the model to the base.
+        generate_rows: how many rows to generate for.
+        max_new_tokens: tokens to generate for a row, at most.
+        batch_size: rows in one forward pass.
+        on_progress: called as the work goes on.
+
+    Raises:
+        DataError: there are no rows, or one has no token to measure.
+        ModelError: a loss is not finite, or the model cannot generate text.
+    """
+    sides = [pair.chosen for pair in pairs]
+    samples = choose_samples(chosen, sides, generate_rows)
+
+    def measured(who: str) -> tuple[Evaluation, list[LogProbs]]:
+        found = measure(
+            model,
+            tokenizer,
+            chosen,
+            sides,
+            samples,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_progress=named(who, on_progress),
+        )
+        others = [pair.rejected for pair in pairs]
+        rejected = losses(model, others, batch_size, lines=chosen.lines)
+        return found, joined(found.losses, rejected)
+
+    tuned, tuned_pairs = measured("tuned")
+    with disabled(model):
+        base, base_pairs = measured("base")
+    prompts = [str(tokenizer.decode(list(s.prompt), skip_special_tokens=True)) for s in samples]
+    found = Comparison(base, tuned, samples, tuple(p.strip() for p in prompts)).to_dict()
+    answers = [renamed(metric) for metric in found["metrics"]]
+    sides_of = [Preferences(own, base_pairs, beta) for own in (base_pairs, tuned_pairs)]
+    return {**found, "metrics": [*preference_records(*sides_of), *answers]}
+
+
+def renamed(metric: MetricComparison) -> MetricComparison:
+    """Return a metric of the preferred answers by a name that is not the task's own loss."""
+    mine = metric["name"] in ("loss", "perplexity")
+    return {**metric, "name": f"chosen_{metric['name']}"} if mine else metric
+
+
+def preference_records(base: Preferences, tuned: Preferences) -> list[MetricComparison]:
+    """Return accuracy, margin and loss of both, each with the paired test of the difference."""
+    accuracy = [[float(pair.margin > 0) for pair in side.model] for side in (base, tuned)]
+    margin = [[pair.margin for pair in side.model] for side in (base, tuned)]
+    return [
+        per_pair("accuracy", "higher", *accuracy),
+        per_pair("margin", "higher", *margin),
+        per_pair("loss", "lower", base.losses, tuned.losses),
+    ]
+
+
+def per_pair(
+    name: str, better: Literal["lower", "higher"], base: Sequence[float], tuned: Sequence[float]
+) -> MetricComparison:
+    """Return the record of one value a pair."""
+    sides = [bootstrap_interval(values, level=LEVEL) for values in (base, tuned)]
+    means = (weighted_mean(base), weighted_mean(tuned))
+    return record(name, better, means, sides, paired_test(base, tuned))

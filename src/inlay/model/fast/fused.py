@@ -1,0 +1,76 @@
+"""What TRL asks a model's fused head for, read from the forward that TRL puts on the model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.methods.base import WeightMethod
+from inlay.model.layer import AdaptedLayer
+from inlay.storage.registry import frozen
+
+ANSWERED = frozenset({"log_probs", "entropy", "is_top1", "mean_logits"})
+"""The per-token scores that are computed here; TRL's own head computes the rest."""
+PLAIN = {
+    "temperature": 1.0,
+    "cast_lm_head_to_fp32": False,
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+}
+"""How the logits must be asked for: as the head gives them."""
+
+
+def asked_for(forward: Callable[..., Any] | None) -> frozenset[str] | None:
+    """Return the scores that TRL's forward is to give, or None when they are not plain ones.
+
+    >>> asked_for(None) == ANSWERED - {"mean_logits"}
+    True
+    """
+    if forward is None:
+        return ANSWERED - {"mean_logits"}
+    options = options_of(forward)
+    if "outputs" not in options or any(options.get(k, v) != v for k, v in PLAIN.items()):
+        return None
+    wanted = frozenset({"log_probs", *options["outputs"]})
+    return wanted if wanted <= ANSWERED else None
+
+
+def options_of(forward: Callable[..., Any]) -> dict[str, Any]:
+    """Return what TRL's forward was made with, also where accelerate wrapped it for autocast."""
+    function: Any = forward
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        if inspect.isfunction(function):
+            options = dict(inspect.getclosurevars(function).nonlocals)
+            if "outputs" in options:
+                return options
+        function = getattr(function, "__wrapped__", None)
+    return {}
+
+
+@torch.no_grad()
+def mean_logits(head: nn.Module, rows: Tensor) -> Tensor:
+    """Return the mean over the vocabulary of the logits of hidden states (n, d), as (n,)."""
+    if acts_on(head):
+        parts = [head(part).float().mean(-1) for part in rows.split(256)]
+        return torch.cat(parts) if parts else rows.new_zeros(0, dtype=torch.float32)
+    matrix = frozen(head)
+    mean = matrix.dequantize().mean(0, dtype=torch.promote_types(matrix.dtype, torch.float32))
+    found = rows.to(mean.dtype) @ mean
+    return found if matrix.bias is None else found + matrix.bias.to(mean.dtype).mean()
+
+
+def acts_on(head: nn.Module) -> bool:
+    """Say whether an adapter acts at the head now, so that its weight alone is not its function."""
+    return isinstance(head, AdaptedLayer) and bool(head.here())
+
+
+def reads_past(head: nn.Module) -> bool:
+    """Say whether to read the head's `weight` would leave an active adapter out."""
+    return isinstance(head, AdaptedLayer) and any(
+        isinstance(method, WeightMethod) for method, _ in head.here()
+    )

@@ -1,0 +1,36 @@
+"""HF PEFT's interface on Inlay's layers: change the import, keep the script.
+
+`from inlay.peft import get_peft_model, PeftModel` stands for the same line from `peft`. The
+configuration objects stay HF PEFT's own.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from inlay.errors import UsageError
+
+if find_spec("peft") is None:
+    raise UsageError(
+        "inlay.peft takes HF PEFT's configuration objects, and peft is not installed; install it "
+        "with pip install 'inlay[peft]', or use inlay.attach, which needs no peft"
+    )
+
+from inlay.peft.model import PeftModel, get_peft_model
+from inlay.peft.states import (
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
+from inlay.peft.tuner import Tuner
+
+__all__ = [
+    "PeftModel",
+    "Tuner",
+    "get_base_model_state_dict",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+]

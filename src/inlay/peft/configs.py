@@ -1,0 +1,193 @@
+"""HF PEFT's configuration objects: which method they mean, and where it goes on a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+)
+from torch import nn
+
+from inlay.checkpoint.options import DEFAULTS, method_in
+from inlay.checkpoint.placement import names_of, placement_in, prompt_dimensions
+from inlay.errors import CheckpointError
+from inlay.methods.base import Method, PromptMethod, replaced
+from inlay.peft.errors import AdapterError, TargetError
+
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""The heads that HF PEFT trains beside the adapter, by task."""
+
+STARTS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "LORA": ("init_lora_weights", (True, False, "gaussian")),
+    "IA3": ("init_ia3_weights", (True, False)),
+    "PREFIX_TUNING": ("init_weights", (None, "zero")),
+    "PROMPT_TUNING": ("prompt_tuning_init", ("RANDOM", "SAMPLE_VOCAB", "TEXT")),
+}
+"""The option that says how a new adapter starts, and its values that Inlay has, by peft_type."""
+
+NEW_ONLY = {"ensure_weight_tying": False, "eva_config": None, "prefix_projection": False}
+"""Options without effect on a trained adapter that change how a new one is made."""
+
+REMEDY = "leave it at its default, or make this adapter with HF PEFT itself"
+
+
+def prepared(config: PeftConfig, model: nn.Module) -> PeftConfig:
+    """Return a copy of a configuration with HF PEFT's own defaults for this model filled in.
+
+    Raises:
+        AdapterError: not a configuration of HF PEFT, or a method or option Inlay does not have.
+        TargetError: no target is given, and HF PEFT has no default for this kind of model.
+    """
+    check_config(config)
+    check_new(config)
+    found: Any = copy.deepcopy(config)
+    found.base_model_name_or_path = vars(model).get("name_or_path") or None
+    heads = HEADS.get(plain(found.task_type) or "", ())
+    if heads and hasattr(found, "modules_to_save"):
+        given: list[str] = list(found.modules_to_save or ())
+        found.modules_to_save = given + [h for h in heads if h not in given]
+    if "target_modules" in DEFAULTS[plain(found.peft_type)]:
+        fill_targets(found, model)
+    else:
+        method = method_of(found)
+        assert isinstance(method, PromptMethod)
+        for key, value in prompt_dimensions(model, method).items():
+            if getattr(found, key) is None:
+                setattr(found, key, value)
+    return found
+
+
+def check_config(config: object) -> None:
+    """Raise unless this is one of HF PEFT's configurations.
+
+    Raises:
+        AdapterError: it is something else.
+    """
+    if not isinstance(config, PeftConfig):
+        raise AdapterError(
+            "an adapter is described by one of HF PEFT's configurations, such as peft.LoraConfig, "
+            f"not by a {type(config).__name__}"
+        )
+
+
+def check_new(config: PeftConfig) -> None:
+    """Raise unless Inlay has every option of a configuration for a new adapter.
+
+    Raises:
+        AdapterError: an option is one that Inlay does not have.
+    """
+    method_of(config)
+    options, where = options_of(config), type(config).__name__
+    start, starts = STARTS.get(options["peft_type"], ("", ()))
+    if start and options[start] not in starts:
+        known = ", ".join(map(repr, starts))
+        raise AdapterError(
+            f"{where} sets {start} to {options[start]!r}, and inlay has {known}; use one of these, "
+            "or make this adapter with HF PEFT itself"
+        )
+    for key, neutral in NEW_ONLY.items():
+        if options.get(key, neutral) != neutral:
+            raise AdapterError(f"{where} sets {key}, which inlay does not have; {REMEDY}")
+    if getattr(getattr(config, "runtime_config", None), "ephemeral_gpu_offload", False):
+        raise AdapterError(
+            f"{where} sets ephemeral_gpu_offload, which inlay does not have; {REMEDY}"
+        )
+
+
+def method_of(config: PeftConfig) -> Method:
+    """Return the method that a configuration means, starting as HF PEFT starts it.
+
+    Raises:
+        AdapterError: a method or an option that Inlay does not have, or a wrong value.
+    """
+    try:
+        method = method_in(options_of(config), type(config).__name__, REMEDY)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from None
+    return replaced(method, start="random") if isinstance(method, PromptMethod) else method
+
+
+def placement_of(config: PeftConfig, method: Method, model: nn.Module) -> dict[str, Any]:
+    """Return `attach`'s arguments for a prepared configuration.
+
+    Raises:
+        TargetError: an option names no module of this model.
+    """
+    try:
+        return placement_in(model, method, options_of(config), type(config).__name__)
+    except CheckpointError as error:
+        raise TargetError(str(error)) from None
+
+
+def fill_targets(config: Any, model: nn.Module) -> None:
+    """Fill in the modules that HF PEFT targets on this kind of model when none are given."""
+    kind = str(BaseTuner.get_model_config(model).get("model_type", "custom"))
+    if config.target_modules is None:
+        tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(plain(config.peft_type))]
+        mapping: Mapping[str, Any] = getattr(
+            tuner, "target_module_mapping", TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+        )
+        config.target_modules = default_for(mapping, kind, "target_modules", config, model)
+    if getattr(config, "feedforward_modules", ()) is None:
+        mapping = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+        config.feedforward_modules = default_for(
+            mapping, kind, "feedforward_modules", config, model
+        )
+
+
+def default_for(
+    mapping: Mapping[str, Any], kind: str, option: str, config: Any, model: nn.Module
+) -> str | set[str]:
+    """Return HF PEFT's default of an option for a kind of model.
+
+    Raises:
+        TargetError: it has none.
+    """
+    if kind not in mapping:
+        some = ", ".join(name for name in names_of(model)[-3:])
+        raise TargetError(
+            f"Please specify `{option}` in `peft_config`: the {type(config).__name__} has none, "
+            f"and HF PEFT has no default for a model of type {kind!r}; this one has modules such "
+            f"as {some}"
+        )
+    return mapping[kind] if isinstance(mapping[kind], str) else set(mapping[kind])
+
+
+def options_of(config: PeftConfig) -> dict[str, Any]:
+    """Return a configuration's options as JSON has them."""
+    return {key: plain(value) for key, value in config.to_dict().items()}
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: sets as sorted lists, words of an enumeration as text."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def recorded_of(config: PeftConfig, model: nn.Module) -> dict[str, Any]:
+    """Return the options to save with an adapter that do not change what it computes."""
+    options = options_of(config)
+    keys = ("task_type", "revision", "base_model_name_or_path")
+    found = {key: options[key] for key in keys if options.get(key) is not None}
+    if options.get("task_type") is None:
+        cls = getattr(type(model), "original", type(model))
+        base = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+        found |= {"task_type": None, "auto_mapping": base}
+    return found

@@ -1,0 +1,48 @@
+"""Inlay's errors as HF PEFT's scripts expect them: each is the `ValueError` raised there, too."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from inlay import errors
+
+
+class AdapterError(errors.AdapterError, ValueError):
+    """An adapter's name, configuration or state does not fit."""
+
+
+class TargetError(errors.TargetError, ValueError):
+    """A target matched nothing, or something that the method cannot adapt."""
+
+
+class MergeError(errors.MergeError, ValueError):
+    """Merging would lose the update, or is not possible."""
+
+
+@contextmanager
+def as_peft_raises() -> Generator[None]:
+    """Let errors of the layers below be the `ValueError` that HF PEFT raises."""
+    try:
+        yield
+    except errors.TargetError as error:
+        raise TargetError(str(error)) from None
+    except errors.CheckpointError:
+        raise
+    except errors.AdapterError as error:
+        raise AdapterError(str(error)) from None
+
+
+def refuse(asked: dict[str, Any]) -> None:
+    """Raise for the first option that asks for what Inlay does not have.
+
+    Raises:
+        AdapterError: one does.
+    """
+    for option, wanted in asked.items():
+        if wanted:
+            raise AdapterError(
+                f"{option} is not something that inlay.peft has; leave it out, or use HF PEFT "
+                "itself for it"
+            )

@@ -1,0 +1,146 @@
+"""Adapters merged into the base for a while: the merged weights in place, the base's own aside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.model.attach import activate, adapted_layers, adapters, required_registry
+from inlay.model.layer import AdaptedLayer, become_adapted
+from inlay.model.merge import held, trained_copy
+from inlay.model.stream import is_streamed
+from inlay.peft.errors import MergeError
+from inlay.storage.registry import frozen
+
+Swap = tuple[nn.Module, str, Any, Any]
+"""An owner, the name of its child or parameter, what is there unmerged and what merged."""
+
+
+class Merged:
+    """The merge of some adapters, which can be put in place and taken out at no cost.
+
+    The base's own tensors are kept aside, not computed back, so that taking it out gives them
+    bit for bit. A quantised layer is dense while it is merged.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        check_mergeable(model, names)
+        self.model, self.names = model, tuple(names)
+        self.kept = self.whole = 0.0
+        self.shared: dict[int, nn.Parameter] = {}
+        self.swaps: list[Swap] = []
+        self.plan()
+
+    @property
+    def surviving_fraction(self) -> float:
+        """The share of the update that rounding leaves; 1 when there was no update."""
+        return self.kept / self.whole if self.whole else 1.0
+
+    @torch.no_grad()
+    def plan(self) -> None:
+        """Compute what every adapted layer holds once merged."""
+        registry = required_registry(self.model)
+        before = {layer: layer.active for layer in adapted_layers(self.model)}
+        activate(self.model, registry, self.names)
+        try:
+            for name, layer in list(self.model.named_modules()):
+                if isinstance(layer, AdaptedLayer) and layer.here():
+                    self.layer(name, layer)
+        finally:
+            for layer, active in before.items():
+                layer.active = active
+
+    def layer(self, name: str, layer: AdaptedLayer) -> None:
+        """Plan one layer: its weight and bias, or the module that holds them dense."""
+        if not layer.weight_methods():
+            self.parameters(layer)
+            return
+        assert layer.base is not None
+        w, bias = layer.adapted_weight()
+        new = held(layer.base, w, bias, "dense")
+        self.account(layer.base.dequantize(), w, frozen(new).dequantize())
+        if layer.base.storage == "dense":
+            for key, value in new._parameters.items():
+                if value is not None:
+                    self.swaps.append((layer, key, layer._parameters[key], value))
+            return
+        parent, _, leaf = name.rpartition(".")
+        twin = become_adapted(new.train(layer.training), frozen(new))
+        twin.adapters, twin.methods = layer.adapters, layer.methods
+        self.swaps.append((self.model.get_submodule(parent), leaf, layer, twin))
+
+    def parameters(self, layer: AdaptedLayer) -> None:
+        """Plan the trained copies of one layer's own parameters; tied ones stay tied."""
+        for key, own in layer._parameters.items():
+            copy = trained_copy(layer, key)
+            if own is None or copy is None:
+                continue
+            if id(copy) not in self.shared:
+                rounded = copy.detach().to(own.dtype, copy=True)
+                self.shared[id(copy)] = nn.Parameter(rounded, requires_grad=False)
+                self.account(own, copy, rounded)
+            self.swaps.append((layer, key, own, self.shared[id(copy)]))
+
+    def account(self, before: Tensor, wanted: Tensor, got: Tensor) -> None:
+        """Add one weight to the surviving fraction."""
+        delta = (wanted.double() - before.double()).flatten()
+        self.kept += float((got.double() - before.double()).flatten() @ delta)
+        self.whole += float(delta @ delta)
+
+    def check_finite(self) -> None:
+        """Raise when a merged weight is not finite.
+
+        Raises:
+            MergeError: the adapters hold NaN or infinite values.
+        """
+        for owner, key, _, new in self.swaps:
+            held_here = [new] if isinstance(new, Tensor) else list(new.parameters(recurse=False))
+            if not all(bool(torch.isfinite(each).all()) for each in held_here):
+                raise MergeError(
+                    f"NaNs detected in the merged weights of {type(owner).__name__}.{key}. The "
+                    f"adapter {', '.join(self.names)} seems to be broken; nothing was merged"
+                )
+
+    def put_in(self) -> None:
+        """Put the merged weights in place."""
+        for owner, key, old, new in self.swaps:
+            place(owner, key, old, new)
+
+    def take_out(self) -> None:
+        """Put the base's own back."""
+        for owner, key, old, new in self.swaps:
+            place(owner, key, new, old)
+
+
+def place(owner: nn.Module, key: str, leaving: Any, coming: Any) -> None:
+    """Swap one child or parameter, which takes over the mode and device that were set meanwhile."""
+    if isinstance(coming, nn.Module):
+        coming.train(leaving.training)
+        owner._modules[key] = coming
+        return
+    if coming.device != leaving.device:
+        coming.data = coming.data.to(leaving.device)
+    owner._parameters[key] = coming
+
+
+def check_mergeable(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise when an adapter's method is no map on weights, or the weights lie elsewhere.
+
+    Raises:
+        MergeError: it adds computation that no weight can hold, or the model is streamed.
+    """
+    if is_streamed(model):
+        raise MergeError(
+            "a streamed model's weights stay where they are, and merging would hold all of them in "
+            "memory; save the adapter, load the model with stream='off' and the adapter on it"
+        )
+    for name in names:
+        method = adapters(model)[name].method
+        if not method.mergeable:
+            raise MergeError(
+                f"adapter {name!r} ({method.name}) adds computation that no weight can hold, so it "
+                "cannot merge; keep it as an adapter"
+            )

@@ -1,0 +1,185 @@
+"""The state of a model's adapters: which act, and which are merged into the base for now."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+from peft import PeftConfig
+from torch import nn
+
+from inlay.model.attach import activate, active, detach, registry_of
+from inlay.model.merge import tied_names, untie
+from inlay.model.quantize import describe_quantization
+from inlay.peft.errors import AdapterError, MergeError
+from inlay.peft.merged import Merged
+
+LEAST = 0.9
+"""The smallest share of an update that may survive a merge for good."""
+
+
+class Merging(nn.Module):
+    """A model whose adapters act, are disabled, or are merged and taken out again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.merged: Merged | None = None
+        self.enabled = True
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters."""
+        return list(active(self.model))
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The name of the active adapter, or a list where there are several or none."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The names of the adapters that are merged now."""
+        return list(self.merged.names) if self.merged else []
+
+    def check_has(self, name: str) -> None:
+        """Raise unless there is an adapter of this name.
+
+        Raises:
+            AdapterError: there is none.
+        """
+        if name not in self.peft_config:
+            raise AdapterError(
+                f"Adapter {name} not found; the model has {', '.join(self.peft_config) or 'none'}"
+            )
+
+    def settle(self) -> None:
+        """Make exactly those adapters act that should: none while disabled or merged."""
+        registry = registry_of(self.model)
+        if registry is not None:
+            acts = self.enabled and not self.merged
+            activate(self.model, registry, registry.active if acts else ())
+
+    @contextmanager
+    def at_rest(self) -> Generator[None]:
+        """Have the base's own weights in place inside the `with` block, merged or not."""
+        out = self.merged is not None and self.enabled
+        if out and self.merged:
+            self.merged.take_out()
+        try:
+            yield
+        finally:
+            if out and self.merged:
+                self.merged.put_in()
+            self.settle()
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Merge adapters into the base for a while; `unmerge_adapter` gives it back bit for bit.
+
+        Args:
+            adapter_names: the adapters to merge beside those that are; default: the active ones.
+            safe_merge: check first that every merged weight is finite.
+
+        Raises:
+            MergeError: an adapter cannot merge, or with `safe_merge` is not finite.
+            AdapterError: there is no such adapter.
+        """
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        for name in names:
+            self.check_has(name)
+        new = [name for name in names if name not in self.merged_adapters]
+        done = [name for name in names if name in self.merged_adapters]
+        if names and not new:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+        elif done:
+            warnings.warn(
+                f"Already following adapters were merged {','.join(done)}. You are now "
+                f"additionally merging {','.join(new)}.",
+                stacklevel=2,
+            )
+        if new:
+            with self.at_rest():
+                planned = Merged(self.model, (*self.merged_adapters, *new))
+                if safe_merge:
+                    planned.check_finite()
+            self.replace_merge(planned)
+
+    def replace_merge(self, planned: Merged | None) -> None:
+        """Take the present merge out, and put another in."""
+        if self.merged and self.enabled:
+            self.merged.take_out()
+        self.merged = planned
+        if planned and self.enabled:
+            planned.put_in()
+        self.settle()
+
+    def unmerge_adapter(self) -> None:
+        """Give the base its own weights back, the very same; the adapters act beside it again."""
+        if self.merged is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.replace_merge(None)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> nn.Module:
+        """Merge adapters for good and return the plain model.
+
+        Raises:
+            MergeError: rounding would lose the update, or as in `merge_adapter`.
+        """
+        del progressbar
+        ties = tied_names(self.model)
+        wanted = self.active_adapters if adapter_names is None else list(adapter_names)
+        new = [name for name in wanted if name not in self.merged_adapters]
+        if new:
+            self.merge_adapter(new, safe_merge)
+        if self.merged is not None:
+            self.check_survival(self.merged)
+        self.merged, self.enabled = None, True
+        self.take_all_off()
+        describe_quantization(self.model)
+        for name in untie(self.model, ties):
+            warnings.warn(
+                f"{name} is no longer tied after merging; tie_word_embeddings is False in the "
+                "model's configuration now",
+                stacklevel=2,
+            )
+        return self.model
+
+    def check_survival(self, merged: Merged) -> None:
+        """Raise when rounding would lose more of the update than accepted; the merge is undone.
+
+        Raises:
+            MergeError: it would.
+        """
+        share = merged.surviving_fraction
+        if share < LEAST:
+            self.replace_merge(None)
+            raise MergeError(
+                f"merging for good would keep only {share:.1%} of the update (at least {LEAST:.0%} "
+                "was expected): the rest is rounded away in the base's dtype. Load the base in "
+                "float32 and merge there, or keep the adapter apart"
+            )
+
+    def unload(self) -> nn.Module:
+        """Take every adapter off unmerged and return the plain model, bit for bit the base."""
+        if self.merged:
+            self.unmerge_adapter()
+        self.enabled = True
+        self.take_all_off()
+        return self.model
+
+    def take_all_off(self) -> None:
+        """Drop every adapter."""
+        if registry_of(self.model) is not None:
+            detach(self.model)
+        self.peft_config.clear()

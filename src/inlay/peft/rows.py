@@ -1,0 +1,123 @@
+"""One batch through several adapters: every row of it through the one named for it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.methods.base import PromptMethod
+from inlay.model.attach import adapters, required_registry
+from inlay.model.layer import AdaptedLayer, own_modules
+from inlay.peft.errors import AdapterError
+from inlay.storage.registry import kind
+
+BASE = "__base__"
+"""The name of no adapter, as HF PEFT spells it."""
+
+
+@contextmanager
+def routed(model: nn.Module, names: Sequence[str], copies: int = 1) -> Generator[None]:
+    """Run each row of a batch through the adapter named for it, inside the `with` block.
+
+    Every adapted layer splits its rows by adapter, so that each row is computed as it is alone.
+
+    Args:
+        model: a model in eval mode.
+        names: one adapter's name a row; `__base__` is none.
+        copies: how many times the model repeats each row, as beam search does.
+
+    Raises:
+        AdapterError: an adapter is not known, or cannot act on some rows only.
+    """
+    check_names(model, names)
+    rows = [name for name in names for _ in range(copies)]
+    layers = [(n, m) for n, m in own_modules(model) if isinstance(m, AdaptedLayer)]
+    used = [(n, m) for n, m in layers if set(names) & set(m.methods)]
+    for name, layer in used:
+        check_rowwise(name, layer)
+    groups = {each: torch.tensor([r == each for r in rows]).nonzero()[:, 0] for each in set(rows)}
+    for name, layer in used:
+        vars(layer)["forward"] = partial(forward, layer, name, groups, len(rows))
+    try:
+        yield
+    finally:
+        for _, layer in used:
+            del vars(layer)["forward"]
+
+
+def forward(
+    layer: AdaptedLayer,
+    name: str,
+    groups: dict[str, Tensor],
+    rows: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """Return a layer's output, each row through its own adapter."""
+    call = [*args, *kwargs.values()]
+    x: Tensor = call[0]
+    if len(call) != 1 or x.shape[0] != rows:
+        raise AdapterError(
+            f"layer {name} reads {x.shape[0]} rows where adapter_names gives {rows}: this model "
+            "does not keep one row a sequence there; run the rows of each adapter by themselves"
+        )
+    active, found = layer.active, dict[str, Tensor]()
+    try:
+        for each, here in groups.items():
+            layer.active = (each,) if each in layer.methods else ()
+            found[each] = type(layer).forward(layer, x[here.to(x.device)])
+    finally:
+        layer.active = active
+    first = next(iter(found.values()))
+    y = first.new_empty(rows, *first.shape[1:])
+    for each, here in groups.items():
+        y[here.to(y.device)] = found[each]
+    return y
+
+
+def check_names(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise unless every name is an adapter that can act on some rows only.
+
+    Raises:
+        AdapterError: it is unknown, or a prompt, or the model is training.
+    """
+    if model.training:
+        raise AdapterError(
+            "Cannot pass `adapter_names` when the model is in training mode; call model.eval()"
+        )
+    known = required_registry(model).adapters
+    wrong = sorted(set(names) - set(known) - {BASE})
+    if wrong:
+        raise AdapterError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(wrong)}; the model has "
+            f"{', '.join(known)}, and {BASE} for none"
+        )
+    prompts = [n for n in names if n != BASE and is_prompt(model, n)]
+    if prompts:
+        raise AdapterError(
+            f"adapter {prompts[0]!r} stands before every row of a batch, so adapter_names cannot "
+            "give it to some; run its rows by themselves"
+        )
+
+
+def is_prompt(model: nn.Module, name: str) -> bool:
+    """Say whether an adapter is virtual tokens."""
+    return isinstance(adapters(model)[name].method, PromptMethod)
+
+
+def check_rowwise(name: str, layer: AdaptedLayer) -> None:
+    """Raise unless a layer computes each row by itself.
+
+    Raises:
+        AdapterError: it is neither a matrix nor a normalisation.
+    """
+    if kind(layer) is None and "norm" not in type(layer).__name__.lower():
+        raise AdapterError(
+            f"adapter_names cannot split the rows of {name}, a {type(layer).__name__}; run the "
+            "rows of each adapter by themselves"
+        )

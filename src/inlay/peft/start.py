@@ -1,0 +1,167 @@
+"""How a new adapter's values start: as HF PEFT draws them, one for one, from the same seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from inlay.methods.base import (
+    Kind,
+    LowRank,
+    Method,
+    Params,
+    PromptMethod,
+    input_embedding,
+    token_rows,
+)
+from inlay.model.attach import adapter_tensors
+from inlay.peft.configs import options_of
+from inlay.peft.errors import AdapterError
+from inlay.storage.registry import frozen
+
+Options = dict[str, Any]
+
+
+@torch.no_grad()
+def start(model: nn.Module, name: str, config: PeftConfig) -> None:
+    """Give a new adapter the values that HF PEFT starts it with, drawn from torch's global seed.
+
+    Values are drawn in HF PEFT's order and rounded to the base's dtype as it rounds them, so that
+    after the same `torch.manual_seed` both libraries start from the same adapter.
+    """
+    options = options_of(config)
+    draw = DRAWS.get(options["peft_type"])
+    if draw is None:
+        return
+    for place, params, method, layer_kind in adapter_tensors(model, name):
+        if method is not None:
+            draw(model, place, params, method, layer_kind, options)
+
+
+def draw_lora(
+    model: nn.Module,
+    place: str,
+    p: Params,
+    method: Method,
+    layer_kind: Kind | None,
+    options: Options,
+) -> None:
+    """Draw A and B of one layer; DoRA's magnitudes are the row norms that they give."""
+    assert isinstance(method, LowRank)
+    how = options["init_lora_weights"]
+    draw = drawn_for_embedding if layer_kind == "embedding" else drawn_for_linear
+    a, b = draw(p.A.shape, p.B.shape, how)
+    base = frozen(model.get_submodule(place))
+    put(p.A, a, base.dtype if base.storage == "dense" else None)
+    put(p.B, b, base.dtype if base.storage == "dense" else None)
+    if "magnitude" in p._parameters and bool(p.B.any()) and bool(p.A.any()):
+        v = base.dequantize().to(p.A.dtype) + method.scale * (p.B @ p.A)
+        p.magnitude.copy_(torch.linalg.vector_norm(v, dim=1))
+
+
+def drawn_for_linear(a: torch.Size, b: torch.Size, how: bool | str) -> tuple[Tensor, Tensor]:
+    """Draw A and B as two new `nn.Linear`, then again as `init_lora_weights` says."""
+    first = [torch.empty(a), torch.empty(b)]
+    for value in first:
+        nn.init.kaiming_uniform_(value, a=math.sqrt(5))
+    if how is False:
+        return first[0], first[1]
+    if how == "gaussian":
+        return nn.init.normal_(first[0], std=1 / a[0]), torch.zeros(b)
+    return nn.init.kaiming_uniform_(first[0], a=math.sqrt(5)), torch.zeros(b)
+
+
+def drawn_for_embedding(a: torch.Size, b: torch.Size, how: bool | str) -> tuple[Tensor, Tensor]:
+    """Draw A and B of an embedding: both normal, then A zero and B drawn again."""
+    first = torch.randn(a), torch.randn(b)
+    if how is False:
+        return first
+    if how == "gaussian":
+        raise AdapterError(
+            "init_lora_weights='gaussian' is for linear layers, and an embedding is targeted; "
+            "leave it at True"
+        )
+    return torch.zeros(a), torch.randn(b)
+
+
+def draw_ia3(
+    model: nn.Module,
+    place: str,
+    p: Params,
+    method: Method,
+    layer_kind: Kind | None,
+    options: Options,
+) -> None:
+    """Draw one layer's vector, which starts at one unless `init_ia3_weights` is False."""
+    del method, layer_kind
+    drawn = torch.randn(p.l.shape)
+    base = frozen(model.get_submodule(place))
+    value = torch.ones(p.l.shape) if options["init_ia3_weights"] else drawn
+    put(p.l, value, base.dtype if base.storage == "dense" else None)
+
+
+def draw_prompt(
+    model: nn.Module,
+    place: str,
+    p: Params,
+    method: Method,
+    layer_kind: Kind | None,
+    options: Options,
+) -> None:
+    """Draw a prompt's embeddings or a prefix's keys and values."""
+    del place, layer_kind
+    assert isinstance(method, PromptMethod)
+    (tensor,) = (getattr(p, name) for name in p.names())
+    drawn = torch.randn(tensor.shape)
+    how = options.get("prompt_tuning_init", options.get("init_weights"))
+    if how == "zero":
+        drawn = torch.zeros(tensor.shape)
+    elif how in ("SAMPLE_VOCAB", "TEXT") and not options["inference_mode"]:
+        embedding = input_embedding(model)
+        sample = sampled_ids if how == "SAMPLE_VOCAB" else text_ids
+        drawn = token_rows(embedding, sample(method.tokens, embedding.num_embeddings, options))
+    put(tensor, drawn, None)
+
+
+def sampled_ids(tokens: int, rows: int, options: Options) -> Tensor:
+    """Draw ids from the vocabulary."""
+    del options
+    return torch.randint(0, rows, (tokens,))
+
+
+def text_ids(tokens: int, rows: int, options: Options) -> Tensor:
+    """Return the ids of `prompt_tuning_init_text`, repeated or cut to as many as there are."""
+    rest = {k: v for k, v in (options["tokenizer_kwargs"] or {}).items() if k != TRUST}
+    tokenizer = AutoTokenizer.from_pretrained(options["tokenizer_name_or_path"], **rest)
+    ids: list[int] = tokenizer(options["prompt_tuning_init_text"])["input_ids"]
+    if not ids or max(ids) >= rows:
+        raise AdapterError(
+            f"prompt_tuning_init_text {options['prompt_tuning_init_text']!r} gives no ids of this "
+            f"model's vocabulary of {rows} with the tokenizer {options['tokenizer_name_or_path']}; "
+            "name the model's own tokenizer and a text"
+        )
+    return torch.tensor([ids[i % len(ids)] for i in range(tokens)])
+
+
+TRUST = "trust_remote_code"
+"""An option of tokenizers that no configuration may turn on."""
+
+
+def put(tensor: Tensor, value: Tensor, rounded_to: torch.dtype | None) -> None:
+    """Copy a start into an adapter's tensor, through the base's dtype as HF PEFT does."""
+    tensor.copy_(value if rounded_to is None else value.to(rounded_to))
+
+
+Draw = Callable[[nn.Module, str, Params, Method, Kind | None, Options], None]
+DRAWS: dict[str, Draw] = {
+    "LORA": draw_lora,
+    "IA3": draw_ia3,
+    "PREFIX_TUNING": draw_prompt,
+    "PROMPT_TUNING": draw_prompt,
+}

@@ -1,0 +1,136 @@
+"""An adapter's tensors as a dictionary, under the keys of HF PEFT's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
+
+from inlay.checkpoint.folder import Entry
+from inlay.checkpoint.placement import described
+from inlay.checkpoint.tensors import DTYPES, Problems, listed, misfit, missing, separate, slots
+from inlay.methods.base import Params
+from inlay.peft.errors import AdapterError
+from inlay.peft.model import PeftModel
+
+SPELLED = {dtype: word for word, dtype in DTYPES.items()}
+
+
+def get_peft_model_state_dict(
+    model: PeftModel,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """Return one adapter's tensors by the keys that its file has.
+
+    Args:
+        model: the model that has the adapter.
+        state_dict: the model's own `state_dict()`, from which to take them; default: as they are.
+        adapter_name: which of its adapters.
+        unwrap_compiled: whether the model was compiled as a whole.
+        save_embedding_layers: must not be True.
+
+    Raises:
+        AdapterError: no such adapter, or an option that Inlay does not have.
+
+    >>> from peft import LoraConfig
+    >>> from torch import nn
+    >>> from inlay.peft import get_peft_model
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    >>> sorted(get_peft_model_state_dict(model))
+    ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight']
+    """
+    if save_embedding_layers is True:
+        raise AdapterError("save_embedding_layers=True is not something that inlay.peft has")
+    inner: Any = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+    inner.base_model.check_has(adapter_name)
+    found = slots(inner.get_base_model(), adapter_name)
+    if state_dict is None:
+        return {slot.key: slot.tensor.detach() for slot in found}
+    names = {id(value): name for name, value in inner.state_dict(keep_vars=True).items()}
+    return {slot.key: state_dict[names[id(slot.tensor)]] for slot in found}
+
+
+@torch.no_grad()
+def set_peft_model_state_dict(
+    model: PeftModel,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """Put values into an adapter; every one must have its place and every place its value.
+
+    Returns:
+        What torch's `load_state_dict` returns, with nothing missing and nothing unexpected.
+
+    Raises:
+        AdapterError: no such adapter, a value that misfits, or an option that Inlay lacks.
+    """
+    del low_cpu_mem_usage  # Inlay makes adapters where they are to lie.
+    if ignore_mismatched_sizes:
+        raise AdapterError("ignore_mismatched_sizes=True is not something that inlay.peft has")
+    model.base_model.check_has(adapter_name)
+    found = slots(model.get_base_model(), adapter_name)
+    values = dict(peft_model_state_dict)
+    expected = {slot.key: slot.tensor for slot in found}
+    entries = {k: Entry(SPELLED.get(v.dtype, str(v.dtype)), tuple(v.shape)) for k, v in
+               values.items()}  # fmt: skip
+    problems = Problems()
+    problems.add("missing", missing(found, entries))
+    problems.add("not used by it", (key for key in values if key not in expected))
+    for key, tensor in expected.items():
+        if key in entries:
+            problems.add("misfits", misfit(key, entries[key], tensor, False))
+    where = f"adapter {adapter_name!r} of this {described(model.get_base_model())}"
+    problems.raise_if_any(f"the state given does not fit {where}")
+    separate(found, values)
+    for slot in found:
+        if slot.key in values:
+            slot.tensor.copy_(values[slot.key])
+    return _IncompatibleKeys([], [])
+
+
+def get_base_model_state_dict(model: PeftModel) -> dict[str, Tensor]:
+    """Return the base model's own state, without adapters and without a merge."""
+    with model.base_model.at_rest():
+        state: dict[str, Tensor] = model.get_base_model().state_dict()
+        ours = adapter_keys(model)
+        return {key: value for key, value in state.items() if key not in ours}
+
+
+def set_base_model_state_dict(
+    model: PeftModel, base_model_state_dict: Mapping[str, Tensor], strict: bool = True
+) -> Any:
+    """Put values into the base model's own tensors.
+
+    Returns:
+        What torch's `load_state_dict` returns, adapters' keys left out.
+
+    Raises:
+        AdapterError: with `strict`, a key is missing or not the base's.
+    """
+    with model.base_model.at_rest():
+        ours = adapter_keys(model)
+        found = model.get_base_model().load_state_dict(base_model_state_dict, strict=False)
+    missed = [key for key in found.missing_keys if key not in ours]
+    unknown = list(found.unexpected_keys)
+    if strict and (missed or unknown):
+        raise AdapterError(
+            f"the state given is not this {described(model.get_base_model())}'s: "
+            f"{listed(missed) or 'nothing'} is missing, {listed(unknown) or 'nothing'} is no key "
+            "of its own"
+        )
+    return _IncompatibleKeys(missed, unknown)
+
+
+def adapter_keys(model: PeftModel) -> set[str]:
+    """Return the keys that adapters' tensors have in the base model's state."""
+    base = model.get_base_model()
+    homes = [(name, home) for name, home in base.named_modules() if isinstance(home, Params)]
+    return {f"{name}.{tensor}" for name, home in homes for tensor in home.state_dict()}

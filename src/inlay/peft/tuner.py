@@ -1,0 +1,223 @@
+"""What stands between a `PeftModel` and the model: the state of its adapters, and the verbs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import nn
+
+from inlay.checkpoint.adapter import unchanged_on_failure
+from inlay.model.attach import (
+    active,
+    adapter_places,
+    adapters,
+    attach,
+    detach,
+    set_trained,
+    use,
+)
+from inlay.peft.configs import method_of, placement_of, prepared
+from inlay.peft.errors import AdapterError, as_peft_raises
+from inlay.peft.merging import Merging
+from inlay.peft.start import start
+from inlay.storage.registry import frozen, kind
+
+LACKING = frozenset({"add_weighted_adapter", "inject_adapter", "subtract_mutated_init"})
+"""What HF PEFT's tuners do besides, and this one does not."""
+
+
+class Tuner(Merging):
+    """The `base_model` of a `PeftModel`; the adapted model itself is `.model`.
+
+    Other attributes are the model's own.
+    """
+
+    prefix = "adapters."
+    """What an adapter's parameter has in its name, and no other parameter."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the tuner's own module, or the model's attribute."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+        if name in LACKING and not hasattr(self.model, name):
+            raise AttributeError(
+                f"inlay.peft has no {name}; use HF PEFT itself for it, on the adapters' folders"
+            )
+        return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        return self.model(*args, **kwargs)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The names of the modules that the adapters are on."""
+        found = (name for each in adapters(self.model).values() for name in each.found.names)
+        return list(dict.fromkeys(found))
+
+    # Adapters come, act and go.
+
+    def add(self, name: str, config: PeftConfig, autocast: bool) -> None:
+        """Attach a new adapter; the first becomes active, later ones wait for `set_adapter`.
+
+        Raises:
+            AdapterError: the name is taken, or the configuration asks for what Inlay lacks.
+            TargetError: a target matched nothing that this method can adapt.
+        """
+        self.check_new(name)
+        ready = prepared(config, self.model)
+        method = method_of(ready)
+        placement = placement_of(ready, method, self.model)
+        whole = unchanged_on_failure(self.model, name)
+        with as_peft_raises(), self.as_trained(), self.at_rest(), whole:
+            attach(self.model, method, name=name, **placement)
+            start(self.model, name, ready)
+        self.peft_config[name] = ready
+        self.settle_dtype(name, autocast)
+        if active(self.model) == (name,):
+            set_trained(self.model, (name,), not ready.inference_mode)
+
+    def check_new(self, name: str) -> None:
+        """Raise when an adapter of this name is here.
+
+        Raises:
+            AdapterError: it is.
+        """
+        if name in self.peft_config:
+            raise AdapterError(
+                f"Adapter with name '{name}' already exists; choose another, or delete it first"
+            )
+
+    def settle_dtype(self, name: str, autocast: bool) -> None:
+        """Keep an adapter in fp32, or without autocast in the dtype of the layers it is on."""
+        for place, params in () if autocast else adapter_places(self.model, name):
+            dtype = dtype_at(self.model.get_submodule(place))
+            for parameter in params.parameters() if dtype else ():
+                parameter.data = parameter.data.to(dtype)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters active, and only them; they train unless `inference_mode`.
+
+        Raises:
+            AdapterError: one is unknown, or two train the same module whole.
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        for name in names:
+            self.check_has(name)
+        self.check_apart(names)
+        if self.merged:
+            warnings.warn(
+                "Adapter cannot be set when the model is merged. Unmerging the model first.",
+                stacklevel=2,
+            )
+            self.unmerge_adapter()
+        use(self.model, *names)
+        set_trained(self.model, names, not inference_mode)
+        self.settle()
+
+    def check_apart(self, names: Sequence[str]) -> None:
+        """Raise when two adapters have their own copies of one parameter: only one could act.
+
+        Raises:
+            AdapterError: they have.
+        """
+        owners: dict[tuple[str, str], str] = {}
+        for name in names:
+            for place, params in adapter_places(self.model, name):
+                own = self.model.get_submodule(place)._parameters
+                for key in set(params._parameters) & set(own):
+                    other = owners.setdefault((place, key), name)
+                    if other != name:
+                        raise AdapterError(
+                            f"adapters {other!r} and {name!r} each train {place}.{key} whole; Only "
+                            "one adapter can be set at a time for it"
+                        )
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Let adapters train, or freeze them."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        for name in names:
+            self.check_has(name)
+        set_trained(self.model, names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off; when it was the only active one, the first left becomes active.
+
+        Raises:
+            AdapterError: there is no such adapter, or it is merged now.
+        """
+        if adapter_name not in self.peft_config:
+            raise AdapterError(f"Adapter {adapter_name} does not exist")
+        if adapter_name in self.merged_adapters:
+            raise AdapterError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge "
+                "them first."
+            )
+        with self.as_trained(), self.at_rest():
+            detach(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        left = list(self.peft_config)
+        if left and not self.active_adapters:
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter "
+                f"to {left[0]}.",
+                stacklevel=2,
+            )
+            self.set_adapter(left[0])
+        self.settle()
+
+    # Off and on.
+
+    def disable_adapter_layers(self) -> None:
+        """Let the base alone act, until `enable_adapter_layers`; a merge is out meanwhile."""
+        if self.enabled and self.merged:
+            self.merged.take_out()
+        self.enabled = False
+        self.settle()
+
+    def enable_adapter_layers(self) -> None:
+        """Let the adapters act again; a merge is back as it was."""
+        if not self.enabled and self.merged:
+            self.merged.put_in()
+        self.enabled = True
+        self.settle()
+
+    @contextmanager
+    def disabled(self) -> Generator[None]:
+        """Let the base alone act inside the `with` block; safe to nest."""
+        before = self.enabled
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            if before:
+                self.enable_adapter_layers()
+
+    @contextmanager
+    def as_trained(self) -> Generator[None]:
+        """Leave which parameters train as it was before the `with` block, new ones frozen."""
+        before = [(p, p.requires_grad) for p in self.model.parameters()]
+        first = not self.peft_config
+        try:
+            yield
+        finally:
+            for parameter, flag in () if first else before:
+                parameter.requires_grad_(flag)
+
+
+def dtype_at(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype a layer computes in; None for a whole model."""
+    if kind(module):
+        return frozen(module).dtype
+    own = (p.dtype for p in module._parameters.values() if p is not None)
+    return next((dtype for dtype in own if dtype.is_floating_point), None)

@@ -1,0 +1,120 @@
+"""A run on preferences: the answer that is preferred rather than the other, by TRL's DPOTrainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.dpo_config import DPOConfig
+
+from inlay.data.preference import Pair, side_of
+from inlay.data.rows import Rows
+from inlay.data.tokens import summarise
+from inlay.errors import DataError
+from inlay.evaluate.preference import Preferences, compare_pairs, log_probs
+from inlay.evaluate.record import ComparisonRecord
+from inlay.memory.devices import Device
+from inlay.model.attach import disabled
+from inlay.model.shapes import length_multiple
+from inlay.train import planning
+from inlay.train.arguments import shared
+from inlay.train.preference_trainer import PreferenceTrainer
+from inlay.train.rows import encode_pair_rows
+from inlay.train.run import Running, Tokens
+from inlay.train.trainer import HeldOut
+
+
+class Stages(Running[Pair]):
+    """A run that trains a model to prefer one answer to another."""
+
+    @property
+    def beta(self) -> float:
+        """How near the model is held to the base."""
+        assert self.config.beta is not None
+        return self.config.beta
+
+    def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
+        """Return rows as tokens."""
+        return encode_pair_rows(rows, tokenizer, self.config.max_length)
+
+    def check_rows(self, rows: Rows, encoded: list[Pair]) -> None:
+        """Raise when no preferred answer ends; tell of rows that were cut or left out."""
+        longest = self.config.max_length
+        chosen = summarise([pair.chosen for pair in encoded], rows)
+        rejected = summarise([pair.rejected for pair in encoded], rows)
+        if chosen.ends_trained == 0:
+            raise DataError(
+                f"{rows.source}: no preferred answer trains the token at which generation stops, "
+                f"so the tuned model would never stop: {len(chosen.truncated)} of {chosen.rows} "
+                f"are cut at max_length {longest}; the longest row has {chosen.lengths.max} tokens"
+            )
+        self.note_lines(chosen.truncated, f"whose preferred answer is cut at max_length {longest}")
+        self.note_lines(rejected.truncated, f"whose rejected answer is cut at max_length {longest}")
+        self.note_lines(chosen.skipped, "left out: a field is empty")
+        self.note_lines(chosen.unended, "whose preferred answer trains no end token")
+        self.note_lines(
+            chosen.unlike_prompt, "with a prompt that is tokenised otherwise on its own"
+        )
+
+    def largest(self, encoded: list[Pair], device: Device) -> planning.Rows:
+        """Return the largest batch, both sides of each pair in it."""
+        multiple = planning.padding_multiple(self.config, device)
+        return planning.pairs_to_plan(self.config, encoded, multiple)
+
+    def trainer(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens: Tokens[Pair],
+        record: dict[str, Any],
+    ) -> PreferenceTrainer:
+        """Return the trainer, nothing trained yet; the reference is measured here."""
+        return PreferenceTrainer(
+            model,
+            tokenizer,
+            tokens.train,
+            self.arguments(model, record["learning_rate"]["value"]),
+            held_out=self.held_out(model, tokens.validation),
+            **self.watched(),
+        )
+
+    def arguments(self, model: PreTrainedModel, learning_rate: float) -> DPOConfig:
+        """Return TRL's arguments; the loss is the sigmoid one of the paper."""
+        return DPOConfig(
+            **shared(DPOConfig, self.config, model, self.folder.checkpoints, learning_rate),
+            beta=self.beta,
+            loss_type=["sigmoid"],
+            disable_dropout=True,
+            precompute_ref_log_probs=True,
+            max_length=None,
+            pad_to_multiple_of=length_multiple(model),
+        )
+
+    def held_out(self, model: PreTrainedModel, pairs: list[Pair]) -> HeldOut | None:
+        """Return what measures the loss on held-out pairs, or None when there are none."""
+        if not pairs:
+            return None
+        size = max(self.config.batch_size, 8)
+        with disabled(model):
+            reference = log_probs(model, pairs, size)
+
+        def measure() -> Mapping[str, float]:
+            return Preferences(log_probs(model, pairs, size), reference, self.beta).means()
+
+        return measure
+
+    def measured(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tokens[Pair]
+    ) -> ComparisonRecord:
+        """Return base against tuned on the test rows."""
+        return compare_pairs(
+            model,
+            tokenizer,
+            side_of(tokens.test_rows, "chosen"),
+            tokens.test,
+            beta=self.beta,
+            generate_rows=self.config.generate_rows,
+            max_new_tokens=self.config.generate_tokens,
+            batch_size=max(self.config.batch_size, 8),
+        )

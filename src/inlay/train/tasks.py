@@ -1,0 +1,99 @@
+"""What a run can train for: its rows, the keys it knows, and where its loop stands.
+
+A new task is an entry here and a file with its loop. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from inlay.errors import did_you_mean
+
+__all__ = ["TASKS", "Task", "task_problems"]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The only value that a key may have under a task, beside `auto`, and why."""
+
+    value: object
+    reason: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to train for."""
+
+    name: str
+    about: str
+    rows: Literal["supervised", "preference"]
+    loop: str
+    """The module of the run's stages, which has a class `Stages`."""
+    own: Mapping[str, object] = field(default_factory=dict[str, object])
+    """The keys that this task has and others may not, with their defaults."""
+    fixed: Mapping[str, Fixed] = field(default_factory=dict[str, Fixed])
+    """The keys that this task does not know."""
+    learning_rate_factor: float = 1.0
+    """How the best learning rate stands to the one for supervised rows."""
+
+    def settled(self, values: Mapping[str, Any]) -> dict[str, object]:
+        """Return the values that the task gives to keys the user left open."""
+        defaults = {key: value for key, value in self.own.items() if values[key] is None}
+        return defaults | {key: fixed.value for key, fixed in self.fixed.items()}
+
+
+COLUMNS = "its rows have the fields prompt, chosen and rejected"
+PADDED = "the two answers to a prompt are padded side by side"
+PREFERENCE: dict[str, Fixed] = {
+    "format": Fixed("auto", COLUMNS),
+    "prompt": Fixed(None, COLUMNS),
+    "completion": Fixed(None, COLUMNS),
+    "text": Fixed(None, COLUMNS),
+    "packing": Fixed(False, PADDED),
+    "cache_trunk": Fixed(False, "every row goes through the whole model"),
+    "eight_bits": Fixed(False, "its gate measures the loss of supervised rows"),
+}
+"""What no task on preferences knows."""
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("sft", "answers as the rows give them", "supervised", "inlay.train.supervised"),
+        Task(
+            "dpo",
+            "the preferred answer rather than the rejected one, by TRL's DPOTrainer",
+            "preference",
+            "inlay.train.dpo",
+            own={"beta": 0.1},
+            fixed=PREFERENCE,
+            learning_rate_factor=0.1,
+        ),
+    )
+}
+
+
+def task_problems(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return a sentence for a task there is not, and for every key that the task does not know."""
+    name: str = values["task"]
+    if name not in TASKS:
+        known = ", ".join(TASKS)
+        return {"task": f"there is no task {name!r}; there are {known}.{did_you_mean(name, TASKS)}"}
+    task = TASKS[name]
+    problems = {
+        key: f"{key!r} belongs to the task {' and '.join(owners(key))}, not to {name!r}"
+        for key in sorted({key for other in TASKS.values() for key in other.own})
+        if key not in task.own and values[key] is not None
+    }
+    for key, fixed in task.fixed.items():
+        if values[key] != fixed.value and values[key] != "auto":
+            problems[key] = (
+                f"{key!r} does not apply to the task {name!r} ({fixed.reason}); take it out"
+            )
+    return problems
+
+
+def owners(key: str) -> list[str]:
+    """Return the tasks that have a key."""
+    return [name for name, task in TASKS.items() if key in task.own]

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_tiny import adapter_hash, losses_of, make_run
+from trl.trainer import dpo_trainer
+
+from inlay.data.preference import encode_pairs
+from inlay.errors import DataError, TrainingError, UsageError
+from inlay.evaluate.preference import log_probs
+from inlay.methods.lora import LoRA
+from inlay.model.attach import adapter_places, attach, disabled
+from inlay.model.load import load
+from inlay.train import checkpoints
+from inlay.train.config import RunConfig, load_config
+from inlay.train.dpo import Stages
+from inlay.train.folder import RunFolder
+from inlay.train.preference_trainer import PreferenceTrainer
+from inlay.train.recipe import learning_rate
+from inlay.train.rows import rows_of_run
+from inlay.train.run import TrainResult, train
+from inlay.train.trainer import left_as_it_was
+
+
+def make_dpo(folder: Path, output: str = "out", **changes: Any) -> RunConfig:
+    return make_run(
+        folder, output, **{"task": "dpo", "beta": 1.0, "learning_rate": 3e-2, **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, TrainResult]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo_trainer, "create_model_from_path", second_model)
+        config = make_dpo(tmp_path_factory.mktemp("dpo"), epochs=6.0)
+        return config, train(config)
+
+
+def second_model(*args: object, **kwargs: object) -> None:
+    raise AssertionError(f"a second model is loaded: {args}, {kwargs}")
+
+
+def test_a_run_leaves_what_a_supervised_one_does(done: tuple[RunConfig, TrainResult]):
+    config, result = done
+    output = Path(config.output)
+    assert {p.name for p in output.iterdir()} == {
+        "adapter", "checkpoints", "metrics.jsonl", "report.html", "run.json",
+    }  # fmt: skip
+    run = json.loads((output / "run.json").read_text())
+    assert run["task"] == run["config"]["task"] == "dpo"
+    assert run["config"]["beta"] == 1.0
+    assert run["config"]["packing"] is False
+    assert run["memory"]["planned_bytes"] > 0
+    assert run["steps"] == 36
+    assert "Pairs preferred more than by the base" in (output / "report.html").read_text()
+    assert result.model is not None
+    assert "forward" not in vars(result.model)
+    assert not result.model.training
+
+
+def test_metrics_are_the_tasks_own(done: tuple[RunConfig, TrainResult]):
+    lines = losses_of(done[0].output)
+    held, steps = ([x for x in lines if name in x] for name in ("eval_loss", "loss"))
+    assert held[0]["eval_loss"] == pytest.approx(math.log(2))
+    assert held[0]["eval_reward_margin"] == 0
+    assert held[-1]["eval_loss"] < 0.5
+    assert held[-1]["eval_reward_accuracy"] == 1
+    assert held[-1]["eval_reward_margin"] > 1
+    assert (steps[0]["loss"], steps[0]["reward_margin"]) == (pytest.approx(math.log(2)), 0)
+    assert steps[-1]["reward_accuracy"] > 0.8
+
+
+def test_base_and_tuned_are_compared_on_held_out_pairs(done: tuple[RunConfig, TrainResult]):
+    metrics = {m["name"]: m for m in done[1].run["comparison"]["metrics"]}
+    assert list(metrics)[:5] == [
+        "accuracy", "margin", "loss", "chosen_loss", "chosen_perplexity",
+    ]  # fmt: skip
+    assert metrics["loss"]["base"]["value"] == pytest.approx(math.log(2))
+    assert metrics["loss"]["tuned"]["value"] < 0.5
+    assert metrics["margin"]["difference"]["value"] > 1
+    assert metrics["accuracy"]["tuned"]["value"] >= metrics["accuracy"]["base"]["value"]
+    assert all(0 <= m["p_value"] <= 1 for m in metrics.values())
+    assert done[1].run["comparison"]["examples"][0]["reference"]
+
+
+def test_the_comparison_is_that_of_the_models_probabilities(done: tuple[RunConfig, TrainResult]):
+    config, result = done
+    assert result.tokenizer is not None
+    rows = rows_of_run(config).test
+    pairs = encode_pairs(rows, result.tokenizer, config.max_length)
+    found = log_probs(result.model, pairs)
+    by_hand = []
+    for pair in pairs:
+        sides = []
+        for side in (pair.chosen, pair.rejected):
+            with torch.no_grad():
+                logits = result.model(torch.tensor([side.input_ids])).logits[0].log_softmax(-1)
+            places = range(pair.start, len(side.input_ids))
+            sides.append(sum(float(logits[i - 1, side.input_ids[i]]) for i in places))
+        by_hand.append(sides[0] - sides[1])
+    assert [pair.margin for pair in found] == pytest.approx(by_hand, abs=1e-3)
+    (margin,) = [m for m in result.run["comparison"]["metrics"] if m["name"] == "margin"]
+    assert margin["tuned"]["value"] == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-3)
+
+
+def test_the_same_run_gives_the_same_adapter(done: tuple[RunConfig, TrainResult]):
+    config = done[0]
+    before, lines = adapter_hash(config.output), losses_of(config.output)
+    again = load_config(None, {**config.model_dump(), "overwrite": True, "evaluate": False})
+    train(again)
+    assert (adapter_hash(config.output), losses_of(config.output)) == (before, lines)
+
+
+def trainer_on(config: RunConfig, model: Any, tokenizer: Any) -> PreferenceTrainer:
+    stages = Stages(config, LoRA(rank=4), RunFolder(Path(config.output)), lambda event: None)
+    rows = rows_of_run(config)
+    encoded = stages.encode(rows.train, tokenizer)
+    return PreferenceTrainer(
+        model, tokenizer, encoded, stages.arguments(model, 1e-3), **stages.watched()
+    )
+
+
+def test_the_reference_is_the_base_even_under_a_trained_adapter(tmp_path: Path):
+    config = make_dpo(tmp_path)
+    model, tokenizer = load(config.model)
+    attach(model, LoRA(rank=4), name="default")
+    for _, params in adapter_places(model, "default"):
+        torch.nn.init.normal_(params.B, std=0.5)
+    trainer = trainer_on(config, model, tokenizer)
+    assert trainer.ref_model is None
+    pairs = encode_pairs(rows_of_run(config).train, tokenizer, config.max_length)
+    active = [pair.chosen for pair in log_probs(model, pairs)]
+    with disabled(model):
+        base = log_probs(model, pairs)
+    found = trainer.train_dataset
+    assert found["ref_chosen_logps"] == pytest.approx([p.chosen for p in base], abs=1e-3)
+    assert found["ref_rejected_logps"] == pytest.approx([p.rejected for p in base], abs=1e-3)
+    assert max(abs(a - p.chosen) for a, p in zip(active, base, strict=True)) > 0.5
+
+
+def test_dropout_of_the_base_is_off_while_it_trains_and_back_afterwards(tmp_path: Path):
+    config = make_dpo(tmp_path)
+    model, tokenizer = load(config.model)
+    attach(model, LoRA(rank=4), name="default")
+    model.model.extra = torch.nn.Dropout(0.3)
+    with left_as_it_was(model):
+        trainer_on(config, model, tokenizer)
+        assert model.model.extra.p == 0
+    assert model.model.extra.p == 0.3
+    assert "forward" not in vars(model)
+
+
+# A run that goes wrong.
+
+
+def broken_at(monkeypatch: pytest.MonkeyPatch, step: int, what: float | BaseException) -> None:
+    """Multiply the loss of a step, or raise in it."""
+    compute = PreferenceTrainer.compute_loss
+
+    def broken(self: PreferenceTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(self, *args, **kwargs)
+        if self.state.global_step + 1 != step:
+            return loss
+        if isinstance(what, BaseException):
+            raise what
+        return loss * what
+
+    monkeypatch.setattr(PreferenceTrainer, "compute_loss", broken)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = make_dpo(tmp_path, resume=True)
+    broken_at(monkeypatch, 7, float("nan"))
+    with pytest.raises(TrainingError, match="the loss became nan at step 7"):
+        train(config)
+    last = checkpoints.latest(tmp_path / "out" / "checkpoints")
+    assert last is not None
+    assert last.name == "checkpoint-6"
+    assert not (tmp_path / "out" / "adapter").exists()
+    monkeypatch.undo()
+    assert train(config).run["finished"]
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = make_dpo(tmp_path, resume=True, log_every=3)
+    broken_at(monkeypatch, 6, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    train(config)
+    train(make_dpo(tmp_path, "whole", log_every=3))
+    assert adapter_hash(config.output) == adapter_hash(tmp_path / "whole")
+    assert losses_of(config.output) == losses_of(tmp_path / "whole")
+
+
+def test_an_adapter_without_gradient_stops_the_run(tmp_path: Path):
+    config = make_dpo(tmp_path, targets=["v_proj"])
+    model, tokenizer = load(config.model)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+    model.save_pretrained(config.model)
+    tokenizer.save_pretrained(config.model)
+    with pytest.raises(TrainingError, match=r"no gradient reaches .*layers\.1\.self_attn\.v_proj"):
+        train(config)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_nothing_is_written_for_bad_data(tmp_path: Path):
+    config = make_dpo(tmp_path, max_length=4)
+    with pytest.raises(DataError, match=r"the prompt fills all 4 tokens"):
+        train(config)
+    assert not Path(config.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"packing": "bfd"}, "'packing' does not apply to the task 'dpo'"),
+        ({"packing": True}, "'packing' does not apply to the task 'dpo'"),
+        ({"eight_bits": True}, "'eight_bits' does not apply to the task 'dpo'"),
+        ({"cache_trunk": True}, "'cache_trunk' does not apply to the task 'dpo'"),
+        ({"prompt": "a", "completion": "b"}, "'completion' does not apply to the task 'dpo'"),
+        ({"text": "a"}, "'text' does not apply to the task 'dpo'"),
+        ({"format": "alpaca"}, "'format' does not apply to the task 'dpo'"),
+        ({"task": "sft", "beta": 0.2}, "'beta' belongs to the task dpo, not to 'sft'"),
+        ({"task": "dop"}, "there is no task 'dop'; there are sft, dpo. Did you mean 'dpo'?"),
+        ({"beta": 0}, "'beta' must be a number above 0 or nothing, not 0"),
+    ],
+)
+def test_a_key_the_task_does_not_know_is_refused_by_name(changes: dict[str, Any], sentence: str):
+    run = {"model": "m", "data": "d", "output": "o", "task": "dpo", **changes}
+    with pytest.raises(UsageError) as caught:
+        load_config(None, run)
+    assert sentence in str(caught.value)
+
+
+def test_the_formula_knows_that_preferences_want_a_lower_rate():
+    run = {"model": "m", "data": "d", "output": "o"}
+    sft, dpo = (
+        learning_rate(load_config(None, {**run, "task": task}), 1024, "llama", 1.0)
+        for task in ("sft", "dpo")
+    )
+    assert dpo.value == pytest.approx(sft.value / 10)
+    assert dpo.reason.endswith("* 0.1 (lora, dpo)")
+
+
+def test_what_the_user_left_open_is_settled_by_the_task_and_stays():
+    run = {"model": "m", "data": "d", "output": "o", "task": "dpo"}
+    config = load_config(None, run)
+    assert (config.beta, config.packing, config.cache_trunk) == (0.1, False, False)
+    assert load_config(None, config.model_dump()) == config
+    assert load_config(None, {**run, "packing": "auto", "beta": 0.5}).beta == 0.5
+
+
+# Storages, methods, options.
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"storage": "nf4", "dtype": "bfloat16"},
+        {"targets": ["lm_head"]},
+        {"activations": "layer-inputs"},
+        {"method": "prefix", "tokens": 4},
+        {"method": "dora"},
+        {"method": "full", "learning_rate": 1e-2},
+        {"storage": "nf4", "stream": "disk"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_run_learns(tmp_path: Path, changes: dict[str, Any]):
+    train(make_dpo(tmp_path, epochs=4.0, evaluate=False, **changes))
+    held = [x["eval_loss"] for x in losses_of(tmp_path / "out") if "eval_loss" in x]
+    if changes.get("method") != "prefix":  # the only one of these that begins off the base
+        assert held[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert held[-1] < held[0] - 0.05
+
+
+def test_a_reference_that_recomputes_is_the_same_reference(tmp_path: Path):
+    kept = train(make_dpo(tmp_path, "kept", activations="keep-all", evaluate=False))
+    again = train(make_dpo(tmp_path, "again", activations="layer-inputs", evaluate=False))
+    assert kept.run["steps"] == again.run["steps"] == 12
+    losses = [[x.get("loss", 0) for x in losses_of(tmp_path / n)] for n in ("kept", "again")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
