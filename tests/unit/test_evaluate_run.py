@@ -157,7 +157,7 @@ def test_logits_of_a_batch_fit_their_room(
         return logits
 
     monkeypatch.setattr("inlay.evaluate.losses.logits_at", recorded)
-    monkeypatch.setattr("inlay.evaluate.losses.LOGIT_BYTES", 20 * 4 * WORDS)
+    monkeypatch.setattr("inlay.kernels.loss.LOGIT_BYTES", 20 * 4 * WORDS)
     found = losses(model, rows, 6)
     assert sum(held) == sum(row.tokens for row in whole)
     assert max(held) <= 20

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from inlay.errors import DataError, ModelError
+from inlay.kernels.loss import most_rows
 from inlay.methods.base import evaluating
 from inlay.model.packing import mixes_rows, positions
 from inlay.model.shapes import length_multiple
-
-LOGIT_BYTES = 160 << 20
-"""Room for logits in fp32: rows that need more go through the model one by one."""
 
 PADDING = 0
 
@@ -80,7 +78,7 @@ def losses(
     found: dict[int, RowLoss] = {}
     packed = mixes_rows(model, [row.input_ids for row in encoded]) is None
     with evaluating(model), torch.no_grad():
-        for batch in batches(encoded, batch_size, positions_at_once(vocabulary(model))):
+        for batch in batches(encoded, batch_size, most_rows(vocabulary(model))):
             rows = [encoded[i] for i in batch]
             found.update(zip(batch, batch_losses(model, rows, packed), strict=True))
             check_finite(found, batch, named)
@@ -115,18 +113,13 @@ def vocabulary(model: nn.Module) -> int:
     return config.get_text_config().vocab_size if config is not None else 1
 
 
-def positions_at_once(classes: int) -> int:
-    """Return how many rows of logits there is room for."""
-    return max(1, LOGIT_BYTES // (4 * classes))
-
-
 def batch_losses(model: nn.Module, rows: Sequence[EncodedRow], packed: bool) -> list[RowLoss]:
     """Return the losses of rows that go through the model together."""
     batch = (joined if packed else padded)(rows, length_multiple(model))
     where = batch.wanted.nonzero(as_tuple=True)
     logits = logits_at(model, batch.call, *where)
     expected = batch.call["input_ids"][where[0], where[1] + 1].to(logits.device)
-    most = positions_at_once(logits.shape[1])
+    most = most_rows(logits.shape[1])
     nll = torch.cat(
         [
             cross_entropy(part.float(), target, reduction="none")

@@ -12,17 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from inlay.evaluate.losses import EncodedRow, RowLoss, losses
 from inlay.evaluate.record import ComparisonRecord, MetricComparison
-from inlay.evaluate.run import (
-    LEVEL,
-    Comparison,
-    Evaluation,
-    Rows,
-    Stage,
-    choose_samples,
-    measure,
-    named,
-    record,
-)
+from inlay.evaluate.run import LEVEL, Rows, Stage, compare, record
 from inlay.evaluate.statistics import bootstrap_interval, paired_test, weighted_mean
 from inlay.model.attach import disabled
 
@@ -146,32 +136,24 @@ def compare_pairs(
         DataError: there are no rows, or one has no token to measure.
         ModelError: a loss is not finite, or the model cannot generate text.
     """
-    sides = [pair.chosen for pair in pairs]
-    samples = choose_samples(chosen, sides, generate_rows)
-
-    def measured(who: str) -> tuple[Evaluation, list[LogProbs]]:
-        found = measure(
-            model,
-            tokenizer,
-            chosen,
-            sides,
-            samples,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            on_progress=named(who, on_progress),
-        )
-        others = [pair.rejected for pair in pairs]
-        rejected = losses(model, others, batch_size, lines=chosen.lines)
-        return found, joined(found.losses, rejected)
-
-    tuned, tuned_pairs = measured("tuned")
+    found = compare(
+        model,
+        tokenizer,
+        chosen,
+        [pair.chosen for pair in pairs],
+        generate_rows=generate_rows,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )
+    others = [pair.rejected for pair in pairs]
+    tuned = joined(found.tuned.losses, losses(model, others, batch_size, lines=chosen.lines))
     with disabled(model):
-        base, base_pairs = measured("base")
-    prompts = [str(tokenizer.decode(list(s.prompt), skip_special_tokens=True)) for s in samples]
-    found = Comparison(base, tuned, samples, tuple(p.strip() for p in prompts)).to_dict()
-    answers = [renamed(metric) for metric in found["metrics"]]
-    sides_of = [Preferences(own, base_pairs, beta) for own in (base_pairs, tuned_pairs)]
-    return {**found, "metrics": [*preference_records(*sides_of), *answers]}
+        base = joined(found.base.losses, losses(model, others, batch_size, lines=chosen.lines))
+    preferences = preference_records(Preferences(base, base, beta), Preferences(tuned, base, beta))
+    answers = found.to_dict()
+    metrics = [*preferences, *(renamed(metric) for metric in answers["metrics"])]
+    return {**answers, "metrics": metrics}
 
 
 def renamed(metric: MetricComparison) -> MetricComparison:

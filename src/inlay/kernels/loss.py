@@ -32,9 +32,14 @@ class Scores(NamedTuple):
     """Whether no token is likelier than the label."""
 
 
+def most_rows(vocabulary: int) -> int:
+    """Return how many rows of logits there is room for, in fp32."""
+    return max(1, LOGIT_BYTES // (4 * vocabulary))
+
+
 def rows_at_once(rows: int, vocabulary: int) -> int:
     """Return how many of these rows are scored at once: equal shares that fit the room."""
-    most = max(1, LOGIT_BYTES // (4 * vocabulary))
+    most = most_rows(vocabulary)
     return max(1, math.ceil(rows / math.ceil(max(rows, 1) / most)))
 
 
