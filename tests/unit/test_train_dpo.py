@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_tiny import adapter_hash, losses_of, make_run
+from train_tiny import adapter_hash, broken_at, losses_of, make_run
 from trl.trainer import dpo_trainer
 
 from inlay.data.preference import encode_pairs
@@ -158,24 +158,9 @@ def test_dropout_of_the_base_is_off_while_it_trains_and_back_afterwards(tmp_path
 # A run that goes wrong.
 
 
-def broken_at(monkeypatch: pytest.MonkeyPatch, step: int, what: float | BaseException) -> None:
-    """Multiply the loss of a step, or raise in it."""
-    compute = PreferenceTrainer.compute_loss
-
-    def broken(self: PreferenceTrainer, *args: Any, **kwargs: Any) -> Any:
-        loss = compute(self, *args, **kwargs)
-        if self.state.global_step + 1 != step:
-            return loss
-        if isinstance(what, BaseException):
-            raise what
-        return loss * what
-
-    monkeypatch.setattr(PreferenceTrainer, "compute_loss", broken)
-
-
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = make_dpo(tmp_path, resume=True)
-    broken_at(monkeypatch, 7, float("nan"))
+    broken_at(monkeypatch, PreferenceTrainer, 7, float("nan"))
     with pytest.raises(TrainingError, match="the loss became nan at step 7"):
         train(config)
     last = checkpoints.latest(tmp_path / "out" / "checkpoints")
@@ -190,7 +175,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = make_dpo(tmp_path, resume=True, log_every=3)
-    broken_at(monkeypatch, 6, KeyboardInterrupt())
+    broken_at(monkeypatch, PreferenceTrainer, 6, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()

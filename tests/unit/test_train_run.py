@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_tiny import adapter_hash, losses_of, make_data, make_model, make_run
+from train_tiny import adapter_hash, broken_at, losses_of, make_data, make_model, make_run
 
 from inlay.errors import DataError, InlayError, TrainingError, UsageError
 from inlay.kernels.switches import plain
@@ -125,7 +125,7 @@ def test_overwriting_gives_the_same_adapter(done: tuple[RunConfig, TrainResult, 
 
 def test_changed_data_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = make_run(tmp_path, resume=True)
-    stop_at(monkeypatch, 5, KeyboardInterrupt())
+    broken_at(monkeypatch, AdapterTrainer, 5, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()
@@ -186,21 +186,6 @@ def test_a_bad_hyperparameter_comes_before_the_model(tmp_path: Path):
 # A run that goes wrong.
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, what: float | BaseException) -> None:
-    """Multiply the loss of a step, or raise in it."""
-    compute = AdapterTrainer.compute_loss
-
-    def broken(self: AdapterTrainer, *args: Any, **kwargs: Any) -> Any:
-        loss = compute(self, *args, **kwargs)
-        if self.state.global_step + 1 != step:
-            return loss
-        if isinstance(what, BaseException):
-            raise what
-        return loss * what
-
-    monkeypatch.setattr(AdapterTrainer, "compute_loss", broken)
-
-
 def finite(folder: Path) -> bool:
     tree = trainer.load_tree(folder / checkpoints.TRAINING_STATE)
     tensors = [t for place in tree["parameters"].values() for t in place.values()]
@@ -209,7 +194,7 @@ def finite(folder: Path) -> bool:
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = make_run(tmp_path, resume=True)
-    stop_at(monkeypatch, 7, float("nan"))
+    broken_at(monkeypatch, AdapterTrainer, 7, float("nan"))
     with pytest.raises(TrainingError, match="the loss became nan at step 7") as caught:
         train(config)
     last = checkpoints.latest(tmp_path / "out" / "checkpoints")
@@ -323,7 +308,7 @@ def test_a_disk_that_is_really_full(small_disk: Path, tmp_path: Path):
 
 def test_a_damaged_checkpoint_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = make_run(tmp_path, resume=True)
-    stop_at(monkeypatch, 6, KeyboardInterrupt())
+    broken_at(monkeypatch, AdapterTrainer, 6, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -109,3 +110,20 @@ def losses_of(output: str | Path) -> list[dict[str, Any]]:
     lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
     timings = ("seconds", "tokens_per_second", "memory_bytes")
     return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines]
+
+
+def broken_at(
+    monkeypatch: pytest.MonkeyPatch, trainer: type[Any], step: int, what: float | BaseException
+) -> None:
+    """Multiply a trainer's loss of a step, or raise in it."""
+    compute = trainer.compute_loss
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(self, *args, **kwargs)
+        if self.state.global_step + 1 != step:
+            return loss
+        if isinstance(what, BaseException):
+            raise what
+        return loss * what
+
+    monkeypatch.setattr(trainer, "compute_loss", broken)

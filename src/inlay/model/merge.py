@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,17 +101,11 @@ def merge(
     )
 
 
-class Plan:
-    """The new layers and parameters of a merge, what they lose, and how to undo them."""
+class Update:
+    """What a merge changes in the weights, and how much of that is left after rounding."""
 
-    def __init__(self, storage: str) -> None:
-        self.storage = storage
-        self.layers = 0
-        self.kept = 0.0
-        self.whole = 0.0
-        self.dtype = torch.float64
-        self.places: list[tuple[nn.Module, str, nn.Module | nn.Parameter]] = []
-        self.before: list[tuple[nn.Module, str, Any]] = []
+    def __init__(self) -> None:
+        self.kept = self.whole = 0.0
         self.shared: dict[int, nn.Parameter] = {}
 
     @property
@@ -119,39 +113,56 @@ class Plan:
         """Return the share of the update left after rounding; 1 when there was no update."""
         return self.kept / self.whole if self.whole else 1.0
 
+    def account(self, before: Tensor, wanted: Tensor, got: Tensor) -> None:
+        """Add one weight to the surviving fraction."""
+        delta = (wanted.double() - before.double()).flatten()
+        self.kept += float((got.double() - before.double()).flatten() @ delta)
+        self.whole += float(delta @ delta)
+
+    def copies(self, layer: AdaptedLayer) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """Every parameter of a layer with a trained copy: name, own, rounded; tied stay tied."""
+        for name, own in layer._parameters.items():
+            copy = trained_copy(layer, name)
+            if own is None or copy is None:
+                continue
+            if id(copy) not in self.shared:
+                rounded = copy.detach().to(own.dtype, copy=True)
+                self.shared[id(copy)] = nn.Parameter(rounded, requires_grad=False)
+                self.account(own, copy, rounded)
+            yield name, own, self.shared[id(copy)]
+
+
+class Plan(Update):
+    """The new layers and parameters of a merge, what they lose, and how to undo them."""
+
+    def __init__(self, storage: str) -> None:
+        super().__init__()
+        self.storage = storage
+        self.layers = 0
+        self.dtype = torch.float64
+        self.places: list[tuple[nn.Module, str, nn.Module | nn.Parameter]] = []
+        self.before: list[tuple[nn.Module, str, Any]] = []
+
     @torch.no_grad()
     def layer(self, model: nn.Module, name: str, layer: AdaptedLayer) -> None:
         """Plan one adapted layer."""
         self.layers += 1
         if not layer.weight_methods():
-            self.parameters(layer)
+            for parameter, own, rounded in self.copies(layer):
+                self.places.append((layer, parameter, rounded))
+                self.note_dtype(own.dtype)
             return
         base = layer.base
         assert base is not None
         w, bias = layer.adapted_weight()
         new = held(base, w, bias, self.storage)
-        self.account(base.dequantize(), w, frozen(new).dequantize(), base.dtype)
+        self.account(base.dequantize(), w, frozen(new).dequantize())
+        self.note_dtype(base.dtype)
         parent, _, leaf = name.rpartition(".")
         self.places.append((model.get_submodule(parent), leaf, new))
 
-    def parameters(self, layer: AdaptedLayer) -> None:
-        """Plan the trained copies of one layer's own parameters; tied ones stay tied."""
-        for name, own in layer._parameters.items():
-            trained: Tensor | None = getattr(layer, name)
-            copy = trained_copy(layer, name)
-            if own is None or trained is None or copy is None:
-                continue
-            if id(copy) not in self.shared:
-                rounded = copy.detach().to(own.dtype, copy=True)
-                self.shared[id(copy)] = nn.Parameter(rounded, requires_grad=False)
-                self.account(own, copy, rounded, own.dtype)
-            self.places.append((layer, name, self.shared[id(copy)]))
-
-    def account(self, before: Tensor, wanted: Tensor, got: Tensor, dtype: torch.dtype) -> None:
-        """Add one weight to the surviving fraction."""
-        delta = (wanted.double() - before.double()).flatten()
-        self.kept += float((got.double() - before.double()).flatten() @ delta)
-        self.whole += float(delta @ delta)
+    def note_dtype(self, dtype: torch.dtype) -> None:
+        """Keep the dtype with the widest tolerance."""
         self.dtype = min(self.dtype, dtype, key=lambda d: -TOLERANCE.get(d, 0))
 
     def apply(self) -> None:

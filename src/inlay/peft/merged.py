@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from inlay.model.attach import activate, adapted_layers, adapters, required_registry
 from inlay.model.layer import AdaptedLayer, become_adapted
-from inlay.model.merge import held, trained_copy
+from inlay.model.merge import Update, held
 from inlay.model.stream import is_streamed
 from inlay.peft.errors import MergeError
 from inlay.storage.registry import frozen
@@ -19,7 +19,7 @@ Swap = tuple[nn.Module, str, Any, Any]
 """An owner, the name of its child or parameter, what is there unmerged and what merged."""
 
 
-class Merged:
+class Merged(Update):
     """The merge of some adapters, which can be put in place and taken out at no cost.
 
     The base's own tensors are kept aside, not computed back, so that taking it out gives them
@@ -27,17 +27,11 @@ class Merged:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
         check_mergeable(model, names)
         self.model, self.names = model, tuple(names)
-        self.kept = self.whole = 0.0
-        self.shared: dict[int, nn.Parameter] = {}
         self.swaps: list[Swap] = []
         self.plan()
-
-    @property
-    def surviving_fraction(self) -> float:
-        """The share of the update that rounding leaves; 1 when there was no update."""
-        return self.kept / self.whole if self.whole else 1.0
 
     @torch.no_grad()
     def plan(self) -> None:
@@ -56,7 +50,8 @@ class Merged:
     def layer(self, name: str, layer: AdaptedLayer) -> None:
         """Plan one layer: its weight and bias, or the module that holds them dense."""
         if not layer.weight_methods():
-            self.parameters(layer)
+            for key, own, rounded in self.copies(layer):
+                self.swaps.append((layer, key, own, rounded))
             return
         assert layer.base is not None
         w, bias = layer.adapted_weight()
@@ -71,24 +66,6 @@ class Merged:
         twin = become_adapted(new.train(layer.training), frozen(new))
         twin.adapters, twin.methods = layer.adapters, layer.methods
         self.swaps.append((self.model.get_submodule(parent), leaf, layer, twin))
-
-    def parameters(self, layer: AdaptedLayer) -> None:
-        """Plan the trained copies of one layer's own parameters; tied ones stay tied."""
-        for key, own in layer._parameters.items():
-            copy = trained_copy(layer, key)
-            if own is None or copy is None:
-                continue
-            if id(copy) not in self.shared:
-                rounded = copy.detach().to(own.dtype, copy=True)
-                self.shared[id(copy)] = nn.Parameter(rounded, requires_grad=False)
-                self.account(own, copy, rounded)
-            self.swaps.append((layer, key, own, self.shared[id(copy)]))
-
-    def account(self, before: Tensor, wanted: Tensor, got: Tensor) -> None:
-        """Add one weight to the surviving fraction."""
-        delta = (wanted.double() - before.double()).flatten()
-        self.kept += float((got.double() - before.double()).flatten() @ delta)
-        self.whole += float(delta @ delta)
 
     def check_finite(self) -> None:
         """Raise when a merged weight is not finite.
