@@ -78,9 +78,9 @@ def product(
     unpacking = () if name == DENSE else UNPACKING
     if target != "cpu":
         return Scratch((*unpacking, rows * columns * dtype.itemsize))
-    tile = tile_rows(rows, columns, dtype, x.device) * columns * dtype.itemsize
     step = tile_rows(rows, columns, dtype, x.device)
-    return Scratch((*cast, *unpacking), max(tile, TILE_BYTES), (count, columns, step))
+    kept = max(step * columns * dtype.itemsize, TILE_BYTES)
+    return Scratch((*cast, *unpacking), kept, (count, columns, step))
 
 
 def in_int8(count: int, rows: int, columns: int, back: bool | None) -> tuple[int, ...]:
