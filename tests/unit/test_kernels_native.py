@@ -207,6 +207,21 @@ def test_int8_product_is_near_the_product(level: str) -> None:
     assert (y - x @ w.T).norm() / (x @ w.T).norm() < 0.02
 
 
+@pytest.mark.parametrize("dtype", BOTH)
+def test_int8_sums_are_rescaled_by_the_library_into_some_columns(
+    level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sums = torch.randint(-(1 << 20), 1 << 20, (33, 700), dtype=torch.int32)
+    rows, columns = drawn(33).abs(), drawn(700, seed=1).abs()
+    wide, wanted = torch.zeros(33, 1000, dtype=dtype), torch.zeros(33, 1000, dtype=dtype)
+    wanted[:, 200:900] = sums * rows[:, None] * columns
+    calls, call = [], native.called
+    monkeypatch.setattr(native, "called", lambda *each: (calls.append(each[0]), call(*each))[1])
+    native.int8_rescale(sums, rows, columns, wide[:, 200:900])
+    assert torch.equal(wide, wanted)
+    assert calls == ["inlay_int8_rescale"]
+
+
 # ---- the loss ----
 
 

@@ -93,11 +93,9 @@ class EightBitMatrix(Matrix):
         if self.device.type != "cpu" or self.columns > self.rows:
             return super().times(x)
         codes, absmax = native.int8_quantize(x)
-        scales = absmax / 127
         y = x.new_empty(x.shape[0], self.rows)
-        for part, q, row_scales in self.int8_tiles():
-            sums = torch.ops.aten._int_mm(codes, q.t())
-            native.int8_rescale(sums, scales, row_scales, y[:, part])
+        for part in self.int8_tiles():
+            self.write_tile(part, codes, absmax / 127, y[:, part])
         return y
 
     def times_t(self, g: Tensor) -> Tensor:
@@ -106,28 +104,38 @@ class EightBitMatrix(Matrix):
             return in_fp8
         if self.device.type != "cpu":
             return super().times_t(g)
-        total, ones = None, g.new_ones(self.columns, dtype=torch.float32)
-        for part, q, row_scales in self.int8_tiles():
-            codes, absmax = native.int8_quantize((g[:, part] * row_scales).contiguous())
-            x = g.new_empty(g.shape[0], self.columns)
-            native.int8_rescale(torch.ops.aten._int_mm(codes, q), absmax / 127, ones, x)
+        total = None
+        for part in self.int8_tiles():
+            x = self.from_tile(part, g[:, part])
             total = x if total is None else total.add_(x)
         assert total is not None
         return total
+
+    def write_tile(self, part: slice, codes: Tensor, scales: Tensor, out: Tensor) -> None:
+        """Write `x @ W.T` for some rows of W; x: codes int8 (n, columns), scales (n,)."""
+        q, row_scales = self.int8_rows(part)
+        native.int8_rescale(torch.ops.aten._int_mm(codes, q.t()), scales, row_scales, out)
+
+    def from_tile(self, part: slice, g: Tensor) -> Tensor:
+        """Return `g @ W` for some rows of W; g: (n, part)."""
+        q, row_scales = self.int8_rows(part)
+        codes, absmax = native.int8_quantize(g * row_scales)
+        x, ones = g.new_empty(g.shape[0], self.columns), torch.ones(self.columns)
+        native.int8_rescale(torch.ops.aten._int_mm(codes, q), absmax / 127, ones, x)
+        return x
 
     def fp8(self, direction: int, x: Tensor, width: int) -> Tensor | None:
         """Return the product in FP8 where the device and the format have it."""
         products = FP8_PRODUCTS.get(self.packing)
         return products[direction](x, self.parts, width) if products else None
 
-    def int8_tiles(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Every row range with those rows in int8 and their scales."""
-        step = tile_rows(self.rows, self.columns, torch.int8, self.device)
-        for part in tiles(self.rows, step):
-            yield part, *self.int8_rows(part.start, part.stop - part.start)
+    def int8_tiles(self) -> Iterator[slice]:
+        """Return the row ranges that are brought into int8 at once."""
+        return tiles(self.rows, tile_rows(self.rows, self.columns, torch.int8, self.device))
 
-    def int8_rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+    def int8_rows(self, part: slice) -> tuple[Tensor, Tensor]:
         """Return rows in int8 and their scales, by the format's own way or from dense rows."""
+        first, count = part.start, part.stop - part.start
         rows = ROWS.get(self.packing)
         found = rows(self.parts, first, count, self.columns) if rows else None
         if found is not None:

@@ -233,13 +233,16 @@ def int8_dequantize(q: Tensor, absmax: Tensor, out: Tensor) -> None:
 
 
 def int8_rescale(sums: Tensor, rows: Tensor, columns: Tensor, out: Tensor) -> None:
-    """Write `sums * rows[:, None] * columns` into `out`; sums: int32 (m, n); scales fp32."""
+    """Write `sums * rows[:, None] * columns` into `out`; sums: int32 (m, n); scales fp32.
+
+    `out` may be some columns of a wider matrix.
+    """
     ready = takes((torch.int32,), sums) and takes((torch.float32,), rows, columns)
     fits = sized(sums.shape, out) and sized(len(sums), rows) and sized(sums.shape[1], columns)
-    if not (ready and takes(OUTPUTS, out) and fits):
+    if not (ready and takes(OUTPUTS, out[:1]) and fits):
         out.copy_(sums * rows[:, None] * columns)
         return
-    called("inlay_int8_rescale", sums, rows, columns, out, out.dtype, *sums.shape)
+    called("inlay_int8_rescale", sums, rows, columns, out, out.dtype, out.stride(0), *sums.shape)
 
 
 # ---- the loss ----

@@ -51,7 +51,7 @@ struct int8_quantize_args {
     const void *x; int dtype; int64_t columns; int8_t *q; float *absmax;
 };
 struct rescale_args {
-    const int32_t *sums; const float *rows, *columns; void *out; int dtype; int64_t width;
+    const int32_t *sums; const float *rows, *columns; void *out; int dtype; int64_t stride, width;
 };
 struct loss_args {
     float *logits; int64_t stride, vocabulary; const int64_t *labels;
@@ -206,8 +206,8 @@ void inlay_int8_quantize(const void *x, int dtype, int64_t rows, int64_t columns
 }
 
 void inlay_int8_rescale(const int32_t *sums, const float *rows, const float *columns, void *out,
-                        int dtype, int64_t height, int64_t width, int threads) {
-    struct rescale_args a = {sums, rows, columns, out, dtype, width};
+                        int dtype, int64_t stride, int64_t height, int64_t width, int threads) {
+    struct rescale_args a = {sums, rows, columns, out, dtype, stride, width};
     spread(chosen->rescale, &a, height, rows_at_once(width), threads);
 }
 

@@ -439,7 +439,7 @@ static void NAME(rescale)(const void *args, int64_t begin, int64_t end) {
             const float *columns = a->columns + c;
 #pragma omp simd
             for (int64_t i = 0; i < n; i++) x[i] = (float)sums[i] * scale * columns[i];
-            NAME(store)(a->out, row * a->width + c, x, n, a->dtype);
+            NAME(store)(a->out, row * a->stride + c, x, n, a->dtype);
         }
     }
 }
