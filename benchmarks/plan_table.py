@@ -23,42 +23,63 @@ from typing import Any
 from machine import write
 
 LAYERS, STEPS = 4, 3
-CASES: list[dict[str, Any]] = [
-    {"method": m, "storage": s, "dtype": d, "length": n, "policy": p}
-    for m, s, d, n, p in (
-        ("lora", "dense", "bfloat16", 128, "keep-all"),
-        ("lora", "dense", "bfloat16", 512, "keep-all"),
-        ("lora", "dense", "bfloat16", 512, "keep-products"),
-        ("lora", "dense", "bfloat16", 512, "recompute-mlp"),
-        ("lora", "dense", "bfloat16", 512, "layer-inputs"),
-        ("lora", "dense", "bfloat16", 2048, "keep-all"),
-        ("lora", "dense", "bfloat16", 2048, "layer-inputs"),
-        ("lora", "dense", "float32", 128, "keep-all"),
-        ("lora", "dense", "float32", 512, "keep-all"),
-        ("lora", "dense", "float32", 1024, "recompute-mlp"),
-        ("lora", "dense", "float32", 2048, "keep-products"),
-        ("lora", "nf4", "bfloat16", 128, "keep-all"),
-        ("lora", "nf4", "bfloat16", 512, "keep-all"),
-        ("lora", "nf4", "bfloat16", 1024, "keep-products"),
-        ("lora", "nf4", "bfloat16", 2048, "recompute-mlp"),
-        ("lora", "nf4", "float32", 512, "layer-inputs"),
-        ("lora", "int8", "bfloat16", 512, "keep-all"),
-        ("lora", "int8", "bfloat16", 2048, "layer-inputs"),
-        ("dora", "dense", "bfloat16", 512, "keep-all"),
-        ("dora", "nf4", "bfloat16", 1024, "recompute-mlp"),
-        ("ia3", "dense", "bfloat16", 512, "keep-all"),
-        ("ia3", "nf4", "bfloat16", 1024, "layer-inputs"),
-        ("bottleneck", "dense", "float32", 512, "keep-all"),
-        ("bottleneck", "nf4", "bfloat16", 1024, "keep-products"),
-        ("full", "dense", "float32", 128, "keep-all"),
-        ("full", "dense", "bfloat16", 512, "layer-inputs"),
-        ("bitfit", "dense", "bfloat16", 1024, "keep-all"),
-        ("prefix", "dense", "bfloat16", 512, "keep-all"),
-    )
-] + [
-    {"method": "lora", "storage": s, "dtype": "bfloat16", "length": n, "policy": p, "eight_bits": 1}
-    for s, n, p in (("dense", 512, "keep-all"), ("nf4", 1024, "keep-products"))
-]
+CASES: list[dict[str, Any]] = (
+    [
+        {"method": m, "storage": s, "dtype": d, "length": n, "policy": p}
+        for m, s, d, n, p in (
+            ("lora", "dense", "bfloat16", 128, "keep-all"),
+            ("lora", "dense", "bfloat16", 512, "keep-all"),
+            ("lora", "dense", "bfloat16", 512, "keep-products"),
+            ("lora", "dense", "bfloat16", 512, "recompute-mlp"),
+            ("lora", "dense", "bfloat16", 512, "layer-inputs"),
+            ("lora", "dense", "bfloat16", 2048, "keep-all"),
+            ("lora", "dense", "bfloat16", 2048, "layer-inputs"),
+            ("lora", "dense", "float32", 128, "keep-all"),
+            ("lora", "dense", "float32", 512, "keep-all"),
+            ("lora", "dense", "float32", 1024, "recompute-mlp"),
+            ("lora", "dense", "float32", 2048, "keep-products"),
+            ("lora", "nf4", "bfloat16", 128, "keep-all"),
+            ("lora", "nf4", "bfloat16", 512, "keep-all"),
+            ("lora", "nf4", "bfloat16", 1024, "keep-products"),
+            ("lora", "nf4", "bfloat16", 2048, "recompute-mlp"),
+            ("lora", "nf4", "float32", 512, "layer-inputs"),
+            ("lora", "int8", "bfloat16", 512, "keep-all"),
+            ("lora", "int8", "bfloat16", 2048, "layer-inputs"),
+            ("dora", "dense", "bfloat16", 512, "keep-all"),
+            ("dora", "nf4", "bfloat16", 1024, "recompute-mlp"),
+            ("ia3", "dense", "bfloat16", 512, "keep-all"),
+            ("ia3", "nf4", "bfloat16", 1024, "layer-inputs"),
+            ("bottleneck", "dense", "float32", 512, "keep-all"),
+            ("bottleneck", "nf4", "bfloat16", 1024, "keep-products"),
+            ("full", "dense", "float32", 128, "keep-all"),
+            ("full", "dense", "bfloat16", 512, "layer-inputs"),
+            ("bitfit", "dense", "bfloat16", 1024, "keep-all"),
+            ("prefix", "dense", "bfloat16", 512, "keep-all"),
+        )
+    ]
+    + [
+        {
+            "method": "lora",
+            "storage": s,
+            "dtype": "bfloat16",
+            "length": n,
+            "policy": p,
+            "eight_bits": 1,
+        }
+        for s, n, p in (("dense", 512, "keep-all"), ("nf4", 1024, "keep-products"))
+    ]
+    + [
+        {
+            "method": "lora",
+            "storage": s,
+            "dtype": "bfloat16",
+            "length": 512,
+            "policy": p,
+            "stream": "disk",
+        }
+        for s, p in (("dense", "layer-inputs"), ("nf4", "keep-all"))
+    ]
+)
 
 
 def shape(dtype: str) -> Any:
@@ -124,6 +145,7 @@ def planned(case: dict[str, Any]) -> dict[str, Any]:
             "activations": case["policy"],
             "gradient_accumulation": 1,
             "eight_bits": "eight_bits" in case,
+            "stream": case.get("stream", "off"),
         },
     )
     device = Device("cpu", "cpu", 1 << 40, 1e10, 3e11, 3e11)
@@ -146,7 +168,7 @@ def measured(case: dict[str, Any], model_folder: str) -> dict[str, Any]:
 
     del supervised
     before = resident()
-    model, _ = load(model_folder, case["storage"], device="cpu")
+    model, _ = load(model_folder, case["storage"], device="cpu", stream=case.get("stream", "off"))
     attach(model, build_method(case["method"], {}))
     if "eight_bits" in case:
         compute_in_8_bits(model)

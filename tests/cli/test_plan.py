@@ -73,6 +73,38 @@ def test_what_was_asked_for_is_not_proposed_away(
     assert "rank" in capsys.readouterr().err
 
 
+def test_streamed_weights_are_planned_as_lying_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deep = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12}
+    LlamaConfig(vocab_size=128, num_attention_heads=4, **deep).save_pretrained(tmp_path)
+    words = ["--model", str(tmp_path / "config.json"), "--max-length", "16", "--batch-size", "1"]
+    words += ["--device", "l4", "--activations", "layer-inputs"]
+
+    def total(*more: str) -> int:
+        return record(capsys, *words, "--rank", "1", *more)["options"][0]["total"]
+
+    resident, streamed = total(), total("--stream", "host")
+    weights = 4 * 12 * (4 * 256**2 + 3 * 256 * 1024)
+    assert resident - streamed > weights * 9 / 12
+    assert total("--stream", "disk") == streamed
+    between = f"{(resident + streamed) // 2 / 0.95:.0f}"
+    proposed = record(capsys, *words, "--storage", "dense", "--memory", between)
+    assert proposed["stream"] == "host"
+    assert any("streamed from host, 1 rows a pass: fits" in why for why in proposed["reasons"])
+    assert record(capsys, *words, "--memory", between, "--rank", "1")["chosen"] is None
+
+
+def test_rows_that_are_not_there_are_as_many_as_the_run_lets_in(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", config, "--max-length", "64", "--device", "l4", "--rank", "2"]
+    assert record(capsys, *words)["run_seconds"] is None
+    one = record(capsys, *words, "--max-rows", "1000")["run_seconds"]
+    ten = record(capsys, *words, "--max-rows", "10000")["run_seconds"]
+    assert ten == pytest.approx(10 * one, rel=0.02)
+
+
 def test_a_wrong_size_is_one_sentence(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", config, "--memory", "much"]) == 2
     assert "'memory' must be a size such as 24GB" in capsys.readouterr().err

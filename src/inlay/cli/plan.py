@@ -129,29 +129,34 @@ def remarks(config: RunConfig, rows: Rows, plan: Plan) -> Iterator[str]:
     if plan.chosen is None:
         yield f"nothing fits: {remedies(config)}"
     if rows.count:
-        yield f"the whole run takes about {show.duration(run_seconds(config, rows, best.seconds))}"
+        long = show.duration(run_seconds(config, rows, best.seconds))
+        yield f"the whole run takes {'at most' if rows.assumed else 'about'} {long}"
     if rows.assumed:
         yield "rows are taken to fill max_length, every token trained on: there were none to read"
     if device.measured:
         yield "times follow from this machine's rates, measured just now"
     else:
         yield "times are estimates from the data sheet's rates, 75% of them; nothing was measured"
-        yield (
-            f"with the frozen weights streamed from the host: {show.size(best.streamed_total)}, "
-            f"{seconds(best.streamed_seconds)} a step"
-        )
+        if config.stream == "off":
+            yield (
+                f"with the frozen weights streamed from the host: "
+                f"{show.size(best.streamed_total)}, {seconds(best.streamed_seconds)} a step"
+            )
     if best.host:
         yield f"host memory: {show.size(best.host)}"
 
 
 def as_record(config: RunConfig, rows: Rows, plan: Plan, why: Sequence[str]) -> dict[str, Any]:
     """Return the plan for a machine."""
+    from inlay.train.planning import run_seconds
+
     batch, length = rows.batch["input_ids"].shape
     return {
         "model": config.model,
         "method": config.method,
         "hyperparameters": config.hyperparameters,
         "storage": config.storage,
+        "stream": config.stream,
         "batch_size": config.batch_size,
         "gradient_accumulation": config.gradient_accumulation,
         "largest_batch": {"rows": batch, "length": length, "assumed": rows.assumed},
@@ -159,6 +164,7 @@ def as_record(config: RunConfig, rows: Rows, plan: Plan, why: Sequence[str]) -> 
         "device": described(plan.device),
         "limit": plan.limit,
         "chosen": plan.chosen.policy if plan.chosen else None,
+        "run_seconds": run_seconds(config, rows, plan.best.seconds) if rows.count else None,
         "options": [asdict(option) for option in plan.options],
         "reasons": list(why),
     }

@@ -31,6 +31,8 @@ from inlay.memory import policy as policies
 from inlay.memory.costs import FLOPS, SCRATCH, Scratch, planning_for
 from inlay.memory.heap import SMALLEST, Event, Heap
 from inlay.memory.policy import Policy
+from inlay.model.stream import BUFFERS
+from inlay.storage.streamed import SEGMENT
 
 CATEGORIES = ("weights", "adapter", "gradients", "optimiser", "activations", "loss", "buffers")
 """What device memory is for; `buffers` is what lives for a moment, recomputed layers among it."""
@@ -75,7 +77,7 @@ class Simulation:
     trained: int
     """Parameters that train."""
     streamed_weights: int
-    """Bytes of the frozen weights that lie on the device when they are streamed: two blocks'."""
+    """Bytes of the frozen weights that lie on the device when they are streamed."""
     work: dict[str, Work]
     """Operation -> what it did."""
 
@@ -317,7 +319,7 @@ class Step:
             passes=passes + ledger.kept,
             host=ledger.host_peak,
             trained=sum(p.numel() for p in self.trained),
-            streamed_weights=2 * largest_block(self.model),
+            streamed_weights=streamed_bytes(self.model),
             work=ledger.work,
             buffer=ledger.kept,
             products=frozenset(ledger.products),
@@ -355,11 +357,14 @@ class Step:
         return torch.empty_like(x)
 
 
-def largest_block(model: nn.Module) -> int:
-    """Return the frozen bytes of the model's largest repeated block, or of its embedding."""
+def streamed_bytes(model: nn.Module) -> int:
+    """Return what lies on the device of a model's frozen weights when they are streamed.
+
+    Two of the largest repeated block, or two shares of a dense output head.
+    """
     blocks = [m for each in model.modules() if isinstance(each, nn.ModuleList) for m in each]
-    parts = [*blocks, *(m for m in model.modules() if isinstance(m, nn.Embedding))]
-    return max((frozen_bytes(part) for part in parts), default=frozen_bytes(model))
+    sizes = [frozen_bytes(block) for block in blocks]
+    return BUFFERS * max(min(SEGMENT, frozen_bytes(model) - sum(sizes)), *sizes, 0)
 
 
 def frozen_bytes(module: nn.Module) -> int:

@@ -54,14 +54,14 @@ class Rows:
     """Whether there were no rows to look at, so that every one is taken to be of full length."""
 
 
-def planned_run(config: RunConfig, rows: Rows, device: Device, *, streamed: bool = False) -> Plan:
+def planned_run(config: RunConfig, rows: Rows, device: Device) -> Plan:
     """Plan a run's step on a device, from the model's configuration alone.
 
     Raises:
         ModelError: the configuration cannot be read, or the step not be followed.
     """
     shape, _ = config_of(config.model, config.revision)
-    return planned_step(shape, config, rows.batch, device, streamed=streamed)
+    return planned_step(shape, config, rows.batch, device)
 
 
 def planned_step(
@@ -69,8 +69,6 @@ def planned_step(
     config: RunConfig,
     batch: Mapping[str, Tensor],
     device: Device,
-    *,
-    streamed: bool = False,
 ) -> Plan:
     """Plan a step of a model that is given as its configuration."""
     task = Task(
@@ -80,10 +78,15 @@ def planned_step(
         optimiser=optimiser_of(config, device),
         accumulation=config.gradient_accumulation,
         dtype=computing_dtype(shape, config.dtype),
-        streamed=streamed,
+        streamed=leaves_weights(config.stream, device),
     )
     loop = TASKS[config.task].loop
     return plan(task, device, runtime=partial(held_beside, loop), policies=policies_of(config))
+
+
+def leaves_weights(stream: str, device: Device) -> bool:
+    """Say whether streaming takes the weights out of the memory that is planned."""
+    return stream == "disk" or (stream == "host" and device.kind == "cuda")
 
 
 def step_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -156,11 +159,16 @@ def pairs_to_plan(config: RunConfig, pairs: Sequence[Pair], multiple: int = 1) -
 
 
 def assumed_rows(config: RunConfig) -> Rows:
-    """Return a batch of rows as long as the run allows, every token trained on."""
+    """Return a batch of rows as long as the run allows, every token trained on.
+
+    There are as many as `max_rows` lets in, or it is not known how many.
+    """
     length, pairs = config.max_length, TASKS[config.task].rows == "preference"
     row = Encoded([0] * length, [True] * length, length)
-    count = config.batch_size * (2 if pairs else 1)
-    return Rows(collated(config, [row] * count, 1), 0, 0, 0, assumed=True)
+    sides = 2 if pairs else 1
+    batch = collated(config, [row] * config.batch_size * sides, 1)
+    count = int((config.max_rows or 0) * (1.0 if config.eval_data else config.split[0]))
+    return Rows(batch, count, count * sides * length, 0, assumed=True)
 
 
 def largest_batch(config: RunConfig, lengths: Sequence[int]) -> list[int]:
@@ -243,7 +251,6 @@ class Proposal:
 
     config: RunConfig
     plan: Plan
-    streamed: bool
     reasons: tuple[str, ...]
 
 
@@ -259,12 +266,13 @@ def proposal(
         TrainingError: nothing fits.
     """
     reasons: list[str] = []
-    for storage, batch, streamed in candidates(config, storages):
+    for storage, batch, stream in candidates(config, storages, device):
         changed = config.model_copy(
             update={
                 "method": "lora",
                 "hyperparameters": {"rank": RANKS[0]},
                 "storage": storage,
+                "stream": stream,
                 "batch_size": batch,
                 "gradient_accumulation": ceil(
                     config.batch_size * config.gradient_accumulation / batch
@@ -272,12 +280,13 @@ def proposal(
             }
         )
         rows = rows_for(changed)
-        found = planned_run(changed, rows, device, streamed=streamed)
-        what = f"{storage}{', streamed' if streamed else ''}, {batch} rows a pass"
+        found = planned_run(changed, rows, device)
+        place = "" if stream == "off" else f", streamed from {stream}"
+        what = f"{storage}{place}, {batch} rows a pass"
         if found.chosen is not None:
             reasons.append(f"{what}: fits")
             ranked, why = with_rank(changed, found, rows)
-            return Proposal(ranked, found, streamed, (*reasons, why))
+            return Proposal(ranked, found, (*reasons, why))
         reasons.append(f"{what}: needs {found.least.total / 1e9:.1f} GB")
     raise TrainingError(
         f"nothing fits {device.name} with {device.memory / 1e9:.1f} GB: {'; '.join(reasons)}; "
@@ -285,12 +294,16 @@ def proposal(
     )
 
 
-def candidates(config: RunConfig, storages: Sequence[str]) -> list[tuple[str, int, bool]]:
-    """Return storage, rows a pass and whether streamed, from the most exact to the smallest."""
+def candidates(
+    config: RunConfig, storages: Sequence[str], device: Device
+) -> list[tuple[str, int, str]]:
+    """Return storage, rows a pass and where from it is streamed, from the most exact on."""
     sizes = sorted({config.batch_size, 1}, reverse=True)
-    resident = [(storage, size, False) for storage in storages for size in sizes]
-    smallest = storages[-1]
-    return [*resident, (smallest, config.batch_size, True), (smallest, 1, True)]
+    if config.stream != "off":
+        return [(storage, size, config.stream) for storage in storages for size in sizes]
+    resident = [(storage, size, "off") for storage in storages for size in sizes]
+    far = "host" if device.kind == "cuda" else "disk"
+    return [*resident, *((storages[-1], size, far) for size in sizes)]
 
 
 def with_rank(config: RunConfig, found: Plan, rows: Rows) -> tuple[RunConfig, str]:
