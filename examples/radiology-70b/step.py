@@ -37,9 +37,7 @@ SPREAD = 0.02
 def main() -> None:
     """Build, step, and print what was held."""
     options = parsed()
-    run = load_config(
-        HERE / "run.yaml", {"batch_size": options.rows, "max_length": options.length}
-    )
+    run = load_config(HERE / "run.yaml", {"batch_size": options.rows, "max_length": options.length})
     shape, _ = config_of(str(HERE / "config.json"))
     shape.num_hidden_layers = options.layers or shape.num_hidden_layers
     machine = this_machine()
