@@ -78,8 +78,10 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def interval(side: dict[str, float]) -> str:
-    """Return a value with its interval."""
+def interval(side: dict[str, float | None]) -> str:
+    """Return a value with its interval, if it has one."""
+    if side["low"] is None:
+        return f"{side['value']:.3f}"
     return f"{side['value']:.3f} ({side['low']:.3f}-{side['high']:.3f})"
 
 
