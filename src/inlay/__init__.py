@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from inlay.methods.prompt import PromptTuning
     from inlay.model.attach import attach, detach, disabled, use
     from inlay.model.eight_bits import compute_in_8_bits
+    from inlay.model.heads import Head
     from inlay.model.load import load
     from inlay.model.merge import merge
     from inlay.model.quantize import quantize
@@ -55,6 +56,7 @@ __all__ = [
     "DataError",
     "DoRA",
     "Full",
+    "Head",
     "InlayError",
     "LoRA",
     "MergeError",
@@ -82,6 +84,7 @@ __all__ = [
 ]
 
 VERBS = {
+    "Head": "inlay.model.heads",
     "attach": "inlay.model.attach",
     "compute_in_8_bits": "inlay.model.eight_bits",
     "detach": "inlay.model.attach",

@@ -12,7 +12,7 @@ from inlay.methods.catalog import catalog
 
 VERBS = {
     "attach", "detach", "disabled", "load", "load_adapter", "merge", "quantize", "report",
-    "save_adapter", "use", "compute_in_8_bits", "plain", "stream",
+    "save_adapter", "use", "compute_in_8_bits", "plain", "stream", "Head",
 }  # fmt: skip
 ERRORS = {
     "AdapterError", "CheckpointError", "DataError", "InlayError", "MergeError", "ModelError",

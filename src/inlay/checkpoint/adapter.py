@@ -50,6 +50,7 @@ from inlay.checkpoint.tensors import PREFIX, fill, slots, write_tensors
 from inlay.errors import CheckpointError, TargetError
 from inlay.methods.base import HiddenMethod, Kind, Method, PromptMethod, SelectMethod, WeightMethod
 from inlay.model.attach import Attached, adapter_places, adapters, attach, detach, shape_and_place
+from inlay.model.heads import head_of
 from inlay.model.targets import find_targets
 from inlay.storage.registry import frozen, kind
 
@@ -325,9 +326,16 @@ def extras_of(
         "hyperparameters": hyperparameters(attached.method),
         "placement": dataclasses.asdict(placement_of(model, attached)),
         "modules": list(attached.found.names),
+        **head_record(model),
         "base": describe_base(model, base, trained_names(model, attached.name)),
         "files": {TENSORS: sha256_of(folder / TENSORS)},
     }
+
+
+def head_record(model: nn.Module) -> dict[str, Any]:
+    """Return what inlay.json says of a head in place of the language model's; nothing if none."""
+    head = head_of(model)
+    return {} if head is None else {"head": head.described()}
 
 
 def hyperparameters(method: Method) -> dict[str, Any]:

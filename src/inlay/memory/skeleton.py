@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.initialization import no_init_weights
 
 from inlay.errors import ModelError, did_you_mean
+from inlay.model.heads import Head, configured
 from inlay.model.load import (
     EMBEDDED,
     checked_dtype,
@@ -54,13 +56,18 @@ def config_in_file(file: Path) -> PreTrainedConfig:
 
 
 def skeleton(
-    config: PreTrainedConfig, storage: str = "dense", *, double_quant: bool, dtype: str
+    config: PreTrainedConfig,
+    storage: str = "dense",
+    *,
+    double_quant: bool,
+    dtype: str,
+    head: Head | None = None,
 ) -> PreTrainedModel:
     """Build a model without values whose layers are held as `inlay.load` would hold them."""
     held = packed_storage(getattr(config, "quantization_config", None), "the model") or storage
     vars(config).pop("quantization_config", None)
     with no_init_weights():
-        model = empty_model(config, computing_dtype(config, dtype))
+        model = empty_model(config, computing_dtype(config, dtype), head)
         model.tie_weights()
     if held != "dense":
         for name in quantizable(model):
@@ -69,9 +76,16 @@ def skeleton(
     return model
 
 
-def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Build the model's own class, with its weights in `dtype`."""
-    made_as = model_class(config)
+def empty_model(
+    config: PreTrainedConfig, dtype: torch.dtype, head: Head | None = None
+) -> PreTrainedModel:
+    """Build the model's own class, or the head's, with its weights in `dtype`."""
+    made_as = model_class(config, head)
+    if head is not None:
+        config = copy(config)
+        configured(config, head)
+        text: Any = config.get_text_config()
+        text.pad_token_id = text.pad_token_id or 0
     if made_as is AutoModelForCausalLM:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
     return made_as._from_config(config, dtype=dtype)

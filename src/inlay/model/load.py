@@ -30,6 +30,14 @@ from transformers.utils import logging as transformers_logging
 
 from inlay.errors import ModelError, did_you_mean
 from inlay.model import stream_files
+from inlay.model.heads import (
+    Head,
+    check_head_complete,
+    class_with,
+    configured,
+    initialise,
+    pad_token,
+)
 from inlay.model.quantize import describe_quantization
 from inlay.model.reading import (
     ReadingConfig,
@@ -61,6 +69,7 @@ def load(
     stream: Stream = "off",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    head: Head | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a frozen model and its tokenizer.
 
@@ -75,6 +84,8 @@ def load(
             brought in just ahead of use. What is to be packed is packed once, into a cache.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that comes with the model; off unless you say so.
+        head: what the model is to give in place of its checkpoint's own output; what the
+            checkpoint does not hold of it is new, from the head's seed.
 
     Returns:
         The model, frozen and in evaluation mode, and its tokenizer.
@@ -88,17 +99,19 @@ def load(
     if stream not in get_args(Stream):
         raise ModelError(f"stream must be one of {', '.join(get_args(Stream))}, not {stream!r}")
     folder = located(model, revision)
-    with quiet_transformers():
+    with quiet_transformers(), torch.random.fork_rng(enabled=head is not None):
         config = read_config(folder, trust_remote_code)
         reading = reading_config(config, model, storage, double_quant)
         dtype = checked_dtype(dtype)
         where = checked_device(device)
         if stream == "disk":
-            loaded = read_streamed(folder, config, reading, dtype, where)
+            loaded = read_streamed(folder, config, reading, dtype, where, head)
         else:
             at = torch.device("cpu") if stream == "host" else where
-            loaded = read_model(folder, config, reading, dtype, at, trust_remote_code)
+            loaded = read_model(folder, config, reading, dtype, at, trust_remote_code, head)
         tokenizer = read_tokenizer(folder, trust_remote_code)
+    if head is not None:
+        pad_token(loaded, tokenizer)
     loaded.config._name_or_path = str(folder) if Path(model).is_dir() else model
     describe_quantization(loaded)
     if stream == "host":
@@ -286,9 +299,11 @@ def read_model(
     dtype: str | torch.dtype,
     where: torch.device,
     trust_remote_code: bool,
+    head: Head | None = None,
 ) -> PreTrainedModel:
-    """Read the weights; raise unless every one of them was found and used."""
-    read_as = model_class(config)
+    """Read the weights; raise unless every one of them was found and used, heads apart."""
+    read_as = model_class(config, head)
+    kept = head is None or configured(config, head)
     packed = reading is not None or "quantization_config" in vars(config)
     piecemeal = packed and reads_piecemeal(read_as)
     with failures_as_sentences(folder, "weights"):
@@ -299,15 +314,16 @@ def read_model(
             config=config,
             state_dict=unread,
             quantization_config=reading,
-            dtype=dtype,
+            dtype=stored_dtype(folder, config) if piecemeal and dtype == "auto" else dtype,
             device_map={"": where},
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=not kept,
         )
         if piecemeal and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    check_complete(folder, report)
+    settle(model, folder, report, head, kept)
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, ReadingQuantizer):
         quantizer.release(model)
@@ -320,9 +336,11 @@ def read_streamed(
     reading: ReadingConfig | None,
     dtype: str | torch.dtype,
     device: torch.device,
+    head: Head | None = None,
 ) -> PreTrainedModel:
     """Read what is small; leave the large weights in the files, or in those of a packed copy."""
-    read_as = model_class(config)
+    read_as = model_class(config, head)
+    kept = head is None or configured(config, head)
     if not reads_piecemeal(read_as):
         raise ModelError(
             f"{folder} is a model of its own code, which cannot be streamed; load it with "
@@ -354,12 +372,27 @@ def read_streamed(
             dtype=compute,
             device_map={"": "cpu"},
             output_loading_info=True,
+            ignore_mismatched_sizes=not kept,
         )
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    check_complete(folder, report)
+    settle(model, folder, report, head, kept)
     connect(model, weights, device, BUFFERS)
     return model.to(device)
+
+
+def settle(
+    model: PreTrainedModel,
+    folder: Path,
+    report: Mapping[str, Any],
+    head: Head | None,
+    kept: bool,
+) -> None:
+    """Raise unless the weights are all there; give a head that the checkpoint lacks its values."""
+    if head is None:
+        check_complete(folder, report)
+    else:
+        initialise(model, check_head_complete(model, folder, report), kept, head.seed)
 
 
 def check_cached(folder: Path) -> None:
@@ -382,8 +415,10 @@ def stored_dtype(folder: Path, config: PreTrainedConfig) -> torch.dtype:
     return next((t.dtype for t in tensors if t.dtype.is_floating_point), torch.float32)
 
 
-def model_class(config: PreTrainedConfig) -> Any:
-    """Return the class that the checkpoint was saved from, else the causal language model's."""
+def model_class(config: PreTrainedConfig, head: Head | None = None) -> Any:
+    """Return the head's class, else the checkpoint's own, else the causal language model's."""
+    if head is not None:
+        return class_with(config, head)
     saved_from = (config.architectures or [""])[0]
     known = getattr(transformers, saved_from, None)
     if isinstance(known, type) and issubclass(known, PreTrainedModel):

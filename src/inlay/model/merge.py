@@ -258,16 +258,17 @@ def logits_of(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list
 
 def outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Return one batch's logits as (positions, classes)."""
-    result = model(**batch)
-    logits: Tensor = result if isinstance(result, Tensor) else first_tensor(result)
+    logits = first_tensor(model(**batch))
     mask = batch.get("attention_mask")
-    if mask is not None and logits.shape[:2] == mask.shape:
+    if mask is not None and logits.dim() == 3 and logits.shape[:2] == mask.shape:
         logits = logits[mask.bool()]
     return logits.double().flatten(end_dim=-2)
 
 
 def first_tensor(result: Any) -> Tensor:
     """Return a model output's logits, or its hidden states when it has none."""
+    if isinstance(result, Tensor):
+        return result
     return result.logits if "logits" in result else result[0]
 
 

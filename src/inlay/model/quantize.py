@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from inlay.errors import ModelError, StorageError, did_you_mean
+from inlay.model.heads import head_modules
 from inlay.storage.dense import DenseView
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.registry import frozen, kind, layer_class, storage_class
@@ -103,7 +104,11 @@ def quantizable(model: nn.Module, skip: Sequence[str] | None = None) -> list[str
 
 def kept_by_default(model: nn.Module) -> set[str]:
     """Return the layers that transformers leaves dense: output head, task head, tied weights."""
-    return set(get_keys_to_not_convert(model)) if isinstance(model, PreTrainedModel) else set()
+    if not isinstance(model, PreTrainedModel):
+        return set()
+    heads = head_modules(model)
+    in_head = {n for n, _ in model.named_modules() if n.split(".")[0] in heads}
+    return set(get_keys_to_not_convert(model)) | in_head
 
 
 def matching(names: Sequence[str], entries: Sequence[str]) -> Iterator[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import ModelError, StorageError
+from inlay.model.heads import to_train
 from inlay.model.quantize import check_not_adapted
 from inlay.storage.buffers import Buffers, Statistics
 from inlay.storage.quantized import QuantizedLinear
@@ -50,7 +51,10 @@ def stream(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_not_adapted(model)
     weights: dict[str, Weight] = {}
+    heads = to_train(model)
     for name, module in model.named_modules():
+        if any(name == head or name.startswith(f"{head}.") for head in heads):
+            continue
         if isinstance(module, QuantizedLinear) and not isinstance(module, StreamedLinear):
             weights[name] = Weight(module.storage, module.shape, on_host(module.parts()))
         elif type(module) in (nn.Linear, nn.Embedding):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from inlay.errors import ModelError, StorageError
+from inlay.model.heads import head_modules
 from inlay.model.quantize import bitsandbytes_config, dense_view, is_dense_linear, quantizable
 from inlay.model.reading import unread_tensors
 from inlay.model.stream import Weight, block_name, file_weights
@@ -62,8 +63,13 @@ def keys_of(model: nn.Module, tensors: Mapping[str, object]) -> Callable[[str], 
 
 
 def streamable(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers of a skeleton whose weights can stay in files, by name."""
-    return {n: m for n, m in model.named_modules() if type(m) is nn.Embedding or is_dense_linear(m)}
+    """Return the layers of a skeleton whose weights can stay in files, by name; no task's head."""
+    heads = head_modules(model)
+    return {
+        n: m
+        for n, m in model.named_modules()
+        if (type(m) is nn.Embedding or is_dense_linear(m)) and n.split(".")[0] not in heads
+    }
 
 
 def opened_files(files: Sequence[Path]) -> dict[str, FileTensor]:
