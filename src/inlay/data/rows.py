@@ -1,6 +1,7 @@
 """Validate rows and bring them to one of three shapes: text, prompt and completion, messages.
 
-Rows of preferences are checked in `preference`, which brings them to a fourth.
+Rows of preferences are checked in `preference`, those with labels in `labels`, and pairs of texts
+in `similar`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from inlay.errors import DataError, did_you_mean
 
 __all__ = ["Format", "Kind", "Rows", "normalise"]
 
-Kind = Literal["text", "prompt_completion", "messages", "preference"]
+Kind = Literal[
+    "text", "prompt_completion", "messages", "preference",
+    "class", "classes", "number", "tags", "pairs", "triplets", "scored_pairs",
+]  # fmt: skip
 Format = Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"]
 Shape = Callable[[RawRow], dict[str, Any]]
 
@@ -54,7 +58,8 @@ class Rows:
     kind: Kind
     rows: list[dict[str, Any]]
     """`{"text"}`, `{"prompt", "completion"}`, `{"messages": [{"role", "content"}]}`, or
-    `{"prompt", "chosen", "rejected"}`, where the prompt may be messages and the others one each.
+    `{"prompt", "chosen", "rejected"}`, where the prompt may be messages and the others one each;
+    of labels `{"text", "label"}` or `{"tokens", "tags"}`, of similar texts `{"anchor", ...}`.
     """
     lines: list[int]
     source: str

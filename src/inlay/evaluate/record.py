@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class Trainable(TypedDict):
@@ -17,6 +17,7 @@ class Run(TypedDict, total=False):
     """run.json: what was trained, on what, and what it took. Sizes in bytes, `seconds` of time."""
 
     model: str
+    task: str
     method: str
     data: str
     seed: int
@@ -74,8 +75,25 @@ class ExampleRecord(TypedDict):
     tuned: str
 
 
+class BaselineRecord(TypedDict):
+    """What knows the labels' shares alone, in the base's place."""
+
+    about: str
+    metrics: list[MetricComparison]
+
+
+class ClassRecord(TypedDict):
+    """How the tuned model does on one class; None where nothing was there, or predicted."""
+
+    label: str
+    rows: int
+    precision: float | None
+    recall: float | None
+    f1: float | None
+
+
 class ComparisonRecord(TypedDict):
-    """Base against tuned, as `Comparison.to_dict` gives it."""
+    """Base against tuned, as `Comparison.to_dict` gives it; more of it where there are labels."""
 
     rows: int
     tokens: int
@@ -83,6 +101,12 @@ class ComparisonRecord(TypedDict):
     level: float
     metrics: list[MetricComparison]
     examples: list[ExampleRecord]
+    note: NotRequired[str]
+    """What is to be known of the base."""
+    baseline: NotRequired[BaselineRecord]
+    classes: NotRequired[list[ClassRecord]]
+    confusion: NotRequired[list[list[int]]]
+    """Of the tuned model: rows of each class (a line) by what was predicted (a column)."""
 
 
 class Merge(TypedDict, total=False):

@@ -36,6 +36,8 @@ NAMES = {
     "token_f1": "Token F1",
     "rouge_l": "ROUGE-L",
 }
+HEADED = {"accuracy": "Accuracy", "margin": "Margin", "macro_f1": "Macro F1", "rmse": "RMSE"}
+"""The names that metrics of a model with a head have."""
 SIGNIFICANT = 0.05
 
 
@@ -79,7 +81,8 @@ def report_page(
         heading(run),
         tiles(run, comparison, merge),
         comparison_section(comparison),
-        curves_section(metrics),
+        baseline_section(comparison),
+        curves_section(metrics, run.get("task", "sft")),
         merge_section(merge),
         examples_section(comparison["examples"] if comparison else []),
         details(run),
@@ -162,7 +165,8 @@ def comparison_section(comparison: ComparisonRecord | None) -> str:
     """The table of base against tuned."""
     if comparison is None:
         return section("Base against tuned", f'<p class="soft">{NOT_MEASURED}</p>')
-    rows = "".join(metric_row(metric) for metric in comparison["metrics"])
+    headed = "note" in comparison
+    rows = "".join(metric_row(metric, headed) for metric in comparison["metrics"])
     tests = sorted({metric["test"] for metric in comparison["metrics"]})
     note = (
         f"The same {comparison['rows']:,} held-out rows ({comparison['tokens']:,} trained tokens) "
@@ -174,12 +178,48 @@ def comparison_section(comparison: ComparisonRecord | None) -> str:
         '<div class="scroll"><table><thead><tr><th>Metric</th><th>Base</th><th>Tuned</th>'
         f"<th>Change</th><th>p</th></tr></thead><tbody>{rows}</tbody></table></div>"
     )
+    note = f"{note} Of the base: {comparison['note']}." if "note" in comparison else note
     return section("Base against tuned", f'{table}<p class="note">{escape(note)}</p>')
 
 
-def metric_row(metric: MetricComparison) -> str:
-    """One metric of base and tuned."""
-    name = escape(NAMES.get(metric["name"], metric["name"]))
+def baseline_section(comparison: ComparisonRecord | None) -> str:
+    """The table of what knows the labels' shares alone against tuned, and class by class."""
+    if comparison is None or "baseline" not in comparison:
+        return ""
+    baseline = comparison["baseline"]
+    rows = "".join(metric_row(metric, headed=True) for metric in baseline["metrics"])
+    table = (
+        '<div class="scroll"><table><thead><tr><th>Metric</th><th>Baseline</th><th>Tuned</th>'
+        f"<th>Change</th><th>p</th></tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+    note = f"The baseline gives {baseline['about']}."
+    tables = f'{table}<p class="note">{escape(note)}</p>{class_table(comparison)}'
+    return section("Baseline against tuned", tables)
+
+
+def class_table(comparison: ComparisonRecord) -> str:
+    """The tuned model class by class, where there are classes."""
+    found = comparison.get("classes", [])
+    if not found:
+        return ""
+    shares = ("precision", "recall", "f1")
+    rows = "".join(
+        f"<tr><th>{escape(each['label'])}</th>{cell('Rows', str(each['rows']))}"
+        + "".join(cell(share, figure(each[share])) for share in shares)
+        + "</tr>"
+        for each in found
+    )
+    head = "".join(f"<th>{name}</th>" for name in ("Class", "Rows", "Precision", "Recall", "F1"))
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody>'
+        "</table></div>"
+    )
+
+
+def metric_row(metric: MetricComparison, headed: bool = False) -> str:
+    """One metric of base and tuned; of a head, by the name that it has there."""
+    names = NAMES | HEADED if headed else NAMES
+    name = escape(names.get(metric["name"], metric["name"]))
     change = interval(metric["difference"], signed=True)
     cells = (
         cell("Base", interval(metric["base"])),
@@ -215,7 +255,7 @@ def interval(score: Score, *, signed: bool = False) -> str:
     return f"{value}<small>{figure(low, signed=signed)} to {figure(high, signed=signed)}</small>"
 
 
-def curves_section(metrics: Sequence[Step]) -> str:
+def curves_section(metrics: Sequence[Step], task: str = "sft") -> str:
     """Training loss, held-out loss and learning rate by step."""
     trained, held = curve(metrics, "loss"), curve(metrics, "eval_loss")
     right = curve(metrics, "reward_accuracy"), curve(metrics, "eval_reward_accuracy")
@@ -224,7 +264,7 @@ def curves_section(metrics: Sequence[Step]) -> str:
     if trained or held:
         lines = [Line("training", "trained", trained), Line("held out", "held", held, dots=True)]
         chart = line_chart(lines, "step")
-        title = "Loss" if any(right) else "Loss, nats per token"
+        title = "Loss, nats per token" if task == "sft" else "Loss"
         charts.append(f"<div><h3>{title}</h3>{chart}</div>")
     if any(right):
         lines = [
@@ -232,7 +272,8 @@ def curves_section(metrics: Sequence[Step]) -> str:
             Line("held out", "held", right[1], dots=True),
         ]
         chart = line_chart(lines, "step")
-        charts.append(f"<div><h3>Pairs preferred more than by the base</h3>{chart}</div>")
+        than = "the other answer" if task == "reward" else "by the base"
+        charts.append(f"<div><h3>Pairs preferred more than {than}</h3>{chart}</div>")
     if rate:
         chart = line_chart([Line("learning rate", "trained", rate)], "step")
         charts.append(f"<div><h3>Learning rate</h3>{chart}</div>")

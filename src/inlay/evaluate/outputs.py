@@ -1,0 +1,107 @@
+"""What a model with a head gives for each row."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import ModelError
+from inlay.evaluate.losses import Progress, buckets, rounded_up
+from inlay.methods.base import evaluating
+from inlay.model.merge import first_tensor
+from inlay.model.shapes import length_multiple
+
+__all__ = ["Input", "accepted", "outputs", "padded_inputs", "padding_of"]
+
+
+class Input(Protocol):
+    """A row as tokens, as the data room encodes it."""
+
+    @property
+    def input_ids(self) -> Sequence[int]:
+        """The row's tokens."""
+        ...
+
+    @property
+    def types(self) -> Sequence[int] | None:
+        """Which of two texts each token is of, where the model asks."""
+        ...
+
+
+def padding_of(model: nn.Module) -> int:
+    """Return the token that fills short rows."""
+    config: Any = model.config
+    return config.get_text_config().pad_token_id or 0
+
+
+def padded_inputs(rows: Sequence[Input], padding: int, multiple: int) -> dict[str, Tensor]:
+    """Return rows under one another, filled on the right; each tensor (rows, longest)."""
+    longest = rounded_up(max(len(row.input_ids) for row in rows), multiple)
+
+    def filled(values: Sequence[int], with_: int) -> list[int]:
+        return [*values] + [with_] * (longest - len(values))
+
+    ids = [filled(row.input_ids, padding) for row in rows]
+    mask = [filled([1] * len(row.input_ids), 0) for row in rows]
+    found = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    if all(row.types is not None for row in rows):
+        types = [filled(row.types or (), 0) for row in rows]
+        found["token_type_ids"] = torch.tensor(types)
+    return found
+
+
+def accepted(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a model takes of a batch: not all know of two texts, and none of labels here."""
+    known = inspect.signature(model.forward).parameters
+    return {name: x for name, x in batch.items() if name in known and name != "labels"}
+
+
+def outputs(
+    model: nn.Module,
+    rows: Sequence[Input],
+    batch_size: int = 8,
+    *,
+    lines: Sequence[int] | None = None,
+    on_progress: Progress | None = None,
+) -> list[Tensor]:
+    """Return each row's logits or hidden states, in the rows' order, padding left out.
+
+    Args:
+        model: a model of one output a row, (classes), or of one a token, (tokens, classes).
+        rows: the rows as tokens.
+        batch_size: rows in one forward pass, of similar length.
+        lines: the rows' lines in their file, for error messages; else numbered from 1.
+        on_progress: called after each batch with (rows done, rows in all).
+
+    Raises:
+        ModelError: an output is not finite.
+    """
+    found: dict[int, Tensor] = {}
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad():
+        for batch in buckets([len(row.input_ids) for row in rows], batch_size):
+            chosen = [rows[i] for i in batch]
+            inputs = padded_inputs(chosen, padding_of(model), length_multiple(model))
+            call = {name: x.to(device) for name, x in accepted(model, inputs).items()}
+            given = first_tensor(model(**call)).float().cpu()
+            for i, row, output in zip(batch, chosen, given, strict=True):
+                own = output[: len(row.input_ids)] if given.dim() == 3 else output
+                check_finite(own, i, lines)
+                found[i] = own
+            if on_progress is not None:
+                on_progress(len(found), len(rows))
+    return [found[i] for i in range(len(rows))]
+
+
+def check_finite(output: Tensor, index: int, lines: Sequence[int] | None) -> None:
+    """Raise where an output is NaN or infinite."""
+    if not bool(torch.isfinite(output).all()):
+        line = index + 1 if lines is None else lines[index]
+        raise ModelError(
+            f"the model gives an output that is not finite on the row of line {line}: its weights "
+            "or adapter are not finite, or its dtype overflows (try dtype bfloat16 or float32)"
+        )

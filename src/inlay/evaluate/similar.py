@@ -1,0 +1,106 @@
+"""How well embeddings bring together what belongs together: base against tuned on the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inlay.evaluate.label_metrics import pearson, spearman
+from inlay.evaluate.preference import per_pair
+from inlay.evaluate.record import MetricComparison
+from inlay.evaluate.resampling import compared_statistic
+
+__all__ = ["Candidates", "compared_retrieval", "compared_scores", "ranks"]
+
+AMONG = (1, 5, 10)
+"""How many of the nearest texts a recall looks at."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The different texts that anchors are to find among, and which of them each is to find."""
+
+    first: list[int]
+    """The row that each candidate stands in."""
+    relevant: list[set[int]]
+    """Of each row, the candidates that belong to its anchor."""
+
+    @classmethod
+    def of(cls, anchors: Sequence[str], positives: Sequence[str]) -> Candidates:
+        """Return the different positives; one that belongs to equal anchors belongs to both."""
+        place: dict[str, int] = {}
+        first: list[int] = []
+        wanted: dict[str, set[int]] = {}
+        for row, (anchor, positive) in enumerate(zip(anchors, positives, strict=True)):
+            if positive not in place:
+                place[positive] = len(first)
+                first.append(row)
+            wanted.setdefault(anchor, set()).add(place[positive])
+        return cls(first, [wanted[anchor] for anchor in anchors])
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Return the cosine of rows with one another, (n, m), of (n, width) and (m, width)."""
+    return F.normalize(a.double(), dim=-1) @ F.normalize(b.double(), dim=-1).T
+
+
+def ranks(anchors: Tensor, positives: Tensor, candidates: Candidates) -> list[int]:
+    """Return where, counted from 1, the nearest text that belongs to each anchor stands."""
+    near = cosine(anchors, positives[candidates.first])
+    found: list[int] = []
+    for row, relevant in zip(near, candidates.relevant, strict=True):
+        best = row[sorted(relevant)].max()
+        others = torch.ones(len(row), dtype=torch.bool)
+        others[sorted(relevant)] = False
+        found.append(1 + int((row[others] >= best).sum()))
+    return found
+
+
+def compared_retrieval(
+    base: Sequence[Tensor], tuned: Sequence[Tensor], candidates: Candidates
+) -> list[MetricComparison]:
+    """Return recall among the nearest 1, 5 and 10, the mean reciprocal rank, and triplets right.
+
+    Args:
+        base: embeddings of anchors, positives and, of triplets, negatives, each (rows, width).
+        tuned: the same of the tuned model.
+        candidates: what is searched among.
+    """
+    places = [ranks(side[0], side[1], candidates) for side in (base, tuned)]
+    among = [k for k in AMONG if k == 1 or k < len(candidates.first)]
+    found = [
+        per_pair(f"recall_at_{k}", "higher", *([float(r <= k) for r in side] for side in places))
+        for k in among
+    ]
+    found.append(per_pair("mrr", "higher", *([1 / r for r in side] for side in places)))
+    if len(base) == 3:
+        sides = [triplets_right(*side) for side in (base, tuned)]
+        found.append(per_pair("triplet_accuracy", "higher", *sides))
+    return found
+
+
+def triplets_right(anchors: Tensor, positives: Tensor, negatives: Tensor) -> list[float]:
+    """Return 1 for each anchor that is nearer to its positive than to its negative, else 0."""
+    near, far = (F.cosine_similarity(anchors, other) for other in (positives, negatives))
+    return (near > far).double().tolist()
+
+
+def compared_scores(
+    base: Sequence[Tensor], tuned: Sequence[Tensor], scores: Sequence[float]
+) -> list[MetricComparison]:
+    """Return the correlations of the cosine with the score, by rank and by value."""
+    before, after = (scored(scores, side) for side in (base, tuned))
+    return [
+        compared_statistic("spearman", "higher", spearman, before, after),
+        compared_statistic("pearson", "higher", pearson, before, after),
+    ]
+
+
+def scored(scores: Sequence[float], texts: Sequence[Tensor]) -> list[list[float]]:
+    """Return each row's score and the cosine of its two texts."""
+    cosines: list[float] = F.cosine_similarity(texts[0], texts[1]).tolist()
+    return [[score, cosine] for score, cosine in zip(scores, cosines, strict=True)]
