@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_tiny import adapter_hash, losses_of, make_run
+from heads_tiny import make_any
+from train_tiny import adapter_hash, losses_of
 
 from inlay.train.config import RunConfig
 from inlay.train.run import train
@@ -89,14 +90,14 @@ def flushes_of(config: RunConfig, path: Path) -> Callable[[], None]:
 def attempts(folder: Path, name: str, kills: int) -> list[dict[str, Any]]:
     """Run a method or task once undisturbed and then with kills; return how each ended."""
     kind = {"task": name} if name in TASKS else {"method": name}
-    whole = make_run(folder, f"{name}-whole", **kind)
+    whole = make_any(folder, f"{name}-whole", **kind)
     started = time.monotonic()
     assert child(flushes_of(whole, folder / "flushes")) == 0
     seconds, flushes = time.monotonic() - started, int((folder / "flushes").read_text())
     ends: list[dict[str, Any]] = [{"moments": [], **outcome(whole)}]
     chance = random.Random(0)
     for number in range(kills):
-        config = make_run(folder, f"{name}-{number}", **kind, resume=True)
+        config = make_any(folder, f"{name}-{number}", **kind, resume=True)
         first = chance.randrange(flushes * number // kills, flushes * (number + 1) // kills)
         second = chance.uniform(0.02, 0.4) * seconds
         moments = {

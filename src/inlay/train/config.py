@@ -43,7 +43,10 @@ class RunConfig(BaseModel):
     data: Text = Field(description="training data: a file, a hub id, or 'reports' (generated)")
     output: Text = Field(description="folder that receives everything the run writes")
     task: Text = Field(
-        "sft", description="what to train for: sft (answers), dpo (the preferred answer)"
+        "sft",
+        description="what to train for: sft (answers), dpo (the preferred answer), reward (a "
+        "number for an answer), classify (labels), "
+        "embed (texts that belong together)",
     )
 
     revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
@@ -93,6 +96,32 @@ class RunConfig(BaseModel):
     completion: Text | None = Field(None, description="column or template of the answer")
     text: Text | None = Field(
         None, description="column or template to train on in full, instead of prompt and completion"
+    )
+    kind: Literal["auto", "single", "multi", "regression", "tokens"] | None = Field(
+        None,
+        description="classify: one class a row, several, a number, or a tag for each word; auto: "
+        "from the data",
+    )
+    text_pair: Text | None = Field(
+        None, description="classify: column or template of a second text; default: text_pair"
+    )
+    label: Text | None = Field(
+        None, description="classify: column of the label; default: label, labels or tags"
+    )
+    anchor: Text | None = Field(
+        None, description="embed: column or template of a text; default: anchor, or sentence1"
+    )
+    positive: Text | None = Field(
+        None, description="embed: what belongs to it; default: positive, or sentence2"
+    )
+    negative: Text | None = Field(
+        None, description="embed: what does not belong to it; default: negative, if there is one"
+    )
+    score: Text | None = Field(
+        None, description="embed: column that says how alike two texts are; default: score"
+    )
+    pooling: Literal["auto", "mean", "cls", "max", "lasttoken"] | None = Field(
+        None, description="embed: what makes one vector of a text; auto: the model's own, else mean"
     )
     split: list[Fraction] = Field(
         default_factory=lambda: [0.8, 0.1, 0.1],

@@ -26,6 +26,7 @@ from inlay.methods.base import PromptMethod
 from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
 from inlay.model.eight_bits import compute_in_8_bits
+from inlay.model.heads import Head, not_adapted, to_train
 from inlay.model.load import TOKENIZER_FILES, located, quiet_transformers, read_tokenizer
 from inlay.model.shapes import length_multiple
 from inlay.train.collate import IGNORED, Concatenate
@@ -52,6 +53,9 @@ class Rows:
     trained_tokens: int
     assumed: bool = False
     """Whether there were no rows to look at, so that every one is taken to be of full length."""
+    step: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None
+    """The loss of a task that does not ask the model itself for it."""
+    head: Head | None = None
 
 
 def planned_run(config: RunConfig, rows: Rows, device: Device) -> Plan:
@@ -61,7 +65,7 @@ def planned_run(config: RunConfig, rows: Rows, device: Device) -> Plan:
         ModelError: the configuration cannot be read, or the step not be followed.
     """
     shape, _ = config_of(config.model, config.revision)
-    return planned_step(shape, config, rows.batch, device)
+    return planned_step(shape, config, rows.batch, device, loss=rows.step, head=rows.head)
 
 
 def planned_step(
@@ -69,12 +73,15 @@ def planned_step(
     config: RunConfig,
     batch: Mapping[str, Tensor],
     device: Device,
+    *,
+    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
+    head: Head | None = None,
 ) -> Plan:
     """Plan a step of a model that is given as its configuration."""
     task = Task(
-        build=partial(built, shape, config),
+        build=partial(built, shape, config, head),
         batch=batch,
-        loss=step_loss,
+        loss=loss or step_loss,
         optimiser=optimiser_of(config, device),
         accumulation=config.gradient_accumulation,
         dtype=computing_dtype(shape, config.dtype),
@@ -100,16 +107,18 @@ def held_beside(loop: str, products: frozenset[Product]) -> int:
     return runtime(products)
 
 
-def built(shape: PreTrainedConfig, config: RunConfig) -> nn.Module:
+def built(shape: PreTrainedConfig, config: RunConfig, head: Head | None = None) -> nn.Module:
     """Build the run's model without values, adapted and ready to train."""
-    model = skeleton(shape, config.storage, double_quant=config.double_quant, dtype=config.dtype)
+    model = skeleton(
+        shape, config.storage, double_quant=config.double_quant, dtype=config.dtype, head=head
+    )
     attach(
         model,
         build_method(config.method, config.hyperparameters),
         targets=config.targets,
-        exclude=config.exclude,
+        exclude=[*config.exclude, *not_adapted(model)],
         layers=config.layers,
-        modules_to_save=config.modules_to_save,
+        modules_to_save=[*config.modules_to_save, *to_train(model)],
     )
     return (compute_in_8_bits(model) if config.eight_bits else model).train()
 
@@ -221,6 +230,9 @@ def row_reader(config: RunConfig, device: Device, has_data: bool) -> Callable[[R
 
     Without data, or without a tokenizer to encode them, rows are taken to be of full length.
     """
+    verbs = TASKS[config.task].verbs
+    if verbs:
+        return import_module(verbs).row_reader(config, device, has_data)
     _, where = config_of(config.model, config.revision)
     hub = not where.exists()
     if not has_data or config.packing == "bfd" or not (hub or has_tokenizer(where)):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from inlay.data.labels import normalise_labels
 from inlay.data.preference import Pair, encode_pairs, normalise_pairs
 from inlay.data.read import read_rows
 from inlay.data.rows import Rows, normalise
+from inlay.data.similar import normalise_similar
 from inlay.data.split import split
 from inlay.data.tokens import Encoded, encode
 from inlay.train.config import RunConfig
@@ -54,6 +56,26 @@ def read(config: RunConfig, source: str, group: str | None) -> Rows:
     if TASKS[config.task].rows == "preference":
         known = config.split_by if config.split_by in raw[0].values else None
         return normalise_pairs(raw, group=group or known, skip_empty=config.skip_empty)
+    if TASKS[config.task].rows == "labels":
+        return normalise_labels(
+            raw,
+            kind=config.kind or "auto",
+            text=config.text,
+            text_pair=config.text_pair,
+            label=config.label,
+            group=group,
+            skip_empty=config.skip_empty,
+        )
+    if TASKS[config.task].rows == "similar":
+        return normalise_similar(
+            raw,
+            anchor=config.anchor,
+            positive=config.positive,
+            negative=config.negative,
+            score=config.score,
+            group=group,
+            skip_empty=config.skip_empty,
+        )
     return normalise(
         raw,
         prompt=config.prompt,

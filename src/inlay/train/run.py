@@ -28,6 +28,7 @@ from inlay.memory.policy import applied
 from inlay.methods.base import Method
 from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
+from inlay.model.heads import Head, not_adapted, to_train
 from inlay.model.load import load, located, quiet_transformers, read_tokenizer
 from inlay.model.report import Report, report
 from inlay.train import checkpoints, planning, provenance
@@ -147,6 +148,14 @@ class Running(ABC, Generic[Row]):
 
     # What a task decides
 
+    @property
+    def head(self) -> Head | None:
+        """What the model gives in place of its checkpoint's own output, and trains whole."""
+        return None
+
+    def look_at(self, rows: RunRows, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Learn of all the rows what their encoding needs; raise where the parts do not fit."""
+
     @abstractmethod
     def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         """Return rows as tokens."""
@@ -191,6 +200,7 @@ class Running(ABC, Generic[Row]):
         source = located(self.config.model, self.config.revision)
         with quiet_transformers():
             tokenizer = read_tokenizer(source, trust_remote_code=False)
+        self.look_at(rows, tokenizer)
         encoded = self.encode(rows.train, tokenizer)
         self.check_rows(rows.train, encoded)
         validation = sample(rows.validation, self.config.eval_rows)
@@ -241,14 +251,15 @@ class Running(ABC, Generic[Row]):
             dtype=config.dtype,
             stream=config.stream,
             revision=config.revision,
+            head=self.head,
         )
         attach(
             model,
             self.method,
             targets=config.targets,
-            exclude=config.exclude,
+            exclude=[*config.exclude, *not_adapted(model)],
             layers=config.layers,
-            modules_to_save=config.modules_to_save,
+            modules_to_save=[*config.modules_to_save, *to_train(model)],
             seed=config.seed,
         )
         return model, tokenizer

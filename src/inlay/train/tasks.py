@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from inlay.errors import did_you_mean
+from inlay.errors import UsageError, did_you_mean
 
-__all__ = ["TASKS", "Task", "task_problems"]
+__all__ = ["TASKS", "Task", "check_keys", "task_problems"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Task:
 
     name: str
     about: str
-    rows: Literal["supervised", "preference"]
+    rows: Literal["supervised", "preference", "labels", "similar"]
     loop: str
     """The module of the run's stages, which has a class `Stages`."""
     own: Mapping[str, object] = field(default_factory=dict[str, object])
@@ -37,6 +37,8 @@ class Task:
     """The keys that this task does not know."""
     learning_rate_factor: float = 1.0
     """How the best learning rate stands to the one for supervised rows."""
+    verbs: str = ""
+    """The module that measures, shows and plans rows that no language model reads, if so."""
 
     def settled(self, values: Mapping[str, Any]) -> dict[str, object]:
         """Return the values that the task gives to keys the user left open."""
@@ -57,6 +59,17 @@ PREFERENCE: dict[str, Fixed] = {
 }
 """What no task on preferences knows."""
 
+NAMED = "anchor, positive, negative and score name its columns"
+HEADED: dict[str, Fixed] = {
+    "format": Fixed("auto", "its rows are read by the columns' names"),
+    "prompt": Fixed(None, "text names the input, and may be a template"),
+    "completion": Fixed(None, "label names what is predicted"),
+    "packing": Fixed(False, "rows are padded side by side"),
+    "cache_trunk": Fixed(False, "every row goes through the whole model"),
+    "eight_bits": Fixed(False, "its gate measures the loss of supervised rows"),
+}
+"""What no task on a model with a head knows."""
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -69,6 +82,34 @@ TASKS: dict[str, Task] = {
             own={"beta": 0.1},
             fixed=PREFERENCE,
             learning_rate_factor=0.1,
+        ),
+        Task(
+            "classify",
+            "a class, several, a number, or a tag for each word, by a new head",
+            "labels",
+            "inlay.train.classify",
+            own={"kind": "auto", "label": None, "text_pair": None},
+            fixed=HEADED,
+            verbs="inlay.train.labels",
+        ),
+        Task(
+            "reward",
+            "a number for an answer, more for the preferred one, by TRL's RewardTrainer",
+            "preference",
+            "inlay.train.reward",
+            fixed=PREFERENCE,
+            learning_rate_factor=0.1,
+            verbs="inlay.train.reward_pairs",
+        ),
+        Task(
+            "embed",
+            "texts that belong together near each other, by sentence-transformers' losses",
+            "similar",
+            "inlay.train.embed",
+            own={**dict.fromkeys(("anchor", "positive", "negative", "score")), "pooling": "auto"},
+            fixed=HEADED | dict.fromkeys(("prompt", "completion", "text"), Fixed(None, NAMED)),
+            learning_rate_factor=0.5,
+            verbs="inlay.train.similar",
         ),
     )
 }
@@ -92,6 +133,18 @@ def task_problems(values: Mapping[str, Any]) -> dict[str, str]:
                 f"{key!r} does not apply to the task {name!r} ({fixed.reason}); take it out"
             )
     return problems
+
+
+def check_keys(name: str, given: Mapping[str, Any]) -> None:
+    """Raise when a key that was given belongs to other tasks than this one.
+
+    Raises:
+        UsageError: naming the key and its tasks.
+    """
+    for key in given:
+        others = owners(key)
+        if others and name not in others:
+            raise UsageError(f"{key!r} belongs to the task {' and '.join(others)}, not to {name!r}")
 
 
 def owners(key: str) -> list[str]:

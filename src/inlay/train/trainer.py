@@ -136,7 +136,7 @@ class AdapterLoop(Trainer, ABC):
         assert isinstance(self.train_dataset, Dataset)
         collate: Any = self.data_collator
         batch = self._prepare_inputs(collate([self.train_dataset[i] for i in rows]))
-        take_token_count(batch)
+        self.tokens_in(batch)
         device = self.args.device
         gpus = [device] if device.type == "cuda" else []
         self.adapted.train()
@@ -147,9 +147,13 @@ class AdapterLoop(Trainer, ABC):
         self.adapted.zero_grad()
         return found.peak
 
+    def tokens_in(self, batch: dict[str, Tensor]) -> int:
+        """Count a batch's tokens, padding left out; take out what only counting needs."""
+        return take_token_count(batch)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one forward and backward pass; raise on a loss that is not finite."""
-        self.step_tokens += take_token_count(args[1])
+        self.step_tokens += self.tokens_in(args[1])
         loss: Tensor = super().training_step(*args, **kwargs)
         value = float(loss)
         self.guard.check_loss(value, self.state.global_step + 1)

@@ -1,0 +1,102 @@
+"""transformers' Trainer on a model with a head and adapters of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from inlay.data.inputs import InputRow
+from inlay.evaluate.outputs import accepted, padded_inputs, padding_of
+from inlay.model.heads import IGNORED, Head, head_loss
+from inlay.model.shapes import length_multiple
+from inlay.train.trainer import AdapterLoop
+
+
+class HeadTrainer(AdapterLoop):
+    """Trains on rows that come tokenised from the data room, each with its label."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[InputRow],
+        args: TrainingArguments,
+        head: Head,
+        **kept: Any,
+    ) -> None:
+        self.head = head
+        collate = PadLabelled(padding_of(model), length_multiple(model), head.purpose == "tokens")
+        super().__init__(model, tokenizer, dataset(rows), args, collate=collate, **kept)
+        # Only the mean over tokens needs their number in the whole batch.
+        self.model_accepts_loss_kwargs = head.purpose == "tokens"
+
+    def evaluate_held_out(self) -> None:
+        """Measure and record; of numbers, no step of a model that knows their mean is diverging."""
+        super().evaluate_held_out()
+        if self.head.problem == "regression" and self.guard.reference is not None:
+            assert isinstance(self.train_dataset, Dataset)
+            labels = torch.tensor(self.train_dataset["label"])
+            furthest = float((labels - labels.mean()).square().max())
+            self.guard.reference = max(self.guard.reference, furthest)
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each row has."""
+        assert isinstance(self.train_dataset, Dataset)
+        return [len(ids) for ids in self.train_dataset["input_ids"]]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the head's loss on a batch."""
+        labels = inputs["labels"]
+        outputs = model(**accepted(self.adapted, inputs))
+        count = num_items_in_batch if self.head.purpose == "tokens" else None
+        loss = head_loss(self.head, outputs.logits, labels, count)
+        return (loss, outputs) if return_outputs else loss
+
+
+@dataclass(frozen=True)
+class PadLabelled:
+    """Pads rows on the right; labels of tokens with them."""
+
+    padding: int
+    multiple: int
+    of_tokens: bool
+
+    def __call__(self, rows: Sequence[Mapping[str, Any] | InputRow]) -> dict[str, Tensor]:
+        """Return input_ids and attention_mask, each (rows, longest), and the labels."""
+        found = [row if isinstance(row, InputRow) else as_row(row) for row in rows]
+        batch = padded_inputs(found, self.padding, self.multiple)
+        width = batch["input_ids"].shape[1]
+        labels = [row.label for row in found]
+        if self.of_tokens:
+            labels = [[*label, *[IGNORED] * (width - len(label))] for label in labels]
+        return {**batch, "labels": torch.tensor(labels)}
+
+
+def as_row(values: Mapping[str, Any]) -> InputRow:
+    """Return a row of a data set as the data room encodes it."""
+    ids = values["input_ids"]
+    return InputRow(ids, len(ids), values["label"], values["types"])
+
+
+def dataset(rows: Sequence[InputRow]) -> Dataset:
+    """Return rows as Trainer takes them."""
+    return Dataset.from_dict(
+        {
+            "input_ids": [row.input_ids for row in rows],
+            "types": [row.types for row in rows],
+            "label": [row.label for row in rows],
+        }
+    )
