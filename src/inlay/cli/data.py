@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,14 @@ from inlay.cli.train import add_run, config_from
 from inlay.data.read import BUILT_IN, READERS
 from inlay.errors import UsageError
 from inlay.train.config import RunConfig, flags_of
+from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from inlay.data.rows import Rows
     from inlay.data.tokens import Encoded, Summary
+    from inlay.train.overview import Overview
     from inlay.train.rows import RunRows
 
 ABOUT = (
@@ -32,6 +35,7 @@ USAGE = """inlay data DATA [--model M] [--task T] [flags]
 EXAMPLES = """examples:
   inlay data reports --model pocket
   inlay data pairs.jsonl --task dpo
+  inlay data reviews.csv --task classify --label stars --model FOLDER
   inlay data --data my.csv --prompt question --completion answer --model Qwen/Qwen3-0.6B
   inlay data run.yaml --show 5"""
 
@@ -70,6 +74,10 @@ def run(given: dict[str, Any]) -> int:
     from inlay.model.load import located, read_tokenizer
 
     tokenizer = read_tokenizer(located(config.model, config.revision), False)
+    if TASKS[config.task].verbs:
+        overview = import_module(TASKS[config.task].verbs).overview
+        show_overview(config, rows.sha256, overview(config, rows, tokenizer, options.show), as_json)
+        return 0
     encoded = {name: sides(config, part, tokenizer) for name, part in parts.items() if part}
     summaries = {
         f"{name} {side}".strip(): summarise(found, parts[name])
@@ -92,6 +100,36 @@ def run(given: dict[str, Any]) -> int:
             row = pieces(found[index], tokenizer)
             show.masked([piece.text for piece in row], [piece.trained for piece in row])
     return 0
+
+
+def show_overview(config: RunConfig, sha256: str, found: Overview, as_json: bool) -> None:
+    """Write the rows of a task on labels or similar texts."""
+    if as_json:
+        show.as_json(
+            {"data": config.data, "model": config.model, "sha256": sha256, **asdict(found)}
+        )
+        return
+    show.heading(f"{config.data}: rows of kind {found.kind}, cut at {found.longest} tokens")
+    columns = ("part", "rows", "tokens", "median", "95%", "longest", "cut")
+    counts = {n: (p.rows, p.tokens, p.median, p.p95, p.longest) for n, p in found.parts.items()}
+    cells = [
+        [name, *(f"{number:,}" for number in numbers), f"{len(found.parts[name].cut):,}"]
+        for name, numbers in counts.items()
+    ]
+    show.table(columns, cells)
+    labels = {name: part.labels for name, part in found.parts.items() if part.labels}
+    if labels:
+        show.heading("labels")
+        every = dict.fromkeys(label for part in labels.values() for label in part)
+        lines = [[x, *(f"{part.get(x, 0):,}" for part in labels.values())] for x in every]
+        show.table(("label", *labels), lines)
+    for name, part in found.parts.items():
+        if part.cut:
+            print(f"  {name}: rows cut, their end is not seen: {listed(part.cut)}")
+    for example in found.examples:
+        show.heading(example.where)
+        show.masked(example.pieces, example.marked)
+        print(f"  -> {example.answer}")
 
 
 def data_named(given: dict[str, Any]) -> None:

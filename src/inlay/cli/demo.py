@@ -101,7 +101,8 @@ def merge_report(result: TrainResult) -> dict[str, Any]:
     assert result.tokenizer is not None
     config = checked_config(result.run["config"])
     rows = sample(rows_of_run(config).test, MERGE_ROWS)
-    inputs = encoded_batches(rows, result.tokenizer, config.max_length, result.model.device)
+    keys = {"max_length": config.max_length}
+    inputs = encoded_batches(result.model, rows, result.tokenizer, keys)
     return {**asdict(merge(result.model, inputs=inputs)), "rows": len(rows)}
 
 

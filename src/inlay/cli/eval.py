@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
@@ -12,12 +13,21 @@ from inlay.cli.options import Parser, checked, same
 from inlay.cli.progress import progress
 from inlay.data.rows import Format
 from inlay.train.config import Text, flags_of
+from inlay.train.tasks import TASKS, check_keys
+
+if TYPE_CHECKING:
+    from inlay.cli.tuned import Tuned
+    from inlay.data.rows import Rows
+    from inlay.evaluate.record import ComparisonRecord
 
 ABOUT = "Compare the base model and an adapter on the same rows; the folder says which base."
 USAGE = "inlay eval --adapter DIR --data D [flags]"
 EXAMPLES = """examples:
   inlay eval --adapter run --data test.jsonl
   inlay eval --adapter run --data test.csv --prompt question --completion answer --json"""
+
+OWN = {"adapter", "data", "generate_rows", "generate_tokens", "batch_size", "threads"}
+"""The flags that do not say how rows are read."""
 
 
 class EvalOptions(BaseModel):
@@ -31,6 +41,13 @@ class EvalOptions(BaseModel):
     prompt: Text | None = same("prompt")
     completion: Text | None = same("completion")
     text: Text | None = same("text")
+    text_pair: Text | None = same("text_pair")
+    label: Text | None = same("label")
+    kind: Literal["auto", "single", "multi", "regression", "tokens"] | None = same("kind")
+    anchor: Text | None = same("anchor")
+    positive: Text | None = same("positive")
+    negative: Text | None = same("negative")
+    score: Text | None = same("score")
     skip_empty: bool = same("skip_empty")
     max_rows: PositiveInt | None = same("max_rows")
     max_length: PositiveInt = same("max_length")
@@ -51,17 +68,38 @@ def parser(argv: Sequence[str]) -> Parser:
 
 def run(given: dict[str, Any]) -> int:
     """Measure base and tuned, and show or write the comparison."""
-    from inlay.cli.rows import answers, held_out, keys_for, rows_of
-    from inlay.cli.tuned import find_tuned, load_tuned, set_threads
+    from inlay.cli.tuned import find_tuned, set_threads
 
     as_json = given.pop("json", False)
     options = checked(EvalOptions, given)
     tuned = find_tuned(options.adapter)
+    check_keys(tuned.task, options.model_dump(exclude_unset=True))
+    set_threads(options.threads)
+    measured = measured_rows if TASKS[tuned.task].verbs else measured_answers
+    found, rows, trained_on = measured(options, tuned)
+    if as_json:
+        about = {"base": tuned.base, "adapter": str(tuned.adapter), "data": options.data}
+        about |= {"rows_held_out_by_the_run": trained_on}
+        show.as_json({**about, "data_sha256": rows.sha256, **found})
+        return 0
+    summary.comparison(found, "held-out rows" if trained_on else "rows")
+    summary.classes(found)
+    if trained_on:
+        print(f"  The run trained on {options.data}: these are the rows that it held out.")
+    for example in found["examples"][:1]:
+        summary.example(example, f"{options.data}, row of line {example['line']}")
+    return 0
+
+
+def measured_answers(options: EvalOptions, tuned: Tuned) -> tuple[ComparisonRecord, Rows, bool]:
+    """Return the comparison of a language model on rows, and whether its run held them out."""
+    from inlay.cli.rows import answers, held_out, keys_for, rows_of
+    from inlay.cli.tuned import load_tuned
+
     keys = keys_for(tuned.run, options.model_dump(exclude_unset=True))
     rows = rows_of(options.data, keys)
     trained_on = rows.sha256 == tuned.trained_on
     rows = held_out({**tuned.run, "data": options.data}) if trained_on else rows
-    set_threads(options.threads)
     with progress() as drawn:
         drawn.stage(f"loading {tuned.base} with {tuned.adapter}")
         model, tokenizer = load_tuned(tuned)
@@ -83,14 +121,20 @@ def run(given: dict[str, Any]) -> int:
         else:
             encoded = encode_rows(rows, tokenizer, keys["max_length"])
             found = compare(model, tokenizer, rows, encoded, **limits).to_dict()
-    if as_json:
-        about = {"base": tuned.base, "adapter": str(tuned.adapter), "data": options.data}
-        about |= {"rows_held_out_by_the_run": trained_on}
-        show.as_json({**about, "data_sha256": rows.sha256, **found})
-        return 0
-    summary.comparison(found, "held-out rows" if trained_on else "rows")
-    if trained_on:
-        print(f"  The run trained on {options.data}: these are the rows that it held out.")
-    for example in found["examples"][:1]:
-        summary.example(example, f"{options.data}, row of line {example['line']}")
-    return 0
+    return found, rows, trained_on
+
+
+def measured_rows(options: EvalOptions, tuned: Tuned) -> tuple[ComparisonRecord, Rows, bool]:
+    """Return the comparison of a model with a head on rows, and whether its run held them out."""
+    from inlay.cli.rows import rows_for_task
+    from inlay.cli.tuned import load_tuned
+
+    given = options.model_dump(exclude_unset=True, exclude=OWN)
+    config, rows, trained_on = rows_for_task(tuned, options.data, given)
+    with progress() as drawn:
+        drawn.stage(f"loading {tuned.base} with {tuned.adapter}")
+        model, tokenizer = load_tuned(tuned)
+        measure = import_module(TASKS[tuned.task].verbs).measure
+        limits = {"batch_size": options.batch_size, "on_progress": drawn.working}
+        found = measure(model, tokenizer, rows, config, **limits)
+    return found, rows, trained_on

@@ -64,6 +64,11 @@ def run(given: dict[str, Any]) -> int:
     if options.base and options.adapter is None:
         raise UsageError("--base compares with the model under an adapter; give --adapter")
     tuned = find_tuned(options.adapter) if options.adapter else None
+    if tuned is not None and tuned.head is not None:
+        raise UsageError(
+            f"{options.adapter} was trained for the task {tuned.task!r}, and a model with such a "
+            "head writes no text; measure it with inlay eval"
+        )
     rows = rows_to_continue(options, tuned)
     set_threads(options.threads)
     model, tokenizer = loaded(options, tuned)

@@ -13,8 +13,13 @@ from inlay.cli.options import Parser, checked, same
 from inlay.data.rows import Format
 from inlay.errors import UsageError
 from inlay.train.config import Text, flags_of
+from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from inlay.cli.tuned import Tuned
     from inlay.data.rows import Rows
 
@@ -23,6 +28,16 @@ USAGE = "inlay merge --adapter DIR --output DIR [flags]"
 EXAMPLES = """examples:
   inlay merge --adapter run --output merged
   inlay merge --adapter run --output merged --data test.jsonl --json"""
+
+
+READERS = {
+    "sequence": "AutoModelForSequenceClassification",
+    "tokens": "AutoModelForTokenClassification",
+    "embedding": "AutoModel",
+}
+"""What a head is for -> the class that reads such a model."""
+OWN = {"adapter", "output", "storage", "data", "rows", "overwrite", "threads"}
+"""The flags that do not say how rows are read."""
 
 
 class MergeOptions(BaseModel):
@@ -73,20 +88,38 @@ def run(given: dict[str, Any]) -> int:
     from inlay.cli.merging import encoded_batches, merge_and_save
     from inlay.train.files import size_of
 
-    inputs = (
-        encoded_batches(rows, tokenizer, keys["max_length"], model.device)
-        if rows is not None
-        else None
-    )
+    inputs = None if rows is None else encoded_batches(model, rows, tokenizer, keys)
     about = {"base": tuned.base, "adapter": str(tuned.adapter)}
-    record = merge_and_save(model, tokenizer, output, inputs, options.storage, about)
+    finish = finishing(model, tokenizer, tuned)
+    record = merge_and_save(model, tokenizer, output, inputs, options.storage, about, finish)
     if as_json:
         show.as_json({**record, "output": str(output), "bytes": size_of([output])})
         return 0
     summary.merged(record)
     print(f"\nSaved in {output} ({show.size(size_of([output]))}), read back and checked again.")
-    print(f"A plain model: AutoModelForCausalLM.from_pretrained({str(output)!r}) reads it.")
+    print(f"A plain model: {reader(tuned)}({str(output)!r}) reads it.")
+    if finish is not None:
+        print(f"So does SentenceTransformer({str(output)!r}), with its pooling.")
     return 0
+
+
+def finishing(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tuned: Tuned
+) -> Callable[[Path], None] | None:
+    """Return what makes a merged model of embeddings a folder of sentence-transformers."""
+    if tuned.task != "embed":
+        return None
+    from inlay.cli.rows import run_of
+    from inlay.train.similar import finish_merged
+
+    config = run_of(tuned, {})
+    return lambda folder: finish_merged(model, tokenizer, folder, config)
+
+
+def reader(tuned: Tuned) -> str:
+    """Return what reads the merged model."""
+    purpose = str((tuned.head or {}).get("purpose"))
+    return f"{READERS.get(purpose, 'AutoModelForCausalLM')}.from_pretrained"
 
 
 def check_free(output: Path, overwrite: bool) -> None:
@@ -99,9 +132,15 @@ def check_free(output: Path, overwrite: bool) -> None:
 
 def rows_to_check(options: MergeOptions, tuned: Tuned) -> tuple[Rows | None, dict[str, Any]]:
     """Return some of the rows named, else of those the run held out, else none; and their keys."""
-    from inlay.cli.rows import answers, held_out, keys_for, rows_of
+    from inlay.cli.rows import answers, held_out, keys_for, rows_for_task, rows_of
     from inlay.train.rows import sample
 
+    if TASKS[tuned.task].verbs:
+        if options.data is None and not tuned.run:
+            return None, {}
+        given = options.model_dump(exclude_unset=True, exclude=OWN)
+        config, rows, _ = rows_for_task(tuned, options.data, given)
+        return sample(rows, options.rows), {"config": config}
     keys = keys_for(tuned.run, options.model_dump(exclude_unset=True))
     if options.data is not None:
         rows = rows_of(options.data, keys)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ from inlay.checkpoint.folder import share_as_usual
 from inlay.data.rows import Rows
 from inlay.errors import MergeError
 from inlay.model.load import load, quiet_transformers
-from inlay.model.merge import merge
+from inlay.model.merge import first_tensor, merge
 from inlay.train.files import saving, write_folder, write_json
 from inlay.train.rows import encode_rows
+from inlay.train.tasks import TASKS
 
 REPORT = "merge.json"
 
@@ -25,14 +27,18 @@ Batches = Sequence[Mapping[str, Tensor]]
 
 
 def encoded_batches(
+    model: PreTrainedModel,
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    device: torch.device,
+    keys: Mapping[str, Any],
 ) -> list[dict[str, Tensor]]:
     """Return each row as a batch of its own, cut as training cuts it."""
-    encoded = encode_rows(rows, tokenizer, max_length)
-    ids = [torch.tensor([row.input_ids], device=device) for row in encoded]
+    if "config" in keys:
+        inputs_of = import_module(TASKS[keys["config"].task].verbs).inputs_of
+        found = inputs_of(model, rows, tokenizer, keys["config"])
+        return [{name: x.to(model.device) for name, x in inputs.items()} for inputs in found]
+    encoded = encode_rows(rows, tokenizer, keys["max_length"])
+    ids = [torch.tensor([row.input_ids], device=model.device) for row in encoded]
     return [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids]
 
 
@@ -43,8 +49,11 @@ def merge_and_save(
     inputs: Batches | None,
     storage: Literal["dense", "keep"],
     about: Mapping[str, str],
+    finish: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """Merge in place, save model, tokenizer and report, all or nothing; return the report.
+
+    `finish` adds to the folder what a task needs there, before it is read back.
 
     Raises:
         MergeError: a method cannot merge, the update would be lost, or what was saved differs.
@@ -57,6 +66,8 @@ def merge_and_save(
         with quiet_transformers():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            if finish is not None:
+                finish(folder)
         for weights in folder.glob("*.safetensors"):
             share_as_usual(weights)
         record["reloaded_logit_difference"] = check_saved(model, folder)
@@ -75,7 +86,7 @@ def check_saved(model: PreTrainedModel, folder: Path) -> float:
     vocabulary = int(model.config.get_text_config().vocab_size)
     ids = torch.randint(vocabulary, (2, 32), generator=seed).to(model.device)
     model.eval()
-    difference = float((again(ids).logits - model(ids).logits).abs().max())
+    difference = float((first_tensor(again(ids)) - first_tensor(model(ids))).abs().max())
     if difference != 0:
         raise MergeError(
             f"the merged model, saved and loaded again, differs by {difference:.3g} in its logits; "

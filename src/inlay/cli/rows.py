@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inlay.data.preference import are_pairs, normalise_pairs, side_of
 from inlay.data.read import read_rows
 from inlay.data.rows import Rows, normalise
 from inlay.train.config import RunConfig, checked_config
-from inlay.train.rows import rows_of_run
+from inlay.train.rows import read, rows_of_run
+
+if TYPE_CHECKING:
+    from inlay.cli.tuned import Tuned
 
 COLUMNS = ("format", "prompt", "completion", "text")
 """The keys that say which columns of the data are used, and how."""
+KINDS = {
+    "single_label_classification": "single",
+    "multi_label_classification": "multi",
+    "regression": "regression",
+}
+"""What transformers calls a problem -> the kind of label."""
 READING = ("max_length", "max_rows", "skip_empty")
 """The keys that say which rows are used, and how much of them."""
 
@@ -53,3 +62,34 @@ def answers(rows: Rows) -> Rows:
 def held_out(run: Mapping[str, Any]) -> Rows:
     """Return the rows that a run kept aside for its last measurement."""
     return rows_of_run(checked_config(run, source="run.json")).test
+
+
+def rows_for_task(
+    tuned: Tuned, data: str | None, given: Mapping[str, Any]
+) -> tuple[RunConfig, Rows, bool]:
+    """Return rows as a model with a head reads them, and whether its run held them out.
+
+    Flags replace the run's keys; without data, or with the run's own, its held-out rows are meant.
+    The run returned is the one whose data were trained on.
+    """
+    config = run_of(tuned, given)
+    there = config if data is None else config.model_copy(update={"data": data})
+    rows = read(there, there.data, group=None)
+    if data is None or rows.sha256 == tuned.trained_on:
+        return there, rows_of_run(there).test, True
+    return config, rows, False
+
+
+def run_of(tuned: Tuned, given: Mapping[str, Any]) -> RunConfig:
+    """Return the run an adapter came from, or one of its task where none lies beside it."""
+    bare = {"model": tuned.base, "task": tuned.task, "data": "unused", "output": "unused"}
+    trained = {"kind": kind_of(tuned.head)} if tuned.task == "classify" else {}
+    return checked_config({**(tuned.run or bare), **trained, **given}, source="run.json")
+
+
+def kind_of(head: Mapping[str, Any] | None) -> str:
+    """Return the kind of label that a head predicts."""
+    said = head or {}
+    if said.get("purpose") == "tokens":
+        return "tokens"
+    return KINDS.get(str(said.get("problem")), "auto")

@@ -21,27 +21,61 @@ NAMES = {
     "rouge_l": "ROUGE-L",
     "number_match": "number match",
 }
+HEADED = {"loss": "loss", "accuracy": "accuracy", "margin": "margin", "rmse": "RMSE", "mae": "MAE"}
+"""The names that metrics of a model with a head have."""
+CONFUSION_SHOWN = 10
+"""Classes up to which the table of who is taken for whom fits a terminal."""
 ARROWS = {"lower": "↓", "higher": "↑"}
 
 
 def comparison(record: ComparisonRecord, what: str = "held-out rows") -> None:
     """Write base against tuned, metric by metric, with intervals and the paired test."""
     preferring = any(metric["name"] == "margin" for metric in record["metrics"])
+    headed = "note" in record
     show.heading(
         f"base against tuned: {record['rows']} {what}, {record['tokens']:,} tokens"
         + (f"; text of {record['generated_rows']} rows" if record["generated_rows"] else "")
     )
     show.table(
         ("metric", "base", "tuned", "difference", "p"),
-        [metric_row(metric, preferring) for metric in record["metrics"]],
+        [metric_row(metric, preferring, headed) for metric in record["metrics"]],
     )
+    if "note" in record:
+        print(f"  {record['note']}.")
+    if "baseline" in record:
+        show.heading(f"baseline against tuned: {record['baseline']['about']}")
+        lines = [metric_row(metric, headed=True) for metric in record["baseline"]["metrics"]]
+        show.table(("metric", "baseline", "tuned", "difference", "p"), lines)
     tests = ", ".join(sorted({metric["test"] for metric in record["metrics"]}))
     print(f"  In brackets: {record['level']:.0%} bootstrap intervals over rows. p: {tests}.")
 
 
-def metric_row(metric: MetricComparison, preferring: bool = False) -> list[str]:
-    """Return one metric's cells; the loss of preferences is of pairs and not of tokens."""
-    name = NAMES.get(metric["name"], metric["name"].replace("_", " "))
+def classes(record: ComparisonRecord) -> None:
+    """Write how the tuned model does on each class, and what it takes which for."""
+    found = record.get("classes", [])
+    if not found:
+        return
+    show.heading("tuned, class by class")
+    shares = ("precision", "recall", "f1")
+    lines = [
+        [x["label"], f"{x['rows']:,}", *("-" if x[s] is None else f"{x[s]:.3f}" for s in shares)]
+        for x in found
+    ]
+    show.table(("class", "rows", *shares), lines)
+    confused = record.get("confusion", [])
+    if 0 < len(confused) <= CONFUSION_SHOWN:
+        show.heading("expected (lines) and predicted (columns)")
+        names = [x["label"] for x in found]
+        cells = [[n, *(f"{c:,}" for c in row)] for n, row in zip(names, confused, strict=True)]
+        show.table(("", *names), cells)
+
+
+def metric_row(
+    metric: MetricComparison, preferring: bool = False, headed: bool = False
+) -> list[str]:
+    """Return one metric's cells; only a language model's loss is in nats a token."""
+    names = NAMES | HEADED if headed else NAMES
+    name = names.get(metric["name"], metric["name"].replace("_", " "))
     name = "loss (of pairs)" if preferring and metric["name"] == "loss" else name
     p = metric["p_value"]
     return [

@@ -14,6 +14,7 @@ from inlay.cli.options import Parser
 from inlay.cli.progress import progress
 from inlay.methods.catalog import catalog
 from inlay.train.config import RunConfig, flags, load_config, method_flags
+from inlay.train.tasks import TASKS
 
 ABOUT = "Tune an adapter on a frozen model and measure it against the base on held-out rows."
 USAGE = """inlay train --model M --data D --output DIR [flags]
@@ -31,7 +32,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "method": ("method", "targets", "exclude", "layers", "modules_to_save"),
     "data": (
-        "task", "data", "eval_data", "format", "prompt", "completion", "text", "split", "split_by",
+        "task", "data", "eval_data", "format", "prompt", "completion", "text", "text_pair", "label",
+        "kind", "anchor", "positive", "negative", "score", "pooling", "split", "split_by",
         "skip_empty", "max_rows", "max_length", "packing",
     ),
     "training": (
@@ -99,6 +101,7 @@ def run(given: dict[str, Any]) -> int:
     summary.what_trained(result.run)
     if result.run["comparison"]:
         summary.comparison(result.run["comparison"])
+        summary.classes(result.run["comparison"])
         for example in result.run["comparison"]["examples"][:1]:
             summary.example(example)
     next_steps(config)
@@ -119,7 +122,8 @@ def next_steps(config: RunConfig) -> None:
     )
     show.heading("next")
     print(f"  inlay eval --adapter {where} --data MORE_ROWS")
-    print(f"  inlay generate --adapter {where} --prompt TEXT")
+    if not TASKS[config.task].verbs:
+        print(f"  inlay generate --adapter {where} --prompt TEXT")
     print(f"  inlay merge --adapter {where} --output {shlex.quote(config.output + '-merged')}")
 
 

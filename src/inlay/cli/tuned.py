@@ -26,6 +26,19 @@ class Tuned:
     """The configuration of the run; empty for an adapter that no run lies beside."""
     trained_on: str = ""
     """The hash of the rows the run trained on; empty when no run says so."""
+    head: Mapping[str, Any] | None = None
+    """What the adapter's folder says of a head in place of the language model's."""
+
+    @property
+    def task(self) -> str:
+        """What the adapter was trained for, as its run or its head says."""
+        said = self.run.get("task")
+        if said is not None or self.head is None:
+            return str(said or "sft")
+        if self.head.get("purpose") == "embedding":
+            return "embed"
+        whole_rows = self.head.get("purpose") == "sequence"
+        return "reward" if whole_rows and self.head.get("problem") is None else "classify"
 
 
 def find_tuned(directory: str) -> Tuned:
@@ -47,7 +60,8 @@ def find_tuned(directory: str) -> Tuned:
             f"{CONFIG} as base_model_name_or_path"
         )
     storage = run.get("storage") or found.storage or "dense"
-    return Tuned(adapter, base, storage, run, str(record.get("data_sha256", "")).split("+")[0])
+    trained_on = str(record.get("data_sha256", "")).split("+")[0]
+    return Tuned(adapter, base, storage, run, trained_on, (found.extras or {}).get("head"))
 
 
 def run_record(folder: Path) -> Mapping[str, Any]:
@@ -70,6 +84,7 @@ def load_tuned(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the base in the storage it was trained in, with the adapter on it, active."""
     from inlay.checkpoint.adapter import load_adapter
+    from inlay.model.heads import head_from
     from inlay.model.load import load
 
     model, tokenizer = load(
@@ -79,6 +94,7 @@ def load_tuned(
         dtype=tuned.run.get("dtype", "auto"),
         stream=tuned.run.get("stream", "off"),
         revision=tuned.run.get("revision"),
+        head=None if tuned.head is None else head_from(tuned.head, str(tuned.adapter)),
     )
     load_adapter(model, tuned.adapter)
     return model, tokenizer
