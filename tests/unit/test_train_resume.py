@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 DRIVER = Path(__file__).parent / "train_kills.py"
-TRIED = {"lora": 6, "prefix": 1, "full": 1, "dpo": 3}
+TRIED = {"lora": 6, "prefix": 1, "full": 1, "dpo": 3, "kto": 2, "orpo": 2}
 """The methods and tasks, and how many runs of each are killed, each twice."""
 
 

@@ -51,7 +51,8 @@ def parser(argv: Sequence[str]) -> Parser:
 
 def run(given: dict[str, Any]) -> int:
     """Measure base and tuned, and show or write the comparison."""
-    from inlay.cli.rows import answers, held_out, keys_for, rows_of
+    from inlay.cli.compared import compared
+    from inlay.cli.rows import held_out, keys_for, rows_of
     from inlay.cli.tuned import find_tuned, load_tuned, set_threads
 
     as_json = given.pop("json", False)
@@ -66,23 +67,13 @@ def run(given: dict[str, Any]) -> int:
         drawn.stage(f"loading {tuned.base} with {tuned.adapter}")
         model, tokenizer = load_tuned(tuned)
 
-        from inlay.evaluate.preference import BETA, compare_pairs
-        from inlay.evaluate.run import compare
-        from inlay.train.rows import encode_pair_rows, encode_rows
-
         limits: dict[str, Any] = {
             "generate_rows": options.generate_rows,
             "max_new_tokens": options.generate_tokens,
             "batch_size": options.batch_size,
             "on_progress": drawn.working,
         }
-        if rows.kind == "preference":
-            pairs = encode_pair_rows(rows, tokenizer, keys["max_length"])
-            beta = tuned.run.get("beta") or BETA
-            found = compare_pairs(model, tokenizer, answers(rows), pairs, beta=beta, **limits)
-        else:
-            encoded = encode_rows(rows, tokenizer, keys["max_length"])
-            found = compare(model, tokenizer, rows, encoded, **limits).to_dict()
+        found = compared(tuned, model, tokenizer, rows, keys["max_length"], limits)
     if as_json:
         about = {"base": tuned.base, "adapter": str(tuned.adapter), "data": options.data}
         about |= {"rows_held_out_by_the_run": trained_on}

@@ -14,6 +14,12 @@ NAMES = {
     "loss": "loss (nats/token)",
     "accuracy": "preferred answer likelier",
     "margin": "margin (nats)",
+    "auc": "desirable answer likelier (AUC)",
+    "reward_margin": "reward margin",
+    "desirable_reward": "desirable: reward",
+    "undesirable_reward": "undesirable: reward",
+    "desirable_loss": "desirable: loss (nats/token)",
+    "desirable_perplexity": "desirable: perplexity",
     "chosen_loss": "chosen: loss (nats/token)",
     "chosen_perplexity": "chosen: perplexity",
     "exact_match": "exact match",
@@ -21,28 +27,31 @@ NAMES = {
     "rouge_l": "ROUGE-L",
     "number_match": "number match",
 }
+LOSS_OF = {"margin": "pairs", "reward_margin": "rows"}
+"""What a task's loss is of, by a metric that it has beside."""
 ARROWS = {"lower": "↓", "higher": "↑"}
 
 
 def comparison(record: ComparisonRecord, what: str = "held-out rows") -> None:
     """Write base against tuned, metric by metric, with intervals and the paired test."""
-    preferring = any(metric["name"] == "margin" for metric in record["metrics"])
+    names = {metric["name"] for metric in record["metrics"]}
+    of = next((what for name, what in LOSS_OF.items() if name in names), None)
     show.heading(
         f"base against tuned: {record['rows']} {what}, {record['tokens']:,} tokens"
         + (f"; text of {record['generated_rows']} rows" if record["generated_rows"] else "")
     )
     show.table(
         ("metric", "base", "tuned", "difference", "p"),
-        [metric_row(metric, preferring) for metric in record["metrics"]],
+        [metric_row(metric, of) for metric in record["metrics"]],
     )
     tests = ", ".join(sorted({metric["test"] for metric in record["metrics"]}))
     print(f"  In brackets: {record['level']:.0%} bootstrap intervals over rows. p: {tests}.")
 
 
-def metric_row(metric: MetricComparison, preferring: bool = False) -> list[str]:
-    """Return one metric's cells; the loss of preferences is of pairs and not of tokens."""
+def metric_row(metric: MetricComparison, loss_of: str | None = None) -> list[str]:
+    """Return one metric's cells; a task's own loss may be of something else than tokens."""
     name = NAMES.get(metric["name"], metric["name"].replace("_", " "))
-    name = "loss (of pairs)" if preferring and metric["name"] == "loss" else name
+    name = f"loss (of {loss_of})" if loss_of and metric["name"] == "loss" else name
     p = metric["p_value"]
     return [
         f"{name} {ARROWS.get(metric['better'], '')}".strip(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ class Tuned:
     """The configuration of the run; empty for an adapter that no run lies beside."""
     trained_on: str = ""
     """The hash of the rows the run trained on; empty when no run says so."""
+    record: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """All that run.json says; empty for an adapter that no run lies beside."""
 
 
 def find_tuned(directory: str) -> Tuned:
@@ -47,7 +49,8 @@ def find_tuned(directory: str) -> Tuned:
             f"{CONFIG} as base_model_name_or_path"
         )
     storage = run.get("storage") or found.storage or "dense"
-    return Tuned(adapter, base, storage, run, str(record.get("data_sha256", "")).split("+")[0])
+    data = str(record.get("data_sha256", "")).split("+")[0]
+    return Tuned(adapter, base, storage, run, data, record)
 
 
 def run_record(folder: Path) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
 """Validate rows and bring them to one of three shapes: text, prompt and completion, messages.
 
-Rows of preferences are checked in `preference`, which brings them to a fourth.
+Rows of preferences are checked in `preference`, labelled ones in `labelled`: two more shapes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from inlay.errors import DataError, did_you_mean
 
 __all__ = ["Format", "Kind", "Rows", "normalise"]
 
-Kind = Literal["text", "prompt_completion", "messages", "preference"]
+Kind = Literal["text", "prompt_completion", "messages", "preference", "labelled"]
 Format = Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"]
 Shape = Callable[[RawRow], dict[str, Any]]
 
@@ -54,7 +54,8 @@ class Rows:
     kind: Kind
     rows: list[dict[str, Any]]
     """`{"text"}`, `{"prompt", "completion"}`, `{"messages": [{"role", "content"}]}`, or
-    `{"prompt", "chosen", "rejected"}`, where the prompt may be messages and the others one each.
+    `{"prompt", "chosen", "rejected"}` and `{"prompt", "completion", "label"}`, where the prompt may
+    be messages and the answers one each.
     """
     lines: list[int]
     source: str
