@@ -141,7 +141,7 @@ def test_eval_measures_the_rows_the_run_held_out(
         {m["name"]: m["tuned"]["value"] for m in record["metrics"]} for record in (found, own)
     ]
     for name in ("auc", "reward_margin", "loss", "desirable_reward", "desirable_loss"):
-        assert values[0][name] == pytest.approx(values[1][name], rel=1e-4)
+        assert values[0][name] == pytest.approx(values[1][name], rel=2e-3)
     assert main([*line, "--data", str(run / "rows.jsonl")]) == 0
     out = capsys.readouterr().out
     assert "loss (of rows)" in out

@@ -49,7 +49,9 @@ def test_loss_kl_and_rewards_agree_with_trl_and_peft(
     rows = [rows[i] for i in order[: STEPS * BATCH]]
     peers = peers_curve(config, KTOTrainer, KTOConfig, rows, max_length=None, **weights)
     assert len(mine) == len(peers) == STEPS
-    assert mine[-1]["reward_desirable"] > mine[-1]["reward_undesirable"] + 0.1
+    both = [line for line in mine if "reward_undesirable" in line]
+    assert both[-1]["reward_desirable"] > both[-1]["reward_undesirable"] + 0.1
+    assert len(both) < STEPS  # some batches have one label
     assert max(line["kl"] for line in mine) > 0
     for ours, theirs in zip(mine, peers, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.005, abs=1e-3)

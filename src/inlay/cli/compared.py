@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from inlay.cli.rows import answers
@@ -14,77 +15,65 @@ if TYPE_CHECKING:
     from inlay.evaluate.record import ComparisonRecord
 
 
-def compared(
-    tuned: Tuned,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    max_length: int,
-    limits: dict[str, Any],
-) -> ComparisonRecord:
-    """Return base against tuned on rows, as the run that they may come from measures them.
+@dataclass(frozen=True)
+class Comparing:
+    """Base against tuned on some rows, as the run that they may come from measures them."""
 
-    Args:
-        tuned: the adapter, and its run if there is one.
-        model: the base with the adapter on it.
-        tokenizer: the model's tokenizer.
-        rows: the rows.
-        max_length: tokens that a row keeps.
-        limits: how much is generated, and at a time; as for `evaluate.run.compare`.
-    """
-    if rows.kind == "preference":
-        return preferences(tuned, model, tokenizer, rows, max_length, limits)
-    if rows.kind == "labelled":
-        return labelled(tuned, model, tokenizer, rows, max_length, limits)
-    from inlay.evaluate.run import compare
-    from inlay.train.rows import encode_rows
+    tuned: Tuned
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rows: Rows
+    max_length: int
+    """Tokens that a row keeps."""
+    limits: dict[str, Any]
+    """How much is generated, and at a time; as for `evaluate.run.compare`."""
 
-    encoded = encode_rows(rows, tokenizer, max_length)
-    return compare(model, tokenizer, rows, encoded, **limits).to_dict()
+    def record(self) -> ComparisonRecord:
+        """Return the comparison."""
+        kinds = {"preference": self.preferences, "labelled": self.labelled}
+        return kinds.get(self.rows.kind, self.supervised)()
 
+    @property
+    def beta(self) -> float:
+        """How near the run held the model to the base."""
+        from inlay.evaluate.preference import BETA
 
-def preferences(
-    tuned: Tuned,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    max_length: int,
-    limits: dict[str, Any],
-) -> ComparisonRecord:
-    """Return how often each model prefers the better answer, by ORPO's measure after such a run."""
-    from inlay.evaluate.odds import compare_odds
-    from inlay.evaluate.preference import BETA, compare_pairs
-    from inlay.train.rows import encode_pair_rows
+        return self.tuned.run.get("beta") or BETA
 
-    compare = compare_odds if tuned.run.get("task") == "orpo" else compare_pairs
-    pairs = encode_pair_rows(rows, tokenizer, max_length)
-    beta = tuned.run.get("beta") or BETA
-    return compare(model, tokenizer, answers(rows), pairs, beta=beta, **limits)
+    def supervised(self) -> ComparisonRecord:
+        """Return how well each model says what the rows do."""
+        from inlay.evaluate.run import compare
+        from inlay.train.rows import encode_rows
 
+        encoded = encode_rows(self.rows, self.tokenizer, self.max_length)
+        return compare(self.model, self.tokenizer, self.rows, encoded, **self.limits).to_dict()
 
-def labelled(
-    tuned: Tuned,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    max_length: int,
-    limits: dict[str, Any],
-) -> ComparisonRecord:
-    """Return how well each model tells desirable answers from others."""
-    from inlay.evaluate.labelled import Weights, compare_labelled
-    from inlay.evaluate.preference import BETA
-    from inlay.train.mismatched import mismatched
-    from inlay.train.rows import encode_labelled_rows
+    def preferences(self) -> ComparisonRecord:
+        """Return how often each model prefers the better answer, by ORPO's measure after ORPO."""
+        from inlay.evaluate.odds import compare_odds
+        from inlay.evaluate.preference import compare_pairs
+        from inlay.train.rows import encode_pair_rows
 
-    encoded = encode_labelled_rows(rows, tokenizer, max_length)
-    return compare_labelled(
-        model,
-        tokenizer,
-        rows,
-        answers(rows),
-        encoded,
-        mismatched(encoded, max_length),
-        beta=tuned.run.get("beta") or BETA,
-        weights=Weights(**tuned.record.get("weights", {})),
-        **limits,
-    )
+        compare = compare_odds if self.tuned.run.get("task") == "orpo" else compare_pairs
+        pairs = encode_pair_rows(self.rows, self.tokenizer, self.max_length)
+        chosen = answers(self.rows)
+        return compare(self.model, self.tokenizer, chosen, pairs, beta=self.beta, **self.limits)
+
+    def labelled(self) -> ComparisonRecord:
+        """Return how well each model tells desirable answers from others."""
+        from inlay.evaluate.labelled import Weights, compare_labelled
+        from inlay.train.mismatched import mismatched
+        from inlay.train.rows import encode_labelled_rows
+
+        encoded = encode_labelled_rows(self.rows, self.tokenizer, self.max_length)
+        return compare_labelled(
+            self.model,
+            self.tokenizer,
+            self.rows,
+            answers(self.rows),
+            encoded,
+            mismatched(encoded, self.max_length),
+            beta=self.beta,
+            weights=Weights(**self.tuned.record.get("weights", {})),
+            **self.limits,
+        )

@@ -51,7 +51,7 @@ def parser(argv: Sequence[str]) -> Parser:
 
 def run(given: dict[str, Any]) -> int:
     """Measure base and tuned, and show or write the comparison."""
-    from inlay.cli.compared import compared
+    from inlay.cli.compared import Comparing
     from inlay.cli.rows import held_out, keys_for, rows_of
     from inlay.cli.tuned import find_tuned, load_tuned, set_threads
 
@@ -73,7 +73,8 @@ def run(given: dict[str, Any]) -> int:
             "batch_size": options.batch_size,
             "on_progress": drawn.working,
         }
-        found = compared(tuned, model, tokenizer, rows, keys["max_length"], limits)
+        longest = keys["max_length"]
+        found = Comparing(tuned, model, tokenizer, rows, longest, limits).record()
     if as_json:
         about = {"base": tuned.base, "adapter": str(tuned.adapter), "data": options.data}
         about |= {"rows_held_out_by_the_run": trained_on}

@@ -17,7 +17,6 @@ from inlay.data.labelled import Labelled
 from inlay.data.tokens import Encoded
 from inlay.train.order import TrainingOrder, kept_order
 from inlay.train.reference import AgainstBase, unhashed
-from inlay.train.scoring import Scoring
 
 
 class LabelledTrainer(AgainstBase, KTOTrainer):
@@ -62,16 +61,6 @@ class LabelledTrainer(AgainstBase, KTOTrainer):
         del train_dataset
         size, seed = self.args.per_device_train_batch_size, self.args.seed
         return TrainingOrder(self.lengths, size, seed, kept_order)
-
-    def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
-    ) -> Any:
-        """Take the rows as they come."""
-        del processing_class, args, dataset_name
-        return dataset
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        return super()._compute_loss(Scoring(model), inputs, return_outputs)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities of answers, own and mismatched, without the adapters."""

@@ -14,7 +14,6 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from inlay.data.preference import Pair
 from inlay.train.reference import AgainstBase, unhashed
-from inlay.train.scoring import Scoring
 
 
 class PreferenceTrainer(AgainstBase, DPOTrainer):
@@ -46,18 +45,6 @@ class PreferenceTrainer(AgainstBase, DPOTrainer):
         """How many tokens the longer side of each pair has."""
         assert isinstance(self.train_dataset, Dataset)
         return longer_sides(self.train_dataset)
-
-    # What TRL would do otherwise
-
-    def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
-    ) -> Any:
-        """Take the pairs as they come."""
-        del processing_class, args, dataset_name
-        return dataset
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        return super()._compute_loss(Scoring(model), inputs, return_outputs)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities of both answers, by the model without its adapters."""

@@ -59,6 +59,17 @@ class AgainstBase(Telling):
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the two log-probabilities of each row of a batch, by the base."""
 
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str
+    ) -> Dataset:
+        """Take the rows as they come: they are tokens already."""
+        del processing_class, args, dataset_name
+        return dataset
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        trl: Any = super()
+        return trl._compute_loss(Scoring(model), inputs, return_outputs)
+
     def by_base(self, model: Any, inputs: dict[str, Any], prefix: str = "") -> Tensor:
         """Return the log-probability of each answer (n,), by the model without its adapters."""
         ids, mask = inputs[f"{prefix}input_ids"], inputs[f"{prefix}attention_mask"]
