@@ -12,7 +12,7 @@ from inlay.cli.main import main
 from inlay.data.reports import generate_reports
 
 TRAIN = [
-    "train", "--task", "dpo", "--model", "pocket", "--max-steps", "2", "--rank", "2",
+    "train", "--model", "pocket", "--max-steps", "2", "--rank", "2",
     "--learning-rate", "1e-2", "--batch-size", "2", "--generate-rows", "2",
     "--generate-tokens", "4", "--threads", "1",
 ]  # fmt: skip
@@ -35,12 +35,13 @@ def rows_of(count: int) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["dpo", "orpo"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small run and the pairs it was trained on."""
-    folder = tmp_path_factory.mktemp("pairs")
+    folder = tmp_path_factory.mktemp(request.param)
     pairs = write(folder / "pairs.jsonl", rows_of(30))
-    assert main([*TRAIN, "--data", str(pairs), "--output", str(folder / "run")]) == 0
+    line = [*TRAIN, "--task", request.param, "--data", str(pairs)]
+    assert main([*line, "--output", str(folder / "run")]) == 0
     return folder
 
 
@@ -73,7 +74,9 @@ def test_data_shows_both_answers_and_what_counts(
     ],
 )
 @pytest.mark.parametrize("verb", ["train", "data"])
+@pytest.mark.parametrize("task", ["dpo", "orpo"])
 def test_bad_rows_are_a_sentence_and_exit_code_2(
+    task: str,
     verb: str,
     row: dict[str, Any],
     sentence: str,
@@ -81,7 +84,7 @@ def test_bad_rows_are_a_sentence_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pairs = write(tmp_path / "p.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r"}, row])
-    line = [verb, "--task", "dpo", "--model", "pocket", "--data", str(pairs), "--max-length", "64"]
+    line = [verb, "--task", task, "--model", "pocket", "--data", str(pairs), "--max-length", "64"]
     line += ["--output", str(tmp_path / "out"), "--split", "1", "0", "0"]
     assert main(line) == 2
     err = capsys.readouterr().err
@@ -97,7 +100,9 @@ def test_bad_rows_are_a_sentence_and_exit_code_2(
         (["--task", "dpo", "--packing", "bfd"], "'packing' does not apply to the task 'dpo'"),
         (["--task", "dpo", "--eight-bits"], "'eight_bits' does not apply to the task 'dpo'"),
         (["--task", "dpo", "--cache-trunk", "true"], "'cache_trunk' does not apply"),
-        (["--beta", "0.1"], "'beta' belongs to the task dpo"),
+        (["--beta", "0.1"], "'beta' belongs to the task dpo and kto and orpo"),
+        (["--task", "orpo", "--packing", "true"], "'packing' does not apply to the task 'orpo'"),
+        (["--task", "orpo", "--eight-bits"], "'eight_bits' does not apply to the task 'orpo'"),
         (["--task", "dpo", "--beta", "-1"], "'beta' must be a number above 0"),
     ],
 )
@@ -141,8 +146,13 @@ def test_generate_and_merge_take_the_preferred_answers(
 
 
 @pytest.mark.slow
-def test_a_plan_counts_both_answers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_counts_both_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = write(tmp_path / "pairs.jsonl", rows_of(30))
     line = ["plan", "--method", "lora", "--model", "pocket", "--batch-size", "3", "--json"]
-    line += ["--data", str(run / "pairs.jsonl")]
-    assert main([*line, "--task", "dpo"]) == 0
-    assert json.loads(capsys.readouterr().out)["largest_batch"]["rows"] == 6
+    flops = {}
+    for task in ("dpo", "orpo"):
+        assert main([*line, "--data", str(pairs), "--task", task]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["largest_batch"]["rows"] == 6
+        flops[task] = found["options"][0]["flops"]
+    assert flops["orpo"] > flops["dpo"]  # the head scores the preferred rows' prompts, too

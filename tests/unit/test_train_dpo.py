@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from train_tiny import adapter_hash, broken_at, losses_of, make_run
+from train_tiny import adapter_hash, losses_of, make_run
 from trl.trainer import dpo_trainer
 
 from inlay.data.preference import encode_pairs
-from inlay.errors import DataError, TrainingError, UsageError
+from inlay.errors import DataError, UsageError
 from inlay.evaluate.preference import log_probs
 from inlay.methods.lora import LoRA
 from inlay.model.attach import adapter_places, attach, disabled
 from inlay.model.load import load
-from inlay.train import checkpoints
 from inlay.train.config import RunConfig, load_config
 from inlay.train.dpo import Stages
 from inlay.train.folder import RunFolder
@@ -158,45 +157,6 @@ def test_dropout_of_the_base_is_off_while_it_trains_and_back_afterwards(tmp_path
 # A run that goes wrong.
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    config = make_dpo(tmp_path, resume=True)
-    broken_at(monkeypatch, PreferenceTrainer, 7, float("nan"))
-    with pytest.raises(TrainingError, match="the loss became nan at step 7"):
-        train(config)
-    last = checkpoints.latest(tmp_path / "out" / "checkpoints")
-    assert last is not None
-    assert last.name == "checkpoint-6"
-    assert not (tmp_path / "out" / "adapter").exists()
-    monkeypatch.undo()
-    assert train(config).run["finished"]
-
-
-def test_an_interrupted_run_resumes_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    config = make_dpo(tmp_path, resume=True, log_every=3)
-    broken_at(monkeypatch, PreferenceTrainer, 6, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    monkeypatch.undo()
-    train(config)
-    train(make_dpo(tmp_path, "whole", log_every=3))
-    assert adapter_hash(config.output) == adapter_hash(tmp_path / "whole")
-    assert losses_of(config.output) == losses_of(tmp_path / "whole")
-
-
-def test_an_adapter_without_gradient_stops_the_run(tmp_path: Path):
-    config = make_dpo(tmp_path, targets=["v_proj"])
-    model, tokenizer = load(config.model)
-    with torch.no_grad():
-        model.model.layers[1].self_attn.o_proj.weight.zero_()
-    model.save_pretrained(config.model)
-    tokenizer.save_pretrained(config.model)
-    with pytest.raises(TrainingError, match=r"no gradient reaches .*layers\.1\.self_attn\.v_proj"):
-        train(config)
-    assert not (tmp_path / "out" / "adapter").exists()
-
-
 def test_nothing_is_written_for_bad_data(tmp_path: Path):
     config = make_dpo(tmp_path, max_length=4)
     with pytest.raises(DataError, match=r"the prompt fills all 4 tokens"):
@@ -214,8 +174,8 @@ def test_nothing_is_written_for_bad_data(tmp_path: Path):
         ({"prompt": "a", "completion": "b"}, "'completion' does not apply to the task 'dpo'"),
         ({"text": "a"}, "'text' does not apply to the task 'dpo'"),
         ({"format": "alpaca"}, "'format' does not apply to the task 'dpo'"),
-        ({"task": "sft", "beta": 0.2}, "'beta' belongs to the task dpo, not to 'sft'"),
-        ({"task": "dop"}, "there is no task 'dop'; there are sft, dpo. Did you mean 'dpo'?"),
+        ({"task": "sft", "beta": 0.2}, "'beta' belongs to the task dpo and kto and orpo, not"),
+        ({"task": "dop"}, "Did you mean 'dpo'?"),
         ({"beta": 0}, "'beta' must be a number above 0 or nothing, not 0"),
     ],
 )

@@ -12,7 +12,8 @@ import pytest
 
 DRIVER = Path(__file__).parent / "train_kills.py"
 TRIED = {
-    "lora": 6, "prefix": 1, "full": 1, "dpo": 3, "classify": 2, "reward": 2, "embed": 2,
+    "lora": 6, "prefix": 1, "full": 1, "dpo": 3, "kto": 2, "orpo": 2, "classify": 2, "reward": 2,
+    "embed": 2,
 }  # fmt: skip
 """The methods and tasks, and how many runs of each are killed, each twice."""
 

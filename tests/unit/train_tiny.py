@@ -69,13 +69,31 @@ def make_pairs(path: Path, rows: int = 30) -> Path:
     return path
 
 
+def make_labelled(path: Path, rows: int = 40) -> Path:
+    """Write labelled rows: words of the first half of the vocabulary are desirable."""
+    lines = []
+    for i in range(rows):
+        first = 0 if i % 5 < 3 else 5
+        places = [(i + k * (1 + i % 3)) % 5 for k in range(2 + i % 4)]
+        prompt = " ".join(WORDS[(i * 3 + k) % len(WORDS)] for k in range(3 + i % 7))
+        completion = " ".join(WORDS[first + p] for p in places)
+        lines.append({"prompt": prompt, "completion": completion, "label": first == 0})
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+DATA = {"sft": "data.jsonl", "kto": "labelled.jsonl"}
+"""The file of each task's rows; pairs for the others."""
+
+
 def make_run(folder: Path, output: str = "out", **changes: Any) -> RunConfig:
     """Return a run of 12 steps over 23 rows on the model and data in this folder."""
     if not (folder / "model").is_dir():
         make_model(folder / "model")
         make_data(folder / "data.jsonl")
         make_pairs(folder / "pairs.jsonl")
-    data = "data.jsonl" if changes.get("task", "sft") == "sft" else "pairs.jsonl"
+        make_labelled(folder / "labelled.jsonl")
+    data = DATA.get(changes.get("task", "sft"), "pairs.jsonl")
     run: dict[str, Any] = {
         "model": str(folder / "model"),
         "data": str(folder / data),

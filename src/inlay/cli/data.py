@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from inlay.data.rows import Rows
-    from inlay.data.tokens import Encoded, Summary
+    from inlay.data.tokens import Encoded, Piece, Summary
     from inlay.train.overview import Overview
     from inlay.train.rows import RunRows
 
@@ -35,6 +35,7 @@ USAGE = """inlay data DATA [--model M] [--task T] [flags]
 EXAMPLES = """examples:
   inlay data reports --model pocket
   inlay data pairs.jsonl --task dpo
+  inlay data labelled.jsonl --task kto
   inlay data reviews.csv --task classify --label stars --model FOLDER
   inlay data --data my.csv --prompt question --completion answer --model Qwen/Qwen3-0.6B
   inlay data run.yaml --show 5"""
@@ -80,9 +81,9 @@ def run(given: dict[str, Any]) -> int:
         return 0
     encoded = {name: sides(config, part, tokenizer) for name, part in parts.items() if part}
     summaries = {
-        f"{name} {side}".strip(): summarise(found, parts[name])
+        f"{name} {side}".strip(): summarise(found, part)
         for name, both in encoded.items()
-        for side, found in both.items()
+        for side, (part, found) in both.items()
     }
     if as_json:
         about = {"data": config.data, "model": config.model, "max_length": config.max_length}
@@ -94,11 +95,10 @@ def run(given: dict[str, Any]) -> int:
         print("  Tokens are pocket's; name another model with --model.")
     for index in range(min(options.show, len(rows.train))):
         show.heading(f"{rows.train.where(index)}, {legend()}")
-        for side, found in encoded["train"].items():
-            if side:
-                print(f"{side}:")
-            row = pieces(found[index], tokenizer)
-            show.masked([piece.text for piece in row], [piece.trained for piece in row])
+        line = rows.train.lines[index]
+        for side, (part, found) in encoded["train"].items():
+            if line in part.lines:
+                show_row(side, pieces(found[part.lines.index(line)], tokenizer))
     return 0
 
 
@@ -132,6 +132,13 @@ def show_overview(config: RunConfig, sha256: str, found: Overview, as_json: bool
         print(f"  -> {example.answer}")
 
 
+def show_row(side: str, row: Sequence[Piece]) -> None:
+    """Write a row's text with its marks, after what it is where rows are of several kinds."""
+    if side:
+        print(f"{side}:")
+    show.masked([piece.text for piece in row], [piece.trained for piece in row])
+
+
 def data_named(given: dict[str, Any]) -> None:
     """Take the one word for the data, if it is the name of such and not a run file's.
 
@@ -150,14 +157,20 @@ def data_named(given: dict[str, Any]) -> None:
 
 def sides(
     config: RunConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[Encoded]]:
-    """Return rows as tokens; of preferences both answers, by name."""
-    from inlay.train.rows import encode_pair_rows, encode_rows
+) -> dict[str, tuple[Rows, list[Encoded]]]:
+    """Return rows as tokens; of preferences both answers, labelled ones by label, by name."""
+    from inlay.data.labelled import by_label
+    from inlay.train.rows import encode_labelled_rows, encode_pair_rows, encode_rows
 
-    if rows.kind != "preference":
-        return {"": encode_rows(rows, tokenizer, config.max_length)}
-    pairs = encode_pair_rows(rows, tokenizer, config.max_length)
-    return {"chosen": [p.chosen for p in pairs], "rejected": [p.rejected for p in pairs]}
+    if rows.kind == "preference":
+        pairs = encode_pair_rows(rows, tokenizer, config.max_length)
+        both = ([p.chosen for p in pairs], [p.rejected for p in pairs])
+        return {"chosen": (rows, both[0]), "rejected": (rows, both[1])}
+    if rows.kind == "labelled":
+        found = encode_labelled_rows(rows, tokenizer, config.max_length)
+        parts = dict(zip(("desirable", "undesirable"), by_label(rows), strict=True))
+        return {n: (rows.take(p), [found[i].answer for i in p]) for n, p in parts.items() if p}
+    return {"": (rows, encode_rows(rows, tokenizer, config.max_length))}
 
 
 def describe(config: RunConfig, rows: RunRows, summaries: Mapping[str, Summary]) -> None:

@@ -93,7 +93,8 @@ def run(given: dict[str, Any]) -> int:
 
 def measured_answers(options: EvalOptions, tuned: Tuned) -> tuple[ComparisonRecord, Rows, bool]:
     """Return the comparison of a language model on rows, and whether its run held them out."""
-    from inlay.cli.rows import answers, held_out, keys_for, rows_of
+    from inlay.cli.compared import Comparing
+    from inlay.cli.rows import held_out, keys_for, rows_of
     from inlay.cli.tuned import load_tuned
 
     keys = keys_for(tuned.run, options.model_dump(exclude_unset=True))
@@ -104,23 +105,13 @@ def measured_answers(options: EvalOptions, tuned: Tuned) -> tuple[ComparisonReco
         drawn.stage(f"loading {tuned.base} with {tuned.adapter}")
         model, tokenizer = load_tuned(tuned)
 
-        from inlay.evaluate.preference import BETA, compare_pairs
-        from inlay.evaluate.run import compare
-        from inlay.train.rows import encode_pair_rows, encode_rows
-
         limits: dict[str, Any] = {
             "generate_rows": options.generate_rows,
             "max_new_tokens": options.generate_tokens,
             "batch_size": options.batch_size,
             "on_progress": drawn.working,
         }
-        if rows.kind == "preference":
-            pairs = encode_pair_rows(rows, tokenizer, keys["max_length"])
-            beta = tuned.run.get("beta") or BETA
-            found = compare_pairs(model, tokenizer, answers(rows), pairs, beta=beta, **limits)
-        else:
-            encoded = encode_rows(rows, tokenizer, keys["max_length"])
-            found = compare(model, tokenizer, rows, encoded, **limits).to_dict()
+        found = Comparing(tuned, model, tokenizer, rows, keys["max_length"], limits).record()
     return found, rows, trained_on
 
 

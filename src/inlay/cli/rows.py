@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from inlay.data.preference import are_pairs, normalise_pairs, side_of
-from inlay.data.read import read_rows
+from inlay.data.labelled import are_labelled, desirable_of
+from inlay.data.preference import are_pairs, side_of
+from inlay.data.read import RawRow, read_rows
 from inlay.data.rows import Rows, normalise
 from inlay.train.config import RunConfig, checked_config
-from inlay.train.rows import read, rows_of_run
+from inlay.train.rows import NOT_SUPERVISED, read, rows_of_run
+from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
     from inlay.cli.tuned import Tuned
@@ -27,18 +29,29 @@ READING = ("max_length", "max_rows", "skip_empty")
 
 
 def rows_of(source: str, keys: Mapping[str, Any]) -> Rows:
-    """Read and check the rows of a source as the keys ask for; preferences are recognised.
+    """Read and check the rows of a source as the keys ask for, or as their fields tell.
 
     Raises:
         DataError: the data are not there, malformed, empty, or a row lacks what it needs.
     """
     named = {key: keys[key] for key in COLUMNS if keys.get(key) is not None}
     rows = read_rows(source)[: keys.get("max_rows")]
-    if are_pairs(rows[0]) and named.get("format", "auto") == "auto" and len(named) <= 1:
+    check = None
+    if named.get("format", "auto") == "auto" and len(named) <= 1:
+        check = NOT_SUPERVISED.get(kind_of(rows[0], keys.get("task", "sft")))
+    if check is not None:
         column = keys.get("split_by")
         group = column if column in rows[0].values else None
-        return normalise_pairs(rows, group=group, skip_empty=keys.get("skip_empty", False))
+        return check(rows, group=group, skip_empty=keys.get("skip_empty", False))
     return normalise(rows, skip_empty=keys.get("skip_empty", False), **named)
+
+
+def kind_of(row: RawRow, task: str) -> str:
+    """Return what a row looks like; a label counts only where the run's task knows labels."""
+    if are_pairs(row):
+        return "preference"
+    labels = task in TASKS and TASKS[task].rows == "labelled"
+    return "labelled" if labels and are_labelled(row) else "supervised"
 
 
 def keys_for(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +60,7 @@ def keys_for(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     A flag that names a column replaces all the columns of the run.
     """
     defaults = {key: RunConfig.model_fields[key].get_default() for key in (*READING, *COLUMNS)}
-    kept = ["max_length", "skip_empty", "split_by"]
+    kept = ["max_length", "skip_empty", "split_by", "task"]
     if not any(key in given for key in COLUMNS):
         kept += COLUMNS
     from_run = {key: run[key] for key in kept if key in run}
@@ -55,7 +68,9 @@ def keys_for(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def answers(rows: Rows) -> Rows:
-    """Return rows with one answer each: of preferences, the preferred one."""
+    """Return rows with one answer each: the preferred one, or those labelled desirable."""
+    if rows.kind == "labelled":
+        return desirable_of(rows)
     return side_of(rows, "chosen") if rows.kind == "preference" else rows
 
 
@@ -83,11 +98,11 @@ def rows_for_task(
 def run_of(tuned: Tuned, given: Mapping[str, Any]) -> RunConfig:
     """Return the run an adapter came from, or one of its task where none lies beside it."""
     bare = {"model": tuned.base, "task": tuned.task, "data": "unused", "output": "unused"}
-    trained = {"kind": kind_of(tuned.head)} if tuned.task == "classify" else {}
+    trained = {"kind": label_kind(tuned.head)} if tuned.task == "classify" else {}
     return checked_config({**(tuned.run or bare), **trained, **given}, source="run.json")
 
 
-def kind_of(head: Mapping[str, Any] | None) -> str:
+def label_kind(head: Mapping[str, Any] | None) -> str:
     """Return the kind of label that a head predicts."""
     said = head or {}
     if said.get("purpose") == "tokens":

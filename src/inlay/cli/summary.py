@@ -14,6 +14,12 @@ NAMES = {
     "loss": "loss (nats/token)",
     "accuracy": "preferred answer likelier",
     "margin": "margin (nats)",
+    "auc": "desirable answer likelier (AUC)",
+    "reward_margin": "reward margin",
+    "desirable_reward": "desirable: reward",
+    "undesirable_reward": "undesirable: reward",
+    "desirable_loss": "desirable: loss (nats/token)",
+    "desirable_perplexity": "desirable: perplexity",
     "chosen_loss": "chosen: loss (nats/token)",
     "chosen_perplexity": "chosen: perplexity",
     "exact_match": "exact match",
@@ -25,12 +31,15 @@ HEADED = {"loss": "loss", "accuracy": "accuracy", "margin": "margin", "rmse": "R
 """The names that metrics of a model with a head have."""
 CONFUSION_SHOWN = 10
 """Classes up to which the table of who is taken for whom fits a terminal."""
+LOSS_OF = {"margin": "pairs", "reward_margin": "rows"}
+"""What a task's loss is of, by a metric that it has beside."""
 ARROWS = {"lower": "↓", "higher": "↑"}
 
 
 def comparison(record: ComparisonRecord, what: str = "held-out rows") -> None:
     """Write base against tuned, metric by metric, with intervals and the paired test."""
-    preferring = any(metric["name"] == "margin" for metric in record["metrics"])
+    names = {metric["name"] for metric in record["metrics"]}
+    of = next((what for name, what in LOSS_OF.items() if name in names), None)
     headed = "note" in record
     show.heading(
         f"base against tuned: {record['rows']} {what}, {record['tokens']:,} tokens"
@@ -38,7 +47,7 @@ def comparison(record: ComparisonRecord, what: str = "held-out rows") -> None:
     )
     show.table(
         ("metric", "base", "tuned", "difference", "p"),
-        [metric_row(metric, preferring, headed) for metric in record["metrics"]],
+        [metric_row(metric, of, headed) for metric in record["metrics"]],
     )
     if "note" in record:
         print(f"  {record['note']}.")
@@ -71,12 +80,12 @@ def classes(record: ComparisonRecord) -> None:
 
 
 def metric_row(
-    metric: MetricComparison, preferring: bool = False, headed: bool = False
+    metric: MetricComparison, loss_of: str | None = None, headed: bool = False
 ) -> list[str]:
-    """Return one metric's cells; only a language model's loss is in nats a token."""
+    """Return one metric's cells; a task's own loss may be of something else than tokens."""
     names = NAMES | HEADED if headed else NAMES
     name = names.get(metric["name"], metric["name"].replace("_", " "))
-    name = "loss (of pairs)" if preferring and metric["name"] == "loss" else name
+    name = f"loss (of {loss_of})" if loss_of and metric["name"] == "loss" else name
     p = metric["p_value"]
     return [
         f"{name} {ARROWS.get(metric['better'], '')}".strip(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ class Tuned:
     """The hash of the rows the run trained on; empty when no run says so."""
     head: Mapping[str, Any] | None = None
     """What the adapter's folder says of a head in place of the language model's."""
+    record: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """All that run.json says; empty for an adapter that no run lies beside."""
 
     @property
     def task(self) -> str:
@@ -60,8 +62,9 @@ def find_tuned(directory: str) -> Tuned:
             f"{CONFIG} as base_model_name_or_path"
         )
     storage = run.get("storage") or found.storage or "dense"
-    trained_on = str(record.get("data_sha256", "")).split("+")[0]
-    return Tuned(adapter, base, storage, run, trained_on, (found.extras or {}).get("head"))
+    data = str(record.get("data_sha256", "")).split("+")[0]
+    head = (found.extras or {}).get("head")
+    return Tuned(adapter, base, storage, run, data, head, record)
 
 
 def run_record(folder: Path) -> Mapping[str, Any]:

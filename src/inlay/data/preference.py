@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ __all__ = ["Pair", "Side", "are_pairs", "encode_pairs", "normalise_pairs", "side
 
 Side = Literal["chosen", "rejected"]
 SIDES: tuple[Side, Side] = ("chosen", "rejected")
+FIELDS = ("prompt", *SIDES)
 UNCUT = 1 << 60
 """More tokens than a row has: the longer side is cut only once both are known."""
 
@@ -75,13 +76,17 @@ def normalise_pairs(
     shape = conversations if talks else texts
 
     def checked(row: RawRow) -> dict[str, Any]:
-        check_alike(row, raw[0], talks)
+        check_alike(row, raw[0], SIDES, talks)
         found = shape(row)
-        check_columns(row, group)
+        check_columns(row, FIELDS, group, "a preference")
         return found
 
-    groups = same_prompt if group is None else lambda row, _: group_of(row, group)
-    return shaped(raw, "preference", checked, groups, skip_empty)
+    return shaped(raw, "preference", checked, grouping(group), skip_empty)
+
+
+def grouping(group: str | None) -> Callable[[RawRow, dict[str, Any]], str]:
+    """Return what decides which rows stay together: a column, else the prompt."""
+    return same_prompt if group is None else lambda row, _: group_of(row, group)
 
 
 def same_prompt(row: RawRow, found: dict[str, Any]) -> str:
@@ -90,25 +95,25 @@ def same_prompt(row: RawRow, found: dict[str, Any]) -> str:
     return json.dumps(found["prompt"], sort_keys=True)
 
 
-def check_alike(row: RawRow, first: RawRow, talks: bool) -> None:
-    """Raise when one row holds texts and the first messages, or the other way round."""
-    for side in SIDES:
-        value = present(row, side)
+def check_alike(row: RawRow, first: RawRow, answers: Sequence[str], talks: bool) -> None:
+    """Raise when one row's answers are texts and the first's messages, or the other way round."""
+    for name in answers:
+        value = present(row, name)
         if value is not None and isinstance(value, list) != talks:
             what = "messages" if talks else "text"
             raise DataError(
-                f"{row.where}: {side!r} is of type {type(value).__name__}, but {first.where} holds "
+                f"{row.where}: {name!r} is of type {type(value).__name__}, but {first.where} holds "
                 f"{what}; all rows must be of one kind"
             )
 
 
-def check_columns(row: RawRow, group: str | None) -> None:
+def check_columns(row: RawRow, fields: Sequence[str], group: str | None, what: str) -> None:
     """Raise when a row holds a field that training would ignore."""
     for name, value in row.values.items():
-        if name not in ("prompt", *SIDES, group) and value is not None:
+        if name not in (*fields, group) and value is not None:
             raise DataError(
-                f"{row.where}: the field {name!r} is not one of a preference (prompt, chosen, "
-                "rejected) and would be ignored; take it out, or name it as split_by"
+                f"{row.where}: the field {name!r} is not one of {what} ({', '.join(fields)}) and "
+                "would be ignored; take it out, or name it as split_by"
             )
 
 
@@ -117,7 +122,7 @@ def texts(row: RawRow) -> dict[str, Any]:
 
     The one space between prompt and answer belongs to the answer, as in supervised rows.
     """
-    prompt, chosen, rejected = (text_field(row, name) for name in ("prompt", *SIDES))
+    prompt, chosen, rejected = (text_field(row, name) for name in FIELDS)
     check_different(row, chosen, rejected)
     spaced = [answer[0].isspace() for answer in (chosen, rejected)]
     if spaced[0] != spaced[1]:
@@ -145,23 +150,33 @@ def conversations(row: RawRow) -> dict[str, Any]:
     prompt = messages(row, "prompt") if "prompt" in row.values else []
     if not prompt:
         prompt, chosen, rejected = parted(row, chosen, rejected)
-    for side, answer in zip(SIDES, (chosen, rejected), strict=True):
-        roles = [message["role"] for message in answer]
-        if roles != ["assistant"]:
-            raise DataError(
-                f"{row.where}: {side!r} must add one message of 'assistant' to the prompt; it adds "
-                f"{', '.join(map(repr, roles)) or 'none'}"
-            )
+    texts = [
+        answer_to(row, prompt, name, answer)
+        for name, answer in zip(SIDES, (chosen, rejected), strict=True)
+    ]
+    check_different(row, *texts)
+    return {"prompt": prompt, "chosen": texts[0], "rejected": texts[1]}
+
+
+def answer_to(
+    row: RawRow, prompt: Sequence[dict[str, Any]], name: str, answer: Sequence[dict[str, Any]]
+) -> str:
+    """Return the text of the one message that answers a prompt of messages.
+
+    Raises:
+        DataError: there are more, or none, it is not the assistant's, or the prompt asks nothing.
+    """
+    roles = [message["role"] for message in answer]
+    if roles != ["assistant"]:
+        raise DataError(
+            f"{row.where}: {name!r} must add one message of 'assistant' to the prompt; it adds "
+            f"{', '.join(map(repr, roles)) or 'none'}"
+        )
     if not prompt or prompt[-1]["role"] != "user":
         raise DataError(
-            f"{row.where}: the prompt must end in a message of 'user', which the answers are to"
+            f"{row.where}: the prompt must end in a message of 'user', which is to be answered"
         )
-    check_different(row, chosen[0]["content"], rejected[0]["content"])
-    return {
-        "prompt": prompt,
-        "chosen": chosen[0]["content"],
-        "rejected": rejected[0]["content"],
-    }
+    return answer[0]["content"]
 
 
 def messages(row: RawRow, name: str) -> list[dict[str, Any]]:
@@ -229,8 +244,8 @@ def encode_pairs(
     return cut
 
 
-def side_of(rows: Rows, side: Side) -> Rows:
-    """Return the rows as supervised ones whose answer is the chosen or the rejected."""
+def side_of(rows: Rows, side: Literal[Side, "completion"]) -> Rows:
+    """Return the rows as supervised ones whose answer is the one of this name."""
     if isinstance(rows.rows[0]["prompt"], str):
         found = [{"prompt": row["prompt"], "completion": row[side]} for row in rows.rows]
         return replace(rows, kind="prompt_completion", rows=found)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypedDict, Unpack
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from inlay.evaluate.losses import EncodedRow, RowLoss, losses
 from inlay.evaluate.record import ComparisonRecord, MetricComparison
-from inlay.evaluate.run import LEVEL, Rows, Stage, compare, record
+from inlay.evaluate.run import LEVEL, Comparison, Rows, Stage, compare, record
 from inlay.evaluate.statistics import bootstrap_interval, paired_test, weighted_mean
 from inlay.model.attach import disabled
 
@@ -103,6 +103,15 @@ def softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
+class Limits(TypedDict, total=False):
+    """How much of the rows is measured at a time, and how much is generated; as for `compare`."""
+
+    generate_rows: int
+    max_new_tokens: int
+    batch_size: int
+    on_progress: Stage | None
+
+
 def compare_pairs(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -110,10 +119,7 @@ def compare_pairs(
     pairs: Sequence[PairLike],
     *,
     beta: float,
-    generate_rows: int = 32,
-    max_new_tokens: int = 128,
-    batch_size: int = 8,
-    on_progress: Stage | None = None,
+    **limits: Unpack[Limits],
 ) -> ComparisonRecord:
     """Measure the model with its active adapters, and without, on the same pairs.
 
@@ -127,56 +133,76 @@ def compare_pairs(
         chosen: the held-out rows with the preferred answer as their completion.
         pairs: the same rows as tokens, one for one.
         beta: how near the run held the model to the base.
-        generate_rows: how many rows to generate for.
-        max_new_tokens: tokens to generate for a row, at most.
-        batch_size: rows in one forward pass.
-        on_progress: called as the work goes on.
+        limits: how much is generated, and at a time; as for `compare`.
 
     Raises:
         DataError: there are no rows, or one has no token to measure.
         ModelError: a loss is not finite, or the model cannot generate text.
     """
-    found = compare(
-        model,
-        tokenizer,
-        chosen,
-        [pair.chosen for pair in pairs],
-        generate_rows=generate_rows,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        on_progress=on_progress,
+    answers = compare(model, tokenizer, chosen, [pair.chosen for pair in pairs], **limits)
+    others = both_losses(model, [pair.rejected for pair in pairs], chosen.lines, limits)
+    base, tuned = (
+        joined(side.losses, other)
+        for side, other in zip((answers.base, answers.tuned), others, strict=True)
     )
-    others = [pair.rejected for pair in pairs]
-    tuned = joined(found.tuned.losses, losses(model, others, batch_size, lines=chosen.lines))
+    records = preference_records(Preferences(base, base, beta), Preferences(tuned, base, beta))
+    return with_records(records, answers, "chosen")
+
+
+def both_losses(
+    model: nn.Module, rows: Sequence[EncodedRow], lines: Sequence[int], limits: Limits
+) -> tuple[list[RowLoss], list[RowLoss]]:
+    """Return the losses of rows without the active adapters, and with them."""
+    size = limits.get("batch_size", 8)
+    tuned = losses(model, rows, size, lines=lines)
     with disabled(model):
-        base = joined(found.base.losses, losses(model, others, batch_size, lines=chosen.lines))
-    preferences = preference_records(Preferences(base, base, beta), Preferences(tuned, base, beta))
-    answers = found.to_dict()
-    metrics = [*preferences, *(renamed(metric) for metric in answers["metrics"])]
-    return {**answers, "metrics": metrics}
+        return losses(model, rows, size, lines=lines), tuned
 
 
-def renamed(metric: MetricComparison) -> MetricComparison:
-    """Return a metric of the preferred answers by a name that is not the task's own loss."""
+def with_records(
+    records: Sequence[MetricComparison], answers: Comparison, prefix: str
+) -> ComparisonRecord:
+    """Return a task's own metrics before those of its answers as supervised rows."""
+    found = answers.to_dict()
+    metrics = [*records, *(renamed(metric, prefix) for metric in found["metrics"])]
+    return {**found, "metrics": metrics}
+
+
+def renamed(metric: MetricComparison, prefix: str) -> MetricComparison:
+    """Return a metric of the answers by a name that is not the task's own loss."""
     mine = metric["name"] in ("loss", "perplexity")
-    return {**metric, "name": f"chosen_{metric['name']}"} if mine else metric
+    return {**metric, "name": f"{prefix}_{metric['name']}"} if mine else metric
 
 
-def preference_records(base: Preferences, tuned: Preferences) -> list[MetricComparison]:
+class Judged(Protocol):
+    """Pairs by their log-probabilities, and the task's loss of each."""
+
+    @property
+    def model(self) -> Sequence[LogProbs]:
+        """The model's log-probabilities."""
+        ...
+
+    @property
+    def losses(self) -> Sequence[float]:
+        """The task's loss of each pair."""
+        ...
+
+
+def preference_records(base: Judged, tuned: Judged) -> list[MetricComparison]:
     """Return accuracy, margin and loss of both, each with the paired test of the difference."""
     accuracy = [[float(pair.margin > 0) for pair in side.model] for side in (base, tuned)]
     margin = [[pair.margin for pair in side.model] for side in (base, tuned)]
     return [
-        per_pair("accuracy", "higher", *accuracy),
-        per_pair("margin", "higher", *margin),
-        per_pair("loss", "lower", base.losses, tuned.losses),
+        per_row("accuracy", "higher", *accuracy),
+        per_row("margin", "higher", *margin),
+        per_row("loss", "lower", base.losses, tuned.losses),
     ]
 
 
-def per_pair(
+def per_row(
     name: str, better: Literal["lower", "higher"], base: Sequence[float], tuned: Sequence[float]
 ) -> MetricComparison:
-    """Return the record of one value a pair."""
+    """Return the record of one value a row."""
     sides = [bootstrap_interval(values, level=LEVEL) for values in (base, tuned)]
     means = (weighted_mean(base), weighted_mean(tuned))
     return record(name, better, means, sides, paired_test(base, tuned))

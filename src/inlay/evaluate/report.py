@@ -30,6 +30,12 @@ NAMES = {
     "margin": "Margin, nats",
     "chosen_loss": "Loss of preferred answers",
     "chosen_perplexity": "Perplexity of preferred answers",
+    "auc": "Desirable answer likelier (AUC)",
+    "reward_margin": "Reward margin",
+    "desirable_reward": "Reward of desirable answers",
+    "undesirable_reward": "Reward of undesirable answers",
+    "desirable_loss": "Loss of desirable answers",
+    "desirable_perplexity": "Perplexity of desirable answers",
     "perplexity": "Perplexity",
     "number_match": "Number match",
     "exact_match": "Exact match",
@@ -38,7 +44,23 @@ NAMES = {
 }
 HEADED = {"accuracy": "Accuracy", "margin": "Margin", "macro_f1": "Macro F1", "rmse": "RMSE"}
 """The names that metrics of a model with a head have."""
+OWN = {
+    "Pairs preferred more than by the base": "reward_accuracy",
+    "Preferred answer likelier": "accuracy",
+    "Reward of desirable answers": "reward_desirable",
+    "Reward of undesirable answers": "reward_undesirable",
+}
+"""What a task measures beside its loss, by the chart's title."""
+TITLES = {
+    (
+        "reward",
+        "Pairs preferred more than by the base",
+    ): "Preferred answer worth more"
+}
+"""A task's own title for such a chart."""
 SIGNIFICANT = 0.05
+
+Points = list[tuple[float, float]]
 
 
 def write_report(
@@ -256,24 +278,15 @@ def interval(score: Score, *, signed: bool = False) -> str:
 
 
 def curves_section(metrics: Sequence[Step], task: str = "sft") -> str:
-    """Training loss, held-out loss and learning rate by step."""
-    trained, held = curve(metrics, "loss"), curve(metrics, "eval_loss")
-    right = curve(metrics, "reward_accuracy"), curve(metrics, "eval_reward_accuracy")
+    """Training loss, held-out loss, what the task measures and learning rate by step."""
+    own = {TITLES.get((task, title), title): both(metrics, key) for title, key in OWN.items()}
+    named = "Loss, nats per token" if task == "sft" else "Loss"
+    charts = [
+        two_lines(title, *pair)
+        for title, pair in {named: both(metrics, "loss"), **own}.items()
+        if any(pair)
+    ]
     rate = curve(metrics, "learning_rate")
-    charts: list[str] = []
-    if trained or held:
-        lines = [Line("training", "trained", trained), Line("held out", "held", held, dots=True)]
-        chart = line_chart(lines, "step")
-        title = "Loss, nats per token" if task == "sft" else "Loss"
-        charts.append(f"<div><h3>{title}</h3>{chart}</div>")
-    if any(right):
-        lines = [
-            Line("training", "trained", right[0]),
-            Line("held out", "held", right[1], dots=True),
-        ]
-        chart = line_chart(lines, "step")
-        than = "the other answer" if task == "reward" else "by the base"
-        charts.append(f"<div><h3>Pairs preferred more than {than}</h3>{chart}</div>")
     if rate:
         chart = line_chart([Line("learning rate", "trained", rate)], "step")
         charts.append(f"<div><h3>Learning rate</h3>{chart}</div>")
@@ -282,7 +295,18 @@ def curves_section(metrics: Sequence[Step], task: str = "sft") -> str:
     return section("Training", f'<div class="charts">{"".join(charts)}</div>')
 
 
-def curve(metrics: Sequence[Step], key: str) -> list[tuple[float, float]]:
+def both(metrics: Sequence[Step], key: str) -> tuple[Points, Points]:
+    """Return the points of one key in training and held out."""
+    return curve(metrics, key), curve(metrics, f"eval_{key}")
+
+
+def two_lines(title: str, trained: Points, held: Points) -> str:
+    """A chart of one value in training and held out."""
+    lines = [Line("training", "trained", trained), Line("held out", "held", held, dots=True)]
+    return f"<div><h3>{title}</h3>{line_chart(lines, 'step')}</div>"
+
+
+def curve(metrics: Sequence[Step], key: str) -> Points:
     """Return the (step, value) points of one key, where it is there and finite."""
     found = [(step.get("step"), step.get(key)) for step in metrics]
     return [

@@ -27,6 +27,7 @@ from inlay.train.tasks import TASKS, task_problems
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -44,9 +45,9 @@ class RunConfig(BaseModel):
     output: Text = Field(description="folder that receives everything the run writes")
     task: Text = Field(
         "sft",
-        description="what to train for: sft (answers), dpo (the preferred answer), reward (a "
-        "number for an answer), classify (labels), "
-        "embed (texts that belong together)",
+        description="what to train for: sft (answers), dpo or orpo (the preferred answer), kto "
+        "(desirable answers), reward (a number for an answer), classify (labels), embed (texts "
+        "that belong together)",
     )
 
     revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
@@ -151,11 +152,21 @@ class RunConfig(BaseModel):
     gradient_accumulation: PositiveInt = Field(
         4, description="forward passes to one optimiser step"
     )
-    learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+    learning_rate: Literal["auto"] | Positive = Field(
         "auto", description="peak learning rate; auto: from the model's width and the method"
     )
-    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="dpo: how near the tuned model is held to the base; default 0.1"
+    beta: Positive | None = Field(
+        None,
+        description="dpo, kto: how near the tuned model is held to the base; orpo: how much "
+        "preferring weighs beside the answer itself; default 0.1",
+    )
+    desirable_weight: Literal["auto"] | Positive | None = Field(
+        None,
+        description="kto: how much a desirable row weighs; default auto: so that neither label "
+        "outweighs the other",
+    )
+    undesirable_weight: Literal["auto"] | Positive | None = Field(
+        None, description="kto: how much an undesirable row weighs; default auto"
     )
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
         "adamw", description="8bit: its state in bitsandbytes' blocks of 8-bit numbers"
@@ -241,6 +252,9 @@ SYNONYMS = {
     "use_rslora": "rslora",
     "stage": "task",
     "dpo_beta": "beta",
+    "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight",
+    "orpo_alpha": "beta",
 }
 """Names that other tools use -> ours, for `Did you mean`."""
 

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl.trainer.dpo_config import DPOConfig
 
 from inlay.data.preference import Pair, side_of
 from inlay.data.rows import Rows
 from inlay.data.tokens import summarise
-from inlay.errors import DataError
 from inlay.evaluate.preference import Preferences, compare_pairs, log_probs
 from inlay.evaluate.record import ComparisonRecord
 from inlay.memory.devices import Device
 from inlay.model.attach import disabled
 from inlay.model.shapes import length_multiple
 from inlay.train import planning
+from inlay.train.answers import check_answers
 from inlay.train.arguments import shared
 from inlay.train.preference_trainer import PreferenceTrainer
 from inlay.train.rows import encode_pair_rows
 from inlay.train.run import Running, Tokens
-from inlay.train.trainer import HeldOut
+from inlay.train.trainer import AdapterLoop, HeldOut
 
 
 class Stages(Running[Pair]):
     """A run that trains a model to prefer one answer to another."""
+
+    loop: ClassVar[Callable[..., AdapterLoop]] = PreferenceTrainer
+    compare: ClassVar[Callable[..., ComparisonRecord]] = staticmethod(compare_pairs)
 
     @property
     def beta(self) -> float:
@@ -40,22 +43,10 @@ class Stages(Running[Pair]):
 
     def check_rows(self, rows: Rows, encoded: list[Pair]) -> None:
         """Raise when no preferred answer ends; tell of rows that were cut or left out."""
-        longest = self.config.max_length
         chosen = summarise([pair.chosen for pair in encoded], rows)
         rejected = summarise([pair.rejected for pair in encoded], rows)
-        if chosen.ends_trained == 0:
-            raise DataError(
-                f"{rows.source}: no preferred answer trains the token at which generation stops, "
-                f"so the tuned model would never stop: {len(chosen.truncated)} of {chosen.rows} "
-                f"are cut at max_length {longest}; the longest row has {chosen.lengths.max} tokens"
-            )
-        self.note_lines(chosen.truncated, f"whose preferred answer is cut at max_length {longest}")
-        self.note_lines(rejected.truncated, f"whose rejected answer is cut at max_length {longest}")
-        self.note_lines(chosen.skipped, "left out: a field is empty")
-        self.note_lines(chosen.unended, "whose preferred answer trains no end token")
-        self.note_lines(
-            chosen.unlike_prompt, "with a prompt that is tokenised otherwise on its own"
-        )
+        kinds, longest = ("preferred", "rejected"), self.config.max_length
+        check_answers(chosen, rejected, kinds, longest, rows.source, self.note_lines)
 
     def largest(self, encoded: list[Pair], device: Device) -> planning.Rows:
         """Return the largest batch, both sides of each pair in it."""
@@ -68,9 +59,9 @@ class Stages(Running[Pair]):
         tokenizer: PreTrainedTokenizerBase,
         tokens: Tokens[Pair],
         record: dict[str, Any],
-    ) -> PreferenceTrainer:
+    ) -> AdapterLoop:
         """Return the trainer, nothing trained yet; the reference is measured here."""
-        return PreferenceTrainer(
+        return self.loop(
             model,
             tokenizer,
             tokens.train,
@@ -79,7 +70,7 @@ class Stages(Running[Pair]):
             **self.watched(),
         )
 
-    def arguments(self, model: PreTrainedModel, learning_rate: float) -> DPOConfig:
+    def arguments(self, model: PreTrainedModel, learning_rate: float) -> TrainingArguments:
         """Return TRL's arguments; the loss is the sigmoid one of the paper."""
         return DPOConfig(
             **shared(DPOConfig, self.config, model, self.folder.checkpoints, learning_rate),
@@ -108,7 +99,7 @@ class Stages(Running[Pair]):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tokens[Pair]
     ) -> ComparisonRecord:
         """Return base against tuned on the test rows."""
-        return compare_pairs(
+        return self.compare(
             model,
             tokenizer,
             side_of(tokens.test_rows, "chosen"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from math import ceil
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from inlay.data.labelled import Labelled
 from inlay.data.preference import Pair
 from inlay.data.tokens import Encoded
 from inlay.errors import TrainingError
@@ -31,12 +32,15 @@ from inlay.model.load import TOKENIZER_FILES, located, quiet_transformers, read_
 from inlay.model.shapes import length_multiple
 from inlay.train.collate import IGNORED, Concatenate
 from inlay.train.config import RunConfig
-from inlay.train.order import order
-from inlay.train.rows import encode_pair_rows, encode_rows, rows_of_run
+from inlay.train.mismatched import mismatched_in_batches
+from inlay.train.order import kept_order, order
+from inlay.train.rows import encode_labelled_rows, encode_pair_rows, encode_rows, rows_of_run
 from inlay.train.tasks import TASKS
 from inlay.train.trainer import labels
 
 EPOCHS_LOOKED_AT = 10
+UNKEPT = "KL_"
+"""What the inputs of a pass without a gradient begin with, as TRL's KTOTrainer names them."""
 STORAGES = ("dense", "nf4")
 """Storages that are proposed, the most exact first."""
 RANKS = (16, 32, 64, 128)
@@ -97,8 +101,13 @@ def leaves_weights(stream: str, device: Device) -> bool:
 
 
 def step_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the loss that training asks the model for."""
-    return model(**batch, use_cache=False).loss
+    """Return the loss that training asks the model for, after a pass that nothing is kept of."""
+    own = {name: value for name, value in batch.items() if not name.startswith(UNKEPT)}
+    other = {n.removeprefix(UNKEPT): x for n, x in batch.items() if n.startswith(UNKEPT)}
+    if other:
+        with torch.no_grad():
+            model(**other, use_cache=False)
+    return model(**own, use_cache=False).loss
 
 
 def held_beside(loop: str, products: frozenset[Product]) -> int:
@@ -155,8 +164,9 @@ def rows_to_plan(config: RunConfig, encoded: Sequence[Encoded], multiple: int = 
 def pairs_to_plan(config: RunConfig, pairs: Sequence[Pair], multiple: int = 1) -> Rows:
     """Return the largest batch of pairs, every chosen side and then every rejected one."""
     largest = [pairs[i] for i in largest_batch(config, [pair.length for pair in pairs])]
+    counted = everywhere if TASKS[config.task].prompts_count else as_trained
     both = [
-        [pair.chosen for pair in part] + [pair.rejected for pair in part]
+        [counted(pair.chosen) for pair in part] + [pair.rejected for pair in part]
         for part in (largest, pairs)
     ]
     return Rows(
@@ -167,15 +177,44 @@ def pairs_to_plan(config: RunConfig, pairs: Sequence[Pair], multiple: int = 1) -
     )
 
 
+def as_trained(row: Encoded) -> Encoded:
+    """Return a row whose loss counts what is trained on."""
+    return row
+
+
+def everywhere(row: Encoded) -> Encoded:
+    """Return a row whose loss counts every token."""
+    return replace(row, trained=[True] * len(row.trained))
+
+
+def labelled_to_plan(config: RunConfig, rows: Sequence[Labelled], multiple: int = 1) -> Rows:
+    """Return the largest batch of answers, and the largest of answers to other rows' prompts."""
+    answers = [row.answer for row in rows]
+    others = mismatched_in_batches(rows, config.batch_size, config.seed, config.max_length)
+    own, unkept = (
+        [part[i] for i in largest_batch(config, [len(row.input_ids) for row in part])]
+        for part in (answers, others)
+    )
+    beside = {UNKEPT + name: value for name, value in collated(config, unkept, multiple).items()}
+    return Rows(
+        {**collated(config, own, multiple), **beside},
+        len(rows),
+        sum(len(row.input_ids) for row in answers),
+        sum(row.trained_tokens for row in answers),
+    )
+
+
 def assumed_rows(config: RunConfig) -> Rows:
     """Return a batch of rows as long as the run allows, every token trained on.
 
     There are as many as `max_rows` lets in, or it is not known how many.
     """
-    length, pairs = config.max_length, TASKS[config.task].rows == "preference"
+    length, kind = config.max_length, TASKS[config.task].rows
     row = Encoded([0] * length, [True] * length, length)
-    sides = 2 if pairs else 1
+    sides = 2 if kind == "preference" else 1
     batch = collated(config, [row] * config.batch_size * sides, 1)
+    if kind == "labelled":
+        batch |= {UNKEPT + name: value for name, value in batch.items()}
     count = int((config.max_rows or 0) * (1.0 if config.eval_data else config.split[0]))
     return Rows(batch, count, count * sides * length, 0, assumed=True)
 
@@ -183,8 +222,9 @@ def assumed_rows(config: RunConfig) -> Rows:
 def largest_batch(config: RunConfig, lengths: Sequence[int]) -> list[int]:
     """Return the row numbers of the batch with the most tokens, padding included."""
     size, worst = config.batch_size, (0, [])
+    arrange = kept_order if TASKS[config.task].kept_batches else order
     for epoch in range(min(ceil(config.epochs), EPOCHS_LOOKED_AT)):
-        numbers = order(lengths, size, config.seed, epoch)
+        numbers = arrange(lengths, size, config.seed, epoch)
         for start in range(0, len(numbers), size):
             batch = numbers[start : start + size]
             here = [lengths[i] for i in batch]
@@ -245,6 +285,9 @@ def row_reader(config: RunConfig, device: Device, has_data: bool) -> Callable[[R
         if rows.kind == "preference":
             pairs = encode_pair_rows(rows, tokenizer, config.max_length)
             return lambda changed: pairs_to_plan(changed, pairs, multiple)
+        if rows.kind == "labelled":
+            labelled = encode_labelled_rows(rows, tokenizer, config.max_length)
+            return lambda changed: labelled_to_plan(changed, labelled, multiple)
         encoded = encode_rows(rows, tokenizer, config.max_length)
     return lambda changed: rows_to_plan(changed, encoded, multiple)
 
@@ -310,7 +353,7 @@ def candidates(
     config: RunConfig, storages: Sequence[str], device: Device
 ) -> list[tuple[str, int, str]]:
     """Return storage, rows a pass and where from it is streamed, from the most exact on."""
-    sizes = sorted({config.batch_size, 1}, reverse=True)
+    sizes = sorted({config.batch_size, TASKS[config.task].least_batch}, reverse=True)
     if config.stream != "off":
         return [(storage, size, config.stream) for storage in storages for size in sizes]
     resident = [(storage, size, "off") for storage in storages for size in sizes]
@@ -346,8 +389,9 @@ def check_fits(found: Plan, config: RunConfig) -> None:
 def remedies(config: RunConfig) -> str:
     """Return what would make a run smaller."""
     ways = [f"lower max_length (now {config.max_length})"]
-    if config.batch_size > 1:
-        ways.append("set batch_size to 1 and raise gradient_accumulation")
+    least = TASKS[config.task].least_batch
+    if config.batch_size > least:
+        ways.append(f"set batch_size to {least} and raise gradient_accumulation")
     if config.storage == "dense":
         ways.append("hold the base with storage nf4")
     if config.activations != "auto":

@@ -84,9 +84,10 @@ class Recorder:
             self.waiting.clear()
 
     def means(self) -> dict[str, float]:
-        """Return the mean of each value over the steps since the last line."""
-        steps = self.waiting
-        return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        """Return the mean of each value over the steps since the last line that have it."""
+        names = dict.fromkeys(name for step in self.waiting for name in step)
+        found = {name: [step[name] for step in self.waiting if name in step] for name in names}
+        return {name: sum(values) / len(values) for name, values in found.items()}
 
     def pace(self, step: int) -> tuple[float, float]:
         """Return tokens a second, and the seconds left at the speed of the last steps."""

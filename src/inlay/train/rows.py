@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from inlay.data.labelled import Labelled, encode_labelled, normalise_labelled
 from inlay.data.labels import normalise_labels
 from inlay.data.preference import Pair, encode_pairs, normalise_pairs
 from inlay.data.read import read_rows
@@ -17,6 +18,10 @@ from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+NOT_SUPERVISED = {"preference": normalise_pairs, "labelled": normalise_labelled}
+"""What checks the rows of each kind that has fields of its own."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,10 @@ def rows_of_run(config: RunConfig) -> RunRows:
 def read(config: RunConfig, source: str, group: str | None) -> Rows:
     """Read one source as the run says."""
     raw = read_rows(source)[: config.max_rows]
-    if TASKS[config.task].rows == "preference":
+    check = NOT_SUPERVISED.get(TASKS[config.task].rows)
+    if check is not None:
         known = config.split_by if config.split_by in raw[0].values else None
-        return normalise_pairs(raw, group=group or known, skip_empty=config.skip_empty)
+        return check(raw, group=group or known, skip_empty=config.skip_empty)
     if TASKS[config.task].rows == "labels":
         return normalise_labels(
             raw,
@@ -95,9 +101,22 @@ def encode_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int)
 
 def encode_pair_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Pair]:
     """Return rows of preferences as tokens; conversations by the same template as supervised."""
-    talks = not isinstance(rows.rows[0]["prompt"], str)
-    template = training_template(tokenizer) if talks else None
+    template = answer_template(rows, tokenizer)
     return encode_pairs(rows, tokenizer, max_length, chat_template=template)
+
+
+def encode_labelled_rows(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Labelled]:
+    """Return labelled rows as tokens; conversations by the same template as supervised."""
+    template = answer_template(rows, tokenizer)
+    return encode_labelled(rows, tokenizer, max_length, chat_template=template)
+
+
+def answer_template(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the template for prompts of messages, None for prompts of text."""
+    talks = not isinstance(rows.rows[0]["prompt"], str)
+    return training_template(tokenizer) if talks else None
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:

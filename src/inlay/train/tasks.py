@@ -28,7 +28,7 @@ class Task:
 
     name: str
     about: str
-    rows: Literal["supervised", "preference", "labels", "similar"]
+    rows: Literal["supervised", "preference", "labelled", "labels", "similar"]
     loop: str
     """The module of the run's stages, which has a class `Stages`."""
     own: Mapping[str, object] = field(default_factory=dict[str, object])
@@ -37,6 +37,13 @@ class Task:
     """The keys that this task does not know."""
     learning_rate_factor: float = 1.0
     """How the best learning rate stands to the one for supervised rows."""
+    prompts_count: bool = False
+    """Whether the loss counts the tokens of the preferred answer's prompt, too."""
+    kept_batches: bool = False
+    """Whether the rows that go through the model together are the same in every epoch."""
+    least_batch: int = 1
+    """The fewest rows that may go through the model together."""
+    why_least: str = ""
     verbs: str = ""
     """The module that measures, shows and plans rows that no language model reads, if so."""
 
@@ -46,18 +53,25 @@ class Task:
         return defaults | {key: fixed.value for key, fixed in self.fixed.items()}
 
 
-COLUMNS = "its rows have the fields prompt, chosen and rejected"
-PADDED = "the two answers to a prompt are padded side by side"
-PREFERENCE: dict[str, Fixed] = {
-    "format": Fixed("auto", COLUMNS),
-    "prompt": Fixed(None, COLUMNS),
-    "completion": Fixed(None, COLUMNS),
-    "text": Fixed(None, COLUMNS),
-    "packing": Fixed(False, PADDED),
-    "cache_trunk": Fixed(False, "every row goes through the whole model"),
-    "eight_bits": Fixed(False, "its gate measures the loss of supervised rows"),
-}
-"""What no task on preferences knows."""
+def not_supervised(fields: str, padded: str) -> dict[str, Fixed]:
+    """Return the keys that only supervised rows know, for rows of these fields."""
+    columns = f"its rows have the fields {fields}"
+    return {
+        **{key: Fixed(None, columns) for key in ("prompt", "completion", "text")},
+        "format": Fixed("auto", columns),
+        "packing": Fixed(False, padded),
+        "cache_trunk": Fixed(False, "every row goes through the whole model"),
+        "eight_bits": Fixed(False, "its gate measures the loss of supervised rows"),
+    }
+
+
+PREFERENCE = not_supervised(
+    "prompt, chosen and rejected", "the two answers to a prompt are padded side by side"
+)
+LABELLED = not_supervised(
+    "prompt, completion and label", "a batch's answers are padded, and scored with two prompts each"
+)
+MISMATCHED = "how far the model has gone is estimated from each prompt with another row's answer"
 
 NAMED = "anchor, positive, negative and score name its columns"
 HEADED: dict[str, Fixed] = {
@@ -82,6 +96,29 @@ TASKS: dict[str, Task] = {
             own={"beta": 0.1},
             fixed=PREFERENCE,
             learning_rate_factor=0.1,
+        ),
+        Task(
+            "kto",
+            "desirable answers rather than undesirable ones, by TRL's KTOTrainer",
+            "labelled",
+            "inlay.train.kto",
+            own={"beta": 0.1, "desirable_weight": "auto", "undesirable_weight": "auto"},
+            fixed=LABELLED,
+            learning_rate_factor=0.1,
+            kept_batches=True,
+            least_batch=2,
+            why_least=MISMATCHED,
+        ),
+        Task(
+            "orpo",
+            "the preferred answer as it stands, and rather than the rejected one, by TRL's "
+            "ORPOTrainer",
+            "preference",
+            "inlay.train.orpo",
+            own={"beta": 0.1},
+            fixed=PREFERENCE,
+            learning_rate_factor=0.5,
+            prompts_count=True,
         ),
         Task(
             "classify",
@@ -132,6 +169,11 @@ def task_problems(values: Mapping[str, Any]) -> dict[str, str]:
             problems[key] = (
                 f"{key!r} does not apply to the task {name!r} ({fixed.reason}); take it out"
             )
+    if values["batch_size"] < task.least_batch:
+        problems["batch_size"] = (
+            f"'batch_size' must be at least {task.least_batch} for the task {name!r}: "
+            f"{task.why_least}"
+        )
     return problems
 
 

@@ -1,0 +1,92 @@
+"""TRL's ORPOTrainer on a model with adapters of ours."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.import_utils import TRLExperimentalWarning
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import add_fused_lm_head
+
+from inlay.data.preference import Pair
+from inlay.evaluate.losses import PADDING
+from inlay.model.fast.causal_lm import IGNORED
+from inlay.model.shapes import length_multiple
+from inlay.train.preference_trainer import columns, longer_sides
+from inlay.train.reference import Telling
+from inlay.train.scoring import Scoring
+
+with warnings.catch_warnings():  # that it may change; the tests hold it to its own results
+    warnings.simplefilter("ignore", TRLExperimentalWarning)
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+
+class OddsTrainer(Telling, ORPOTrainer):
+    """Trains on pairs that come tokenised from the data room; there is no reference.
+
+    Logits exist only where a token counts: of a preferred row everywhere, its prompt too, as TRL
+    and the paper's authors have it; of a rejected row in the answer.
+    """
+
+    shown: ClassVar[dict[str, str]] = {
+        "rewards/accuracies": "accuracy",
+        "log_odds_chosen": "log_odds",
+    }
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pairs: Sequence[Pair],
+        args: ORPOConfig,
+        **kept: Any,
+    ) -> None:
+        collate = DataCollatorForPreference(PADDING, pad_to_multiple_of=length_multiple(model))
+        rows = AsTheyCome.from_dict(columns(pairs))
+        super().__init__(model, tokenizer, rows, args, collate=collate, **kept)
+        add_fused_lm_head(model)
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens the longer side of each pair has."""
+        assert isinstance(self.train_dataset, Dataset)
+        return longer_sides(self.train_dataset)
+
+    @property
+    def measured(self) -> dict[str, list[float]]:
+        """The metrics of the passes since the last step."""
+        return self._stored_metrics["train"]
+
+    def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> Any:
+        """Return both answers' log-probability a token (n,), no logits, and the loss of the chosen.
+
+        The loss is that of prompt and answer, the mean over the batch's tokens.
+        """
+        ids, mask, answers = (
+            batch[name] for name in ("input_ids", "attention_mask", "completion_mask")
+        )
+        preferred = slice(0, len(ids) // 2)
+        counted = answers.clone()
+        counted[preferred] = mask[preferred]
+        labels = ids.masked_fill(counted == 0, IGNORED)
+        call = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        log_probs = Scoring(model)(labels=labels, fused_lm_head=True, **call).log_probs
+        assert log_probs is not None
+        loss = -log_probs[preferred].sum() / mask[preferred, 1:].sum()
+        means = (log_probs * answers[:, 1:]).sum(dim=1) / answers[:, 1:].sum(dim=1)
+        chosen, rejected = means.chunk(2, dim=0)
+        no_logits = log_probs.new_zeros(1)
+        return chosen, rejected, no_logits, no_logits, loss
+
+
+class AsTheyCome(Dataset):
+    """Rows that are tokenised already: what TRL would do to each has been done."""
+
+    def map(self, *args: Any, **kwargs: Any) -> Dataset:
+        """Return the rows as they are."""
+        del args, kwargs
+        return self

@@ -1,0 +1,119 @@
+"""A trainer whose reference is the base: the model with its adapters off, asked once."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from inlay.evaluate.losses import buckets
+from inlay.model.attach import disabled
+from inlay.model.fast.causal_lm import IGNORED
+from inlay.train.scoring import Scoring
+from inlay.train.trainer import AdapterLoop
+
+
+class Telling(AdapterLoop):
+    """Takes into metrics.jsonl what TRL measures of a step beside its loss."""
+
+    shown: ClassVar[dict[str, str]]
+    """What TRL calls the metrics of a step, and what metrics.jsonl does."""
+
+    @property
+    def measured(self) -> dict[str, list[float]]:
+        """The metrics of the passes since the last step."""
+        own: Any = self
+        return own._metrics["train"]
+
+    def also(self) -> dict[str, float]:
+        """Return the mean over the step's passes of each metric that is shown."""
+        found = self.measured
+        means = {
+            ours: sum(found[name]) / len(found[name])
+            for name, ours in self.shown.items()
+            if found.get(name)
+        }
+        found.clear()
+        return means
+
+    def peak_of(self, rows: Sequence[int]) -> int | None:
+        """Return the most memory that a pass over these rows holds; nothing is trained by it."""
+        peak = super().peak_of(rows)
+        self.measured.clear()
+        return peak
+
+
+class AgainstBase(Telling):
+    """Computes the reference's log-probabilities of every row before the first step."""
+
+    referred: ClassVar[tuple[str, str]]
+    """The columns that they go to."""
+
+    @abstractmethod
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the two log-probabilities of each row of a batch, by the base."""
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str
+    ) -> Dataset:
+        """Take the rows as they come: they are tokens already."""
+        del processing_class, args, dataset_name
+        return dataset
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        trl: Any = super()
+        return trl._compute_loss(Scoring(model), inputs, return_outputs)
+
+    def by_base(self, model: Any, inputs: dict[str, Any], prefix: str = "") -> Tensor:
+        """Return the log-probability of each answer (n,), by the model without its adapters."""
+        ids, mask = inputs[f"{prefix}input_ids"], inputs[f"{prefix}attention_mask"]
+        labels = ids.masked_fill(inputs[f"{prefix}completion_mask"] == 0, IGNORED)
+        call = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        with torch.no_grad(), disabled(self.adapted):
+            found = Scoring(model)(labels=labels, fused_lm_head=True, **call)
+        assert found.log_probs is not None
+        return found.log_probs.sum(dim=1)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Return the rows with the reference's log-probabilities, computed as training would."""
+        del name
+        self.recorder.stage("computing what the base gives every answer")
+        found: dict[int, tuple[float, float]] = {}
+        collate: Any = self.data_collator
+        with training(self.adapted):
+            for batch in buckets(self.lengths, batch_size):
+                inputs = self._prepare_inputs(collate([dataset[i] for i in batch]))
+                both = self.compute_ref_log_probs(self.model, inputs)
+                first, second = (values.tolist() for values in both)
+                found.update(zip(batch, zip(first, second, strict=True), strict=True))
+        for place, column in enumerate(self.referred):
+            dataset = dataset.add_column(column, [found[i][place] for i in range(len(dataset))])
+        return dataset
+
+
+@contextmanager
+def unhashed(module: Any) -> Generator[None]:
+    """Spare a trainer of TRL the hash of every weight: it names a file that we do not write."""
+    before = module.hash_module
+    module.hash_module = lambda model: ""
+    try:
+        yield
+    finally:
+        module.hash_module = before
+
+
+@contextmanager
+def training(model: PreTrainedModel) -> Generator[None]:
+    """Let a model compute as it does in training, and then as it did before."""
+    before = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(before)

@@ -1,0 +1,184 @@
+"""Every verb on labelled rows: data, train, eval, generate, merge, plan; and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inlay.cli.main import main
+from inlay.data.reports import generate_reports
+
+TRAIN = [
+    "train", "--task", "kto", "--model", "pocket", "--max-steps", "2", "--rank", "2",
+    "--learning-rate", "1e-2", "--batch-size", "2", "--generate-rows", "2",
+    "--generate-tokens", "4", "--split", "0.6", "0.2", "0.2", "--threads", "1",
+]  # fmt: skip
+COLOURS = [
+    {"prompt": "Say a colour:", "completion": "red", "label": True},
+    {"prompt": "Say a colour:", "completion": "no", "label": False},
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rows_of(count: int) -> list[dict[str, Any]]:
+    """Return labelled rows, two of three desirable; each report is the prompt of one."""
+    return [
+        {
+            "prompt": f"Findings: {report.findings}\nImpression:",
+            "completion": report.impression if i % 3 else "No.",
+            "label": bool(i % 3),
+        }
+        for i, report in enumerate(generate_reports(count, seed=1))
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small run and the rows it was trained on."""
+    folder = tmp_path_factory.mktemp("labelled")
+    rows = write(folder / "rows.jsonl", rows_of(45))
+    assert main([*TRAIN, "--data", str(rows), "--output", str(folder / "run")]) == 0
+    return folder
+
+
+def test_data_counts_the_labels_and_shows_what_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write(tmp_path / "rows.jsonl", [*COLOURS, {**COLOURS[0], "completion": "blue"}])
+    line = ["data", str(rows), "--task", "kto", "--split", "1", "0", "0", "--show", "2"]
+    assert main(line) == 0
+    out = capsys.readouterr().out
+    assert "rows of labelled" in out
+    assert "line 1" in out
+    assert "desirable:\nSay a colour:[ red<|end|>]" in out
+    assert "undesirable:\nSay a colour:[ no<|end|>]" in out
+    assert out.count("\nSay a colour:") == 2
+    assert main([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "labelled"
+    counts = {name: part["rows"] for name, part in found["parts"].items()}
+    assert counts == {"train desirable": 2, "train undesirable": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"prompt": "q", "completion": "a"}, "line 3: no field 'label'"),
+        ({"prompt": "q", "completion": "", "label": True}, "line 3: 'completion' is blank"),
+        ({"prompt": "q", "completion": "a", "label": "yes"}, "line 3: 'label' is 'yes'"),
+        ({"prompt": "q", "completion": "a", "label": 0}, "line 3: 'label' is 0, of type int"),
+        ({**COLOURS[0], "label": False}, "line 3: the same prompt and completion as in line 1"),
+        ({**COLOURS[0], "completion": "x", "y": 1}, "line 3: the field 'y' is not one of"),
+        ({"prompt": "q " * 99, "completion": "a", "label": True}, "line 3: the prompt fills all"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "data"])
+def test_bad_rows_are_a_sentence_and_exit_code_2(
+    verb: str,
+    row: dict[str, Any],
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = write(tmp_path / "p.jsonl", [*COLOURS, row])
+    line = [verb, "--task", "kto", "--model", "pocket", "--data", str(rows), "--max-length", "64"]
+    line += ["--output", str(tmp_path / "out"), "--split", "1", "0", "0"]
+    assert main(line) == 2
+    err = capsys.readouterr().err
+    (only,) = [text for text in err.splitlines() if "--help" not in text and "reading" not in text]
+    assert sentence in only
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--packing", "bfd"], "'packing' does not apply to the task 'kto'"),
+        (["--eight-bits"], "'eight_bits' does not apply to the task 'kto'"),
+        (["--cache-trunk", "true"], "'cache_trunk' does not apply"),
+        (["--beta", "-1"], "'beta' must be a number above 0"),
+        (["--undesirable-weight", "0"], "'undesirable_weight' must be 'auto' or a number above 0"),
+        (["--batch-size", "1"], "'batch_size' must be at least 2 for the task 'kto'"),
+        (["--task", "dpo", "--desirable-weight", "2"], "'desirable_weight' belongs to the task"),
+    ],
+)
+def test_a_key_that_does_not_apply_is_refused(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", "--model", "pocket", "--data", "d", "--output", "o"]
+    assert main([*line, *([] if "--task" in words else ["--task", "kto"]), *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_says_how_the_labels_weigh(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = str(run / "rows.jsonl")
+    words = ["--desirable-weight", "9", "--undesirable-weight", "1", "--no-evaluate"]
+    assert main([*TRAIN, "--data", rows, "--output", str(run / "heavy"), *words]) == 0
+    err = capsys.readouterr().err
+    assert "weigh 9 each" in err
+    assert "to 1 in all, outside the 1 to 4/3 that the paper advises" in " ".join(err.split())
+    assert json.loads((run / "heavy" / "run.json").read_text())["weights"]["desirable"] == 9
+
+
+@pytest.mark.slow
+def test_eval_measures_the_rows_the_run_held_out(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["eval", "--adapter", str(run / "run"), "--generate-rows", "0"]
+    assert main([*line, "--data", str(run / "rows.jsonl"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    own = json.loads((run / "run" / "run.json").read_text())["comparison"]
+    assert found["rows_held_out_by_the_run"] is True
+    values = [
+        {m["name"]: m["tuned"]["value"] for m in record["metrics"]} for record in (found, own)
+    ]
+    for name in ("auc", "reward_margin", "loss", "desirable_reward", "desirable_loss"):
+        assert values[0][name] == pytest.approx(values[1][name], rel=2e-3)
+    assert main([*line, "--data", str(run / "rows.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "loss (of rows)" in out
+    assert "desirable answer likelier (AUC)" in out
+    assert main([*line, "--data", "reports", "--max-rows", "4", "--json"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    alike = write(run / "alike.jsonl", [row for row in rows_of(9) if row["label"]])
+    assert main([*line, "--data", str(alike)]) == 2
+    assert "all 6 rows are labelled true" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_generate_and_merge_take_the_desirable_answers(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["generate", "--adapter", str(run / "run"), "--generate-tokens", "3", "--json"]
+    assert main([*start, "--data", str(run / "rows.jsonl"), "--max-rows", "4"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    good = [row["completion"] for row in rows_of(4) if row["label"]]
+    assert [row["expected"] for row in found] == good
+    merged = ["merge", "--adapter", str(run / "run"), "--output", str(run / "merged"), "--json"]
+    assert main(merged) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["inputs"], report["positions"] > 0) == ("given", True)
+
+
+@pytest.mark.slow
+def test_a_plan_counts_both_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write(tmp_path / "rows.jsonl", rows_of(30))
+    line = ["plan", "--method", "lora", "--model", "pocket", "--batch-size", "4", "--json"]
+    flops = {}
+    for task in ("sft", "kto"):
+        words = [*line, "--data", str(rows), "--task", task]
+        assert main([*words, *(["--packing", "false"] if task == "sft" else [])]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["largest_batch"]["rows"] == 4
+        flops[task] = found["options"][0]["flops"]
+    assert flops["kto"] > 1.2 * flops["sft"]
+    assert main(["plan", "--task", "kto", *line[3:], "--data", str(rows)]) == 0
+    assert json.loads(capsys.readouterr().out)["batch_size"] >= 2
