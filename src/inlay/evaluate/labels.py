@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from inlay.errors import DataError
 from inlay.evaluate.label_metrics import LabelKind, Labels, Metric, metrics, of_words
 from inlay.evaluate.outputs import Input, outputs
-from inlay.evaluate.preference import per_pair
+from inlay.evaluate.preference import per_row
 from inlay.evaluate.record import ClassRecord, ComparisonRecord, MetricComparison
 from inlay.evaluate.resampling import compared_statistic
 from inlay.evaluate.run import LEVEL, Stage, named
@@ -102,7 +102,7 @@ def compared(first: Sequence[Metric], second: Sequence[Metric]) -> list[MetricCo
     others = {metric.name: metric for metric in second}
     pairs = [(metric, others[metric.name]) for metric in first if metric.name in others]
     return [
-        per_pair(a.name, a.better, a.rows.tolist(), b.rows.tolist())
+        per_row(a.name, a.better, a.rows.tolist(), b.rows.tolist())
         if a.statistic is None
         else compared_statistic(a.name, a.better, a.statistic, a.rows.tolist(), b.rows.tolist())
         for a, b in pairs

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from inlay.errors import DataError
 from inlay.evaluate.labels import UNTRAINED
 from inlay.evaluate.outputs import Input, outputs
-from inlay.evaluate.preference import per_pair, softplus
+from inlay.evaluate.preference import per_row, softplus
 from inlay.evaluate.record import ComparisonRecord, MetricComparison
 from inlay.evaluate.run import LEVEL, Stage, named
 from inlay.model.attach import disabled
@@ -129,7 +129,7 @@ def reward_records(
     """Return accuracy, margin and loss of both, each with the paired test of the difference."""
     losses = [[softplus(-margin) for margin in side] for side in (before, tuned)]
     return [
-        per_pair("accuracy", "higher", hits, right(tuned)),
-        per_pair("margin", "higher", before, tuned),
-        per_pair("loss", "lower", *losses),
+        per_row("accuracy", "higher", hits, right(tuned)),
+        per_row("margin", "higher", before, tuned),
+        per_row("loss", "lower", *losses),
     ]

@@ -60,8 +60,8 @@ class AgainstBase(Telling):
         """Return the two log-probabilities of each row of a batch, by the base."""
 
     def _prepare_dataset(
-        self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str
-    ) -> Dataset:
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
         """Take the rows as they come: they are tokens already."""
         del processing_class, args, dataset_name
         return dataset
