@@ -60,7 +60,7 @@ def trained(folder: Path, task: str, *words: str) -> dict[str, Any]:
 
 def test_reports_are_told_normal_from_other(tmp_path: Path) -> None:
     run = trained(
-        tmp_path, "classify", "--text", "findings", "--batch-size", "16", "--max-steps", "40"
+        tmp_path, "classify", "--text", "findings", "--batch-size", "16", "--max-steps", "60"
     )
     metrics = {m["name"]: m for m in run["comparison"]["baseline"]["metrics"]}
     for name in ("accuracy", "macro_f1"):
