@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from inlay.data.labelled import (
     Labelled,
+    are_labelled,
     beside,
     by_label,
     desirable_of,
@@ -159,6 +160,18 @@ def test_rows_of_one_prompt_stay_on_one_side_of_a_split(tmp_path: Path):
     prompts = [{row["prompt"] for row in part.rows} for part in parts]
     assert sum(len(part) for part in parts) == 50
     assert sum(map(len, prompts)) == len(set.union(*prompts)) == 10
+
+
+def test_a_remark_called_label_makes_no_labelled_row(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        GOOD,
+        {**GOOD, "label": "colour"},
+        {**GOOD, "label": "colour", "id": 1},
+        {"label": True},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**GOOD, "id": 1}]))
+    assert [are_labelled(row) for row in read_rows(path)] == [True, True, False, False, True]
 
 
 def test_a_group_column_may_stand_beside_the_three(tmp_path: Path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,6 +198,12 @@ def test_the_plan_holds_both_passes(tmp_path: Path):
     ]
     found = [planned.batch[name].numel() for name in ("input_ids", "KL_input_ids")]
     assert found == sizes
+
+
+def test_no_run_of_single_rows_is_proposed(tmp_path: Path):
+    device: Any = SimpleNamespace(kind="cpu")
+    found = planning.candidates(make_kto(tmp_path, batch_size=4), planning.STORAGES, device)
+    assert {size for _, size, _ in found} == {4, 2}
 
 
 # A run that goes wrong.

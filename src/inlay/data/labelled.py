@@ -60,8 +60,18 @@ class Labelled:
 
 
 def are_labelled(row: RawRow) -> bool:
-    """Say whether a row looks like a labelled one."""
-    return all(name in row.values for name in FIELDS)
+    """Say whether a row looks like a labelled one, and not like a supervised one with a remark."""
+    if any(name not in row.values for name in FIELDS):
+        return False
+    return len(row.values) == len(FIELDS) or isinstance(worded(row), bool)
+
+
+def worded(row: RawRow) -> Any:
+    """Return a row's label, in a table for the word that it holds."""
+    value = present(row, "label")
+    if isinstance(value, str) and row.source.endswith(TABLES):
+        return WORDS.get(value.strip().lower(), value)
+    return value
 
 
 def normalise_labelled(
@@ -117,15 +127,13 @@ def label_of(row: RawRow) -> bool:
         EmptyFieldError: there is no label.
         DataError: it is neither true nor false.
     """
-    value = present(row, "label")
+    value = worded(row)
     if is_missing(value):
         found = "blank" if isinstance(value, str) else "null"
         raise EmptyFieldError(
             f"{row.where}: 'label' is {found}; write true or false, or leave such rows out with "
             "skip_empty"
         )
-    if isinstance(value, str) and row.source.endswith(TABLES):
-        value = WORDS.get(value.strip().lower(), value)
     if not isinstance(value, bool):
         raise DataError(
             f"{row.where}: 'label' is {value!r}, of type {type(value).__name__}; expected true for "
