@@ -58,8 +58,22 @@ def test_scores_are_those_of_trl(asked: dict[str, Any]) -> None:
 
 def test_what_is_not_plain_is_left_to_trl() -> None:
     assert asked_for(model(["q_proj"], outputs=SCORES).forward) == set(SCORES)
-    assert asked_for(model(["q_proj"], temperature=0.7).forward) is None
+    assert asked_for(model(["q_proj"], cast_lm_head_to_fp32=True).forward) is None
     assert asked_for(model(["q_proj"], outputs=("log_sum_sq_probs",)).forward) is None
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
+def test_a_temperature_divides_the_logits_and_the_gradient_follows(targets: list[str]) -> None:
+    found = model(targets, temperature=0.7)
+    trained = [p for p in found.parameters() if p.requires_grad]
+    logits = found(input_ids=IDS).logits[:, :-1] / 0.7
+    wanted = logits.log_softmax(-1).gather(-1, IDS[:, 1:, None])[..., 0]
+    mask = LABELS[:, 1:] != -100
+    expected = torch.autograd.grad(wanted[mask].square().sum(), trained)
+    ours = scores(found)
+    torch.testing.assert_close(ours.log_probs[mask], wanted[mask], rtol=1e-4, atol=1e-5)
+    gradients = torch.autograd.grad(ours.log_probs.square().sum(), trained)
+    torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_what_trl_asks_is_read_through_accelerates_wrapping() -> None:

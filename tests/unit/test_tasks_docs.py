@@ -75,6 +75,19 @@ def test_the_liked_ending_becomes_the_likelier_one(trained: dict[str, Any]) -> N
     assert metrics["loss"]["difference"]["high"] < 0 < margin["difference"]["low"]
 
 
+@pytest.mark.slow
+def test_the_page_on_rewards_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (functions,) = re.findall(r"```python\n(# rewards\.py\n.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "rewarded.yaml").write_text(run_file("grpo"))
+    (tmp_path / "rewards.py").write_text(functions)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "rewarded.yaml"]) == 0
+    run = json.loads((tmp_path / "rewarded" / "run.json").read_text())
+    names = {metric["name"] for metric in run["comparison"]["metrics"]}
+    assert {"reward", "sampled_reward", "reward_ends_in_a_number", "kl"} <= names
+    assert len(run["rewards_sha256"]) == 64
+
+
 def test_every_task_stands_in_the_table_and_every_key_it_refuses_on_the_page() -> None:
     assert set(re.findall(r"^\| `(\w+)`", PAGE, re.MULTILINE)) == set(TASKS)
     for task in TASKS.values():

@@ -82,8 +82,24 @@ def make_labelled(path: Path, rows: int = 40) -> Path:
     return path
 
 
-DATA = {"sft": "data.jsonl", "kto": "labelled.jsonl"}
+def make_prompts(path: Path, rows: int = 30) -> Path:
+    """Write prompts, each with the word that its answer should hold."""
+    lines = []
+    for i in range(rows):
+        words = [WORDS[(i * 3 + k * (1 + i % 4)) % len(WORDS)] for k in range(3 + i % 5)]
+        lines.append({"prompt": " ".join(words), "word": WORDS[i % 2], "number": i})
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+DATA = {"sft": "data.jsonl", "kto": "labelled.jsonl", "grpo": "prompts.jsonl"}
 """The file of each task's rows; pairs for the others."""
+GRPO: dict[str, Any] = {
+    "rewards": [{"name": "regex", "pattern": "heart|lungs"}],
+    "num_generations": 4,
+    "max_completion_tokens": 6,
+}
+"""What a run on rewards needs beside the others' keys."""
 
 
 def make_run(folder: Path, output: str = "out", **changes: Any) -> RunConfig:
@@ -93,6 +109,7 @@ def make_run(folder: Path, output: str = "out", **changes: Any) -> RunConfig:
         make_data(folder / "data.jsonl")
         make_pairs(folder / "pairs.jsonl")
         make_labelled(folder / "labelled.jsonl")
+        make_prompts(folder / "prompts.jsonl")
     data = DATA.get(changes.get("task", "sft"), "pairs.jsonl")
     run: dict[str, Any] = {
         "model": str(folder / "model"),
@@ -110,6 +127,8 @@ def make_run(folder: Path, output: str = "out", **changes: Any) -> RunConfig:
         "generate_tokens": 4,
         "threads": 1,
     }
+    if changes.get("task") == "grpo":
+        run = {k: v for k, v in run.items() if not k.startswith("generate_")} | GRPO
     run |= changes
     if run.get("method", "lora") != "lora":
         run = {k: v for k, v in run.items() if k not in ("dropout", "rank")} | changes

@@ -27,10 +27,16 @@ class Comparing:
     """Tokens that a row keeps."""
     limits: dict[str, Any]
     """How much is generated, and at a time; as for `evaluate.run.compare`."""
+    longest: int | None = None
+    """Tokens that an answer to a prompt may have; None for as many as in the run."""
 
     def record(self) -> ComparisonRecord:
         """Return the comparison."""
-        kinds = {"preference": self.preferences, "labelled": self.labelled}
+        kinds = {
+            "preference": self.preferences,
+            "labelled": self.labelled,
+            "prompt": self.rewarded,
+        }
         return kinds.get(self.rows.kind, self.supervised)()
 
     @property
@@ -39,6 +45,23 @@ class Comparing:
         from inlay.evaluate.preference import BETA
 
         return self.tuned.run.get("beta") or BETA
+
+    def rewarded(self) -> ComparisonRecord:
+        """Return what the answers of each model are worth by the run's rewards."""
+        from inlay.evaluate.reward import compare_rewards
+        from inlay.train.config import checked_config
+        from inlay.train.judge import judge_of
+        from inlay.train.judging import judging
+        from inlay.train.rows import encode_rows
+
+        config = checked_config(self.tuned.run, source="run.json")
+        if self.longest is not None:
+            config = config.model_copy(update={"max_completion_tokens": self.longest})
+        judge = judge_of(config.rewards or [])
+        encoded = encode_rows(self.rows, self.tokenizer, self.max_length)
+        prompts = judging(config, judge, self.rows, encoded, "in this evaluation")
+        passed = {name: self.limits[name] for name in ("batch_size", "on_progress")}
+        return compare_rewards(self.model, self.tokenizer, prompts, **passed)
 
     def supervised(self) -> ComparisonRecord:
         """Return how well each model says what the rows do."""

@@ -37,6 +37,7 @@ EXAMPLES = """examples:
   inlay data pairs.jsonl --task dpo
   inlay data labelled.jsonl --task kto
   inlay data reviews.csv --task classify --label stars --model FOLDER
+  inlay data problems.jsonl --task grpo --rewards final_number
   inlay data --data my.csv --prompt question --completion answer --model Qwen/Qwen3-0.6B
   inlay data run.yaml --show 5"""
 
@@ -99,6 +100,9 @@ def run(given: dict[str, Any]) -> int:
         for side, (part, found) in encoded["train"].items():
             if line in part.lines:
                 show_row(side, pieces(found[part.lines.index(line)], tokenizer))
+        if rows.train.kind == "prompt":
+            columns = rows.train.rows[index].items()
+            show.facts([(name, str(value)) for name, value in columns if name != "prompt"])
     return 0
 
 
@@ -146,7 +150,7 @@ def data_named(given: dict[str, Any]) -> None:
         UsageError: the data are named twice.
     """
     word = given.get("run_file", "")
-    if word != BUILT_IN and Path(word).suffix.lower() not in READERS:
+    if word not in BUILT_IN and Path(word).suffix.lower() not in READERS:
         return
     if "data" in given:
         raise UsageError(
@@ -181,6 +185,11 @@ def describe(config: RunConfig, rows: RunRows, summaries: Mapping[str, Summary])
     show.table(columns, [cells(name, found) for name, found in summaries.items()])
     if rows.train.skipped:
         print(f"  left out for an empty field: {listed(rows.train.skipped)}")
+    from inlay.train.judge import judge_of
+
+    for reward in judge_of(config.rewards or []).rewards:
+        reads = f", reads {' and '.join(map(repr, reward.columns))}" if reward.columns else ""
+        print(f"  the reward {reward.name}: weight {reward.weight:g}{reads}")
     for name, found in summaries.items():
         for sentence in remarks(found):
             print(f"  {name}: {sentence}")
@@ -198,7 +207,7 @@ def remarks(found: Summary) -> Iterator[str]:
     """Yield a sentence for everything that is worth a look."""
     if found.truncated:
         yield f"rows cut, their end is not seen: {listed(found.truncated)}"
-    if found.unended:
+    if found.unended and found.trained_tokens:
         yield f"rows that do not teach the model to stop: {listed(found.unended)}"
     if found.unlike_prompt:
         yield f"rows whose prompt is other tokens when used alone: {listed(found.unlike_prompt)}"

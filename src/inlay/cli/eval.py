@@ -111,7 +111,9 @@ def measured_answers(options: EvalOptions, tuned: Tuned) -> tuple[ComparisonReco
             "batch_size": options.batch_size,
             "on_progress": drawn.working,
         }
-        found = Comparing(tuned, model, tokenizer, rows, keys["max_length"], limits).record()
+        longest = options.model_dump(exclude_unset=True).get("generate_tokens")
+        compared = Comparing(tuned, model, tokenizer, rows, keys["max_length"], limits, longest)
+        found = compared.record()
     return found, rows, trained_on
 
 

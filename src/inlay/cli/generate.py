@@ -148,6 +148,11 @@ def prompts_of(
 
     longest = (tuned.run if tuned else {}).get("max_length", same("max_length").default)
     encoded = encode_rows(rows, tokenizer, longest)
+    if rows.kind == "prompt":
+        prompts = [row.input_ids for row in encoded]
+        texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        lines = zip(rows.lines, texts, strict=True)
+        return prompts, [{"line": str(line), "prompt": text.strip()} for line, text in lines]
     samples = choose_samples(rows, encoded, len(rows))
     if not samples:
         raise UsageError("the rows are plain text without a prompt; give --prompt instead")

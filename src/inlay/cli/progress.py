@@ -43,6 +43,8 @@ class PlainProgress:
             self.write(event.message)
         elif event.kind == "evaluation" and event.eval_loss is not None:
             self.write(f"{place(event)}  held-out loss {event.eval_loss:.4f}")
+        elif event.kind == "evaluation" and event.reward is not None:
+            self.write(f"{place(event)}  held-out reward {event.reward:.4f}")
         elif event.kind == "step" and self.due(event):
             self.last = event.seconds
             self.write("  ".join([place(event), *(f"{k} {v}" for k, v in figures(event).items())]))
@@ -154,6 +156,7 @@ def figures(event: Event) -> dict[str, str]:
     """Return a step's figures that are known, as texts: loss, rate, memory, time left."""
     known = {
         "loss": (event.loss, "{:.4f}".format),
+        "reward": (event.reward, "{:.4f}".format),
         "lr": (event.learning_rate, "{:.2e}".format),
         "tokens/s": (event.tokens_per_second, "{:,.0f}".format),
         "memory": (event.memory_bytes, show.size),

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from inlay.data.labelled import are_labelled, desirable_of
 from inlay.data.preference import are_pairs, side_of
+from inlay.data.prompts import are_prompts, normalise_prompts
 from inlay.data.read import RawRow, read_rows
 from inlay.data.rows import Rows, normalise
 from inlay.train.config import RunConfig, checked_config
+from inlay.train.judge import judge_of
 from inlay.train.rows import NOT_SUPERVISED, read, rows_of_run
 from inlay.train.tasks import TASKS
 
@@ -31,11 +33,17 @@ READING = ("max_length", "max_rows", "skip_empty")
 def rows_of(source: str, keys: Mapping[str, Any]) -> Rows:
     """Read and check the rows of a source as the keys ask for, or as their fields tell.
 
+    So are prompts, where the keys have rewards that judge the answers to them.
+
     Raises:
         DataError: the data are not there, malformed, empty, or a row lacks what it needs.
     """
     named = {key: keys[key] for key in COLUMNS if keys.get(key) is not None}
     rows = read_rows(source)[: keys.get("max_rows")]
+    needed = judge_of(keys["rewards"]).needed if keys.get("rewards") else None
+    if needed is not None and are_prompts(rows[0], keys.get("prompt"), needed):
+        empty = keys.get("skip_empty", False)
+        return normalise_prompts(rows, prompt=keys.get("prompt"), needed=needed, skip_empty=empty)
     check = None
     if named.get("format", "auto") == "auto" and len(named) <= 1:
         check = NOT_SUPERVISED.get(kind_of(rows[0], keys.get("task", "sft")))
@@ -60,7 +68,7 @@ def keys_for(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     A flag that names a column replaces all the columns of the run.
     """
     defaults = {key: RunConfig.model_fields[key].get_default() for key in (*READING, *COLUMNS)}
-    kept = ["max_length", "skip_empty", "split_by", "task"]
+    kept = ["max_length", "skip_empty", "split_by", "task", "rewards"]
     if not any(key in given for key in COLUMNS):
         kept += COLUMNS
     from_run = {key: run[key] for key in kept if key in run}

@@ -26,6 +26,11 @@ NAMES = {
     "token_f1": "token F1",
     "rouge_l": "ROUGE-L",
     "number_match": "number match",
+    "reward": "reward, likeliest answers",
+    "sampled_reward": "reward, drawn answers",
+    "kl": "KL to the base (nats/token)",
+    "answer_tokens": "tokens an answer",
+    "cut_off": "answers cut off",
 }
 HEADED = {"loss": "loss", "accuracy": "accuracy", "margin": "margin", "rmse": "RMSE", "mae": "MAE"}
 """The names that metrics of a model with a head have."""

@@ -25,6 +25,8 @@ EXAMPLES = """examples:
               --storage nf4 --rank 32 --output run
   inlay train run.yaml --learning-rate 1e-4 --output run2
   inlay train --task dpo --model pocket --data pairs.jsonl --output preferred
+  inlay train --task grpo --model pocket --data problems.jsonl --rewards final_number \
+              --output rewarded
   inlay train run.yaml --print-config > resolved.yaml"""
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": (
@@ -40,6 +42,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "scheduler",
         "beta", "optimizer", "warmup", "weight_decay", "max_grad_norm", "activations",
         "cache_trunk", "seed", "threads",
+    ),
+    "rewards": (
+        "rewards", "num_generations", "max_completion_tokens", "temperature", "top_p", "generation",
     ),
     "evaluation": ("evaluate", "eval_rows", "generate_rows", "generate_tokens"),
     "output": ("output", "log_every", "save_every", "keep_checkpoints", "resume", "overwrite"),

@@ -1,4 +1,4 @@
-"""Read rows from a file, a hub data set or the built-in reports, each with its place of origin."""
+"""Read rows from a file, a hub data set or a built-in generator, each with its place of origin."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inlay.data.arithmetic import generate_problems
 from inlay.data.reports import generate_reports
 from inlay.errors import DataError, did_you_mean
 
 __all__ = ["BUILT_IN", "RawRow", "read_rows"]
 
-BUILT_IN = "reports"
-"""The name of the generated radiology reports."""
 BUILT_IN_COUNT = 2400
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.\[\]%:+-]+))?")
 WHITESPACE = re.compile(r"[ \t\r\n]*")
@@ -46,17 +45,18 @@ def place(source: str, line: int) -> str:
 
 
 def read_rows(source: str | Path, *, split: str | None = None) -> list[RawRow]:
-    """Return all rows of a file, of a hub data set `owner/name[:split]`, or of `reports`.
+    """Return all rows of a file, of a hub data set `owner/name[:split]`, or of a generator.
 
     Args:
-        source: a .jsonl, .json, .csv, .tsv or .parquet file, a hub id, or `reports`.
+        source: a .jsonl, .json, .csv, .tsv or .parquet file, a hub id, `reports` or `arithmetic`.
         split: the split of a hub data set; `train` where neither this nor the id names one.
 
     Raises:
         DataError: it is not there, not readable, of no known format, malformed, or empty.
     """
-    if str(source) == BUILT_IN:
-        return built_in_rows()
+    if str(source) in BUILT_IN:
+        made = enumerate(BUILT_IN[str(source)](), start=1)
+        return [RawRow(values, str(source), number) for number, values in made]
     path = Path(source)
     hub = None if is_meant_as_file(path) else HUB_ID.fullmatch(str(source))
     rows = read_hub(hub["name"], split or hub["split"] or "train") if hub else read_file(path)
@@ -315,21 +315,37 @@ def read_hub(name: str, split: str) -> list[RawRow]:
     return [RawRow(row, f"{name}:{split}", number) for number, row in enumerate(values, start=1)]
 
 
-def built_in_rows() -> list[RawRow]:
+def report_rows() -> list[dict[str, Any]]:
     """Return the generated reports with the prompt that asks for an impression."""
-    reports = generate_reports(BUILT_IN_COUNT, seed=0)
     return [
-        RawRow(
-            {
-                "uid": report.uid,
-                "findings": report.findings,
-                "impression": report.impression,
-                "label": report.label,
-                "prompt": f"Findings: {report.findings}\nImpression:",
-                "completion": report.impression,
-            },
-            BUILT_IN,
-            number,
-        )
-        for number, report in enumerate(reports, start=1)
+        {
+            "uid": report.uid,
+            "findings": report.findings,
+            "impression": report.impression,
+            "label": report.label,
+            "prompt": f"Findings: {report.findings}\nImpression:",
+            "completion": report.impression,
+        }
+        for report in generate_reports(BUILT_IN_COUNT, seed=0)
     ]
+
+
+def problem_rows() -> list[dict[str, Any]]:
+    """Return the generated arithmetic problems with the prompt that asks for an answer."""
+    return [
+        {
+            "uid": problem.uid,
+            "question": problem.question,
+            "answer": problem.answer,
+            "prompt": problem.prompt,
+            "completion": problem.answer,
+        }
+        for problem in generate_problems(BUILT_IN_COUNT, seed=0)
+    ]
+
+
+BUILT_IN: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "reports": report_rows,
+    "arithmetic": problem_rows,
+}
+"""The name of each generator: radiology reports, and arithmetic problems."""

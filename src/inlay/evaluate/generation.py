@@ -1,8 +1,10 @@
-"""Greedy text from a model, many prompts at a time."""
+"""Text from a model, the likeliest or sampled, many prompts at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,28 @@ Prompt = str | Sequence[int]
 """A prompt as text, or as tokens."""
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, where it is not the likeliest that is taken."""
+
+    temperature: float = 1.0
+    """What logits are divided by first."""
+    top_p: float = 1.0
+    """The share of the likeliest tokens that are drawn from."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """New tokens after a prompt."""
+
+    tokens: tuple[int, ...]
+    """With the one that ended the answer, if it ended."""
+    text: str
+    ended: bool
+    """Whether the answer came to its end, rather than to the most tokens it might have."""
+
+
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -29,8 +53,26 @@ def generate(
 ) -> list[str]:
     """Return the likeliest continuation of each prompt: new text only, up to the end of sequence.
 
+    The rest is as in `answer`.
+    """
+    found = answer(model, tokenizer, prompts, max_new_tokens, batch_size, on_progress=on_progress)
+    return [each.text for each in found]
+
+
+def answer(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    *,
+    sampling: Sampling | None = None,
+    on_progress: Progress | None = None,
+) -> list[Answer]:
+    """Return a continuation of each prompt, the likeliest or, where `sampling` says how, drawn.
+
     Prompts of similar length go together, padded on the left. Generation stops early where the
-    model's context is full.
+    model's context is full. Drawing leaves torch's own random state as it was.
 
     Raises:
         ModelError: the model cannot generate text, or knows no end-of-sequence token.
@@ -44,19 +86,31 @@ def generate(
     tokens = [as_tokens(tokenizer, prompt) for prompt in prompts]
     room = context_length(model)
     check_room(tokens, room)
-    texts: dict[int, str] = {}
-    with evaluating(model), torch.no_grad():
+    found: dict[int, Answer] = {}
+    with evaluating(model), torch.no_grad(), drawing(model, sampling):
         for batch in batches([len(t) for t in tokens], batch_size, room, max_new_tokens):
             longest = len(tokens[batch[0]])
             steps = max_new_tokens if room is None else min(max_new_tokens, room - longest)
-            config = greedy(steps, ends, tokenizer)
+            config = settings(steps, ends, tokenizer, sampling)
             new = continued(model, [tokens[i] for i in batch], config)
-            texts.update(
-                zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True)
-            )
+            ended = [ids[-1] in ends for ids in new]
+            whole = [ids[:-1] if end else ids for ids, end in zip(new, ended, strict=True)]
+            texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
+            made = zip(map(tuple, new), texts, ended, strict=True)
+            found |= {i: Answer(*each) for i, each in zip(batch, made, strict=True)}
             if on_progress is not None:
-                on_progress(len(texts), len(prompts))
-    return [texts[i] for i in range(len(prompts))]
+                on_progress(len(found), len(prompts))
+    return [found[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def drawing(model: nn.Module, sampling: Sampling | None) -> Generator[None]:
+    """Seed what is drawn in the `with` block, and put torch's random state back after it."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if sampling is not None:
+            torch.manual_seed(sampling.seed)
+        yield
 
 
 def batches(
@@ -109,16 +163,18 @@ def check_room(tokens: Sequence[Sequence[int]], room: int | None) -> None:
             )
 
 
-def greedy(steps: int, ends: list[int], tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Return the settings of a greedy search; the model's own sampling settings do not apply."""
+def settings(
+    steps: int, ends: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling | None
+) -> GenerationConfig:
+    """Return how to generate; the model's own sampling settings do not apply."""
     pad = tokenizer.pad_token_id
     return GenerationConfig(
         max_new_tokens=steps,
-        do_sample=False,
+        do_sample=sampling is not None,
         num_beams=1,
-        temperature=1.0,
-        top_k=50,
-        top_p=1.0,
+        temperature=1.0 if sampling is None else sampling.temperature,
+        top_k=50 if sampling is None else 0,
+        top_p=1.0 if sampling is None else sampling.top_p,
         repetition_penalty=1.0,
         eos_token_id=ends,
         pad_token_id=ends[0] if pad is None else pad,
@@ -128,7 +184,7 @@ def greedy(steps: int, ends: list[int], tokenizer: PreTrainedTokenizerBase) -> G
 def continued(
     model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig
 ) -> list[list[int]]:
-    """Return the new tokens after each prompt; those after the end of sequence are padding."""
+    """Return the new tokens after each prompt, the one that ends the sequence included."""
     longest = max(map(len, prompts))
     ids = [[config.pad_token_id] * (longest - len(p)) + [*p] for p in prompts]
     mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
@@ -142,6 +198,6 @@ def continued(
 
 
 def until_end(tokens: list[int], config: GenerationConfig) -> list[int]:
-    """Cut the tokens before the first that ends the sequence."""
+    """Cut the tokens behind the first that ends the sequence; what follows is padding."""
     ends: Any = config.eos_token_id
-    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]

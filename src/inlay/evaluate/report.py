@@ -41,6 +41,11 @@ NAMES = {
     "exact_match": "Exact match",
     "token_f1": "Token F1",
     "rouge_l": "ROUGE-L",
+    "reward": "Reward of likeliest answers",
+    "sampled_reward": "Reward of drawn answers",
+    "kl": "KL to the base, nats a token",
+    "answer_tokens": "Tokens an answer",
+    "cut_off": "Answers cut off",
 }
 HEADED = {"accuracy": "Accuracy", "margin": "Margin", "macro_f1": "Macro F1", "rmse": "RMSE"}
 """The names that metrics of a model with a head have."""
@@ -49,6 +54,8 @@ OWN = {
     "Preferred answer likelier": "accuracy",
     "Reward of desirable answers": "reward_desirable",
     "Reward of undesirable answers": "reward_undesirable",
+    "Reward": "reward",
+    "KL to the base, nats a token": "kl",
 }
 """What a task measures beside its loss, by the chart's title."""
 TITLES = {
@@ -263,7 +270,7 @@ def cell(column: str, content: str, style: str = "") -> str:
 def verdict(metric: MetricComparison) -> str:
     """Return `good` or `bad` where the difference is more than chance, else nothing."""
     change, p = metric["difference"]["value"], metric["p_value"]
-    if not change or p is None or p >= SIGNIFICANT:
+    if not change or p is None or p >= SIGNIFICANT or metric["better"] == "neither":
         return ""
     return "good" if (change < 0) == (metric["better"] == "lower") else "bad"
 

@@ -49,6 +49,7 @@ def linear_cross_entropy(
     labels: Tensor,
     bias: Tensor | None,
     to_gradient: bool,
+    temperature: float,
     parts: Sequence[Tensor],
     packing: str,
     rows: int,
@@ -57,7 +58,8 @@ def linear_cross_entropy(
     """Score hidden states h (n, in) by a frozen head (vocabulary, in) and labels (n,).
 
     Returns log-probabilities, entropies and top-1 hits, all (n,), and the gradient of the
-    log-probabilities to h, (n, in) in h's dtype, or (0, in) unless `to_gradient`.
+    log-probabilities to h, (n, in) in h's dtype, or (0, in) unless `to_gradient`. The logits are
+    divided by the temperature first.
     """
     matrix = matrix_of(parts, packing, rows, columns, h)
     found: list[Scores] = []
@@ -70,8 +72,12 @@ def linear_cross_entropy(
         logits = logits.to(wide)
         if bias is not None:
             logits += bias
+        if temperature != 1.0:
+            logits /= temperature
         found.append(Scores(*native.loss_tile(logits, labels[part])))
         if to_gradient:
+            if temperature != 1.0:
+                logits /= temperature
             back[part] = matrix.times_t(logits.to(matrix.dtype))
         del logits
     if not found:
@@ -87,6 +93,7 @@ def _(
     labels: Tensor,
     bias: Tensor | None,
     to_gradient: bool,
+    temperature: float,
     parts: Sequence[Tensor],
     packing: str,
     rows: int,
@@ -99,7 +106,7 @@ def _(
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep each row's gradient, computed already."""
-    ctx.count = len(inputs[4])
+    ctx.count = len(inputs[5])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[3])
@@ -110,7 +117,7 @@ def gradient(ctx: Any, g: Tensor, *unused: Tensor) -> tuple[Any, ...]:
     del unused
     (back,) = ctx.saved_tensors
     scaled = (back.to(g.dtype) * g[:, None]).to(back.dtype)
-    return scaled, None, None, None, [None] * ctx.count, None, None, None
+    return scaled, None, None, None, None, [None] * ctx.count, None, None, None
 
 
 linear_cross_entropy.register_autograd(gradient, setup_context=keep)

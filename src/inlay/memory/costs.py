@@ -194,13 +194,14 @@ def scored(
     labels: Tensor,
     bias: Tensor | None,
     to_gradient: bool,
+    temperature: float,
     parts: Sequence[Tensor],
     packing: str,
     rows: int,
     columns: int,
 ) -> Scratch:
     """Scratch of the loss: logits of some rows, which C overwrites, and the gradient to them."""
-    del labels, bias, parts
+    del labels, bias, temperature, parts
     count = rows_at_once(h.shape[0], rows)
     some = h.new_empty(count, columns)
     widths = (columns, *([columns] if to_gradient else []))

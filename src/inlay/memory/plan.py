@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,17 @@ from torch import Tensor, nn
 from inlay.errors import ModelError
 from inlay.kernels.switches import is_on
 from inlay.memory.devices import CUDA_RUNTIME, Device
+from inlay.memory.generating import Answered, Answering, simulate_answers
 from inlay.memory.policy import POLICIES, Policy
 from inlay.memory.probe import resident
-from inlay.memory.simulate import Optimiser, Simulation, fake_tensors, frozen_bytes, simulate
+from inlay.memory.simulate import (
+    Optimiser,
+    Simulation,
+    Work,
+    fake_tensors,
+    frozen_bytes,
+    simulate,
+)
 
 Product = tuple[int, int, int]
 """The shape (m, k, n) of a matrix product."""
@@ -85,6 +93,8 @@ class Task:
     dtype: torch.dtype
     streamed: bool = False
     """Whether the frozen weights come from the host just ahead of use."""
+    answering: Answering | None = None
+    """The answers that a step generates before it trains on them."""
 
 
 def plan(
@@ -105,6 +115,7 @@ def plan(
     room = int(ROOM * device.memory) + (resident() if device.kind == "cpu" else 0)
     options: list[Option] = []
     trained = 0
+    answered = task.answering and simulate_answers(task.build, task.answering, device.kind)
     tried = list(possible(policies, device))
     if not task.streamed and weights_of(task) > room:
         tried = tried[-1:]
@@ -120,7 +131,10 @@ def plan(
         )
         trained = simulation.trained
         held = runtime(simulation.products) if device.kind == "cpu" else CUDA_RUNTIME
-        options.append(option(policy, simulation, task, device, held))
+        made = option(policy, simulation, task, device, held)
+        options.append(
+            made if answered is None else generating(made, answered, simulation, task, device)
+        )
         if options[-1].total <= room:
             return Plan(device, tuple(options), options[-1], trained, room)
     return Plan(device, tuple(options), None, trained, room)
@@ -177,7 +191,47 @@ def option(policy: Policy, found: Simulation, task: Task, device: Device, runtim
     )
 
 
+def generating(
+    step: Option, answered: Answered, found: Simulation, task: Task, device: Device
+) -> Option:
+    """Return a step that first generates its answers, while no activation is alive.
+
+    The base scores the answers once more without keeping activations, about a third of a pass.
+    """
+    weights = step.bytes["weights"]
+    parts = {
+        "weights": weights,
+        "adapter": found.resting["adapter"],
+        "optimiser": found.resting["optimiser"],
+        "key-value cache": answered.cache,
+        "buffers": answered.buffers,
+        "runtime": step.bytes["runtime"],
+    }
+    total = sum(parts.values())
+    writing = work_seconds(answered.first, device, task.dtype)
+    writing += answered.tokens * work_seconds(answered.each, device, task.dtype)
+    streaming = (1 + answered.tokens) * found.resting["weights"] / device.link
+    scoring = step.seconds / 3
+    seconds = scoring + (max(writing, streaming) if task.streamed else writing)
+    streamed = scoring + max(writing, streaming)
+    larger = total > step.total
+    resident = min(weights, found.streamed_weights)
+    return replace(
+        step,
+        total=max(total, step.total),
+        bytes=parts if larger else step.bytes,
+        seconds=step.seconds + seconds,
+        streamed_total=max(step.streamed_total, total - weights + resident),
+        streamed_seconds=step.streamed_seconds + streamed,
+    )
+
+
 def step_seconds(found: Simulation, device: Device, dtype: torch.dtype) -> float:
-    """Return a pass's seconds: each operation at the device's arithmetic or bandwidth."""
+    """Return a pass's seconds."""
+    return work_seconds(found.work, device, dtype)
+
+
+def work_seconds(work: Mapping[str, Work], device: Device, dtype: torch.dtype) -> float:
+    """Return the seconds of some operations, each at the device's arithmetic or bandwidth."""
     rate, bandwidth = device.rate(dtype), device.bytes_per_second
-    return sum(max(w.flops / rate, w.bytes / bandwidth) for w in found.work.values())
+    return sum(max(w.flops / rate, w.bytes / bandwidth) for w in work.values())

@@ -41,13 +41,15 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     model: Text = Field(description="base model: a folder, a hub id, or 'pocket' (embedded)")
-    data: Text = Field(description="training data: a file, a hub id, or 'reports' (generated)")
+    data: Text = Field(
+        description="training data: a file, a hub id, or 'reports' or 'arithmetic', generated"
+    )
     output: Text = Field(description="folder that receives everything the run writes")
     task: Text = Field(
         "sft",
         description="what to train for: sft (answers), dpo or orpo (the preferred answer), kto "
-        "(desirable answers), reward (a number for an answer), classify (labels), embed (texts "
-        "that belong together)",
+        "(desirable answers), grpo (answers that rewards are high for), reward (a number for an "
+        "answer), classify (labels), embed (texts that belong together)",
     )
 
     revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
@@ -155,10 +157,10 @@ class RunConfig(BaseModel):
     learning_rate: Literal["auto"] | Positive = Field(
         "auto", description="peak learning rate; auto: from the model's width and the method"
     )
-    beta: Positive | None = Field(
+    beta: NotNegative | None = Field(
         None,
-        description="dpo, kto: how near the tuned model is held to the base; orpo: how much "
-        "preferring weighs beside the answer itself; default 0.1",
+        description="dpo, kto, grpo: how near the tuned model is held to the base; orpo: how much "
+        "preferring weighs beside the answer itself; default 0.1, grpo 0",
     )
     desirable_weight: Literal["auto"] | Positive | None = Field(
         None,
@@ -167,6 +169,26 @@ class RunConfig(BaseModel):
     )
     undesirable_weight: Literal["auto"] | Positive | None = Field(
         None, description="kto: how much an undesirable row weighs; default auto"
+    )
+    rewards: Annotated[list[Text | dict[str, Any]], Field(min_length=1)] | None = Field(
+        None,
+        description="grpo: what an answer is worth: final_number, json, regex, length or "
+        "FILE.py:function; as a mapping with name, weight and arguments",
+    )
+    num_generations: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="grpo: answers to a prompt that are compared; default 8"
+    )
+    max_completion_tokens: PositiveInt | None = Field(
+        None, description="grpo: tokens an answer may have; default 256"
+    )
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="grpo: what logits are divided by before sampling; default 1"
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="grpo: sample from the likeliest tokens of this share; default 1, all"
+    )
+    generation: Literal["transformers", "vllm"] | None = Field(
+        None, description="grpo: what writes the answers; default transformers, in this process"
     )
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
         "adamw", description="8bit: its state in bitsandbytes' blocks of 8-bit numbers"
@@ -255,6 +277,9 @@ SYNONYMS = {
     "kto_chosen_weight": "desirable_weight",
     "kto_rejected_weight": "undesirable_weight",
     "orpo_alpha": "beta",
+    "reward_funcs": "rewards",
+    "max_completion_length": "max_completion_tokens",
+    "group_size": "num_generations",
 }
 """Names that other tools use -> ours, for `Did you mean`."""
 
@@ -465,7 +490,7 @@ def contradictions(config: RunConfig) -> dict[str, str]:
         problems["text"] = (
             "'text' trains on a whole column, so it excludes 'prompt' and 'completion'"
         )
-    elif bool(config.prompt) != bool(config.completion):
+    elif bool(config.prompt) != bool(config.completion) and TASKS[config.task].rows != "prompt":
         given, lacking = ("prompt", "completion") if config.prompt else ("completion", "prompt")
         problems[given] = f"{given!r} needs {lacking!r} beside it; name both, or neither"
     if config.format != "auto" and (config.text or config.prompt or config.completion):

@@ -23,6 +23,8 @@ class Event:
     total_steps: int = 0
     loss: float | None = None
     eval_loss: float | None = None
+    reward: float | None = None
+    """Of a step, or of an evaluation, where the task has one."""
     learning_rate: float | None = None
     grad_norm: float | None = None
     tokens_per_second: float | None = None

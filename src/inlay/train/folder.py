@@ -19,6 +19,13 @@ FREE_TO_CHANGE = frozenset(
 )
 """Keys that a resumed run may change: none of them changes what is trained."""
 
+INPUTS = {
+    "data_sha256": "data",
+    "base_sha256": "base model",
+    "rewards_sha256": "file of reward functions",
+}
+"""The hashes in run.json of what a run reads, and what they are of."""
+
 State = Literal["new", "interrupted", "finished"]
 
 
@@ -149,8 +156,8 @@ def check_same_run(config: RunConfig, folder: RunFolder) -> None:
 
 def check_same_inputs(begun: Mapping[str, Any], now: Mapping[str, Any], folder: RunFolder) -> None:
     """Raise when the data or the base is not what an interrupted run was begun with."""
-    for key, what in (("data_sha256", "data"), ("base_sha256", "base model")):
-        if begun.get(key) != now[key]:
+    for key, what in INPUTS.items():
+        if begun.get(key) != now.get(key):
             raise UsageError(
                 f"{folder.path} cannot be resumed: the {what} has changed since the run was begun; "
                 "bring it back, give another output folder, or --overwrite"

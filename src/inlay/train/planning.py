@@ -15,9 +15,11 @@ from transformers import PreTrainedConfig
 
 from inlay.data.labelled import Labelled
 from inlay.data.preference import Pair
+from inlay.data.prompts import encode_prompts
 from inlay.data.tokens import Encoded
 from inlay.errors import TrainingError
 from inlay.memory.devices import Device
+from inlay.memory.generating import Answering
 from inlay.memory.plan import Plan, Product, Task, plan
 from inlay.memory.policy import POLICIES, Policy
 from inlay.memory.probe import runtime
@@ -90,6 +92,7 @@ def planned_step(
         accumulation=config.gradient_accumulation,
         dtype=computing_dtype(shape, config.dtype),
         streamed=leaves_weights(config.stream, device),
+        answering=answering(config, batch),
     )
     loop = TASKS[config.task].loop
     return plan(task, device, runtime=partial(held_beside, loop), policies=policies_of(config))
@@ -98,6 +101,15 @@ def planned_step(
 def leaves_weights(stream: str, device: Device) -> bool:
     """Say whether streaming takes the weights out of the memory that is planned."""
     return stream == "disk" or (stream == "host" and device.kind == "cuda")
+
+
+def answering(config: RunConfig, batch: Mapping[str, Tensor]) -> Answering | None:
+    """Return the answers that a step generates in this process's own memory, if it does."""
+    if config.max_completion_tokens is None or config.generation == "vllm":
+        return None
+    answers = config.batch_size * config.gradient_accumulation
+    prompt = max(1, batch["input_ids"].shape[1] - config.max_completion_tokens)
+    return Answering(answers, prompt, config.max_completion_tokens, sorts=config.top_p != 1.0)
 
 
 def step_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -204,12 +216,27 @@ def labelled_to_plan(config: RunConfig, rows: Sequence[Labelled], multiple: int 
     )
 
 
+def prompts_to_plan(config: RunConfig, prompts: Sequence[Encoded], multiple: int = 1) -> Rows:
+    """Return a batch of the longest answers to the longest prompt, and how much data there is."""
+    group, answer = config.num_generations or 1, config.max_completion_tokens or 0
+    longest = max(len(row.input_ids) for row in prompts)
+    row = Encoded([0] * (longest + answer), [False] * longest + [True] * answer, longest + answer)
+    tokens = sum(len(row.input_ids) + answer for row in prompts)
+    return Rows(
+        collated(config, [row] * config.batch_size, multiple),
+        len(prompts) * group,
+        tokens * group,
+        len(prompts) * group * answer,
+    )
+
+
 def assumed_rows(config: RunConfig) -> Rows:
     """Return a batch of rows as long as the run allows, every token trained on.
 
     There are as many as `max_rows` lets in, or it is not known how many.
     """
     length, kind = config.max_length, TASKS[config.task].rows
+    length += config.max_completion_tokens or 0
     row = Encoded([0] * length, [True] * length, length)
     sides = 2 if kind == "preference" else 1
     batch = collated(config, [row] * config.batch_size * sides, 1)
@@ -282,6 +309,9 @@ def row_reader(config: RunConfig, device: Device, has_data: bool) -> Callable[[R
         tokenizer = read_tokenizer(source, trust_remote_code=False)
         rows = rows_of_run(config).train
         multiple = padding_multiple(config, device)
+        if rows.kind == "prompt":
+            prompts = encode_prompts(rows, tokenizer, config.max_length)
+            return lambda changed: prompts_to_plan(changed, prompts, multiple)
         if rows.kind == "preference":
             pairs = encode_pair_rows(rows, tokenizer, config.max_length)
             return lambda changed: pairs_to_plan(changed, pairs, multiple)
@@ -403,6 +433,9 @@ def steps_of(config: RunConfig, rows: Rows) -> int:
     """Return how many optimiser steps the run takes."""
     if config.max_steps is not None:
         return config.max_steps
+    if config.num_generations is not None:
+        answers = config.batch_size * config.gradient_accumulation
+        return ceil(config.epochs * (rows.count // answers))
     batches = ceil(rows.count / config.batch_size)
     return ceil(config.epochs * ceil(batches / config.gradient_accumulation))
 

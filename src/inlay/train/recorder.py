@@ -69,6 +69,7 @@ class Recorder:
                 step=step,
                 total_steps=self.total_steps,
                 loss=loss,
+                reward=(also or {}).get("reward"),
                 learning_rate=learning_rate,
                 grad_norm=norm,
                 tokens_per_second=speed,
@@ -97,17 +98,19 @@ class Recorder:
         return (self.tokens - tokens) / seconds, seconds / steps * (self.total_steps - step)
 
     def evaluation(
-        self, step: int, epoch: float, loss: float, also: Mapping[str, float] | None = None
+        self, step: int, epoch: float, loss: float | None, also: Mapping[str, float] | None = None
     ) -> None:
-        """Take in a held-out loss, and what its task measures beside it."""
+        """Take in a held-out loss, if there is one, and what its task measures beside it."""
         more = {f"eval_{name}": value for name, value in (also or {}).items()}
-        self.write({"step": step, "epoch": epoch, "eval_loss": loss, **more})
+        more |= {} if loss is None else {"eval_loss": loss}
+        self.write({"step": step, "epoch": epoch, **more})
         self.on_event(
             Event(
                 "evaluation",
                 step=step,
                 total_steps=self.total_steps,
                 eval_loss=loss,
+                reward=(also or {}).get("reward"),
                 seconds=self.seconds,
             )
         )

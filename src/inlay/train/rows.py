@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 from inlay.data.labelled import Labelled, encode_labelled, normalise_labelled
 from inlay.data.labels import normalise_labels
 from inlay.data.preference import Pair, encode_pairs, normalise_pairs
+from inlay.data.prompts import encode_prompts, normalise_prompts
 from inlay.data.read import read_rows
 from inlay.data.rows import Rows, normalise
 from inlay.data.similar import normalise_similar
 from inlay.data.split import split
 from inlay.data.tokens import Encoded, encode
 from inlay.train.config import RunConfig
+from inlay.train.judge import judge_of
 from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -82,6 +84,14 @@ def read(config: RunConfig, source: str, group: str | None) -> Rows:
             group=group,
             skip_empty=config.skip_empty,
         )
+    if TASKS[config.task].rows == "prompt":
+        return normalise_prompts(
+            raw,
+            prompt=config.prompt,
+            needed=judge_of(config.rewards or []).needed,
+            group=group,
+            skip_empty=config.skip_empty,
+        )
     return normalise(
         raw,
         prompt=config.prompt,
@@ -94,7 +104,12 @@ def read(config: RunConfig, source: str, group: str | None) -> Rows:
 
 
 def encode_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
-    """Return the rows as tokens; conversations by TRL's training template where it has one."""
+    """Return the rows as tokens; conversations by TRL's training template where it has one.
+
+    Of prompts alone no token is trained on.
+    """
+    if rows.kind == "prompt":
+        return encode_prompts(rows, tokenizer, max_length)
     template = training_template(tokenizer) if rows.kind == "messages" else None
     return encode(rows, tokenizer, max_length, chat_template=template)
 

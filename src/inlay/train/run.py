@@ -68,6 +68,8 @@ class Tokens(Generic[Row]):
     train: list[Row]
     validation: list[Row]
     test: list[Row]
+    train_rows: Rows
+    validation_rows: Rows
     test_rows: Rows
 
 
@@ -192,6 +194,10 @@ class Running(ABC, Generic[Row]):
         del model, tokens
         return nullcontext()
 
+    def inputs(self) -> dict[str, str]:
+        """Return hashes of what else the task reads, which a resumed run must find the same."""
+        return {}
+
     # Before the model
 
     def tokens(self) -> tuple[Tokens[Row], RunRows]:
@@ -209,6 +215,8 @@ class Running(ABC, Generic[Row]):
             train=encoded,
             validation=self.encode(validation, tokenizer) if validation else [],
             test=self.encode(test, tokenizer) if test else [],
+            train_rows=rows.train,
+            validation_rows=validation,
             test_rows=test,
         ), rows
 
@@ -268,7 +276,7 @@ class Running(ABC, Generic[Row]):
         """Write run.json before anything is trained; return its contents."""
         found = report(model)
         base = provenance.base_files(self.config.model, self.config.revision)
-        inputs = {**provenance.describe_base(base), "data_sha256": rows.sha256}
+        inputs = {**provenance.describe_base(base), "data_sha256": rows.sha256, **self.inputs()}
         begun = self.folder.record() if self.folder.state == "interrupted" else None
         if begun is not None:
             check_same_inputs(begun, inputs, self.folder)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.model.fast.causal_lm import IGNORED, FastCausalLM, ScoredOutput
+from inlay.model.fast.causal_lm import IGNORED, FastCausalLM, ScoredOutput, scores_of
 
 
 @dataclass(frozen=True)
@@ -19,26 +19,25 @@ class Scoring:
     """
 
     model: Any
+    temperature: float = 1.0
+    """What the logits are divided by, as TRL's head was told too."""
 
     def __call__(self, *, labels: Tensor, fused_lm_head: bool, **call: Any) -> ScoredOutput:
         """Return the log-probability of each labelled token from its predecessor, (n, length-1)."""
-        if isinstance(self.model, FastCausalLM) and self.model.takes_chunks():
+        if isinstance(self.model, FastCausalLM) and self.model.answers_fused():
             found = self.model(**call, labels=labels, fused_lm_head=fused_lm_head)
         else:
-            found = scored(self.model(**call).logits, labels)
+            found = scored(self.model(**call).logits, labels, self.temperature)
         assert found.log_probs is not None
         if found.mean_logits is None:
             found.mean_logits = torch.zeros_like(found.log_probs)
         return found
 
 
-def scored(logits: Tensor, labels: Tensor) -> ScoredOutput:
-    """Return scores from logits; entropy and top-1 hits, which nobody asks for, as zeros."""
+def scored(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> ScoredOutput:
+    """Return scores from logits, zero where a token is not labelled."""
     wanted = labels[:, 1:]
     mask = wanted != IGNORED
-    rows = logits[:, :-1][mask]
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    picked = rows.log_softmax(-1).gather(1, wanted[mask][:, None]).squeeze(1)
-    log_probs = picked.new_zeros(mask.shape).masked_scatter(mask, picked)
-    nothing = torch.zeros_like(log_probs)
-    return ScoredOutput(log_probs=log_probs, entropy=nothing, is_top1=nothing.bool())
+    scores = scores_of(logits[:, :-1][mask], wanted[mask], temperature)
+    spread = [each.new_zeros(mask.shape).masked_scatter(mask, each) for each in scores]
+    return ScoredOutput(log_probs=spread[0], entropy=spread[1], is_top1=spread[2])

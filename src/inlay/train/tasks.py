@@ -5,7 +5,7 @@ A new task is an entry here and a file with its loop. Nothing here imports torch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ class Task:
 
     name: str
     about: str
-    rows: Literal["supervised", "preference", "labelled", "labels", "similar"]
+    rows: Literal["supervised", "preference", "labelled", "prompt", "labels", "similar"]
     loop: str
     """The module of the run's stages, which has a class `Stages`."""
     own: Mapping[str, object] = field(default_factory=dict[str, object])
@@ -46,6 +46,8 @@ class Task:
     why_least: str = ""
     verbs: str = ""
     """The module that measures, shows and plans rows that no language model reads, if so."""
+    check: Callable[[Mapping[str, Any]], dict[str, str]] = lambda values: {}
+    """Returns a sentence for every value that is wrong under this task alone."""
 
     def settled(self, values: Mapping[str, Any]) -> dict[str, object]:
         """Return the values that the task gives to keys the user left open."""
@@ -84,6 +86,49 @@ HEADED: dict[str, Fixed] = {
 }
 """What no task on a model with a head knows."""
 
+ANSWERED = "every held-out prompt is answered, up to eval_rows and max_completion_tokens"
+PROMPTS: dict[str, Fixed] = {
+    "format": Fixed("auto", "its rows have a prompt, and columns that rewards read"),
+    "completion": Fixed(None, "the model writes the answers"),
+    "text": Fixed(None, "the model writes the answers"),
+    "packing": Fixed(False, "the answers to a prompt are padded side by side"),
+    "cache_trunk": Fixed(False, "no answer comes twice"),
+    "eight_bits": Fixed(False, "its gate measures the loss of supervised rows"),
+    "generate_rows": Fixed(32, ANSWERED),
+    "generate_tokens": Fixed(128, ANSWERED),
+}
+"""What no task on prompts alone knows."""
+
+
+def positive_beta(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return a sentence where a loss that beta scales would be nothing."""
+    zero = values["beta"] == 0
+    return {"beta": "'beta' must be a number above 0 or nothing, not 0"} if zero else {}
+
+
+def reward_arithmetic(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is wrong with the rewards, and with how many answers make a step."""
+    from inlay.train.judge import reward_problems
+
+    problems: dict[str, str] = {}
+    if values["rewards"] is None:
+        problems["rewards"] = (
+            "the task 'grpo' needs 'rewards', which say what an answer is worth: final_number, "
+            "json, regex, length, or a function of a file, as rewards.py:function"
+        )
+    elif found := reward_problems(values["rewards"]):
+        problems["rewards"] = found
+    group = values["num_generations"] or TASKS["grpo"].own["num_generations"]
+    answers = values["batch_size"] * values["gradient_accumulation"]
+    if answers % group:
+        problems["num_generations"] = (
+            f"batch_size {values['batch_size']} x gradient_accumulation "
+            f"{values['gradient_accumulation']} = {answers} answers a step, which is no multiple "
+            f"of num_generations {group}, the answers to one prompt; change one of the three"
+        )
+    return problems
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -96,6 +141,25 @@ TASKS: dict[str, Task] = {
             own={"beta": 0.1},
             fixed=PREFERENCE,
             learning_rate_factor=0.1,
+            check=positive_beta,
+        ),
+        Task(
+            "grpo",
+            "answers that the rewards are high for, by TRL's GRPOTrainer",
+            "prompt",
+            "inlay.train.grpo",
+            own={
+                "beta": 0.0,
+                "rewards": None,
+                "num_generations": 8,
+                "max_completion_tokens": 256,
+                "temperature": 1.0,
+                "top_p": 1.0,
+                "generation": "transformers",
+            },
+            fixed=PROMPTS,
+            learning_rate_factor=0.1,
+            check=reward_arithmetic,
         ),
         Task(
             "kto",
@@ -106,6 +170,7 @@ TASKS: dict[str, Task] = {
             fixed=LABELLED,
             learning_rate_factor=0.1,
             kept_batches=True,
+            check=positive_beta,
             least_batch=2,
             why_least=MISMATCHED,
         ),
@@ -118,6 +183,7 @@ TASKS: dict[str, Task] = {
             own={"beta": 0.1},
             fixed=PREFERENCE,
             learning_rate_factor=0.5,
+            check=positive_beta,
             prompts_count=True,
         ),
         Task(
@@ -159,7 +225,8 @@ def task_problems(values: Mapping[str, Any]) -> dict[str, str]:
         known = ", ".join(TASKS)
         return {"task": f"there is no task {name!r}; there are {known}.{did_you_mean(name, TASKS)}"}
     task = TASKS[name]
-    problems = {
+    problems = task.check(values)
+    problems |= {
         key: f"{key!r} belongs to the task {' and '.join(owners(key))}, not to {name!r}"
         for key in sorted({key for other in TASKS.values() for key in other.own})
         if key not in task.own and values[key] is not None

@@ -40,7 +40,7 @@ from inlay.train.recorder import Recorder
 from inlay.train.state import load_tree, random_state, restore_random_state, save_tree
 
 HeldOut = Callable[[], Mapping[str, float]]
-"""Measures the held-out `loss`, and what else the task measures by name."""
+"""Measures the held-out `loss`, if the task has one, and what else it measures by name."""
 
 
 class AdapterLoop(Trainer, ABC):
@@ -74,10 +74,10 @@ class AdapterLoop(Trainer, ABC):
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=collate,
                 train_dataset=rows,
                 processing_class=tokenizer,
                 callbacks=[Moments(self)],
+                **self.asks(collate),
             )
         self.remove_callback(PrinterCallback)
         self.recorder.total_steps = self.total_steps
@@ -87,6 +87,10 @@ class AdapterLoop(Trainer, ABC):
     @abstractmethod
     def lengths(self) -> list[int]:
         """How many tokens each row has, or each pack of rows."""
+
+    def asks(self, collate: Callable[..., Any] | None) -> dict[str, Any]:
+        """Return what this task's trainer of TRL's is given beside what all are given."""
+        return {"data_collator": collate}
 
     @property
     def stateful(self) -> dict[str, Any]:
@@ -133,9 +137,7 @@ class AdapterLoop(Trainer, ABC):
 
     def peak_of(self, rows: Sequence[int]) -> int | None:
         """Return the most memory that a pass over these rows holds; nothing is trained by it."""
-        assert isinstance(self.train_dataset, Dataset)
-        collate: Any = self.data_collator
-        batch = self._prepare_inputs(collate([self.train_dataset[i] for i in rows]))
+        batch = self.batch_of(rows)
         self.tokens_in(batch)
         device = self.args.device
         gpus = [device] if device.type == "cuda" else []
@@ -147,7 +149,13 @@ class AdapterLoop(Trainer, ABC):
         self.adapted.zero_grad()
         return found.peak
 
-    def tokens_in(self, batch: dict[str, Tensor]) -> int:
+    def batch_of(self, rows: Sequence[int]) -> dict[str, Any]:
+        """Return these rows as one batch."""
+        assert isinstance(self.train_dataset, Dataset)
+        collate: Any = self.data_collator
+        return self._prepare_inputs(collate([self.train_dataset[i] for i in rows]))
+
+    def tokens_in(self, batch: Any) -> int:
         """Count a batch's tokens, padding left out; take out what only counting needs."""
         return take_token_count(batch)
 
@@ -163,9 +171,13 @@ class AdapterLoop(Trainer, ABC):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm: Any = super()._clip_grad_norm(model)
         self.guard.check_gradient(float(norm), self.state.global_step + 1)
-        if self.state.global_step == 0:
+        if self.gradient_is_due():
             check_gradients(model, self.adapter)
         return norm
+
+    def gradient_is_due(self) -> bool:
+        """Say whether this step is the first that must reach every place of the adapter."""
+        return self.state.global_step == 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Record one optimiser step; other logs of the Trainer are not ours."""
@@ -187,9 +199,9 @@ class AdapterLoop(Trainer, ABC):
         """Measure and record the held-out loss, if there are rows to measure it on."""
         if self.held_out is not None:
             step, found = self.state.global_step, dict(self.held_out())
-            loss = found.pop("loss")
+            loss = found.pop("loss", None)
             self.recorder.evaluation(step, step / self.steps_in_epoch, loss, found)
-            if step == 0:
+            if step == 0 and loss is not None:
                 self.guard.reference = loss
 
     def _evaluate(

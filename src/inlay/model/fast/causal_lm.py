@@ -18,7 +18,7 @@ from transformers.utils.generic import ModelOutput
 from inlay.kernels.loss import Scores, linear_cross_entropy, rows_at_once
 from inlay.kernels.switches import is_on
 from inlay.model.fast.base import Fast, by_name
-from inlay.model.fast.fused import acts_on, asked_for, mean_logits, reads_past
+from inlay.model.fast.fused import acts_on, asked_for, mean_logits, reads_past, temperature_of
 from inlay.model.fast.layers import FastLastBlock
 from inlay.storage.registry import frozen, kind
 
@@ -76,7 +76,7 @@ class FastCausalLM(Fast):
         kwargs.pop("fused_lm_head")
         before = vars(self).get("forward")
         wanted = asked_for(before) or frozenset()
-        vars(self)["forward"] = functools.partial(self.scored, wanted)
+        vars(self)["forward"] = functools.partial(self.scored, wanted, temperature_of(before))
         try:
             return super().__call__(*args, **kwargs)
         finally:
@@ -114,12 +114,14 @@ class FastCausalLM(Fast):
         always = reads_past(cast(Any, self).get_output_embeddings())
         return self.takes_chunks(always) and asked_for(vars(self).get("forward")) is not None
 
-    def scored(self, wanted: frozenset[str], *args: Any, **kwargs: Any) -> ScoredOutput:
+    def scored(
+        self, wanted: frozenset[str], temperature: float, *args: Any, **kwargs: Any
+    ) -> ScoredOutput:
         """Return every position's scores for its next token, zero where it is not labelled."""
         call = by_name(type(self).plain, args, kwargs)
         call["use_cache"] = False
         call.pop("num_items_in_batch", None)
-        scores, mask, _, _, rows = self.scores(call)
+        scores, mask, _, _, rows = self.scores(call, temperature)
 
         def spread(values: Tensor) -> Tensor:
             return values.new_zeros(mask.shape).masked_scatter(mask, values)
@@ -133,7 +135,9 @@ class FastCausalLM(Fast):
             result.mean_logits = spread(mean_logits(cast(Any, self).get_output_embeddings(), rows))
         return result
 
-    def scores(self, call: dict[str, Any]) -> tuple[Scores, Tensor, Any, Tensor | None, Tensor]:
+    def scores(
+        self, call: dict[str, Any], temperature: float = 1.0
+    ) -> tuple[Scores, Tensor, Any, Tensor | None, Tensor]:
         """Run the decoder and score the labelled positions.
 
         Returns their scores, the mask of these positions, the decoder's outputs, its hidden
@@ -151,7 +155,7 @@ class FastCausalLM(Fast):
         hidden: Tensor = outputs.last_hidden_state
         narrowed = bool(here) and hidden.shape[:2] == (1, positions.numel())
         rows = hidden[0] if narrowed else hidden.flatten(0, 1).index_select(0, positions)
-        scores = self.score_rows(rows, wanted[mask])
+        scores = self.score_rows(rows, wanted[mask], temperature)
         return scores, mask, outputs, None if narrowed else hidden, rows
 
     def narrows(self, decoder: nn.Module) -> bool:
@@ -159,23 +163,24 @@ class FastCausalLM(Fast):
         layers: Any = getattr(decoder, "layers", None)
         return is_on("last_layer") and bool(layers) and isinstance(layers[-1], FastLastBlock)
 
-    def score_rows(self, rows: Tensor, labels: Tensor) -> Scores:
-        """Score hidden states (n, d) by the output head."""
+    def score_rows(self, rows: Tensor, labels: Tensor, temperature: float) -> Scores:
+        """Score hidden states (n, d) by the output head, its logits divided by a temperature."""
         head = cast(Any, self).get_output_embeddings()
         packed = None if head_is_adapted(head) else frozen(head).packed()
         if packed is not None:
             to_gradient = torch.is_grad_enabled() and rows.requires_grad
             log_probs, entropy, is_top1, _ = linear_cross_entropy(
-                rows, labels, frozen(head).bias, to_gradient, *packed
+                rows, labels, frozen(head).bias, to_gradient, temperature, *packed
             )
             return Scores(log_probs, entropy.detach(), is_top1)
         step = rows_at_once(len(rows), frozen(head).shape[0])
         found = [
-            Scores(*checkpoint(score_by, head, part, wanted, use_reentrant=False))
+            Scores(*checkpoint(score_by, head, temperature, part, wanted, use_reentrant=False))
             for part, wanted in zip(rows.split(step), labels.split(step), strict=True)
         ]
         if not found:
-            return Scores(*checkpoint(score_by, head, rows, labels, use_reentrant=False))
+            none = checkpoint(score_by, head, temperature, rows, labels, use_reentrant=False)
+            return Scores(*none)
         return Scores(*(torch.cat(each) for each in zip(*found, strict=True)))
 
     def takes_chunks(self, always: bool = False) -> bool:
@@ -189,10 +194,15 @@ class FastCausalLM(Fast):
         )
 
 
-def score_by(head: nn.Module, rows: Tensor, labels: Tensor) -> Scores:
+def score_by(head: nn.Module, temperature: float, rows: Tensor, labels: Tensor) -> Scores:
     """Score hidden states by a head that trains; its logits are made again for the gradient."""
-    logits = head(rows)
+    return scores_of(head(rows), labels, temperature)
+
+
+def scores_of(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Scores:
+    """Return the scores of labels (n,) under logits (n, vocabulary) divided by a temperature."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits if temperature == 1.0 else logits / temperature
     log_all = logits.log_softmax(-1)
     log_probs = log_all.gather(1, labels[:, None]).squeeze(1)
     with torch.no_grad():

@@ -16,12 +16,11 @@ from inlay.storage.registry import frozen
 ANSWERED = frozenset({"log_probs", "entropy", "is_top1", "mean_logits"})
 """The per-token scores that are computed here; TRL's own head computes the rest."""
 PLAIN = {
-    "temperature": 1.0,
     "cast_lm_head_to_fp32": False,
     "final_logit_softcapping": None,
     "logit_scale": 1.0,
 }
-"""How the logits must be asked for: as the head gives them."""
+"""How the logits must be asked for: as the head gives them, but for a temperature."""
 
 
 def asked_for(forward: Callable[..., Any] | None) -> frozenset[str] | None:
@@ -37,6 +36,11 @@ def asked_for(forward: Callable[..., Any] | None) -> frozenset[str] | None:
         return None
     wanted = frozenset({"log_probs", *options["outputs"]})
     return wanted if wanted <= ANSWERED else None
+
+
+def temperature_of(forward: Callable[..., Any] | None) -> float:
+    """Return what TRL's forward divides the logits by."""
+    return 1.0 if forward is None else float(options_of(forward).get("temperature", 1.0))
 
 
 def options_of(forward: Callable[..., Any]) -> dict[str, Any]:

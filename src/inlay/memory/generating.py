@@ -1,0 +1,110 @@
+"""Answers that a step generates before it trains on them: what that takes, on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from inlay.memory.costs import planning_for
+from inlay.memory.simulate import Ledger, Work, fake_tensors, known_tensor
+
+LOGITS_KEPT = 1
+"""Generation asks for the logits of the last position alone."""
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How many answers are generated at once, and how long they are at most."""
+
+    rows: int
+    prompt: int
+    """Tokens of the longest prompt."""
+    tokens: int
+    """Tokens of the longest answer."""
+    sorts: bool
+    """Whether the logits are sorted, as top_p below 1 asks for."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What generating the answers holds and does."""
+
+    tokens: int
+    """Forward passes, one a token."""
+    cache: int
+    """Bytes of the keys and values of whole prompts and answers."""
+    buffers: int
+    """The most bytes alive at once beside weights, adapter, optimiser and cache."""
+    first: dict[str, Work]
+    """The pass over the prompts: operation -> what it does."""
+    each: dict[str, Work]
+    """The pass that writes the last token, the largest."""
+
+
+@torch.no_grad()
+def simulate_answers(
+    build: Callable[[], nn.Module], asked: Answering, kind: Literal["cpu", "cuda"]
+) -> Answered:
+    """Run the first and the last pass of a generation on fake tensors.
+
+    Raises:
+        ModelError: what the model computes depends on values that only training knows.
+    """
+    with planning_for(kind), fake_tensors() as mode:
+        model = build().eval()
+        ledger = Ledger()
+        for tensor in (*model.parameters(), *model.buffers()):
+            ledger.add(tensor)
+        prompts = known_tensor(mode, torch.zeros(asked.rows, asked.prompt, dtype=torch.long))
+        last = known_tensor(mode, torch.zeros(asked.rows, 1, dtype=torch.long))
+        with ledger:
+            resting = ledger.total
+            cache = DynamicCache()
+            ledger.start_over()
+            draw(model, prompts, cache, asked.sorts)
+            mask = asked.rows * asked.prompt**2
+            first, beside = dict(ledger.work), ledger.peak - resting - size_of(cache) + mask
+            grow(cache, asked.tokens - 1)
+            ledger.start_over()
+            held = size_of(cache)
+            draw(model, last, cache, asked.sorts)
+            beside = max(beside, ledger.peak - resting - held) + ledger.kept
+            return Answered(asked.tokens, held, beside, first, dict(ledger.work))
+
+
+def draw(model: nn.Module, ids: Tensor, cache: DynamicCache, sorts: bool) -> None:
+    """Run one pass of a generation, and what draws a token from its logits.
+
+    The mask of padded prompts, whose values decide how it is made, is left out and counted apart.
+    """
+    call: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    found = model(input_ids=ids, logits_to_keep=LOGITS_KEPT, **call)
+    logits = found.logits[:, -1].to(torch.float32, copy=True)
+    scores = logits / 1.0
+    if sorts:
+        ordered, _ = scores.sort()
+        ordered.softmax(-1).cumsum(-1)
+    scores.softmax(-1)
+
+
+def grow(cache: DynamicCache, tokens: int) -> None:
+    """Let a cache hold the keys and values of that many more tokens."""
+    for layer, (keys, values) in enumerate(pairs(cache)):
+        more = (x.new_empty(*x.shape[:2], tokens, x.shape[3]) for x in (keys, values))
+        cache.update(next(more), next(more), layer)
+
+
+def size_of(cache: DynamicCache) -> int:
+    """Return the bytes of a cache's keys and values."""
+    return sum(x.nbytes for pair in pairs(cache) for x in pair)
+
+
+def pairs(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Return the keys and values of each layer."""
+    layers: list[Any] = list(cache.layers)
+    return [(layer.keys, layer.values) for layer in layers]

@@ -1,0 +1,58 @@
+"""The weights that a merge would give, one after another, for an engine that wants plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from inlay.model.layer import AdaptedLayer, own_modules
+from inlay.model.merge import check_mergeable, trained_copy
+from inlay.storage.base import FrozenLinear
+from inlay.storage.registry import frozen
+
+__all__ = ["merged_weights"]
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every weight by the name it has in the plain model, the active adapters merged in.
+
+    Weights are dense, in the dtype that the base computes in, and made when they are asked for;
+    the model stays as it is. A tied weight comes once, unless an adapter parts it from the other.
+
+    Raises:
+        MergeError: no adapter is active, a method cannot merge, or the model is streamed.
+    """
+    check_mergeable(model)
+    seen: set[nn.Parameter] = set()
+    for name, module in own_modules(model):
+        for leaf, tensor in weights_of(module):
+            if tensor in seen:
+                continue
+            if isinstance(tensor, nn.Parameter):
+                seen.add(tensor)
+            yield f"{name}.{leaf}" if name else leaf, tensor.detach()
+
+
+def weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a module's own weights as a merge would leave them."""
+    if isinstance(module, AdaptedLayer) and module.weight_methods():
+        assert module.base is not None
+        w, bias = module.adapted_weight()
+        yield from named(w.to(module.base.dtype), bias)
+    elif isinstance(module, FrozenLinear):
+        yield from named(frozen(module).dequantize(), frozen(module).bias)
+    else:
+        for leaf, own in module._parameters.items():
+            copy = trained_copy(module, leaf) if isinstance(module, AdaptedLayer) else None
+            if own is not None:
+                yield leaf, own if copy is None else copy.to(own.dtype)
+
+
+def named(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield a layer's weight, and its bias if it has one."""
+    yield "weight", weight
+    if bias is not None:
+        yield "bias", bias.to(weight.dtype)
