@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
-from inlay.checkpoint.base import base_name, describe_base
+from inlay.checkpoint.base import base_name, describe_base, keep_description
 from inlay.checkpoint.card import card
 from inlay.checkpoint.folder import (
     CARD,
@@ -396,6 +396,11 @@ def check_base(model: nn.Module, attached: Attached, folder: AdapterFolder) -> N
         f"{described(model)} has {what}; load that base, or delete {EXTRAS} to use the adapter on "
         "this one all the same"
     )
+
+
+def keep_base_description(model: nn.Module, name: str = "default") -> None:
+    """Keep what a saved adapter says of its base; call it before the weights are divided."""
+    keep_description(model, trained_names(model, name))
 
 
 def trained_names(model: nn.Module, name: str) -> set[str]:

@@ -16,6 +16,8 @@ from inlay.storage.base import FrozenLinear
 from inlay.storage.registry import frozen, kind
 
 SAMPLED_ROWS = 16
+DESCRIBED = "described_base"
+"""The attribute of a model that keeps what is said of it."""
 
 
 def describe_base(
@@ -26,8 +28,18 @@ def describe_base(
     `trained` names the parameters that the adapter replaces, whose values are left out: a new
     classifier starts from other values on every load.
     """
+    kept: dict[str, Any] = vars(model).get(DESCRIBED) or {}
+    return {"model": base_model, **(kept or description(model, trained))}
+
+
+def keep_description(model: nn.Module, trained: Collection[str]) -> None:
+    """Describe a base while its weights are whole; they are divided among processes next."""
+    vars(model)[DESCRIBED] = description(model, trained)
+
+
+def description(model: nn.Module, trained: Collection[str]) -> dict[str, Any]:
+    """Return what is found out about a base from the model itself."""
     return {
-        "model": base_model,
         "architecture": type(model).__name__,
         "storage": storage_of(model),
         "dtype": dtype_of(model),

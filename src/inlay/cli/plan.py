@@ -10,8 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from inlay.cli import show
 from inlay.cli.options import Parser, checked
+from inlay.cli.processes import Processes
+from inlay.cli.show import seconds
 from inlay.cli.train import add_run, config_from
 from inlay.train.config import RunConfig, flags_of
+from inlay.train.launch import LaunchOptions, check_options
 
 if TYPE_CHECKING:
     from inlay.memory.devices import Device
@@ -23,13 +26,14 @@ ABOUT = (
     "for, time, which activations are kept, and what fits. Without --method it proposes a run.\n"
     "Takes a run file or the flags of `train`; the model may be a config.json without weights."
 )
-USAGE = """inlay plan --model M [--data D] [--memory 24GB] [--device D] [flags]
+USAGE = """inlay plan --model M [--data D] [--memory 24GB] [--device D] [--gpus N --nodes M] [flags]
        inlay plan RUN.yaml [flags]"""
 EXAMPLES = """examples:
   inlay plan --model pocket --data reports --method lora
   inlay plan --model Qwen/Qwen3-0.6B --data my.csv --memory 8GB
   inlay plan --model llama-70b/config.json --method lora --storage nf4 --max-length 4096 \\
-             --batch-size 1 --device h100"""
+             --batch-size 1 --device h100
+  inlay plan run.yaml --device h100 --gpus 8 --nodes 4"""
 
 
 class PlanOptions(BaseModel):
@@ -49,6 +53,7 @@ def parser(argv: Sequence[str]) -> Parser:
     """Return the verb's flags."""
     found = Parser("plan", USAGE, ABOUT, EXAMPLES)
     found.add_flags("where", flags_of(PlanOptions))
+    found.add_flags("several processes", flags_of(LaunchOptions))
     add_run(found, argv)
     found.add_switches(json="write JSON for a machine")
     return found
@@ -59,9 +64,11 @@ def run(given: dict[str, Any]) -> int:
     as_json = given.pop("json", False)
     own = {key: given.pop(key) for key in ("device", "memory") if key in given}
     options = checked(PlanOptions, own)
+    launch = {key: given.pop(key) for key in LaunchOptions.model_fields if key in given}
     has_data = "data" in given or "run_file" in given
     config = config_from({"output": "unused", **({} if has_data else {"data": "reports"}), **given})
-    proposing = not {"method", "run_file"} & given.keys() and not config.hyperparameters
+    told = {"method", "run_file"} & given.keys() or config.hyperparameters or launch
+    many = divided(config, checked(LaunchOptions, launch)) if launch else None
 
     from inlay.memory.devices import bytes_from, device_named
     from inlay.train import planning
@@ -71,18 +78,29 @@ def run(given: dict[str, Any]) -> int:
     with quiet_libraries():
         device = device_named(options.device, memory)
         read = planning.row_reader(config, device, has_data)
-        if proposing:
+        if not told:
             storages = (config.storage,) if "storage" in given else planning.STORAGES
             found = planning.proposal(config, read, device, storages)
             config, plan, why = found.config, found.plan, found.reasons
+        elif many is not None:
+            config = many.config
+            plan, why = many.planned(read(config), device), ()
         else:
             plan, why = planning.planned_run(config, read(config), device), ()
         rows = read(config)
     if as_json:
-        show.as_json(as_record(config, rows, plan, why))
+        show.as_json(as_record(config, rows, plan, why) | (many.as_record() if many else {}))
         return 0
     draw(config, rows, plan, why)
+    if many is not None:
+        many.draw()
     return 0
+
+
+def divided(config: RunConfig, options: LaunchOptions) -> Processes:
+    """Return the run on several processes."""
+    check_options(options)
+    return Processes(config, options)
 
 
 def draw(config: RunConfig, rows: Rows, plan: Plan, why: Sequence[str]) -> None:
@@ -114,11 +132,6 @@ def cells(option: Option, plan: Plan) -> list[str]:
     fits = "yes" if option.total <= plan.limit else "no"
     sizes = (show.size(option.total), show.size(option.kept))
     return [option.policy, *sizes, seconds(option.seconds), fits]
-
-
-def seconds(value: float) -> str:
-    """Return a step's time."""
-    return show.duration(value) if value >= 60 else f"{show.number(value, 3)} s"
 
 
 def remarks(config: RunConfig, rows: Rows, plan: Plan) -> Iterator[str]:

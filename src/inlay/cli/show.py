@@ -136,3 +136,8 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02} s"
     return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def seconds(value: float) -> str:
+    """Return the time that a step takes."""
+    return duration(value) if value >= 60 else f"{number(value, 3)} s"

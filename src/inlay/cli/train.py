@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from inlay.cli import show, summary
-from inlay.cli.options import Parser
+from inlay.cli.options import Parser, checked
 from inlay.cli.progress import progress
 from inlay.methods.catalog import catalog
-from inlay.train.config import RunConfig, flags, load_config, method_flags
+from inlay.train.config import RunConfig, flags, flags_of, load_config, method_flags
+from inlay.train.launch import (
+    Launch,
+    LaunchOptions,
+    check_divisible,
+    check_options,
+    follows,
+)
 from inlay.train.tasks import TASKS
 
 ABOUT = "Tune an adapter on a frozen model and measure it against the base on held-out rows."
 USAGE = """inlay train --model M --data D --output DIR [flags]
-       inlay train RUN.yaml [flags]"""
+       inlay train RUN.yaml [flags]
+       inlay train RUN.yaml --gpus N [--nodes M] [--launcher slurm|ray]"""
 EXAMPLES = """examples:
   inlay train --model pocket --data reports --output run
   inlay train --model Qwen/Qwen3-0.6B --data my.csv --prompt question --completion answer \\
@@ -27,6 +36,7 @@ EXAMPLES = """examples:
   inlay train --task dpo --model pocket --data pairs.jsonl --output preferred
   inlay train --task grpo --model pocket --data problems.jsonl --rewards final_number \
               --output rewarded
+  inlay train run.yaml --gpus 8
   inlay train run.yaml --print-config > resolved.yaml"""
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": (
@@ -41,7 +51,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "training": (
         "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "scheduler",
         "beta", "optimizer", "warmup", "weight_decay", "max_grad_norm", "activations",
-        "cache_trunk", "seed", "threads",
+        "cache_trunk", "seed", "threads", "parallel",
     ),
     "rewards": (
         "rewards", "num_generations", "max_completion_tokens", "temperature", "top_p", "generation",
@@ -56,6 +66,7 @@ def parser(argv: Sequence[str]) -> Parser:
     """Return the verb's flags: those of a run, and those of the method the words name."""
     found = Parser("train", USAGE, ABOUT, EXAMPLES)
     add_run(found, argv)
+    found.add_flags("several processes", flags_of(LaunchOptions))
     found.add_switches(print_config="print the whole run as YAML and stop")
     return found
 
@@ -91,15 +102,20 @@ def config_from(given: dict[str, Any]) -> RunConfig:
 def run(given: dict[str, Any]) -> int:
     """Train, or print the resolved run."""
     only_print = given.pop("print_config", False)
+    launch = {key: given.pop(key) for key in LaunchOptions.model_fields if key in given}
     config = config_from(given)
     if only_print:
         print(as_yaml(config), end="")
         return 0
 
+    if launch:
+        return launched(config, checked(LaunchOptions, launch))
     from inlay.train.run import train
 
-    with progress() as drawn:
+    with nullcontext() if follows() else progress() as drawn:
         result = train(config, on_event=drawn)
+    if not result.leads:
+        return 0
     if result.model is None:
         print(f"{config.output} holds this run already, finished; --overwrite trains it anew.")
         return 0
@@ -111,6 +127,15 @@ def run(given: dict[str, Any]) -> int:
             summary.example(example)
     next_steps(config)
     return 0
+
+
+def launched(config: RunConfig, options: LaunchOptions) -> int:
+    """Write the launch files into the run folder, and start the run where that can be done here."""
+    check_options(options)
+    check_divisible(config.batch_size, config.gradient_accumulation, options.size)
+    launch = Launch(config, options)
+    launch.write(as_yaml(config))
+    return launch.start()
 
 
 def next_steps(config: RunConfig) -> None:

@@ -17,6 +17,7 @@ from inlay.memory.generating import Answered, Answering, simulate_answers
 from inlay.memory.policy import POLICIES, Policy
 from inlay.memory.probe import resident
 from inlay.memory.simulate import (
+    Frozen,
     Optimiser,
     Simulation,
     Work,
@@ -29,6 +30,9 @@ Product = tuple[int, int, int]
 """The shape (m, k, n) of a matrix product."""
 Runtime = Callable[[frozenset[Product]], int]
 """Returns the bytes a process holds beside a model that multiplies these shapes."""
+GATHERED = {"cpu": 5, "cuda": 3}
+"""Blocks in memory at once where weights are divided: in use, as it arrived, and as the one before
+did; over gloo its own copy too, and room that the heap cannot use again, as was measured."""
 ROOM = 0.95
 """The share of a device's memory that a plan may fill: plans are within 5% of what is measured."""
 
@@ -69,6 +73,8 @@ class Plan:
     """Parameters that train."""
     limit: int
     """The bytes a step may take, what the process holds already included."""
+    frozen: Frozen
+    """The frozen weights, were they not divided."""
 
     @property
     def least(self) -> Option:
@@ -95,6 +101,8 @@ class Task:
     """Whether the frozen weights come from the host just ahead of use."""
     answering: Answering | None = None
     """The answers that a step generates before it trains on them."""
+    shards: int = 1
+    """The devices that divide the frozen weights; each gathers a block just ahead of use."""
 
 
 def plan(
@@ -114,10 +122,10 @@ def plan(
     # What a CPU has free does not count what this process holds already.
     room = int(ROOM * device.memory) + (resident() if device.kind == "cpu" else 0)
     options: list[Option] = []
-    trained = 0
+    trained, frozen = 0, Frozen(0, 0, 0, 0)
     answered = task.answering and simulate_answers(task.build, task.answering, device.kind)
     tried = list(possible(policies, device))
-    if not task.streamed and weights_of(task) > room:
+    if not task.streamed and weights_of(task) / task.shards > room:
         tried = tried[-1:]
     for policy in tried:
         simulation = simulate(
@@ -129,15 +137,15 @@ def plan(
             accumulation=task.accumulation,
             kind=device.kind,
         )
-        trained = simulation.trained
+        trained, frozen = simulation.trained, simulation.frozen
         held = runtime(simulation.products) if device.kind == "cpu" else CUDA_RUNTIME
         made = option(policy, simulation, task, device, held)
         options.append(
             made if answered is None else generating(made, answered, simulation, task, device)
         )
         if options[-1].total <= room:
-            return Plan(device, tuple(options), options[-1], trained, room)
-    return Plan(device, tuple(options), None, trained, room)
+            return Plan(device, tuple(options), options[-1], trained, room, frozen)
+    return Plan(device, tuple(options), None, trained, room, frozen)
 
 
 def possible(policies: Sequence[Policy], device: Device) -> Iterator[Policy]:
@@ -169,7 +177,7 @@ def weights_of(task: Task) -> int:
 def option(policy: Policy, found: Simulation, task: Task, device: Device, runtime: int) -> Option:
     """Return what a simulated step means on a device."""
     weights = found.resting["weights"]
-    resident = min(weights, found.streamed_weights) if task.streamed else weights
+    resident = resident_weights(found, task, device)
     parts = {**found.at_peak, "weights": resident, "runtime": runtime}
     if device.kind == "cpu":
         parts["allocator"] = found.fragmentation(keeps=keeps_memory())
@@ -224,6 +232,16 @@ def generating(
         streamed_total=max(step.streamed_total, total - weights + resident),
         streamed_seconds=step.streamed_seconds + streamed,
     )
+
+
+def resident_weights(found: Simulation, task: Task, device: Device) -> int:
+    """Return the bytes of the frozen weights that lie on the device at once."""
+    weights = found.resting["weights"]
+    if task.streamed:
+        return min(weights, found.streamed_weights)
+    if task.shards > 1:
+        return found.frozen.held(task.shards, GATHERED[device.kind])
+    return weights
 
 
 def step_seconds(found: Simulation, device: Device, dtype: torch.dtype) -> float:

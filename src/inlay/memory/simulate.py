@@ -52,6 +52,28 @@ class Work:
     """Read and written, if every tensor goes through memory once."""
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """Bytes of a model's frozen weights."""
+
+    total: int
+    outside: int
+    """Of what is outside the repeated blocks: embeddings, the output head."""
+    largest: int
+    """Of the largest block."""
+    blocks: int
+    """How many there are."""
+
+    def held(self, shards: int, gathered: int) -> int:
+        """Return the bytes on one of `shards` devices that divide the weights, at the most.
+
+        Its part, what is outside the blocks, and `gathered` times the largest block.
+        """
+        if shards == 1:
+            return self.total
+        return -(-self.total // shards) + self.outside + gathered * self.largest
+
+
 @dataclass
 class Simulation:
     """What one training step holds and does."""
@@ -78,6 +100,8 @@ class Simulation:
     """Parameters that train."""
     streamed_weights: int
     """Bytes of the frozen weights that lie on the device when they are streamed."""
+    frozen: Frozen
+    """The frozen weights."""
     work: dict[str, Work]
     """Operation -> what it did."""
 
@@ -320,6 +344,7 @@ class Step:
             host=ledger.host_peak,
             trained=sum(p.numel() for p in self.trained),
             streamed_weights=streamed_bytes(self.model),
+            frozen=frozen_weights(self.model),
             work=ledger.work,
             buffer=ledger.kept,
             products=frozenset(ledger.products),
@@ -365,6 +390,14 @@ def streamed_bytes(model: nn.Module) -> int:
     blocks = [m for each in model.modules() if isinstance(each, nn.ModuleList) for m in each]
     sizes = [frozen_bytes(block) for block in blocks]
     return BUFFERS * max(min(SEGMENT, frozen_bytes(model) - sum(sizes)), *sizes, 0)
+
+
+def frozen_weights(model: nn.Module) -> Frozen:
+    """Return what a model's frozen weights take, inside and outside its blocks."""
+    blocks = [m for each in model.modules() if isinstance(each, nn.ModuleList) for m in each]
+    sizes = [frozen_bytes(block) for block in blocks]
+    total = frozen_bytes(model)
+    return Frozen(total, total - sum(sizes), max(sizes, default=0), len(blocks))
 
 
 def frozen_bytes(module: nn.Module) -> int:

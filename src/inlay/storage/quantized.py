@@ -101,7 +101,8 @@ class QuantizedLinear(nn.Module, FrozenLinear):
 
     def held(self) -> dict[str, Tensor]:
         """Return the packed parts by attribute name."""
-        return {"weight": self.weight, **cast(dict[str, Tensor], self._buffers)}
+        own = {n: p for n, p in self._parameters.items() if n != "bias" and p is not None}
+        return {**own, **cast(dict[str, Tensor], self._buffers)}
 
     def hold(self, parts: Mapping[str, Tensor]) -> None:
         """Take these packed parts in place of the present ones."""
@@ -111,6 +112,13 @@ class QuantizedLinear(nn.Module, FrozenLinear):
                 self._parameters["weight"] = frozen_parameter(part)
             else:
                 self.register_buffer(name, part)
+
+    def hold_as_parameters(self, at_least: int) -> None:
+        """Hold packed parts of at least that many bytes as frozen parameters, as FSDP asks for."""
+        for name, part in list(cast(dict[str, Tensor], self._buffers).items()):
+            if part.ndim and part.nbytes >= at_least:
+                del self._buffers[name]
+                self.register_parameter(name, frozen_parameter(part))
 
     @property
     def shape(self) -> tuple[int, int]:

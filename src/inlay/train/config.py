@@ -219,6 +219,11 @@ class RunConfig(BaseModel):
         0, ge=0, le=2**32 - 1, description="seed of the split, the order and the adapter"
     )
     threads: PositiveInt | None = Field(None, description="CPU threads; default: torch's choice")
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = Field(
+        "auto",
+        description="on several processes: ddp: each holds the frozen weights; fsdp: they are "
+        "divided among all; hsdp: among those of a machine; auto: ddp if that fits",
+    )
 
     evaluate: bool = Field(True, description="compare base and tuned on held-out rows at the end")
     eval_rows: PositiveInt = Field(200, description="held-out rows to measure the loss on, at most")

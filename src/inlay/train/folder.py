@@ -14,7 +14,7 @@ from inlay.train.config import RunConfig
 from inlay.train.files import remove_whole, saving, write_json
 
 FREE_TO_CHANGE = frozenset(
-    {"resume", "overwrite", "output", "threads", "keep_checkpoints"}
+    {"resume", "overwrite", "output", "threads", "keep_checkpoints", "parallel"}
     | {"evaluate", "generate_rows", "generate_tokens"}
 )
 """Keys that a resumed run may change: none of them changes what is trained."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +117,19 @@ def fingerprint(params: Params) -> str:
     for p in params.parameters():
         digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def check_same(prints: Sequence[Mapping[str, str]], step: int) -> None:
+    """Raise unless every process has the same fingerprints of its adapter."""
+    for rank, found in enumerate(prints):
+        other = [place or "the whole model" for place in found if found[place] != prints[0][place]]
+        if other:
+            raise TrainingError(
+                f"after step {step} process {rank} holds another adapter than process 0, at "
+                f"{', '.join(map(repr, other[:3]))} ({len(other)} of {len(found)} places), and "
+                "every process must hold the same one: their machines or libraries differ, or one "
+                "of them is broken. Resume from the last checkpoint on others"
+            )
 
 
 def check_changed(before: Mapping[str, str], model: nn.Module, adapter: str) -> None:

@@ -64,14 +64,17 @@ class Rows:
     head: Head | None = None
 
 
-def planned_run(config: RunConfig, rows: Rows, device: Device) -> Plan:
+def planned_run(config: RunConfig, rows: Rows, device: Device, shards: int = 1) -> Plan:
     """Plan a run's step on a device, from the model's configuration alone.
+
+    With `shards`, the frozen weights are divided among so many devices.
 
     Raises:
         ModelError: the configuration cannot be read, or the step not be followed.
     """
     shape, _ = config_of(config.model, config.revision)
-    return planned_step(shape, config, rows.batch, device, loss=rows.step, head=rows.head)
+    loss, head = rows.step, rows.head
+    return planned_step(shape, config, rows.batch, device, shards, loss=loss, head=head)
 
 
 def planned_step(
@@ -79,6 +82,7 @@ def planned_step(
     config: RunConfig,
     batch: Mapping[str, Tensor],
     device: Device,
+    shards: int = 1,
     *,
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
     head: Head | None = None,
@@ -93,6 +97,7 @@ def planned_step(
         dtype=computing_dtype(shape, config.dtype),
         streamed=leaves_weights(config.stream, device),
         answering=answering(config, batch),
+        shards=shards,
     )
     loop = TASKS[config.task].loop
     return plan(task, device, runtime=partial(held_beside, loop), policies=policies_of(config))

@@ -139,11 +139,15 @@ class Recorder:
             "seconds": self.seconds,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state: lines written after it are taken off the file."""
+    def cut(self, size: int) -> None:
+        """Take off the file what lies behind that many bytes."""
         with saving("the metrics", self.path):
             self.path.touch()
-            os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
+            os.truncate(self.path, min(size, self.path.stat().st_size))
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state: lines written after it are taken off the file."""
+        self.cut(state["bytes"])
         self.waiting = list(state["waiting"])
         self.tokens, self.seconds_before = state["tokens"], state["seconds"]
         self.started = time.monotonic()

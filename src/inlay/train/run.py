@@ -8,6 +8,7 @@ from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -17,7 +18,7 @@ from datasets import disable_progress_bars
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from inlay.checkpoint.adapter import save_adapter
+from inlay.checkpoint.adapter import keep_base_description, save_adapter
 from inlay.data.rows import Rows
 from inlay.errors import ModelError, TrainingError
 from inlay.evaluate.record import ComparisonRecord, Run, Step
@@ -31,6 +32,7 @@ from inlay.model.attach import attach
 from inlay.model.heads import Head, not_adapted, to_train
 from inlay.model.load import load, located, quiet_transformers, read_tokenizer
 from inlay.model.report import Report, report
+from inlay.model.shard import let_go, resident_bytes, shard
 from inlay.train import checkpoints, planning, provenance
 from inlay.train.arguments import check_optimizer
 from inlay.train.config import RunConfig
@@ -38,11 +40,21 @@ from inlay.train.events import Event, OnEvent
 from inlay.train.files import saving, size_of
 from inlay.train.folder import RunFolder, check_same_inputs, open_folder
 from inlay.train.guard import Guard, check_changed, fingerprints
+from inlay.train.parallel import (
+    FollowedFolder,
+    FollowingRecorder,
+    divided,
+    groups,
+    mesh_of,
+    planned_division,
+)
 from inlay.train.recipe import LearningRate, learning_rate
 from inlay.train.recorder import Recorder, read_metrics
 from inlay.train.rows import RunRows, rows_of_run, sample
+from inlay.train.share import Share
 from inlay.train.tasks import TASKS
 from inlay.train.trainer import AdapterLoop, left_as_it_was
+from inlay.train.world import joined
 
 Row = TypeVar("Row")
 LINES_NAMED = 5
@@ -59,6 +71,8 @@ class TrainResult:
     """The contents of run.json; `comparison` holds base against tuned, or None."""
     model: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
+    leads: bool = True
+    """Whether this is the process that wrote the folder; the others of a run have no comparison."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +100,25 @@ def train(config: RunConfig, *, on_event: OnEvent | None = None) -> TrainResult:
     Raises:
         InlayError: anything that is the user's to mend, in a sentence.
     """
-    tell = on_event or (lambda event: None)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     method = build_method(config.method, config.hyperparameters)
-    folder, state = open_folder(config)
-    if state == "finished":
-        tell(Event("note", f"the run in {folder.path} has ended already; nothing is left to do"))
-        return TrainResult(folder, folder.record(), None, None)
-    with quiet_libraries():
-        stages = import_module(TASKS[config.task].loop).Stages
-        running: Running[Any] = stages(config, method, folder, tell)
-        return running.result()
+    with joined() as world:
+        tell = on_event if on_event is not None and world.leads else ignore
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        own, share = divided(config, world)
+        folder, state = world.from_leader(lambda: open_folder(config))
+        if state == "finished":
+            tell(Event("note", f"the run in {folder.path} has ended already; nothing is to do"))
+            return TrainResult(folder, folder.record(), None, None, world.leads)
+        with quiet_libraries():
+            stages = import_module(TASKS[config.task].loop).Stages
+            running: Running[Any] = stages(own, method, folder, tell)
+            running.divide(config, share)
+            return running.result()
+
+
+def ignore(event: Event) -> None:
+    """Tell nobody."""
 
 
 @contextmanager
@@ -118,27 +139,42 @@ class Running(ABC, Generic[Row]):
     def __init__(self, config: RunConfig, method: Method, folder: RunFolder, tell: OnEvent):
         self.config, self.method, self.folder, self.tell = config, method, folder, tell
         self.started = datetime.now(UTC)
+        self.divide(config, Share(config.batch_size, config.gradient_accumulation))
+
+    def divide(self, asked: RunConfig, share: Share) -> None:
+        """Take this process's part of a run; `config` is that part's, `asked` the user's own."""
+        self.asked, self.share, self.world = asked, share, share.world
+        self.shards = groups(asked, self.world)[0]
+        """The processes that divide the frozen weights; 1 where each holds them all."""
+        if not self.world.leads:
+            self.folder = FollowedFolder(self.folder.path)
 
     def result(self) -> TrainResult:
         """Go through the stages of the run, the cheap checks first."""
         self.stage("reading the data")
         tokens, rows = self.tokens()
-        planned = self.planned(tokens)
+        planned, self.shards = self.world.from_leader(lambda: (self.planned(tokens), self.shards))
         self.stage("loading the model")
         model, tokenizer = self.loaded()
         record = self.begin(model, rows)
         self.prepare(model, tokens, record)
         record["memory"] = planned_record(planned)
         check_optimizer(self.config.optimizer, model.device.type)
-        with self.stopping(record), left_as_it_was(model), self.keeping(model, planned):
+        with (
+            self.stopping(record),
+            self.world.together(),
+            left_as_it_was(model),
+            self.keeping(model, planned),
+        ):
             trainer = self.trainer(model, tokenizer, tokens, record)
             self.try_largest(trainer, planned)
             with self.around(model, tokens):
                 self.fit(trainer)
         self.save(model, trainer)
         record["comparison"] = self.compared(model, tokenizer, tokens)
+        let_go(model)
         self.finish(model, trainer, record)
-        return TrainResult(self.folder, record, model, tokenizer)
+        return TrainResult(self.folder, record, model, tokenizer, self.world.leads)
 
     def stage(self, message: str) -> None:
         """Tell that a part of the run begins."""
@@ -235,7 +271,10 @@ class Running(ABC, Generic[Row]):
         """
         device = this_machine()
         try:
-            found = planning.planned_run(self.config, self.largest(tokens.train, device), device)
+            rows = self.largest(tokens.train, device)
+            choices = groups(self.asked, self.world)
+            plan = partial(planning.planned_run, self.config, rows)
+            found, self.shards = planned_division(plan, device, choices, self.world)
         except ModelError as error:
             self.note(f"memory is not planned: {error}")
             return None
@@ -250,6 +289,17 @@ class Running(ABC, Generic[Row]):
     # The model and its adapter
 
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load the base, put the adapter on it and keep this process's part of the weights."""
+        mesh = mesh_of(self.world, self.shards)
+        if mesh is None:
+            return self.built(None)
+        with self.world.in_turn():
+            model, tokenizer = self.built("cpu")
+            keep_base_description(model)
+            shard(model, mesh)
+        return model, tokenizer
+
+    def built(self, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load the base and put the adapter on it."""
         config = self.config
         model, tokenizer = load(
@@ -257,6 +307,7 @@ class Running(ABC, Generic[Row]):
             config.storage,
             double_quant=config.double_quant,
             dtype=config.dtype,
+            device=device,
             stream=config.stream,
             revision=config.revision,
             head=self.head,
@@ -289,7 +340,7 @@ class Running(ABC, Generic[Row]):
             "seed": self.config.seed,
             "finished": False,
             "started": (begun or {}).get("started") or self.started.isoformat(timespec="seconds"),
-            "config": self.config.model_dump(),
+            "config": self.asked.model_dump(),
             "hyperparameters": asdict(self.method),
             "learning_rate": asdict(rate),
             "rows": {part: len(getattr(rows, part)) for part in ("train", "validation", "test")},
@@ -297,12 +348,21 @@ class Running(ABC, Generic[Row]):
             "targets": list(found.adapters[0].matched),
             "versions": provenance.versions(),
             "machine": provenance.machine(model.device),
+            "parallel": self.division(model),
             **inputs,
         }
         self.folder.write_record(record)
         self.note(str(found))
         self.note(f"learning rate {rate.value:.3g}: {rate.reason}")
         return record
+
+    def division(self, model: PreTrainedModel) -> dict[str, int]:
+        """Return what run.json says of how the run is divided."""
+        return {
+            "processes": self.world.size,
+            "weights_divided_by": self.shards,
+            "frozen_bytes": resident_bytes(model),
+        }
 
     def rate(self, model: PreTrainedModel) -> LearningRate:
         """Return the run's learning rate."""
@@ -316,9 +376,11 @@ class Running(ABC, Generic[Row]):
         """Return what every task's trainer is watched and kept by; checkpoints have a folder."""
         with saving("the run", self.folder.path):
             self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        recorder = Recorder if self.world.leads else FollowingRecorder
         return {
-            "recorder": Recorder(self.folder.metrics, self.config.log_every, self.tell),
+            "recorder": recorder(self.folder.metrics, self.config.log_every, self.tell),
             "guard": Guard(),
+            "share": self.share,
             "warmup": self.config.warmup,
             "keep_checkpoints": self.config.keep_checkpoints,
         }
@@ -347,7 +409,7 @@ class Running(ABC, Generic[Row]):
     def fit(self, trainer: AdapterLoop) -> None:
         """Train from the start, or from the last complete checkpoint."""
         before = fingerprints(trainer.adapted, trainer.adapter)
-        last = checkpoints.latest(self.folder.checkpoints)
+        last = self.world.from_leader(lambda: checkpoints.latest(self.folder.checkpoints))
         if last is None:
             self.stage("training")
             trainer.train()
@@ -357,6 +419,7 @@ class Running(ABC, Generic[Row]):
         else:
             trainer.restore(last)
         check_changed(before, trainer.adapted, trainer.adapter)
+        trainer.check_agreement()
 
     @contextmanager
     def stopping(self, record: dict[str, Any]) -> Generator[None]:
@@ -374,7 +437,12 @@ class Running(ABC, Generic[Row]):
     def compared(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tokens[Row]
     ) -> ComparisonRecord | None:
-        """Return base against tuned on held-out rows, if there are any and the run says so."""
+        """Return base against tuned on held-out rows, if there are any and the run says so.
+
+        Where weights are divided every process takes part, else the first one alone.
+        """
+        if self.shards == 1 and not self.world.leads:
+            return None
         if not self.config.evaluate or not tokens.test:
             return None
         self.stage("comparing base and tuned on held-out rows")
@@ -382,12 +450,16 @@ class Running(ABC, Generic[Row]):
 
     def save(self, model: PreTrainedModel, trainer: AdapterLoop) -> None:
         """Write the trained adapter."""
+        model.eval()
+        if not self.world.leads:
+            return
         with saving("the adapter", self.folder.adapter):
             save_adapter(model, self.folder.adapter, trainer.adapter)
-        model.eval()
 
     def finish(self, model: PreTrainedModel, trainer: AdapterLoop, record: dict[str, Any]) -> None:
         """Write the report, and run.json with all that is known at the end."""
+        if not self.world.leads:
+            return
         record |= {
             "finished": True,
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -35,6 +35,8 @@ class Task:
     """The keys that this task has and others may not, with their defaults."""
     fixed: Mapping[str, Fixed] = field(default_factory=dict[str, Fixed])
     """The keys that this task does not know."""
+    parallel: bool = False
+    """Whether its loop was shown to train as one process does when it is divided among several."""
     learning_rate_factor: float = 1.0
     """How the best learning rate stands to the one for supervised rows."""
     prompts_count: bool = False
@@ -132,7 +134,13 @@ def reward_arithmetic(values: Mapping[str, Any]) -> dict[str, str]:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("sft", "answers as the rows give them", "supervised", "inlay.train.supervised"),
+        Task(
+            "sft",
+            "answers as the rows give them",
+            "supervised",
+            "inlay.train.supervised",
+            parallel=True,
+        ),
         Task(
             "dpo",
             "the preferred answer rather than the rejected one, by TRL's DPOTrainer",
@@ -140,6 +148,7 @@ TASKS: dict[str, Task] = {
             "inlay.train.dpo",
             own={"beta": 0.1},
             fixed=PREFERENCE,
+            parallel=True,
             learning_rate_factor=0.1,
             check=positive_beta,
         ),

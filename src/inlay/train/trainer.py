@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -34,16 +32,17 @@ from inlay.model.attach import adapter_places
 from inlay.train import checkpoints
 from inlay.train.arguments import warmup_steps
 from inlay.train.collate import IGNORED
-from inlay.train.guard import DivergedError, Guard, check_gradients
-from inlay.train.order import TrainingOrder
+from inlay.train.guard import DivergedError, Guard, check_gradients, check_same, fingerprints
 from inlay.train.recorder import Recorder
+from inlay.train.share import Share
+from inlay.train.shared_steps import SharedSteps
 from inlay.train.state import load_tree, random_state, restore_random_state, save_tree
 
 HeldOut = Callable[[], Mapping[str, float]]
 """Measures the held-out `loss`, if the task has one, and what else it measures by name."""
 
 
-class AdapterLoop(Trainer, ABC):
+class AdapterLoop(SharedSteps, ABC):
     """What every task's trainer does: saves and resumes one adapter of a model, never the model.
 
     It stands before a trainer of TRL's among the bases of a class. The model is plain, with layers
@@ -59,6 +58,7 @@ class AdapterLoop(Trainer, ABC):
         *,
         recorder: Recorder,
         guard: Guard,
+        share: Share | None = None,
         collate: Callable[..., Any] | None = None,
         held_out: HeldOut | None = None,
         warmup: float = 0.0,
@@ -66,6 +66,8 @@ class AdapterLoop(Trainer, ABC):
         adapter: str = "default",
     ) -> None:
         self.recorder, self.guard, self.held_out = recorder, guard, held_out
+        alone = Share(args.per_device_train_batch_size, args.gradient_accumulation_steps)
+        self.take_share(alone if share is None or share.world.alone else share)
         self.keep_checkpoints, self.adapter, self.adapted = keep_checkpoints, adapter, model
         self.folder = Path(args.output_dir or "")
         self.step_loss, self.step_tokens = 0.0, 0
@@ -83,11 +85,6 @@ class AdapterLoop(Trainer, ABC):
         self.recorder.total_steps = self.total_steps
         self.args.warmup_steps = warmup_steps(warmup, self.total_steps)
 
-    @property
-    @abstractmethod
-    def lengths(self) -> list[int]:
-        """How many tokens each row has, or each pack of rows."""
-
     def asks(self, collate: Callable[..., Any] | None) -> dict[str, Any]:
         """Return what this task's trainer of TRL's is given beside what all are given."""
         return {"data_collator": collate}
@@ -103,19 +100,9 @@ class AdapterLoop(Trainer, ABC):
         limit = int(self.args.max_steps)
         return limit if limit > 0 else math.ceil(self.args.num_train_epochs * self.steps_in_epoch)
 
-    @property
-    def steps_in_epoch(self) -> int:
-        """How many optimiser steps pass over all rows."""
-        batches = math.ceil(len(self.lengths) / self.args.per_device_train_batch_size)
-        return math.ceil(batches / self.args.gradient_accumulation_steps)
-
     def evaluation_due(self, step: int) -> bool:
         """Say whether an epoch, or the run, ends with this step."""
         return step % self.steps_in_epoch == 0 or step == self.total_steps
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        del train_dataset
-        return TrainingOrder(self.lengths, self.args.per_device_train_batch_size, self.args.seed)
 
     def begin(self) -> None:
         """Measure the untrained model and write checkpoint 0: the disk is tried at once, too."""
@@ -161,14 +148,24 @@ class AdapterLoop(Trainer, ABC):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one forward and backward pass; raise on a loss that is not finite."""
-        self.step_tokens += self.tokens_in(args[1])
+        tokens = self.tokens_in(args[1])
+        self.step_tokens += tokens if self.pass_counts else 0
         loss: Tensor = super().training_step(*args, **kwargs)
-        value = float(loss)
-        self.guard.check_loss(value, self.state.global_step + 1)
-        self.step_loss += value
+        self.step_loss += float(loss)
+        if self.world.alone:
+            self.guard.check_loss(float(loss), self.state.global_step + 1)
         return loss
 
+    def combine(self) -> None:
+        """Add up what all processes found in their passes; each sees a loss that is not finite."""
+        self.sum_gradients(p for p in self.adapted.parameters() if p.requires_grad)
+        self.step_loss, tokens = self.world.total([self.step_loss, self.step_tokens])
+        self.step_tokens = int(tokens)
+        self.guard.check_loss(self.step_loss, self.state.global_step + 1)
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if not self.world.alone:
+            self.combine()
         norm: Any = super()._clip_grad_norm(model)
         self.guard.check_gradient(float(norm), self.state.global_step + 1)
         if self.gradient_is_due():
@@ -188,7 +185,7 @@ class AdapterLoop(Trainer, ABC):
         self.step_loss, self.step_tokens = 0.0, 0
         epoch = step / self.steps_in_epoch
         rate, norm = float(logs["learning_rate"]), float(logs["grad_norm"])
-        self.recorder.step(step, epoch, loss, rate, norm, tokens, self.also())
+        self.recorder.step(step, epoch, loss, rate, norm, tokens, self.world.mean(self.also()))
         self.guard.observe(loss, step)
 
     def also(self) -> dict[str, float]:
@@ -224,11 +221,22 @@ class AdapterLoop(Trainer, ABC):
         self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
-        """Write the adapter and all that a resumed run needs, then drop the oldest checkpoint."""
+        """Write the adapter and all that a resumed run needs, then drop the oldest checkpoint.
+
+        Every process holds all of it, and the first one writes.
+        """
+        self.check_agreement()
+        if not self.world.leads:
+            return
         folder = checkpoints.folder_of(self.folder, self.state.global_step)
         checkpoints.write(folder, self.fill_checkpoint)
         checkpoints.rotate(folder.parent, self.keep_checkpoints)
         self.recorder.checkpoint(folder, self.state.global_step)
+
+    def check_agreement(self) -> None:
+        """Raise unless every process holds the same adapter, bit for bit."""
+        found = self.world.every(fingerprints(self.adapted, self.adapter))
+        check_same(found, self.state.global_step)
 
     def fill_checkpoint(self, folder: Path) -> None:
         """Write a checkpoint's files into an empty folder."""
