@@ -31,6 +31,7 @@ from inlay.model.attach import attach
 from inlay.model.heads import Head, not_adapted, to_train
 from inlay.model.load import load, located, quiet_transformers, read_tokenizer
 from inlay.model.report import Report, report
+from inlay.model.vision import tokenizer_in
 from inlay.train import checkpoints, planning, provenance
 from inlay.train.arguments import check_optimizer
 from inlay.train.config import RunConfig
@@ -40,7 +41,7 @@ from inlay.train.folder import RunFolder, check_same_inputs, open_folder
 from inlay.train.guard import Guard, check_changed, fingerprints
 from inlay.train.recipe import LearningRate, learning_rate
 from inlay.train.recorder import Recorder, read_metrics
-from inlay.train.rows import RunRows, rows_of_run, sample
+from inlay.train.rows import RunRows, have_images, rows_of_run, sample
 from inlay.train.tasks import TASKS
 from inlay.train.trainer import AdapterLoop, left_as_it_was
 
@@ -95,7 +96,8 @@ def train(config: RunConfig, *, on_event: OnEvent | None = None) -> TrainResult:
         tell(Event("note", f"the run in {folder.path} has ended already; nothing is left to do"))
         return TrainResult(folder, folder.record(), None, None)
     with quiet_libraries():
-        stages = import_module(TASKS[config.task].loop).Stages
+        loop = "inlay.train.vision" if have_images(config) else TASKS[config.task].loop
+        stages = import_module(loop).Stages
         running: Running[Any] = stages(config, method, folder, tell)
         return running.result()
 
@@ -186,6 +188,15 @@ class Running(ABC, Generic[Row]):
     ) -> ComparisonRecord:
         """Return base against tuned on the test rows."""
 
+    def reader(self, folder: Path) -> Any:
+        """Return what writes rows as tokens: the tokenizer in the model's folder."""
+        return read_tokenizer(folder, trust_remote_code=False)
+
+    @property
+    def targets(self) -> str | list[str] | None:
+        """The layers to adapt; None stands for the method's own."""
+        return self.config.targets
+
     def prepare(self, model: PreTrainedModel, tokens: Tokens[Row], record: dict[str, Any]) -> None:
         """Make the loaded model ready in the task's own way."""
 
@@ -203,9 +214,8 @@ class Running(ABC, Generic[Row]):
     def tokens(self) -> tuple[Tokens[Row], RunRows]:
         """Read the rows and encode them; raise for whatever would make training on them vain."""
         rows = rows_of_run(self.config)
-        source = located(self.config.model, self.config.revision)
         with quiet_transformers():
-            tokenizer = read_tokenizer(source, trust_remote_code=False)
+            tokenizer = self.reader(located(self.config.model, self.config.revision))
         self.look_at(rows, tokenizer)
         encoded = self.encode(rows.train, tokenizer)
         self.check_rows(rows.train, encoded)
@@ -252,7 +262,7 @@ class Running(ABC, Generic[Row]):
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load the base and put the adapter on it."""
         config = self.config
-        model, tokenizer = load(
+        model, reader = load(
             config.model,
             config.storage,
             double_quant=config.double_quant,
@@ -264,13 +274,13 @@ class Running(ABC, Generic[Row]):
         attach(
             model,
             self.method,
-            targets=config.targets,
+            targets=self.targets,
             exclude=[*config.exclude, *not_adapted(model)],
             layers=config.layers,
             modules_to_save=[*config.modules_to_save, *to_train(model)],
             seed=config.seed,
         )
-        return model, tokenizer
+        return model, tokenizer_in(reader)
 
     def begin(self, model: PreTrainedModel, rows: RunRows) -> dict[str, Any]:
         """Write run.json before anything is trained; return its contents."""

@@ -132,7 +132,13 @@ def reward_arithmetic(values: Mapping[str, Any]) -> dict[str, str]:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("sft", "answers as the rows give them", "supervised", "inlay.train.supervised"),
+        Task(
+            "sft",
+            "answers as the rows give them",
+            "supervised",
+            "inlay.train.supervised",
+            own={"max_pixels": None, "allow_urls": False, "cache_vision": "auto"},
+        ),
         Task(
             "dpo",
             "the preferred answer rather than the rejected one, by TRL's DPOTrainer",
