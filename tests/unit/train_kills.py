@@ -1,7 +1,7 @@
 """Kill runs with SIGKILL at many moments, resume each, and print what they ended in, as JSON.
 
 One process imports everything and forks a child for every run, so that a kill costs no import.
-Usage: train_kills.py FOLDER NAME:KILLS ..., where a name is a method's or a task's.
+Usage: train_kills.py FOLDER NAME:KILLS ..., where a name is a method's, a task's, or `images`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from heads_tiny import make_any
 from train_tiny import adapter_hash, losses_of
+from vision_tiny import make_vision_run
 
 from inlay.train.config import RunConfig
 from inlay.train.run import train
@@ -87,17 +88,27 @@ def flushes_of(config: RunConfig, path: Path) -> Callable[[], None]:
     return work
 
 
+def run_of(folder: Path, name: str) -> Callable[..., RunConfig]:
+    """Return what makes runs of a method, of a task, or of answers about images."""
+    if name == "images":
+        return lambda output, **more: make_vision_run(
+            folder, output=output, targets=["language"], **more
+        )
+    kind = {"task": name} if name in TASKS else {"method": name}
+    return lambda output, **more: make_any(folder, output, **kind, **more)
+
+
 def attempts(folder: Path, name: str, kills: int) -> list[dict[str, Any]]:
     """Run a method or task once undisturbed and then with kills; return how each ended."""
-    kind = {"task": name} if name in TASKS else {"method": name}
-    whole = make_any(folder, f"{name}-whole", **kind)
+    made = run_of(folder, name)
+    whole = made(f"{name}-whole")
     started = time.monotonic()
     assert child(flushes_of(whole, folder / "flushes")) == 0
     seconds, flushes = time.monotonic() - started, int((folder / "flushes").read_text())
     ends: list[dict[str, Any]] = [{"moments": [], **outcome(whole)}]
     chance = random.Random(0)
     for number in range(kills):
-        config = make_any(folder, f"{name}-{number}", **kind, resume=True)
+        config = made(f"{name}-{number}", resume=True)
         first = chance.randrange(flushes * number // kills, flushes * (number + 1) // kills)
         second = chance.uniform(0.02, 0.4) * seconds
         moments = {

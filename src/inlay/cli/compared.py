@@ -29,6 +29,8 @@ class Comparing:
     """How much is generated, and at a time; as for `evaluate.run.compare`."""
     longest: int | None = None
     """Tokens that an answer to a prompt may have; None for as many as in the run."""
+    max_pixels: int | None = None
+    """Pixels that an image keeps."""
 
     def record(self) -> ComparisonRecord:
         """Return the comparison."""
@@ -65,11 +67,22 @@ class Comparing:
 
     def supervised(self) -> ComparisonRecord:
         """Return how well each model says what the rows do."""
+        from inlay.cli.reading import read
         from inlay.evaluate.run import compare
-        from inlay.train.rows import encode_rows
 
-        encoded = encode_rows(self.rows, self.tokenizer, self.max_length)
-        return compare(self.model, self.tokenizer, self.rows, encoded, **self.limits).to_dict()
+        run = self.tuned.run
+        keys = {"max_length": self.max_length, "max_pixels": self.max_pixels}
+        found = read(
+            self.rows, self.model, self.tokenizer, keys, self.tuned.base, run.get("revision")
+        )
+        return compare(
+            self.model,
+            self.tokenizer,
+            self.rows,
+            found.encoded,
+            seeing=found.seeing,
+            **self.limits,
+        ).to_dict()
 
     def preferences(self) -> ComparisonRecord:
         """Return how often each model prefers the better answer, by ORPO's measure after ORPO."""

@@ -21,6 +21,7 @@ from inlay.train.tasks import TASKS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from inlay.data.processor import ImageReader
     from inlay.data.rows import Rows
     from inlay.data.tokens import Encoded, Piece, Summary
     from inlay.train.overview import Overview
@@ -72,10 +73,9 @@ def run(given: dict[str, Any]) -> int:
     rows = rows_of_run(config)
     parts = {"train": rows.train, "validation": rows.validation, "test": rows.test}
 
-    from inlay.data.tokens import pieces, summarise
-    from inlay.model.load import located, read_tokenizer
+    from inlay.data.tokens import summarise
 
-    tokenizer = read_tokenizer(located(config.model, config.revision), False)
+    tokenizer = reader_for(config, rows.train)
     if TASKS[config.task].verbs:
         overview = import_module(TASKS[config.task].verbs).overview
         show_overview(config, rows.sha256, overview(config, rows, tokenizer, options.show), as_json)
@@ -99,7 +99,7 @@ def run(given: dict[str, Any]) -> int:
         line = rows.train.lines[index]
         for side, (part, found) in encoded["train"].items():
             if line in part.lines:
-                show_row(side, pieces(found[part.lines.index(line)], tokenizer))
+                show_row(side, drawn(found[part.lines.index(line)], tokenizer))
         if rows.train.kind == "prompt":
             columns = rows.train.rows[index].items()
             show.facts([(name, str(value)) for name, value in columns if name != "prompt"])
@@ -159,13 +159,36 @@ def data_named(given: dict[str, Any]) -> None:
     given["data"] = given.pop("run_file")
 
 
+def reader_for(config: RunConfig, rows: Rows) -> Any:
+    """Return what writes the rows as tokens: the model's tokenizer, or its processor."""
+    from inlay.data.processor import image_reader
+    from inlay.model.load import located, read_tokenizer
+
+    folder = located(config.model, config.revision)
+    if rows.kind == "images":
+        return image_reader(folder, config.max_pixels)
+    return read_tokenizer(folder, False)
+
+
+def drawn(row: Any, reader: PreTrainedTokenizerBase | ImageReader) -> list[Piece]:
+    """Return a row's text token by token."""
+    from inlay.data.processor import ImageReader
+    from inlay.data.tokens import pieces
+    from inlay.data.vision import shown
+
+    return shown(row, reader) if isinstance(reader, ImageReader) else pieces(row, reader)
+
+
 def sides(
-    config: RunConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, tuple[Rows, list[Encoded]]]:
+    config: RunConfig, rows: Rows, tokenizer: Any
+) -> dict[str, tuple[Rows, Sequence[Encoded]]]:
     """Return rows as tokens; of preferences both answers, labelled ones by label, by name."""
     from inlay.data.labelled import by_label
+    from inlay.data.vision import encode_images
     from inlay.train.rows import encode_labelled_rows, encode_pair_rows, encode_rows
 
+    if rows.kind == "images":
+        return {"": (rows, encode_images(rows, tokenizer, config.max_length))}
     if rows.kind == "preference":
         pairs = encode_pair_rows(rows, tokenizer, config.max_length)
         both = ([p.chosen for p in pairs], [p.rejected for p in pairs])

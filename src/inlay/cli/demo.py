@@ -102,7 +102,7 @@ def merge_report(result: TrainResult) -> dict[str, Any]:
     config = checked_config(result.run["config"])
     rows = sample(rows_of_run(config).test, MERGE_ROWS)
     keys = {"max_length": config.max_length}
-    inputs = encoded_batches(result.model, rows, result.tokenizer, keys)
+    inputs = encoded_batches(result.model, rows, result.tokenizer, keys, config.model)
     return {**asdict(merge(result.model, inputs=inputs)), "rows": len(rows)}
 
 

@@ -51,6 +51,8 @@ class EvalOptions(BaseModel):
     skip_empty: bool = same("skip_empty")
     max_rows: PositiveInt | None = same("max_rows")
     max_length: PositiveInt = same("max_length")
+    max_pixels: PositiveInt | None = same("max_pixels")
+    allow_urls: bool | None = same("allow_urls")
     generate_rows: int = same("generate_rows")
     generate_tokens: PositiveInt = same("generate_tokens")
     batch_size: PositiveInt = same("batch_size")
@@ -112,8 +114,8 @@ def measured_answers(options: EvalOptions, tuned: Tuned) -> tuple[ComparisonReco
             "on_progress": drawn.working,
         }
         longest = options.model_dump(exclude_unset=True).get("generate_tokens")
-        compared = Comparing(tuned, model, tokenizer, rows, keys["max_length"], limits, longest)
-        found = compared.record()
+        given = (keys["max_length"], limits, longest, keys["max_pixels"])
+        found = Comparing(tuned, model, tokenizer, rows, *given).record()
     return found, rows, trained_on
 
 

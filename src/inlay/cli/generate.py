@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
 
     from inlay.cli.tuned import Tuned
     from inlay.data.rows import Rows
+    from inlay.evaluate.generation import Fill
 
 ABOUT = "Write the likeliest continuation of a prompt, or of the prompts in a file."
 USAGE = """inlay generate --adapter DIR --prompt TEXT [flags]
        inlay generate --model M --data D [flags]"""
 EXAMPLES = """examples:
   inlay generate --adapter run --prompt "The heart is"
+  inlay generate --adapter run --prompt "Which digit is this?" --image digit.png
   inlay generate --adapter run --data test.jsonl --max-rows 5 --base"""
 
 
@@ -36,7 +39,10 @@ class GenerateOptions(BaseModel):
     storage: Literal["dense", "nf4", "int8"] | None = Field(
         None, description="how the frozen weights are held; default: as in the run"
     )
-    prompt: Text | None = Field(None, description="text to continue, just as it stands")
+    prompt: Text | None = Field(
+        None, description="text to continue, just as it stands; with --image, a question"
+    )
+    image: list[Text] | None = Field(None, description="image files that the prompt asks about")
     data: Text | None = Field(None, description="file whose prompts to continue")
     max_rows: PositiveInt = Field(3, description="rows of the file to continue, at most")
     generate_tokens: PositiveInt = same("generate_tokens")
@@ -61,6 +67,8 @@ def run(given: dict[str, Any]) -> int:
     options = checked(GenerateOptions, given)
     exactly_one({"adapter": options.adapter, "model": options.model})
     exactly_one({"prompt": options.prompt, "data": options.data})
+    if options.image and options.prompt is None:
+        raise UsageError("--image needs --prompt: what to ask about it")
     if options.base and options.adapter is None:
         raise UsageError("--base compares with the model under an adapter; give --adapter")
     tuned = find_tuned(options.adapter) if options.adapter else None
@@ -92,7 +100,7 @@ def rows_to_continue(options: GenerateOptions, tuned: Tuned | None) -> Rows | No
         return None
     from inlay.cli.rows import answers, keys_for, rows_of
 
-    given = options.model_dump(exclude_unset=True, exclude={"prompt"})
+    given = options.model_dump(exclude_unset=True, exclude={"prompt", "image"})
     keys = keys_for(tuned.run if tuned else {}, given | {"max_rows": options.max_rows})
     return answers(rows_of(options.data, keys))
 
@@ -103,11 +111,13 @@ def loaded(
     """Return the tuned model, or the plain one."""
     from inlay.cli.tuned import load_tuned
     from inlay.model.load import load
+    from inlay.model.vision import tokenizer_in
 
     if tuned is not None:
         return load_tuned(tuned, options.storage)
     assert options.model is not None
-    return load(options.model, options.storage or "dense")
+    model, reader = load(options.model, options.storage or "dense")
+    return model, tokenizer_in(reader)
 
 
 def continued(
@@ -121,10 +131,10 @@ def continued(
     from inlay.evaluate.generation import generate
     from inlay.model.attach import disabled
 
-    prompts, shown = prompts_of(options, tokenizer, rows, tuned)
+    prompts, shown, fill = prompts_of(options, model, tokenizer, rows, tuned)
 
     def texts() -> list[str]:
-        return generate(model, tokenizer, prompts, options.generate_tokens)
+        return generate(model, tokenizer, prompts, options.generate_tokens, fill=fill)
 
     found = [{**row, "text": text} for row, text in zip(shown, texts(), strict=True)]
     if options.base:
@@ -135,24 +145,34 @@ def continued(
 
 def prompts_of(
     options: GenerateOptions,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows | None,
     tuned: Tuned | None,
-) -> tuple[list[Any], list[dict[str, str]]]:
-    """Return the prompts, rows' as tokens just as in training, and what to show of each."""
+) -> tuple[list[Any], list[dict[str, str]], Fill | None]:
+    """Return the prompts, rows' as tokens just as in training, what to show, and their images."""
+    run = tuned.run if tuned else {}
+    base = tuned.base if tuned else options.model
+    assert base is not None
     if rows is None:
         assert options.prompt is not None
-        return [options.prompt], [{"prompt": options.prompt}]
+        shown = [{"prompt": options.prompt}]
+        if not options.image:
+            return [options.prompt], shown, None
+        ids, fill = asked(options.prompt, options.image, model, run, base)
+        return [ids], shown, fill
+    from inlay.cli.reading import read
     from inlay.evaluate.run import choose_samples
-    from inlay.train.rows import encode_rows
 
-    longest = (tuned.run if tuned else {}).get("max_length", same("max_length").default)
-    encoded = encode_rows(rows, tokenizer, longest)
+    keys = {"max_length": same("max_length").default, **run}
+    found = read(rows, model, tokenizer, keys, base, run.get("revision"))
+    encoded = found.encoded
     if rows.kind == "prompt":
         prompts = [row.input_ids for row in encoded]
         texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
         lines = zip(rows.lines, texts, strict=True)
-        return prompts, [{"line": str(line), "prompt": text.strip()} for line, text in lines]
+        shown = [{"line": str(line), "prompt": text.strip()} for line, text in lines]
+        return prompts, shown, None
     samples = choose_samples(rows, encoded, len(rows))
     if not samples:
         raise UsageError("the rows are plain text without a prompt; give --prompt instead")
@@ -161,4 +181,23 @@ def prompts_of(
         {"line": str(sample.line), "prompt": text.strip(), "expected": sample.reference}
         for sample, text in zip(samples, decoded, strict=True)
     ]
-    return [sample.prompt for sample in samples], shown
+    fill = None if found.seeing is None else found.seeing.filling(encoded, samples)
+    return [sample.prompt for sample in samples], shown, fill
+
+
+def asked(
+    prompt: str, files: Sequence[str], model: PreTrainedModel, run: Mapping[str, Any], base: str
+) -> tuple[list[int], Fill]:
+    """Return a question about images as tokens, and what gives the images."""
+    from inlay.cli.reading import seen_by
+    from inlay.data.picture import picture_at
+    from inlay.data.processor import image_reader
+    from inlay.data.vision import question
+    from inlay.evaluate.run import Sample
+    from inlay.model.load import located
+
+    pictures = [picture_at(file, f"--image {file}", Path.cwd()) for file in files]
+    reader = image_reader(located(base, run.get("revision")), run.get("max_pixels"))
+    row = question(reader, prompt, pictures)
+    sample = Sample(0, 1, tuple(row.input_ids), "")
+    return row.input_ids, seen_by(model, reader).filling([row], [sample])

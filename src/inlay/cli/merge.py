@@ -88,7 +88,10 @@ def run(given: dict[str, Any]) -> int:
     from inlay.cli.merging import encoded_batches, merge_and_save
     from inlay.train.files import size_of
 
-    inputs = None if rows is None else encoded_batches(model, rows, tokenizer, keys)
+    inputs = None
+    if rows is not None:
+        revision = tuned.run.get("revision")
+        inputs = encoded_batches(model, rows, tokenizer, keys, tuned.base, revision)
     about = {"base": tuned.base, "adapter": str(tuned.adapter)}
     finish = finishing(model, tokenizer, tuned)
     record = merge_and_save(model, tokenizer, output, inputs, options.storage, about, finish)
@@ -97,8 +100,8 @@ def run(given: dict[str, Any]) -> int:
         return 0
     summary.merged(record)
     print(f"\nSaved in {output} ({show.size(size_of([output]))}), read back and checked again.")
-    print(f"A plain model: {reader(tuned)}({str(output)!r}) reads it.")
-    if finish is not None:
+    print(f"A plain model: {reader(model, tuned)}({str(output)!r}) reads it.")
+    if tuned.task == "embed":
         print(f"So does SentenceTransformer({str(output)!r}), with its pooling.")
     return 0
 
@@ -106,7 +109,13 @@ def run(given: dict[str, Any]) -> int:
 def finishing(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tuned: Tuned
 ) -> Callable[[Path], None] | None:
-    """Return what makes a merged model of embeddings a folder of sentence-transformers."""
+    """Return what a merged folder needs beside: sentence-transformers' files, or the processor."""
+    from inlay.model.load import located
+    from inlay.model.vision import copy_processor, sees_images
+
+    if sees_images(model.config):
+        base = located(tuned.base, tuned.run.get("revision"))
+        return lambda folder: copy_processor(base, folder)
     if tuned.task != "embed":
         return None
     from inlay.cli.rows import run_of
@@ -116,8 +125,12 @@ def finishing(
     return lambda folder: finish_merged(model, tokenizer, folder, config)
 
 
-def reader(tuned: Tuned) -> str:
+def reader(model: PreTrainedModel, tuned: Tuned) -> str:
     """Return what reads the merged model."""
+    from inlay.model.vision import sees_images
+
+    if sees_images(model.config) and tuned.head is None:
+        return "AutoModelForImageTextToText.from_pretrained"
     purpose = str((tuned.head or {}).get("purpose"))
     return f"{READERS.get(purpose, 'AutoModelForCausalLM')}.from_pretrained"
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.checkpoint.folder import share_as_usual
+from inlay.cli.reading import read
 from inlay.data.rows import Rows
 from inlay.errors import MergeError
+from inlay.evaluate.losses import padded
 from inlay.model.load import load, quiet_transformers
 from inlay.model.merge import first_tensor, merge
 from inlay.train.files import saving, write_folder, write_json
-from inlay.train.rows import encode_rows
 from inlay.train.tasks import TASKS
 
 REPORT = "merge.json"
@@ -31,15 +32,18 @@ def encoded_batches(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     keys: Mapping[str, Any],
+    base: str,
+    revision: str | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Return each row as a batch of its own, cut as training cuts it."""
+    """Return each row as a batch of its own, cut as training cuts it, with what the model sees."""
     if "config" in keys:
         inputs_of = import_module(TASKS[keys["config"].task].verbs).inputs_of
         found = inputs_of(model, rows, tokenizer, keys["config"])
         return [{name: x.to(model.device) for name, x in inputs.items()} for inputs in found]
-    encoded = encode_rows(rows, tokenizer, keys["max_length"])
-    ids = [torch.tensor([row.input_ids], device=model.device) for row in encoded]
-    return [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids]
+    found = read(rows, model, tokenizer, keys, base, revision)
+    join = padded if found.seeing is None else found.seeing.join
+    calls = (join([row], 1).call for row in found.encoded)
+    return [{name: value.to(model.device) for name, value in call.items()} for call in calls]
 
 
 def merge_and_save(

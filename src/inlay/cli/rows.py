@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from inlay.data.images import hold_images, normalise_images
 from inlay.data.labelled import are_labelled, desirable_of
 from inlay.data.preference import are_pairs, side_of
 from inlay.data.prompts import are_prompts, normalise_prompts
@@ -26,7 +27,7 @@ KINDS = {
     "regression": "regression",
 }
 """What transformers calls a problem -> the kind of label."""
-READING = ("max_length", "max_rows", "skip_empty")
+READING = ("max_length", "max_rows", "skip_empty", "max_pixels", "allow_urls")
 """The keys that say which rows are used, and how much of them."""
 
 
@@ -51,7 +52,10 @@ def rows_of(source: str, keys: Mapping[str, Any]) -> Rows:
         column = keys.get("split_by")
         group = column if column in rows[0].values else None
         return check(rows, group=group, skip_empty=keys.get("skip_empty", False))
-    return normalise(rows, skip_empty=keys.get("skip_empty", False), **named)
+    named["skip_empty"] = keys.get("skip_empty", False)
+    if keys.get("task", "sft") == "sft" and hold_images(rows[0]):
+        return normalise_images(rows, allow_urls=bool(keys.get("allow_urls")), **named)
+    return normalise(rows, **named)
 
 
 def kind_of(row: RawRow, task: str) -> str:
@@ -68,7 +72,7 @@ def keys_for(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     A flag that names a column replaces all the columns of the run.
     """
     defaults = {key: RunConfig.model_fields[key].get_default() for key in (*READING, *COLUMNS)}
-    kept = ["max_length", "skip_empty", "split_by", "task", "rewards"]
+    kept = ["max_length", "skip_empty", "split_by", "task", "rewards", "max_pixels", "allow_urls"]
     if not any(key in given for key in COLUMNS):
         kept += COLUMNS
     from_run = {key: run[key] for key in kept if key in run}

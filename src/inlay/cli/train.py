@@ -46,12 +46,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "data": (
         "task", "data", "eval_data", "format", "prompt", "completion", "text", "text_pair", "label",
         "kind", "anchor", "positive", "negative", "score", "pooling", "split", "split_by",
-        "skip_empty", "max_rows", "max_length", "packing",
+        "skip_empty", "max_rows", "max_pixels", "allow_urls", "max_length", "packing",
     ),
     "training": (
         "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "scheduler",
         "beta", "optimizer", "warmup", "weight_decay", "max_grad_norm", "activations",
-        "cache_trunk", "seed", "threads", "parallel",
+        "cache_trunk", "cache_vision", "seed", "threads", "parallel",
     ),
     "rewards": (
         "rewards", "num_generations", "max_completion_tokens", "temperature", "top_p", "generation",

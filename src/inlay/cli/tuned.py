@@ -89,8 +89,9 @@ def load_tuned(
     from inlay.checkpoint.adapter import load_adapter
     from inlay.model.heads import head_from
     from inlay.model.load import load
+    from inlay.model.vision import tokenizer_in
 
-    model, tokenizer = load(
+    model, reader = load(
         tuned.base,
         storage or tuned.storage,
         double_quant=tuned.run.get("double_quant", True),
@@ -100,7 +101,7 @@ def load_tuned(
         head=None if tuned.head is None else head_from(tuned.head, str(tuned.adapter)),
     )
     load_adapter(model, tuned.adapter)
-    return model, tokenizer
+    return model, tokenizer_in(reader)
 
 
 def set_threads(threads: int | None) -> None:

@@ -65,6 +65,19 @@ def read_rows(source: str | Path, *, split: str | None = None) -> list[RawRow]:
     return rows
 
 
+def first_row(source: str | Path) -> RawRow:
+    """Return the first row of a source, which may be far from whole in memory.
+
+    Raises:
+        DataError: as `read_rows`.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix.lower() in READERS:
+        for row in READERS[path.suffix.lower()](path):
+            return row
+    return read_rows(source)[0]
+
+
 def is_meant_as_file(path: Path) -> bool:
     """Say whether the words name a file rather than a hub data set."""
     return path.exists() or path.suffix.lower() in READERS or path.parent.exists()
@@ -304,7 +317,7 @@ def read_hub(name: str, split: str) -> list[RawRow]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = undecoded(datasets.load_dataset(name, split=split))
         values = [dict(row) for row in rows]
     except Exception as error:  # any library below may fail in its own way; none may reach a user
         message = " ".join(str(error).split())
@@ -313,6 +326,25 @@ def read_hub(name: str, split: str) -> list[RawRow]:
             f"loaded: {type(error).__name__}: {message}"
         ) from error
     return [RawRow(row, f"{name}:{split}", number) for number, row in enumerate(values, start=1)]
+
+
+def undecoded(rows: Any) -> Any:
+    """Return a data set whose images stay files' bytes until they are used."""
+    import datasets
+
+    def kept(feature: Any) -> Any:
+        if isinstance(feature, datasets.Image):
+            return datasets.Image(decode=False)
+        if isinstance(feature, datasets.List):
+            return datasets.List(kept(feature.feature), length=feature.length)
+        if isinstance(feature, dict):
+            return {name: kept(inner) for name, inner in feature.items()}
+        return feature
+
+    for name, feature in dict(rows.features).items():
+        if kept(feature) != feature:
+            rows = rows.cast_column(name, kept(feature))
+    return rows
 
 
 def report_rows() -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Validate rows and bring them to one of three shapes: text, prompt and completion, messages.
 
 Rows of preferences are checked in `preference`, labelled ones in `labelled`, prompts alone in
-`prompts`, those with classes in `labels`, and pairs of texts in `similar`.
+`prompts`, those with classes in `labels`, pairs of texts in `similar`, and rows with images in
+`images`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from inlay.errors import DataError, did_you_mean
 __all__ = ["Format", "Kind", "Rows", "normalise"]
 
 Kind = Literal[
-    "text", "prompt_completion", "messages", "preference", "labelled", "prompt",
+    "text", "prompt_completion", "messages", "preference", "labelled", "prompt", "images",
     "class", "classes", "number", "tags", "pairs", "triplets", "scored_pairs",
 ]  # fmt: skip
 Format = Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"]
@@ -60,7 +61,8 @@ class Rows:
     """`{"text"}`, `{"prompt", "completion"}`, `{"messages": [{"role", "content"}]}`, or
     `{"prompt", "chosen", "rejected"}` and `{"prompt", "completion", "label"}`, where the prompt may
     be messages and the answers one each; `{"prompt", ...}` with any further columns; of labels
-    `{"text", "label"}` or `{"tokens", "tags"}`, of similar texts `{"anchor", ...}`.
+    `{"text", "label"}` or `{"tokens", "tags"}`, of similar texts `{"anchor", ...}`; with images
+    `{"messages", "images", "completion"}`.
     """
     lines: list[int]
     source: str

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from inlay.data.rows import Rows
 from inlay.errors import DataError, ModelError
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoded", "Lengths", "Piece", "Summary", "encode", "pieces", "summarise"]
 
+Row = TypeVar("Row", bound="Encoded")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 LINES_NAMED = 5
 
@@ -127,7 +128,7 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {*vocabulary.get_added_vocab().values(), vocabulary.eos_token_id}
 
 
-def cut_to(row: Encoded, max_length: int) -> Encoded:
+def cut_to(row: Row, max_length: int) -> Row:
     """Return a row's first tokens."""
     ids, trained = row.input_ids[:max_length], row.trained[:max_length]
     return replace(row, input_ids=ids, trained=trained)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ from inlay.model.attach import active, adapters
 
 Prompt = str | Sequence[int]
 """A prompt as text, or as tokens."""
+Fill = Callable[[Sequence[int], int], Mapping[str, torch.Tensor]]
+"""(the prompts' numbers, the batch's width) -> what the model needs of them beside tokens."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,16 @@ def generate(
     max_new_tokens: int = 128,
     batch_size: int = 8,
     *,
+    fill: Fill | None = None,
     on_progress: Progress | None = None,
 ) -> list[str]:
     """Return the likeliest continuation of each prompt: new text only, up to the end of sequence.
 
     The rest is as in `answer`.
     """
-    found = answer(model, tokenizer, prompts, max_new_tokens, batch_size, on_progress=on_progress)
+    found = answer(
+        model, tokenizer, prompts, max_new_tokens, batch_size, fill=fill, on_progress=on_progress
+    )
     return [each.text for each in found]
 
 
@@ -67,12 +72,14 @@ def answer(
     batch_size: int = 8,
     *,
     sampling: Sampling | None = None,
+    fill: Fill | None = None,
     on_progress: Progress | None = None,
 ) -> list[Answer]:
     """Return a continuation of each prompt, the likeliest or, where `sampling` says how, drawn.
 
     Prompts of similar length go together, padded on the left. Generation stops early where the
-    model's context is full. Drawing leaves torch's own random state as it was.
+    model's context is full. Drawing leaves torch's own random state as it was. `fill` gives what
+    the model needs of prompts beside their tokens, such as images.
 
     Raises:
         ModelError: the model cannot generate text, or knows no end-of-sequence token.
@@ -92,7 +99,8 @@ def answer(
             longest = len(tokens[batch[0]])
             steps = max_new_tokens if room is None else min(max_new_tokens, room - longest)
             config = settings(steps, ends, tokenizer, sampling)
-            new = continued(model, [tokens[i] for i in batch], config)
+            more = fill(batch, longest) if fill is not None else {}
+            new = continued(model, [tokens[i] for i in batch], config, more)
             ended = [ids[-1] in ends for ids in new]
             whole = [ids[:-1] if end else ids for ids, end in zip(new, ended, strict=True)]
             texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
@@ -182,7 +190,10 @@ def settings(
 
 
 def continued(
-    model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    more: Mapping[str, torch.Tensor] | None = None,
 ) -> list[list[int]]:
     """Return the new tokens after each prompt, the one that ends the sequence included."""
     longest = max(map(len, prompts))
@@ -193,6 +204,7 @@ def continued(
         input_ids=torch.tensor(ids, device=device),
         attention_mask=torch.tensor(mask, device=device),
         generation_config=config,
+        **{name: value.to(device) for name, value in (more or {}).items()},
     )
     return [until_end(row[longest:], config) for row in found.tolist()]
 

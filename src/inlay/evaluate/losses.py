@@ -57,6 +57,7 @@ def losses(
     batch_size: int = 8,
     *,
     lines: Sequence[int] | None = None,
+    join: Join | None = None,
     on_progress: Progress | None = None,
 ) -> list[RowLoss]:
     """Return each row's loss, in the rows' order; the model's mode is what it was.
@@ -67,6 +68,7 @@ def losses(
         batch_size: rows in one forward pass, of similar length: joined without padding where the
             model keeps them apart, else padded on the right.
         lines: the rows' lines in their file, for error messages; else numbered from 1.
+        join: makes one call of the rows of a batch, in place of joining or padding their tokens.
         on_progress: called after each batch with (rows done, rows in all).
 
     Raises:
@@ -76,11 +78,13 @@ def losses(
     named = list(lines) if lines is not None else list(range(1, len(encoded) + 1))
     check_measurable(encoded, named)
     found: dict[int, RowLoss] = {}
-    packed = mixes_rows(model, [row.input_ids for row in encoded]) is None
+    if join is None:
+        packed = mixes_rows(model, [row.input_ids for row in encoded]) is None
+        join = joined if packed else padded
     with evaluating(model), torch.no_grad():
         for batch in batches(encoded, batch_size, most_rows(vocabulary(model))):
             rows = [encoded[i] for i in batch]
-            found.update(zip(batch, batch_losses(model, rows, packed), strict=True))
+            found.update(zip(batch, batch_losses(model, rows, join), strict=True))
             check_finite(found, batch, named)
             if on_progress is not None:
                 on_progress(len(found), len(encoded))
@@ -113,9 +117,9 @@ def vocabulary(model: nn.Module) -> int:
     return config.get_text_config().vocab_size if config is not None else 1
 
 
-def batch_losses(model: nn.Module, rows: Sequence[EncodedRow], packed: bool) -> list[RowLoss]:
+def batch_losses(model: nn.Module, rows: Sequence[EncodedRow], join: Join) -> list[RowLoss]:
     """Return the losses of rows that go through the model together."""
-    batch = (joined if packed else padded)(rows, length_multiple(model))
+    batch = join(rows, length_multiple(model))
     where = batch.wanted.nonzero(as_tuple=True)
     logits = logits_at(model, batch.call, *where)
     expected = batch.call["input_ids"][where[0], where[1] + 1].to(logits.device)
@@ -141,6 +145,10 @@ class Batch:
     """Whether the token after each position is measured."""
     owner: Tensor
     """The number of the row that each position belongs to."""
+
+
+Join = Callable[[Sequence[Any], int], Batch]
+"""(rows, what lengths are a multiple of) -> these rows as one call."""
 
 
 def padded(rows: Sequence[EncodedRow], multiple: int) -> Batch:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from inlay.errors import DataError
 from inlay.evaluate.generation import generate
+from inlay.evaluate.images import Seeing
 from inlay.evaluate.losses import EncodedRow, Progress, RowLoss, losses
 from inlay.evaluate.metrics import metrics_for
 from inlay.evaluate.record import ComparisonRecord, ExampleRecord, MetricComparison, Score
@@ -52,6 +53,7 @@ class Rows(Protocol):
 class Sample:
     """A row to generate for: the tokens up to its last completion, and that completion's text."""
 
+    row: int
     line: int
     prompt: tuple[int, ...]
     reference: str
@@ -122,6 +124,7 @@ def compare(
     generate_rows: int = 32,
     max_new_tokens: int = 128,
     batch_size: int = 8,
+    seeing: Seeing | None = None,
     on_progress: Stage | None = None,
 ) -> Comparison:
     """Measure the model with its active adapters, and without, on the same rows.
@@ -134,6 +137,7 @@ def compare(
         generate_rows: how many rows to generate for, spread evenly over those with a prompt.
         max_new_tokens: tokens to generate for a row, at most.
         batch_size: rows in one forward pass.
+        seeing: gives what the model sees of rows with images.
         on_progress: called as the work goes on.
 
     Raises:
@@ -141,7 +145,11 @@ def compare(
         ModelError: a loss is not finite, or the model cannot generate text.
     """
     samples = choose_samples(rows, encoded, generate_rows)
-    chosen = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    chosen: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "seeing": seeing,
+    }
     tuned = measure(
         model, tokenizer, rows, encoded, samples, **chosen, on_progress=named("tuned", on_progress)
     )
@@ -168,6 +176,7 @@ def evaluate(
     generate_rows: int = 32,
     max_new_tokens: int = 128,
     batch_size: int = 8,
+    seeing: Seeing | None = None,
     on_progress: Stage | None = None,
 ) -> Evaluation:
     """Measure the model as it is; the arguments and errors are those of `compare`."""
@@ -180,6 +189,7 @@ def evaluate(
         samples,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        seeing=seeing,
         on_progress=on_progress,
     )
 
@@ -193,6 +203,7 @@ def measure(
     *,
     max_new_tokens: int,
     batch_size: int,
+    seeing: Seeing | None,
     on_progress: Stage | None,
 ) -> Evaluation:
     """Return every row's loss, and the samples' generated texts and scores."""
@@ -202,6 +213,7 @@ def measure(
         encoded,
         batch_size,
         lines=rows.lines,
+        join=None if seeing is None else seeing.join,
         on_progress=staged("held-out loss", on_progress),
     )
     texts: list[str] = []
@@ -212,6 +224,7 @@ def measure(
             [sample.prompt for sample in samples],
             max_new_tokens,
             batch_size,
+            fill=None if seeing is None else seeing.filling(encoded, samples),
             on_progress=staged("generating", on_progress),
         )
     references = [sample.reference for sample in samples]
@@ -250,19 +263,20 @@ def choose_samples(rows: Rows, encoded: Sequence[EncodedRow], count: int) -> tup
     check_same_rows(rows, encoded)
     possible = [
         sample
-        for row, tokens, line in zip(rows.rows, encoded, rows.lines, strict=True)
-        if (sample := as_sample(row, tokens, line)) is not None
+        for number in range(len(encoded))
+        if (sample := as_sample(rows, encoded[number], number)) is not None
     ]
     places = np.linspace(0, len(possible) - 1, min(count, len(possible))).round().astype(int)
     return tuple(possible[place] for place in places.tolist())
 
 
-def as_sample(row: Mapping[str, Any], encoded: EncodedRow, line: int) -> Sample | None:
+def as_sample(rows: Rows, encoded: EncodedRow, number: int) -> Sample | None:
     """Return a row's prompt, token for token as in training, and its reference; None for text."""
-    reference, start = own_completion(row), completion_start(encoded)
+    reference, start = own_completion(rows.rows[number]), completion_start(encoded)
     if reference is None or start == 0:
         return None
-    return Sample(line, tuple(encoded.input_ids[:start]), reference.strip())
+    prompt = tuple(encoded.input_ids[:start])
+    return Sample(number, rows.lines[number], prompt, reference.strip())
 
 
 def completion_start(row: EncodedRow) -> int:

@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -47,6 +49,7 @@ from inlay.model.reading import (
 )
 from inlay.model.stream import BUFFERS, connect
 from inlay.model.stream import stream as stream_from_host
+from inlay.model.vision import has_processor, read_processor, sees_images, tokenizer_in
 from inlay.storage.registry import storage_class
 
 Stream = Literal["off", "disk", "host"]
@@ -70,13 +73,14 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     head: Head | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a frozen model and its tokenizer.
+) -> tuple[PreTrainedModel, Any]:
+    """Load a frozen model and its tokenizer, or its processor if it sees images.
 
     Args:
         model: `pocket`, a local folder, or a hub id.
         storage: `dense` keeps the weights as they were saved, packed ones included; `nf4` and
-            `int8` quantise each weight as it is read, so that memory peaks near that size.
+            `int8` quantise each weight as it is read, so that memory peaks near that size. What
+            sees images stays as it was saved.
         double_quant: for nf4, whether the blocks' scales are quantised too.
         dtype: of the dense weights and of all products; `auto` is the checkpoint's own.
         device: where the model goes; default: the first GPU, else the CPU.
@@ -88,7 +92,8 @@ def load(
             checkpoint does not hold of it is new, from the head's seed.
 
     Returns:
-        The model, frozen and in evaluation mode, and its tokenizer.
+        The model, frozen and in evaluation mode, and its tokenizer; in the tokenizer's place the
+        processor of a model that sees images.
 
     Raises:
         ModelError: the model is not there, is damaged, incomplete, or not in safetensors.
@@ -109,14 +114,14 @@ def load(
         else:
             at = torch.device("cpu") if stream == "host" else where
             loaded = read_model(folder, config, reading, dtype, at, trust_remote_code, head)
-        tokenizer = read_tokenizer(folder, trust_remote_code)
+        reader = read_reader(folder, config, trust_remote_code)
     if head is not None:
-        pad_token(loaded, tokenizer)
+        pad_token(loaded, tokenizer_in(reader))
     loaded.config._name_or_path = str(folder) if Path(model).is_dir() else model
     describe_quantization(loaded)
     if stream == "host":
         stream_from_host(loaded, where)
-    return loaded.requires_grad_(False).eval(), tokenizer
+    return loaded.requires_grad_(False).eval(), reader
 
 
 def located(model: str, revision: str | None = None) -> Path:
@@ -222,6 +227,16 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
         )
     with failures_as_sentences(folder, "tokenizer"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def read_reader(
+    folder: Path, config: PreTrainedConfig, trust_remote_code: bool
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """Read the processor of a model that sees images and has one, else the tokenizer."""
+    if not (sees_images(config) and has_processor(folder)):
+        return read_tokenizer(folder, trust_remote_code)
+    with failures_as_sentences(folder, "processor"):
+        return read_processor(folder, config, trust_remote_code)
 
 
 def reading_config(
@@ -423,8 +438,10 @@ def model_class(config: PreTrainedConfig, head: Head | None = None) -> Any:
     known = getattr(transformers, saved_from, None)
     if isinstance(known, type) and issubclass(known, PreTrainedModel):
         return known
-    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-    return causal.get(type(config), AutoModelForCausalLM)
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    if sees_images(config):
+        mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return mapping.get(type(config), AutoModelForCausalLM)
 
 
 def reads_piecemeal(read_as: type[Any]) -> bool:

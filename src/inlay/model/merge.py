@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from inlay.errors import MergeError
 from inlay.methods.base import evaluating
@@ -288,7 +289,8 @@ def compared(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, Any
 
 def random_ids(model: nn.Module) -> list[dict[str, Tensor]]:
     """Return one seeded batch of random token ids for a language model."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
     size = getattr(config, "vocab_size", None)
     if size is None:
         raise MergeError(

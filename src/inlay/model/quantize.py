@@ -12,6 +12,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from inlay.errors import ModelError, StorageError, did_you_mean
 from inlay.model.heads import head_modules
+from inlay.model.vision import parts_of
 from inlay.storage.dense import DenseView
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.registry import frozen, kind, layer_class, storage_class
@@ -29,13 +30,14 @@ def quantize(
     """Hold the model's linear layers in `storage`, in place, one after another.
 
     Each dense weight is freed before the next is quantised. Weights that are shared with another
-    layer, such as an embedding's, stay dense, and so does the output head.
+    layer, such as an embedding's, stay dense, and so do the output head and what sees images.
 
     Args:
         model: any module; `nn.Linear` and transformers' `Conv1D` are quantised.
         storage: `nf4` or `int8`; `dense` leaves the model as it is.
         double_quant: for nf4, whether the blocks' scales are quantised too.
-        skip: names or dotted suffixes of layers to leave dense; default: the output head.
+        skip: names or dotted suffixes of layers to leave dense; default: the output head, and of
+            a model that sees images everything but the language part.
 
     Returns:
         The model; its quantised layers are new modules under the same names.
@@ -103,12 +105,13 @@ def quantizable(model: nn.Module, skip: Sequence[str] | None = None) -> list[str
 
 
 def kept_by_default(model: nn.Module) -> set[str]:
-    """Return the layers that transformers leaves dense: output head, task head, tied weights."""
+    """Return the layers left dense: output head, task head, tied weights, and what sees images."""
     if not isinstance(model, PreTrainedModel):
         return set()
     heads = head_modules(model)
     in_head = {n for n, _ in model.named_modules() if n.split(".")[0] in heads}
-    return set(get_keys_to_not_convert(model)) | in_head
+    seeing = {name for name, part in parts_of(model).items() if part != "language"}
+    return set(get_keys_to_not_convert(model)) | in_head | seeing
 
 
 def matching(names: Sequence[str], entries: Sequence[str]) -> Iterator[str]:

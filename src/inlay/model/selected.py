@@ -11,6 +11,7 @@ from inlay.errors import AdapterError, TargetError
 from inlay.methods.base import Params, SelectMethod
 from inlay.model.layer import own_modules
 from inlay.model.targets import in_layers, matches, nearest
+from inlay.model.vision import PARTS, parts_of
 from inlay.storage.base import FrozenLinear
 
 
@@ -28,7 +29,7 @@ def selected_copies(
         AdapterError: a selected weight is quantised, so that it cannot train.
     """
     names = [n for n, _ in own_modules(model)]
-    kept = set(names) if targets in (None, "all") else set(under(names, targets or ()))
+    kept = set(names) if targets in (None, "all") else set(in_parts(model, names, targets or ()))
     kept -= set(under(names, exclude))
     if layers is not None:
         kept = in_layers((n for n in kept if has_block(n)), layers)
@@ -99,6 +100,16 @@ def check_held(module: nn.Module, where: str) -> None:
 def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters a module holds itself."""
     return [(n, p) for n, p in module._parameters.items() if p is not None]
+
+
+def in_parts(model: nn.Module, names: Sequence[str], entries: str | Sequence[str]) -> Iterator[str]:
+    """Every name in a part of a model that sees images, or `under` an entry that is no part."""
+    parts = parts_of(model)
+    for entry in (entries,) if isinstance(entries, str) else entries:
+        if entry in PARTS and parts:
+            yield from (name for name in names if parts.get(name) == entry)
+        else:
+            yield from under(names, entry)
 
 
 def under(names: Sequence[str], entries: str | Sequence[str]) -> Iterator[str]:

@@ -35,6 +35,16 @@ def computes_as(cls: type[nn.Module], reference: type[nn.Module]) -> bool:
 
 
 @cache
+def variables(cls: type[nn.Module]) -> frozenset[str]:
+    """Return every variable that a class's `forward` assigns to."""
+    found: set[str] = set()
+    for node in ast.walk(ast.Module(list(statements(cls)), [])):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return frozenset(found)
+
+
+@cache
 def assigned(cls: type[nn.Module], name: str) -> frozenset[str]:
     """Return every expression that a class's `forward` assigns to a variable."""
     found: set[str] = set()

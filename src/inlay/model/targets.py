@@ -10,6 +10,7 @@ from torch import nn
 
 from inlay.errors import TargetError, UsageError, did_you_mean
 from inlay.model.layer import own_modules
+from inlay.model.vision import PARTS, Part, is_within, parts_of, unread_blocks
 from inlay.storage.registry import kind
 
 ATTENTION_OUT = (
@@ -57,8 +58,9 @@ def find_targets(
 
     Args:
         model: any module.
-        targets: `all-linear`, a group (`residual`, `mlp-out`, `key-value`), or names, dotted
-            suffixes or whole-name regexes; each of several must match.
+        targets: `all-linear`, a group (`residual`, `mlp-out`, `key-value`), a part of a model
+            that sees images (`language`, `vision`, `projector`: its linear layers), or names,
+            dotted suffixes or whole-name regexes; each of several must match.
         exclude: names, suffixes or regexes to leave out; each must match something.
         layers: block numbers, as integers or as text such as `0-3,8`.
         kinds: the layer kinds the method can adapt.
@@ -72,8 +74,12 @@ def find_targets(
     if not adaptable:
         raise TargetError(f"the model {type(model).__name__} has no layer of kind {listed(kinds)}")
     chosen = set(all_linear(model, linear) if targets == "all-linear" else ())
+    parts = parts_of(model)
     for entry in () if targets == "all-linear" else entries(targets):
-        chosen |= set(matches_of(entry, adaptable, modules, kinds))
+        if entry in PARTS and parts:
+            chosen |= set(linear_in(entry, parts, model, linear))
+        else:
+            chosen |= set(matches_of(entry, adaptable, modules, kinds))
     for entry in entries(exclude):
         dropped = {n for n in modules if matches(entry, n)}
         if not dropped:
@@ -141,6 +147,24 @@ def all_linear(model: nn.Module, linear: Sequence[str]) -> Iterator[str]:
     heads = {id(head) for head in output_heads(model)}
     modules = dict(own_modules(model))
     return (n for n in linear if id(modules[n]) not in heads)
+
+
+def linear_in(
+    part: str, parts: dict[str, Part], model: nn.Module, linear: Sequence[str]
+) -> list[str]:
+    """Return the linear layers of a part; raise when it has none that can be adapted."""
+    unread = unread_blocks(model)
+    found = [
+        name
+        for name in all_linear(model, linear)
+        if parts.get(name) == part and not any(is_within(name, block) for block in unread)
+    ]
+    if not found:
+        raise TargetError(
+            f"the part {part!r} of {type(model).__name__} has no linear layer to adapt; train it "
+            "whole with modules_to_save"
+        )
+    return found
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:

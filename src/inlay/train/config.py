@@ -139,6 +139,12 @@ class RunConfig(BaseModel):
         False, description="leave out rows with an empty prompt or completion instead of stopping"
     )
     max_rows: PositiveInt | None = Field(None, description="read at most this many rows")
+    max_pixels: PositiveInt | None = Field(
+        None, description="rows with images: pixels an image may have; larger ones are shrunk"
+    )
+    allow_urls: bool | None = Field(
+        None, description="rows with images: fetch images named by an address; default off"
+    )
     max_length: PositiveInt = Field(1024, description="tokens a row may have; longer ones are cut")
     packing: Literal["auto", "bfd"] | bool = Field(
         "auto",
@@ -214,6 +220,11 @@ class RunConfig(BaseModel):
         "auto",
         description="run the blocks below the lowest adapted one once a row and keep their "
         "output; auto: over several epochs, if at most the top half is adapted",
+    )
+    cache_vision: Literal["auto"] | bool | None = Field(
+        None,
+        description="rows with images: run a frozen vision tower and projector once a row and "
+        "keep what they give; default auto: over several epochs",
     )
     seed: int = Field(
         0, ge=0, le=2**32 - 1, description="seed of the split, the order and the adapter"

@@ -17,7 +17,7 @@ from inlay.data.labelled import Labelled
 from inlay.data.preference import Pair
 from inlay.data.prompts import encode_prompts
 from inlay.data.tokens import Encoded
-from inlay.errors import TrainingError
+from inlay.errors import ModelError, TrainingError
 from inlay.memory.devices import Device
 from inlay.memory.generating import Answering
 from inlay.memory.plan import Plan, Product, Task, plan
@@ -45,6 +45,10 @@ UNKEPT = "KL_"
 """What the inputs of a pass without a gradient begin with, as TRL's KTOTrainer names them."""
 STORAGES = ("dense", "nf4")
 """Storages that are proposed, the most exact first."""
+NO_IMAGES = (
+    "a step on rows with images is not followed before it is run, because the tower's shapes "
+    "depend on the pixels"
+)
 RANKS = (16, 32, 64, 128)
 """Ranks that are proposed; the first whose parameters outnumber the trained tokens."""
 
@@ -313,6 +317,8 @@ def row_reader(config: RunConfig, device: Device, has_data: bool) -> Callable[[R
         source = located(config.model, config.revision) if hub else where
         tokenizer = read_tokenizer(source, trust_remote_code=False)
         rows = rows_of_run(config).train
+        if rows.kind == "images":
+            raise ModelError(f"memory cannot be planned: {NO_IMAGES}; train with few steps to try")
         multiple = padding_multiple(config, device)
         if rows.kind == "prompt":
             prompts = encode_prompts(rows, tokenizer, config.max_length)

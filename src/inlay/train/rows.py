@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from inlay.data.images import hold_images, normalise_images
 from inlay.data.labelled import Labelled, encode_labelled, normalise_labelled
 from inlay.data.labels import normalise_labels
 from inlay.data.preference import Pair, encode_pairs, normalise_pairs
 from inlay.data.prompts import encode_prompts, normalise_prompts
-from inlay.data.read import read_rows
+from inlay.data.read import first_row, read_rows
 from inlay.data.rows import Rows, normalise
 from inlay.data.similar import normalise_similar
 from inlay.data.split import split
@@ -92,15 +93,22 @@ def read(config: RunConfig, source: str, group: str | None) -> Rows:
             group=group,
             skip_empty=config.skip_empty,
         )
-    return normalise(
-        raw,
-        prompt=config.prompt,
-        completion=config.completion,
-        text=config.text,
-        format=config.format,
-        group=group,
-        skip_empty=config.skip_empty,
-    )
+    columns: dict[str, Any] = {
+        "prompt": config.prompt,
+        "completion": config.completion,
+        "text": config.text,
+        "format": config.format,
+        "group": group,
+        "skip_empty": config.skip_empty,
+    }
+    if config.task == "sft" and hold_images(raw[0]):
+        return normalise_images(raw, **columns, allow_urls=bool(config.allow_urls))
+    return normalise(raw, **columns)
+
+
+def have_images(config: RunConfig) -> bool:
+    """Say whether a run's rows have images, by the first of them."""
+    return config.task == "sft" and hold_images(first_row(config.data))
 
 
 def encode_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:

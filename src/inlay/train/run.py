@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from inlay.checkpoint.adapter import keep_base_description, save_adapter
 from inlay.data.rows import Rows
-from inlay.errors import ModelError, TrainingError
+from inlay.errors import ModelError, TrainingError, UsageError
 from inlay.evaluate.record import ComparisonRecord, Run, Step
 from inlay.evaluate.report import write_report
 from inlay.memory.devices import Device, this_machine
@@ -33,6 +33,7 @@ from inlay.model.heads import Head, not_adapted, to_train
 from inlay.model.load import load, located, quiet_transformers, read_tokenizer
 from inlay.model.report import Report, report
 from inlay.model.shard import let_go, resident_bytes, shard
+from inlay.model.vision import tokenizer_in
 from inlay.train import checkpoints, planning, provenance
 from inlay.train.arguments import check_optimizer
 from inlay.train.config import RunConfig
@@ -50,11 +51,11 @@ from inlay.train.parallel import (
 )
 from inlay.train.recipe import LearningRate, learning_rate
 from inlay.train.recorder import Recorder, read_metrics
-from inlay.train.rows import RunRows, rows_of_run, sample
+from inlay.train.rows import RunRows, have_images, rows_of_run, sample
 from inlay.train.share import Share
 from inlay.train.tasks import TASKS
 from inlay.train.trainer import AdapterLoop, left_as_it_was
-from inlay.train.world import joined
+from inlay.train.world import World, joined
 
 Row = TypeVar("Row")
 LINES_NAMED = 5
@@ -111,7 +112,7 @@ def train(config: RunConfig, *, on_event: OnEvent | None = None) -> TrainResult:
             tell(Event("note", f"the run in {folder.path} has ended already; nothing is to do"))
             return TrainResult(folder, folder.record(), None, None, world.leads)
         with quiet_libraries():
-            stages = import_module(TASKS[config.task].loop).Stages
+            stages = import_module(loop_of(config, world)).Stages
             running: Running[Any] = stages(own, method, folder, tell)
             running.divide(config, share)
             return running.result()
@@ -119,6 +120,22 @@ def train(config: RunConfig, *, on_event: OnEvent | None = None) -> TrainResult:
 
 def ignore(event: Event) -> None:
     """Tell nobody."""
+
+
+def loop_of(config: RunConfig, world: World) -> str:
+    """Return the module with the stages of a run; rows with images have their own.
+
+    Raises:
+        UsageError: such rows, and several processes.
+    """
+    if not have_images(config):
+        return TASKS[config.task].loop
+    if not world.alone:
+        raise UsageError(
+            f"'data' does not go with {world.size} processes: rows with images train in one "
+            "process only"
+        )
+    return "inlay.train.vision"
 
 
 @contextmanager
@@ -222,6 +239,15 @@ class Running(ABC, Generic[Row]):
     ) -> ComparisonRecord:
         """Return base against tuned on the test rows."""
 
+    def reader(self, folder: Path) -> Any:
+        """Return what writes rows as tokens: the tokenizer in the model's folder."""
+        return read_tokenizer(folder, trust_remote_code=False)
+
+    @property
+    def targets(self) -> str | list[str] | None:
+        """The layers to adapt; None stands for the method's own."""
+        return self.config.targets
+
     def prepare(self, model: PreTrainedModel, tokens: Tokens[Row], record: dict[str, Any]) -> None:
         """Make the loaded model ready in the task's own way."""
 
@@ -239,9 +265,8 @@ class Running(ABC, Generic[Row]):
     def tokens(self) -> tuple[Tokens[Row], RunRows]:
         """Read the rows and encode them; raise for whatever would make training on them vain."""
         rows = rows_of_run(self.config)
-        source = located(self.config.model, self.config.revision)
         with quiet_transformers():
-            tokenizer = read_tokenizer(source, trust_remote_code=False)
+            tokenizer = self.reader(located(self.config.model, self.config.revision))
         self.look_at(rows, tokenizer)
         encoded = self.encode(rows.train, tokenizer)
         self.check_rows(rows.train, encoded)
@@ -302,7 +327,7 @@ class Running(ABC, Generic[Row]):
     def built(self, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load the base and put the adapter on it."""
         config = self.config
-        model, tokenizer = load(
+        model, reader = load(
             config.model,
             config.storage,
             double_quant=config.double_quant,
@@ -315,13 +340,13 @@ class Running(ABC, Generic[Row]):
         attach(
             model,
             self.method,
-            targets=config.targets,
+            targets=self.targets,
             exclude=[*config.exclude, *not_adapted(model)],
             layers=config.layers,
             modules_to_save=[*config.modules_to_save, *to_train(model)],
             seed=config.seed,
         )
-        return model, tokenizer
+        return model, tokenizer_in(reader)
 
     def begin(self, model: PreTrainedModel, rows: RunRows) -> dict[str, Any]:
         """Write run.json before anything is trained; return its contents."""

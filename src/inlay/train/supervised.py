@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.data.rows import Rows
-from inlay.data.tokens import Encoded, summarise
+from inlay.data.tokens import Encoded, Summary, summarise
 from inlay.errors import DataError, TrainingError, UsageError
 from inlay.evaluate.losses import losses
 from inlay.evaluate.record import ComparisonRecord
@@ -30,6 +30,8 @@ from inlay.train.trunk_cache import TrunkCache, cached_trunk
 
 GATE_ROWS = 64
 """Rows that the loss in 8 bits is measured on."""
+IMAGES_ALONE = ("max_pixels", "allow_urls", "cache_vision")
+"""The keys that only rows with images know."""
 TRUNK = "trunk.tmp"
 """The file that a kept trunk takes if it does not fit in memory; what a kill leaves is removed."""
 
@@ -39,18 +41,17 @@ class Stages(Running[Encoded]):
 
     def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
         """Return rows as tokens."""
+        for key in IMAGES_ALONE:
+            if getattr(self.config, key) not in (None, False, "auto"):
+                raise UsageError(
+                    f"{key!r} applies to rows with images, and these have none; take it out"
+                )
         return encode_rows(rows, tokenizer, self.config.max_length)
 
     def check_rows(self, rows: Rows, encoded: list[Encoded]) -> None:
         """Raise when no row trains the end token; tell of rows that were cut or left out."""
         summary = summarise(encoded, rows)
-        if summary.ends_trained == 0:
-            raise DataError(
-                f"{rows.source}: no row trains the token at which generation stops, so the tuned "
-                f"model would never stop: {len(summary.truncated)} of {summary.rows} rows are cut "
-                f"at max_length {self.config.max_length}; the longest has {summary.lengths.max} "
-                "tokens"
-            )
+        check_ends(summary, rows, self.config.max_length)
         for lines, what in (
             (summary.truncated, f"cut at max_length {self.config.max_length}"),
             (summary.skipped, "left out: a field is empty"),
@@ -182,6 +183,16 @@ class Stages(Running[Encoded]):
             max_new_tokens=self.config.generate_tokens,
             batch_size=max(self.config.batch_size, 8),
         ).to_dict()
+
+
+def check_ends(summary: Summary, rows: Rows, max_length: int) -> None:
+    """Raise when no row trains the token at which generation stops."""
+    if summary.ends_trained == 0:
+        raise DataError(
+            f"{rows.source}: no row trains the token at which generation stops, so the tuned "
+            f"model would never stop: {len(summary.truncated)} of {summary.rows} rows are cut "
+            f"at max_length {max_length}; the longest has {summary.lengths.max} tokens"
+        )
 
 
 def held_out(model: PreTrainedModel, rows: list[Encoded], batch_size: int) -> HeldOut | None:

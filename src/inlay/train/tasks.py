@@ -139,6 +139,7 @@ TASKS: dict[str, Task] = {
             "answers as the rows give them",
             "supervised",
             "inlay.train.supervised",
+            own={"max_pixels": None, "allow_urls": False, "cache_vision": "auto"},
             parallel=True,
         ),
         Task(

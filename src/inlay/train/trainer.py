@@ -283,7 +283,11 @@ class AdapterTrainer(AdapterLoop, SFTTrainer):
         args: SFTConfig,
         **kept: Any,
     ) -> None:
-        super().__init__(model, tokenizer, dataset(rows), args, **kept)
+        super().__init__(model, tokenizer, self.dataset_of(rows), args, **kept)
+
+    def dataset_of(self, rows: Sequence[EncodedRow]) -> Dataset:
+        """Return rows as TRL takes them."""
+        return dataset(rows)
 
     @property
     def lengths(self) -> list[int]:
@@ -401,7 +405,8 @@ def as_trl_expects(model: PreTrainedModel) -> Generator[None]:
 @contextmanager
 def left_as_it_was(model: PreTrainedModel) -> Generator[None]:
     """Undo, after training, what the trainers change on the model beside the adapter."""
-    forward, use_cache = vars(model).get("forward"), model.config.use_cache
+    forward, settings = vars(model).get("forward"), vars(model.config)
+    use_cache = settings.get("use_cache")
     training = model.training
     dropouts = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}
     try:
@@ -410,7 +415,10 @@ def left_as_it_was(model: PreTrainedModel) -> Generator[None]:
         vars(model).pop("forward", None)
         if forward is not None:
             vars(model)["forward"] = forward
-        model.config.use_cache = use_cache
+        if use_cache is None:
+            settings.pop("use_cache", None)
+        else:
+            model.config.use_cache = use_cache
         model.train(training)
         for module, share in dropouts.items():
             module.p = share

@@ -19,7 +19,11 @@ from inlay.model.fast.attention import ATTENTION, FastBackbone
 from inlay.model.fast.base import Fast, fast_class
 from inlay.model.fast.causal_lm import FastCausalLM
 from inlay.model.fast.layers import FastGate, FastLastBlock, FastLinear, FastNorm
-from inlay.model.source import assigned, computes_as, text
+from inlay.model.source import assigned, computes_as, text, variables
+
+SLICED = "slice_logits_to_keep(hidden_states, logits_to_keep)"
+OUTPUT = frozenset({"outputs", "hidden_states", "logits", "loss"})
+"""All that the forward of a head on `outputs[0]` may assign: it passes on what it is given."""
 
 
 def install(model: nn.Module) -> None:
@@ -58,7 +62,7 @@ def fitting(model: nn.Module) -> Iterator[tuple[nn.Module, type[Fast]]]:
             yield module, FastNorm
         elif computes_as(cls, LlamaMLP):
             yield module, FastGate
-        elif isinstance(module, PreTrainedModel) and is_plain_head(cls):
+        elif isinstance(module, PreTrainedModel) and is_plain_head(cls, type(module.base_model)):
             yield module, FastCausalLM
         elif isinstance(module, PreTrainedModel) and "create_causal_mask" in text(cls):
             yield module, FastBackbone
@@ -67,12 +71,23 @@ def fitting(model: nn.Module) -> Iterator[tuple[nn.Module, type[Fast]]]:
                 yield layers[-1], FastLastBlock
 
 
-def is_plain_head(cls: type[nn.Module]) -> bool:
-    """Say whether a model's logits are its head on the decoder's output, and nothing more."""
-    states = {e.rsplit(".", 1)[-1] for e in assigned(cls, "hidden_states")}
+def is_plain_head(cls: type[nn.Module], body: type[nn.Module]) -> bool:
+    """Say whether a model's logits are its head on the output of its body, and nothing more."""
+    states = {e.rsplit(".", 1)[-1] for e in assigned(cls, "hidden_states")} - {SLICED}
     return (
         assigned(cls, "logits") == frozenset({"self.lm_head(hidden_states)"})
-        and states <= {"last_hidden_state", "slice_logits_to_keep(hidden_states, logits_to_keep)"}
+        and (states <= {"last_hidden_state"} or (states == {"outputs[0]"} and passes_on(cls, body)))
         and "self.loss_function(" in text(cls)
         and "router_logits" not in text(cls)
+    )
+
+
+def passes_on(cls: type[nn.Module], body: type[nn.Module]) -> bool:
+    """Say whether a forward calls its body with all that it is given, but labels that are read."""
+    calls = [expression.split(" = ", 1)[-1] for expression in assigned(cls, "outputs")]
+    return (
+        variables(cls) <= OUTPUT
+        and len(calls) == 1
+        and calls[0].startswith("self.model(")
+        and not ("labels" in calls[0] and "labels" in text(body))
     )

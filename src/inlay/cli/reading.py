@@ -1,0 +1,45 @@
+"""Rows as tokens for a verb that has a model: with what the model sees, if they have images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from inlay.data.processor import ImageReader, image_reader
+from inlay.data.rows import Rows
+from inlay.data.tokens import Encoded
+from inlay.data.vision import ImageInputs, encode_images
+from inlay.evaluate.images import Seeing
+from inlay.model.load import located
+from inlay.train.rows import encode_rows
+
+
+@dataclass(frozen=True)
+class Read:
+    """Rows as tokens, and what gives their images."""
+
+    encoded: Sequence[Encoded]
+    seeing: Seeing | None
+
+
+def read(
+    rows: Rows,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    keys: Mapping[str, Any],
+    base: str,
+    revision: str | None,
+) -> Read:
+    """Return supervised rows as tokens, those with images by the base's processor."""
+    if rows.kind != "images":
+        return Read(encode_rows(rows, tokenizer, keys["max_length"]), None)
+    reader = image_reader(located(base, revision), keys.get("max_pixels"))
+    return Read(encode_images(rows, reader, keys["max_length"]), seen_by(model, reader))
+
+
+def seen_by(model: PreTrainedModel, reader: ImageReader) -> Seeing:
+    """Return what gives a model the images of rows."""
+    return Seeing(ImageInputs(reader, model.dtype))

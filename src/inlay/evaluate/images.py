@@ -1,0 +1,54 @@
+"""What a model sees of rows with images, as their losses and their texts need it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from inlay.data.vision import ImageInputs
+from inlay.evaluate.generation import Fill
+from inlay.evaluate.losses import Batch, padded
+
+
+class Sampled(Protocol):
+    """A row to generate for: its number, and the tokens before its answer."""
+
+    @property
+    def row(self) -> int:
+        """The row's number."""
+        ...
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """The tokens before the answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """Gives the images of rows beside their tokens."""
+
+    inputs: ImageInputs
+
+    def join(self, rows: Sequence[Any], multiple: int) -> Batch:
+        """Return rows under one another with their images, padded on the right."""
+        batch = padded(rows, multiple)
+        seen = self.inputs(rows, width=batch.wanted.shape[1])
+        return replace(batch, call={**batch.call, **seen})
+
+    def filling(self, rows: Sequence[Any], samples: Sequence[Sampled]) -> Fill:
+        """Return what gives the images of samples of rows, for prompts padded on the left."""
+
+        def fill(numbers: Sequence[int], width: int) -> Mapping[str, Tensor]:
+            chosen = [samples[number] for number in numbers]
+            return self.inputs(
+                [rows[sample.row] for sample in chosen],
+                kept=[len(sample.prompt) for sample in chosen],
+                width=width,
+                left=True,
+            )
+
+        return fill

@@ -1,0 +1,217 @@
+"""Models that see images: their processor, and their parts as found in the loaded model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import nn
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PROCESSOR_MAPPING,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from inlay.storage.registry import kind
+
+Part = Literal["language", "vision", "projector"]
+PARTS: tuple[Part, ...] = get_args(Part)
+"""The parts of a model that sees images; each is a name for `targets`."""
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+OTHER_PROCESSOR_FILES = (
+    "video_preprocessor_config.json", "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+class NoVideos(dict[str, Any]):
+    """Stands where a processor has its video processor, which needs torchvision; images do not."""
+
+    model_input_names: tuple[str, ...] = ()
+    _auto_class = None
+
+
+def sees_images(config: PreTrainedConfig) -> bool:
+    """Say whether models of this configuration take images beside text."""
+    classes: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return type(config) in classes.keys() and hasattr(config, "vision_config")  # noqa: SIM118
+
+
+def has_processor(folder: Path) -> bool:
+    """Say whether a model's folder says how images are to be prepared."""
+    return any((folder / name).is_file() for name in PROCESSOR_FILES)
+
+
+def read_processor(
+    folder: Path, config: PreTrainedConfig, trust_remote_code: bool = False
+) -> ProcessorMixin:
+    """Read a model's processor; without torchvision, one that takes videos takes images alone."""
+    classes: Any = PROCESSOR_MAPPING
+    made_as: Any = classes.get(type(config), None)
+    if made_as is None or not takes_videos(made_as) or find_spec("torchvision") is not None:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    readers: dict[str, Any] = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
+    parts: list[Any] = [
+        NoVideos() if name == "video_processor" else readers[name].from_pretrained(folder)
+        for name in made_as.get_attributes()
+    ]
+    settings, _ = made_as.get_processor_dict(folder)
+    with no_video_class():
+        return made_as.from_args_and_dict(parts, settings)
+
+
+def takes_videos(processor: Any) -> bool:
+    """Say whether a processor's class has a video processor among its parts."""
+    return "video_processor" in processor.get_attributes()
+
+
+@contextmanager
+def no_video_class() -> Generator[None]:
+    """Let a processor be built without its video processor, whose class torchvision is part of."""
+    mixin: Any = ProcessorMixin
+    before = mixin.get_possibly_dynamic_module
+
+    def found(name: str) -> Any:
+        return NoVideos if "VideoProcessor" in name else before(name)
+
+    mixin.get_possibly_dynamic_module = staticmethod(found)
+    try:
+        yield
+    finally:
+        mixin.get_possibly_dynamic_module = staticmethod(before)
+
+
+def copy_processor(base: Path, to: Path) -> None:
+    """Copy what a model's folder says of images, and its chat template, if it says it."""
+    for name in (*PROCESSOR_FILES, *OTHER_PROCESSOR_FILES):
+        if has_processor(base) and (base / name).is_file():
+            shutil.copyfile(base / name, to / name)
+
+
+def tokenizer_in(reader: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a processor, or the tokenizer itself."""
+    return reader.tokenizer if isinstance(reader, ProcessorMixin) else reader
+
+
+# Parts, by structure
+
+
+def parts_of(model: nn.Module) -> dict[str, Part]:
+    """Return the part that each module belongs to; empty for a model that sees no images.
+
+    `vision` is the tower that reads pixels, `language` the decoder with its output head, and
+    `projector` what leads from one to the other: the modules beside the two, or those at the
+    tower's end that give the decoder's width.
+    """
+    config: Any = getattr(model, "config", None)
+    shape = getattr(config, "vision_config", None)
+    if shape is None or not isinstance(model, PreTrainedModel):
+        return {}
+    towers = [name for name, m in model.named_modules() if name and is_tower(m, shape)]
+    decoder = decoder_name(model)
+    if not towers or decoder is None:
+        return {}
+    body, _, _ = decoder.rpartition(".")
+    found: dict[str, Part] = {}
+    for name, module in model.named_modules():
+        part = part_at(name, module, model, towers, decoder, body)
+        if part is not None:
+            found[name] = part
+    if "projector" not in found.values():
+        for name in ends_of_towers(model, towers):
+            found |= dict.fromkeys(within(found, name), "projector")
+    return found
+
+
+def is_tower(module: nn.Module, shape: PreTrainedConfig) -> bool:
+    """Say whether a module is the model of the vision configuration."""
+    return isinstance(module, PreTrainedModel) and type(module.config) is type(shape)
+
+
+def decoder_name(model: PreTrainedModel) -> str | None:
+    """Return the name of the language model inside."""
+    text = model.config.get_text_config()
+    return next(
+        (
+            name
+            for name, m in model.named_modules()
+            if name and isinstance(m, PreTrainedModel) and type(m.config) is type(text)
+        ),
+        None,
+    )
+
+
+def part_at(
+    name: str,
+    module: nn.Module,
+    model: PreTrainedModel,
+    towers: list[str],
+    decoder: str,
+    body: str,
+) -> Part | None:
+    """Return the part of one module, or None for what holds the parts."""
+    if any(is_within(name, tower) for tower in towers):
+        return "vision"
+    if is_within(name, decoder) or module is model.get_output_embeddings():
+        return "language"
+    holds = not name or is_within(decoder, name) or is_within(towers[0], name)
+    beside = name.startswith(f"{body}." if body else "")
+    return "projector" if beside and not holds else None
+
+
+def is_within(name: str, of: str) -> bool:
+    """Say whether a module's name is another's, or below it."""
+    return name == of or name.startswith(of + ".")
+
+
+def within(names: dict[str, Part], of: str) -> list[str]:
+    """Return the names at or below one."""
+    return [name for name in names if is_within(name, of)]
+
+
+def ends_of_towers(model: PreTrainedModel, towers: list[str]) -> Iterator[str]:
+    """Yield what stands in a tower beside its blocks and gives the language model's width."""
+    width = model.config.get_text_config().hidden_size
+    for tower in towers:
+        for name, child in model.get_submodule(tower).named_children():
+            linears = [m for m in child.modules() if kind(m) == "linear"]
+            last: Any = linears[-1] if linears else None
+            if last is not None and last.out_features == width and not is_stack(child):
+                yield f"{tower}.{name}"
+
+
+def unread_blocks(model: nn.Module) -> list[str]:
+    """Return the tower's blocks behind the one whose output is read, which take no part.
+
+    Llava reads the last but one (`vision_feature_layer: -2`).
+    """
+    config: Any = getattr(model, "config", None)
+    chosen = getattr(config, "vision_feature_layer", None)
+    if chosen is None:
+        return []
+    count = config.vision_config.num_hidden_layers
+    wanted = chosen if isinstance(chosen, list | tuple) else [chosen]
+    read = max(place if place >= 0 else count + 1 + place for place in wanted)
+    parts = parts_of(model)
+    return [
+        f"{name}.{number}"
+        for name, module in model.named_modules()
+        if parts.get(name) == "vision"
+        and isinstance(module, nn.ModuleList)
+        and len(module) == count
+        for number in range(read, count)
+    ]
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Say whether a module holds the tower's Transformer blocks: some attend."""
+    return any("attn" in name or "attention" in name for name, _ in module.named_modules())
