@@ -23,7 +23,7 @@ from heads_tiny import make_encoder, make_preferences, make_rows, make_similar, 
 from inlay.cli.main import main
 
 FLAGS = [
-    "--rank", "2", "--learning-rate", "5e-3", "--batch-size", "4", "--gradient-accumulation", "1",
+    "--rank", "2", "--learning-rate", "1e-3", "--batch-size", "4", "--gradient-accumulation", "1",
     "--max-steps", "4", "--threads", "1", "--split", "0.6", "0.2", "0.2",
 ]  # fmt: skip
 DATA = {

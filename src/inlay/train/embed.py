@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,10 +23,12 @@ from inlay.model.shapes import length_multiple
 from inlay.train import planning
 from inlay.train.arguments import shared
 from inlay.train.embedder import Embedder, check_installed, embedder, prompts_in
+from inlay.train.guard import FAR_TOO_HIGH
 from inlay.train.rows import RunRows
 from inlay.train.run import Running, Tokens
 from inlay.train.similar import (
     HIDDEN,
+    SCALE,
     PadSimilar,
     SimilarRow,
     columns_in,
@@ -119,11 +120,13 @@ class EmbedTrainer(AdapterLoop):
         return sum(int(x.sum()) for name, x in batch.items() if name.endswith("attention_mask"))
 
     def evaluate_held_out(self) -> None:
-        """Measure and record; a loss as bad as guessing is where a run counts as diverging."""
+        """Measure and record; one batch's loss may be the worst that cosines can give.
+
+        It is then near 2 * scale, which is no sign of a run that diverges.
+        """
         super().evaluate_held_out()
-        if self.guard.reference is not None and not self.loss.scored:
-            chance = math.log(max(self.args.per_device_train_batch_size, 2))
-            self.guard.reference = max(self.guard.reference, chance)
+        if self.guard.reference is not None:
+            self.guard.reference = max(self.guard.reference, 2 * SCALE / FAR_TOO_HIGH)
 
 
 def dataset(rows: Sequence[SimilarRow]) -> Dataset:
