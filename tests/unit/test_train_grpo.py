@@ -101,9 +101,7 @@ def test_metrics_of_a_step_are_the_tasks_own(done: tuple[RunConfig, TrainResult]
 
 def test_reward_rises(done: tuple[RunConfig, TrainResult]):
     held = [x["eval_reward"] for x in losses_of(done[0].output) if "eval_reward" in x]
-    steps = [x["reward"] for x in losses_of(done[0].output) if "loss" in x]
     assert held[-1] > held[0] + 0.2
-    assert sum(steps[-8:]) / 8 > sum(steps[:8]) / 8 + 0.1
 
 
 def test_base_and_tuned_are_compared_on_held_out_prompts(done: tuple[RunConfig, TrainResult]):

@@ -50,7 +50,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "training": (
         "epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "scheduler",
-        "beta", "optimizer", "warmup", "weight_decay", "max_grad_norm", "activations",
+        "beta", "desirable_weight", "undesirable_weight", "optimizer", "warmup", "weight_decay",
+        "max_grad_norm", "activations",
         "cache_trunk", "cache_vision", "seed", "threads", "parallel",
     ),
     "rewards": (

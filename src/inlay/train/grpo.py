@@ -18,6 +18,7 @@ from inlay.evaluate.generation import context_length
 from inlay.evaluate.record import ComparisonRecord
 from inlay.evaluate.reward import Prompts, answers_of, compare_rewards
 from inlay.memory.devices import Device
+from inlay.model.load import located
 from inlay.model.merge import check_mergeable
 from inlay.train import planning
 from inlay.train.arguments import shared
@@ -87,6 +88,7 @@ class Stages(Running[Encoded]):
         del record
         if self.config.generation == "vllm":
             check_mergeable(model)
+            model.name_or_path = str(located(self.config.model, self.config.revision))
         room = context_length(model)
         parts = (tokens.train, tokens.validation, tokens.test)
         most = max(len(row.input_ids) for part in parts for row in part)
