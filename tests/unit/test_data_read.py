@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets import Dataset
 
 from inlay.data.read import RawRow, read_rows
 from inlay.errors import DataError
@@ -128,11 +129,11 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
 def test_a_hub_id_is_loaded_and_a_failure_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
 
-    def load(name: str, split: str) -> list[dict[str, str]]:
+    def load(name: str, split: str) -> Dataset:
         asked.append((name, split))
         if split == "none":
             raise ConnectionError("no\nnetwork")
-        return [{"text": "a"}]
+        return Dataset.from_list([{"text": "a"}])
 
     monkeypatch.setattr("datasets.load_dataset", load)
     rows = read_rows("owner/name")

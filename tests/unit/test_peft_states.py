@@ -264,7 +264,7 @@ def test_trls_head_is_not_let_past_an_adapter_on_the_output_head() -> None:
     config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
     wanted = LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
     model = get_peft_model(GPT2LMHeadModel(config), wanted)
-    trl.trainer.utils.add_fused_lm_head(model.get_base_model(), temperature=0.5)
+    trl.trainer.utils.add_fused_lm_head(model.get_base_model(), cast_lm_head_to_fp32=True)
     with pytest.raises(AdapterError, match="output head would be left out"):
         model.train()(input_ids=IDS, labels=IDS, fused_lm_head=True)
     model.disable_adapter_layers()

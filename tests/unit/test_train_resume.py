@@ -18,27 +18,22 @@ TRIED = {
 """The methods and tasks, and how many runs of each are killed, each twice."""
 
 
-@pytest.fixture(scope="module")
-def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("kills")
-    words = [f"{method}:{kills}" for method, kills in TRIED.items()]
+def ends(folder: Path, method: str) -> list[dict[str, Any]]:
     done = subprocess.run(
-        [sys.executable, str(DRIVER), str(folder), *words],
+        [sys.executable, str(DRIVER), str(folder), f"{method}:{TRIED[method]}"],
         capture_output=True,
         text=True,
         cwd=DRIVER.parent,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return json.loads(done.stdout)[method]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", TRIED)
-def test_a_killed_run_resumes_to_the_same_adapter(
-    ends: dict[str, list[dict[str, Any]]], method: str
-):
-    whole, *killed = ends[method]
+def test_a_killed_run_resumes_to_the_same_adapter(tmp_path: Path, method: str) -> None:
+    whole, *killed = ends(tmp_path, method)
     assert len(killed) == TRIED[method]
     for end in killed:
         assert next(iter(end["moments"].values())) == -9, end["moments"]
@@ -46,9 +41,5 @@ def test_a_killed_run_resumes_to_the_same_adapter(
         assert end["adapter"] == whole["adapter"], end["moments"]
         assert end["metrics"] == whole["metrics"], end["moments"]
         assert end["left"] == []
-
-
-@pytest.mark.slow
-def test_the_second_kills_hit_too(ends: dict[str, list[dict[str, Any]]]):
-    second = [list(end["moments"].values())[1] for all_of in ends.values() for end in all_of[1:]]
-    assert -14 in second
+    second = [list(end["moments"].values())[1] for end in killed]
+    assert method != "lora" or -14 in second
