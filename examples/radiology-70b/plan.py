@@ -13,6 +13,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 START, END = "<!-- plan.py -->", "<!-- end of plan.py -->"
+TWO = ["--gpus", "2", "--batch-size", "4", "--gradient-accumulation", "4"]
 MACHINES: dict[str, list[str]] = {
     "A100, 80 GB": ["--device", "a100-80"],
     "H100, 80 GB": ["--device", "h100"],
@@ -21,6 +22,10 @@ MACHINES: dict[str, list[str]] = {
     "12 GB of an RTX 4090, streamed": [
         "--device", "rtx4090", "--memory", "12GB", "--stream", "host", "--batch-size", "4",
         "--gradient-accumulation", "4",
+    ],
+    "2 x RTX 4090, 24 GB, divided": ["--device", "rtx4090", *TWO, "--parallel", "fsdp"],
+    "2 x RTX 4090, 24 GB, streamed": [
+        "--device", "rtx4090", *TWO, "--parallel", "ddp", "--stream", "host",
     ],
 }  # fmt: skip
 """Where the run file is planned, and what is said beside it."""

@@ -105,6 +105,16 @@ def test_rows_that_are_not_there_are_as_many_as_the_run_lets_in(
     assert ten == pytest.approx(10 * one, rel=0.02)
 
 
+def test_several_devices_take_a_part_of_the_run_each(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", config, "--max-length", "64", "--device", "l4", "--rank", "2"]
+    words += ["--max-rows", "10000", "--batch-size", "4", "--gradient-accumulation", "4"]
+    one = record(capsys, *words)["run_seconds"]
+    two = record(capsys, *words, "--gpus", "2", "--parallel", "ddp")["run_seconds"]
+    assert two == pytest.approx(one / 2, rel=0.02)
+
+
 def test_a_wrong_size_is_one_sentence(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", config, "--memory", "much"]) == 2
     assert "'memory' must be a size such as 24GB" in capsys.readouterr().err

@@ -87,7 +87,7 @@ def run(given: dict[str, Any]) -> int:
             plan, why = many.planned(read(config), device), ()
         else:
             plan, why = planning.planned_run(config, read(config), device), ()
-        rows = read(config)
+        rows = read(config) if many is None else many.part_of(read(config))
     if as_json:
         show.as_json(as_record(config, rows, plan, why) | (many.as_record() if many else {}))
         return 0

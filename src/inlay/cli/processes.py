@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from inlay.cli import show
@@ -53,6 +54,11 @@ class Processes:
         passes = self.share.passes * self.world.size
         self.scaling = list(scaling(self.division, found, seconds, self.links, passes))
         return found
+
+    def part_of(self, rows: Rows) -> Rows:
+        """Return as many of the rows as one process trains on."""
+        counts = {name: getattr(rows, name) for name in ("count", "tokens", "trained_tokens")}
+        return replace(rows, **{n: ceil(count / self.world.size) for n, count in counts.items()})
 
     def draw(self) -> None:
         """Write what each process holds, receives and waits for, and how more of them would do."""
