@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +271,11 @@ def test_the_first_row_is_read_alone(folder: Path):
     assert first_row(path).values == {"image": "a.png"}
     assert not hold_images(RawRow({"prompt": "p", "completion": "c"}, "x", 1))
     assert not hold_images(RawRow({"messages": [{"role": "user", "content": "t"}]}, "x", 1))
+
+
+@pytest.mark.parametrize("words", ["Xray Chest PA and Lateral", "", "a\0b", "x" * 5000])
+def test_words_about_an_image_are_no_image(words: str, tmp_path: Path) -> None:
+    row = RawRow({"prompt": "a", "completion": "b", "image": words}, str(tmp_path / "d.csv"), 2)
+    assert not hold_images(row)
+    assert hold_images(replace(row, values={**row.values, "image": "missing.PNG"}))
+    assert hold_images(replace(row, values={**row.values, "images": ["https://x.y/z"]}))

@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
 
-from inlay.data.picture import Picture, picture_at
+from inlay.data.picture import WEB, Picture, picture_at
 from inlay.data.read import RawRow
 from inlay.data.rows import (
     EmptyFieldError,
@@ -37,13 +38,33 @@ Held = tuple[Any, str]
 
 def hold_images(row: RawRow) -> bool:
     """Say whether a row has an image's column, or messages with an image among their parts."""
-    if any(name in row.values for name in COLUMNS):
+    folder = Path(row.source).parent
+    if any(is_an_image(row.values[name], folder) for name in COLUMNS if name in row.values):
         return True
     turns = row.values.get("messages")
     parts = (
         part for turn in (turns if isinstance(turns, list) else ()) for part in content_parts(turn)
     )
     return any(isinstance(part, Mapping) and is_image_part(part) for part in parts)
+
+
+def is_an_image(value: Any, folder: Path) -> bool:
+    """Say whether a column's value is meant as an image, and not as words about one."""
+    if isinstance(value, list):
+        return not value or any(is_an_image(each, folder) for each in value)
+    if not isinstance(value, str):
+        return True
+    named = value.startswith("data:") or value.lower().startswith(WEB)
+    kind, _ = guess_type(value)
+    return named or (kind or "").startswith("image/") or is_there(folder / value)
+
+
+def is_there(path: Path) -> bool:
+    """Say whether a path, which may be any words, is a file's."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def content_parts(turn: Any) -> list[Any]:
