@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 DRIVER = Path(__file__).parent / "train_kills.py"
-TRIED = {"lora": 6, "prefix": 1, "full": 1, "dpo": 2, "images": 1} | dict.fromkeys(
-    ("kto", "orpo", "grpo", "classify", "reward", "embed"), 1
+TRIED = {"lora": 6, "prefix": 1, "full": 1, "dpo": 3} | dict.fromkeys(
+    ("kto", "orpo", "grpo", "classify", "reward", "embed", "images"), 2
 )
 """The methods and tasks, and how many runs of each are killed, each twice."""
 

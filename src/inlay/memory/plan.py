@@ -32,7 +32,8 @@ Runtime = Callable[[frozenset[Product]], int]
 """Returns the bytes a process holds beside a model that multiplies these shapes."""
 GATHERED = {"cpu": 5, "cuda": 3}
 """Blocks in memory at once where weights are divided: in use, as it arrived, and as the one before
-did; over gloo its own copy too, and room that the heap cannot use again, as was measured."""
+did; over gloo its own copy too, and room that the heap cannot use again. No committed
+measurement holds these counts yet."""
 ROOM = 0.95
 """The share of a device's memory that a plan may fill: plans are within 5% of what is measured."""
 

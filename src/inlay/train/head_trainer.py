@@ -45,12 +45,6 @@ class HeadTrainer(AdapterLoop):
             furthest = float((labels - labels.mean()).square().max())
             self.guard.reference = max(self.guard.reference, furthest)
 
-    @property
-    def lengths(self) -> list[int]:
-        """How many tokens each row has."""
-        assert isinstance(self.train_dataset, Dataset)
-        return [len(ids) for ids in self.train_dataset["input_ids"]]
-
     def compute_loss(
         self,
         model: nn.Module,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -280,6 +281,13 @@ class Running(ABC, Generic[Row]):
             validation_rows=validation,
             test_rows=test,
         ), rows
+
+    def rows_come_again(self, rows: int) -> bool:
+        """Say whether the run passes over so many rows more than once."""
+        config = self.config
+        steps = config.max_steps or math.inf
+        passes = steps * config.batch_size * config.gradient_accumulation / rows
+        return min(passes, config.epochs) > 1
 
     def note_lines(self, lines: Sequence[int], what: str) -> None:
         """Tell what holds of some rows, if of any."""

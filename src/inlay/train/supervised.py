@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -141,13 +140,11 @@ class Stages(Running[Encoded]):
 
     def trunk_cache_pays(self, model: PreTrainedModel, rows: int) -> bool:
         """Say whether at least the lower half of the blocks is frozen and rows come again."""
-        config, trunk = self.config, trunk_of(model)
-        steps = config.max_steps or math.inf
-        passes = steps * config.batch_size * config.gradient_accumulation / rows
+        trunk = trunk_of(model)
         return (
             isinstance(trunk, Trunk)
             and 2 * trunk.depth >= len(trunk.blocks)
-            and min(passes, config.epochs) > 1
+            and self.rows_come_again(rows)
         )
 
     def in_eight_bits(self, model: PreTrainedModel, tokens: Tokens[Encoded]) -> dict[str, float]:

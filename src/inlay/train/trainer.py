@@ -90,6 +90,12 @@ class AdapterLoop(SharedSteps, ABC):
         return {"data_collator": collate}
 
     @property
+    def lengths(self) -> list[int]:
+        """How many tokens each row has, or each pack of rows."""
+        assert isinstance(self.train_dataset, Dataset)
+        return [len(ids) for ids in self.train_dataset["input_ids"]]
+
+    @property
     def stateful(self) -> dict[str, Any]:
         """The optimiser and the schedule, which a checkpoint holds."""
         return {"optimizer": self.optimizer, "scheduler": self.lr_scheduler}
@@ -288,12 +294,6 @@ class AdapterTrainer(AdapterLoop, SFTTrainer):
     def dataset_of(self, rows: Sequence[EncodedRow]) -> Dataset:
         """Return rows as TRL takes them."""
         return dataset(rows)
-
-    @property
-    def lengths(self) -> list[int]:
-        """How many tokens each row has, or each pack of rows."""
-        assert isinstance(self.train_dataset, Dataset)
-        return [len(ids) for ids in self.train_dataset["input_ids"]]
 
     def compute_loss(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -138,13 +137,6 @@ class Stages(Running[Pictured]):
             self.note(f"the vision tower runs in every epoch: {found}")
             return None
         raise UsageError(f"'cache_vision' cannot be used: {found}; leave it at auto")
-
-    def rows_come_again(self, rows: int) -> bool:
-        """Say whether the run passes over its rows more than once."""
-        config = self.config
-        steps = config.max_steps or math.inf
-        passes = steps * config.batch_size * config.gradient_accumulation / rows
-        return min(passes, config.epochs) > 1
 
     def measured(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tokens[Pictured]
