@@ -64,6 +64,65 @@ def nf4_parts(rows: int, columns: int, double_quant: bool) -> list[Tensor]:
     return layer.parts()
 
 
+# ---- products ----
+
+ROWS = 560
+"""How many rows the C product takes at once."""
+
+
+@pytest.mark.parametrize("sizes", [
+    (1, 1, 1), (1, 5, 33), (13, 33, 31), (14, 32, 32), (15, 384, 64), (29, 385, 97),
+    (100, 768, 7), (ROWS, 40, 100), (ROWS + 1, 100, 40), (3 * ROWS + 5, 31, 65), (6, 1000, 500),
+])  # fmt: skip
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_product_with_a_bfloat16_weight(
+    sizes: tuple[int, int, int], by_rows: bool, threads: int
+) -> None:
+    m, k, n = sizes
+    x = drawn(m, k)
+    held = drawn(*((k, n) if by_rows else (n, k)), dtype=torch.bfloat16, seed=1)
+    weight = held if by_rows else held.t()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = native.product(x, weight)
+    finally:
+        torch.set_num_threads(before)
+    if not native.multiplies():
+        assert y is None
+        return
+    assert y is not None
+    error = (y - x.double() @ weight.double()).abs().max()
+    bound = x.abs().double() @ weight.abs().double() * k * torch.finfo(torch.float32).eps
+    assert error <= bound.max()
+    assert torch.equal(y, native.product(x, weight))
+
+
+def test_product_keeps_what_is_not_finite() -> None:
+    if not native.multiplies():
+        pytest.skip("no product in C with this instruction set")
+    x, weight = drawn(20, 50), drawn(50, 40, dtype=torch.bfloat16)
+    x[3, 4], weight[7, 11] = float("inf"), float("nan")
+    y = native.product(x, weight)
+    assert y is not None
+    assert y[:, 11].isnan().all()
+    assert not y[3].isfinite().any()
+    assert y[:3, :11].isfinite().all()
+
+
+def test_product_is_left_to_torch_where_c_has_none(level: str) -> None:
+    x, weight = drawn(20, 50), drawn(50, 40, dtype=torch.bfloat16)
+    assert (native.product(x, weight) is None) == (level != "avx512")
+    cases = [
+        (x, weight.half()), (x.double(), weight), (x.t().contiguous().t(), weight),
+        (x, weight.repeat(1, 2)[:, ::2]), (x[:0], weight), (x[:, :0], weight[:0]),
+    ]  # fmt: skip
+    assert [native.product(*case) for case in cases] == [None] * len(cases)
+    with native.use("off"):
+        assert native.product(x, weight) is None
+
+
 # ---- NF4 ----
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from inlay.kernels import native
-from inlay.kernels.frozen import DENSE, FORMATS, MATRICES, Matrix
+from inlay.kernels.frozen import DENSE, FORMATS, MATRICES, Matrix, Product
 from inlay.kernels.gpu import runs_on
 from inlay.kernels.scratch import scratch, tile_rows, tiles
 
@@ -28,7 +28,6 @@ Rows = Callable[[Sequence[Tensor], int, int, int], tuple[Tensor, Tensor] | None]
 ROWS: dict[str, Rows] = {}
 """Format name -> how its parts become int8 rows without a dense weight between."""
 
-Product = Callable[[Tensor, Sequence[Tensor], int], Tensor | None]
 FP8_PRODUCTS: dict[str, tuple[Product, Product]] = {}
 """Format name -> `x @ W.T` and `g @ W` in FP8; None where the device has none."""
 

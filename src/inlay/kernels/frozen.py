@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inlay.kernels import native
 from inlay.kernels.opaque import operator
 from inlay.kernels.scratch import cast, product_dtype, scratch, tile_rows, tiles
 
@@ -32,15 +33,21 @@ def register_format(name: str, dequantize: Dequantize) -> None:
 
 
 Product = Callable[[Tensor, Sequence[Tensor], int], Tensor | None]
-"""`(x, parts, out)` -> `x @ W.T`, or None where the weight is unpacked first."""
-
-PACKED_PRODUCTS: dict[str, Product] = {}
-"""Format name -> a product that reads the packed parts once, for few rows."""
+"""`(x, parts, width)` -> a product of that width, or None where the weight is unpacked first."""
 
 
-def register_product(name: str, product: Product) -> None:
-    """Make a packed format's own product known to the operators under `name`."""
-    PACKED_PRODUCTS[name] = product
+def no_product(x: Tensor, parts: Sequence[Tensor], width: int) -> None:
+    """Leave the product to the unpacked weight."""
+    del x, parts, width
+
+
+PRODUCTS: dict[str, tuple[Product, Product]] = {}
+"""Format name -> `x @ W.T` and `g @ W` that read the packed parts as they are."""
+
+
+def register_products(name: str, times: Product, times_t: Product = no_product) -> None:
+    """Make a format's own products known to the operators under `name`."""
+    PRODUCTS[name] = times, times_t
 
 
 def copy_rows(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
@@ -48,8 +55,21 @@ def copy_rows(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
     out.copy_(parts[0][first : first + out.shape[0]])
 
 
+def dense_times(x: Tensor, parts: Sequence[Tensor], width: int) -> Tensor | None:
+    """Return `x @ W.T`, the weight widened as it is read."""
+    del width
+    return native.product(x, parts[0].t())
+
+
+def dense_times_t(g: Tensor, parts: Sequence[Tensor], width: int) -> Tensor | None:
+    """Return `g @ W`, the weight widened as it is read."""
+    del width
+    return native.product(g, parts[0])
+
+
 DENSE = "dense"
 register_format(DENSE, copy_rows)
+register_products(DENSE, dense_times, dense_times_t)
 
 
 @operator("dense")
@@ -89,12 +109,16 @@ class Matrix:
         """Return x as rows of `width` in the dtype of the product."""
         return cast(x.reshape(-1, width), self.dtype)
 
+    def direct(self, direction: int, x: Tensor, width: int) -> Tensor | None:
+        """Return a product by the format's own way, if it has one for this."""
+        products = PRODUCTS.get(self.packing)
+        return products[direction](x, self.parts, width) if products else None
+
     def times(self, x: Tensor) -> Tensor:
         """`x @ W.T`; x: (n, columns) -> (n, rows)."""
         if self.whole is not None:
             return F.linear(x, self.whole)
-        product = PACKED_PRODUCTS.get(self.packing)
-        direct = product(x, self.parts, self.rows) if product else None
+        direct = self.direct(0, x, self.rows)
         if direct is not None:
             return direct
         y = x.new_empty(x.shape[0], self.rows)
@@ -106,6 +130,9 @@ class Matrix:
         """`g @ W`; g: (n, rows) -> (n, columns)."""
         if self.whole is not None:
             return g @ self.whole
+        direct = self.direct(1, g, self.columns)
+        if direct is not None:
+            return direct
         x = g.new_empty(g.shape[0], self.columns)
         for part, tile in self.each_tile():
             torch.addmm(x, g[:, part], tile, beta=0 if part.start == 0 else 1, out=x)

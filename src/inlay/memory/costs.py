@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from inlay.kernels import block_attention
+from inlay.kernels import block_attention, native
 from inlay.kernels.attention import in_blocks
 from inlay.kernels.eight_bits import PREFIX as EIGHT_BITS
 from inlay.kernels.frozen import DENSE
 from inlay.kernels.loss import rows_at_once
-from inlay.kernels.native.build import library
 from inlay.kernels.scratch import FAST_HALVES_ON_CPU, TILE_BYTES, product_dtype, tile_rows
 
 UNPACKING = (4 << 20, 4 << 20, 2 << 20)
@@ -75,6 +74,8 @@ def product(
         return Scratch((*cast, *in_int8(count, rows, columns, back)))
     if name == DENSE and dtype == x.dtype:
         return Scratch(cast, multiplied=(count, columns, rows))
+    if target == "cpu" and name == DENSE and x.dtype == torch.bfloat16 and native.multiplies():
+        return Scratch(cast)
     unpacking = () if name == DENSE else UNPACKING
     if target != "cpu":
         return Scratch((*unpacking, rows * columns * dtype.itemsize))
@@ -208,7 +209,7 @@ def scored(
     head = product(some, rows, columns, packing, *widths, back=to_gradient)
     dtype = product_dtype(h) if target == "cpu" else h.dtype
     halves = 0 if dtype.itemsize >= 4 else 2
-    wide = 1 if target == "cpu" and library() is not None else 2
+    wide = 1 if target == "cpu" and native.available() else 2
     blocks = (*head.passing, *[4 * count * rows] * wide, *[2 * count * rows] * halves)
     return Scratch(blocks, head.kept, head.multiplied)
 

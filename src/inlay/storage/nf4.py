@@ -21,7 +21,7 @@ from torch import Tensor
 from inlay.errors import StorageError
 from inlay.kernels import native
 from inlay.kernels.eight_bits import multiplies_in_fp8, register_fp8, register_rows
-from inlay.kernels.frozen import register_format, register_product
+from inlay.kernels.frozen import register_format, register_products
 from inlay.kernels.gpu import runs_on
 from inlay.storage.quantized import (
     QuantizedLinear,
@@ -435,4 +435,4 @@ def t_in_fp8(g: Tensor, parts: Sequence[Tensor], columns: int) -> Tensor | None:
 register_format(NF4Linear.storage, dequantized)
 register_rows(NF4Linear.storage, int8_rows)
 register_fp8(NF4Linear.storage, in_fp8, t_in_fp8)
-register_product(NF4Linear.storage, multiplied)
+register_products(NF4Linear.storage, multiplied)

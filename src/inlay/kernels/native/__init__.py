@@ -1,4 +1,4 @@
-"""CPU kernels in C, torch-free, compiled at first use: tile loss, norm, gate, rotary, NF4, int8.
+"""CPU kernels in C, torch-free, compiled at first use: products, loss, norm, gate, NF4, int8.
 
 Each function runs on any device and dtype: by the C library on contiguous CPU tensors of a dtype
 that it knows, else by the same steps in torch (`reference`). None of them records gradients; they
@@ -24,6 +24,10 @@ The storages fall back to their own torch code where these say that they did not
     nf4_nest(absmax, offset, midpoints) -> (codes, nested_absmax) | None
     nf4_dequantize(parts, out, first) -> bool
     nf4_to_int8(parts, q, scale, first) -> bool
+
+And a product that reads a bfloat16 weight as it is, where `multiplies()` says that there is one:
+
+    product(x, weight) -> y | None
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ from torch import Tensor
 from inlay.errors import DataError
 from inlay.kernels.native import reference
 from inlay.kernels.native.allocator import keep_memory, release_memory, return_free_memory
-from inlay.kernels.native.build import library, status, use
+from inlay.kernels.native.build import library, loaded, status, use
 
 __all__ = [
     "available",
@@ -47,10 +51,12 @@ __all__ = [
     "int8_rescale",
     "keep_memory",
     "loss_tile",
+    "multiplies",
     "nf4_dequantize",
     "nf4_nest",
     "nf4_quantize",
     "nf4_to_int8",
+    "product",
     "release_memory",
     "return_free_memory",
     "rms_norm",
@@ -137,6 +143,30 @@ def sized(size: int | torch.Size, *tensors: Tensor) -> bool:
     """Whether each of these has this shape, or as a vector this length."""
     shape = (size,) if isinstance(size, int) else size
     return all(t.shape == shape for t in tensors)
+
+
+# ---- products ----
+
+
+def multiplies() -> bool:
+    """Whether the C library has a product: with AVX-512."""
+    return library() is not None and loaded().level == "avx512"
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor | None:
+    """Return `x @ weight` in fp32; x: fp32 (m, k), weight: bfloat16 (k, n); None if it cannot.
+
+    The weight's rows or its columns may be what lies side by side.
+    """
+    by_rows = weight.is_contiguous()
+    held = weight if by_rows else weight.t()
+    ready = takes((torch.float32,), x) and takes((torch.bfloat16,), held) and multiplies()
+    if not (ready and x.numel() and weight.numel()):
+        return None
+    (m, k), n = x.shape, weight.shape[1]
+    y = x.new_empty(m, n)
+    layout = (n if by_rows else k, int(not by_rows))
+    return y if called("inlay_product", x, k, weight, *layout, y, m, k, n) else None
 
 
 # ---- NF4 ----

@@ -41,7 +41,7 @@ class Recipe:
 
 KERNELS = Recipe(
     name="inlay_native",
-    sources=("inlay_native.c", "kernels.h"),
+    sources=("inlay_native.c", "kernels.h", "product.h"),
     compilers=("CC", "cc", "gcc", "clang"),
     flags=(
         "-O3", "-shared", "-fPIC", "-std=gnu11", "-fopenmp-simd", "-ffp-contract=off",

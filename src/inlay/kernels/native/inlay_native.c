@@ -1,7 +1,7 @@
 /* Inlay's CPU kernels: no libtorch, no OpenMP library of their own, one shared object.
  *
  * kernels.h holds every loop and is compiled once for each instruction set; the widest that the
- * CPU has runs. Threads come from the OpenMP runtime that is already in the process: its
+ * CPU has runs. product.h is for the widest alone. Threads come from the OpenMP runtime that is already in the process: its
  * GOMP_parallel is handed in as an address, and without it everything runs on one thread.
  */
 #include <math.h>
@@ -111,6 +111,7 @@ struct kernels {
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
 #endif
 #include "kernels.h"
+#include "product.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -247,4 +248,29 @@ void inlay_gate_backward(const void *g, const void *gate, const void *up, void *
 
 void inlay_rotary(const struct rotary_args *a, int64_t batch, int threads) {
     spread(chosen->rotary, a, batch * a->length, rows_at_once(a->heads * a->width), threads);
+}
+
+/* y (m, n) = x (m, k) @ W.T, W (n, k), or x @ W, W (k, n) if not transposed. Returns 0, with
+ * nothing done, where the instruction set in use has no such loop.
+ *
+ * Threads share the rows of x where those are more than the columns of y, and else the columns:
+ * what they do not share, each packs for itself. */
+int64_t inlay_product(const float *x, int64_t x_stride, const uint16_t *w, int64_t w_stride,
+                      int64_t transposed, float *y, int64_t m, int64_t k, int64_t n, int threads) {
+#if defined(__x86_64__)
+    if (chosen != &kernels_avx512) return 0;
+    int64_t blocks = (m + ROWS - 1) / ROWS, strips = (n + WIDTH - 1) / WIDTH;
+    if (n < m) blocks = (blocks + threads - 1) / threads * threads;
+    int64_t across = (threads + blocks - 1) / blocks, share = (m + blocks - 1) / blocks;
+    struct product_args a = {
+        x, x_stride, w, w_stride, (int)transposed, y, m, k, n,
+        (share + HEIGHT - 1) / HEIGHT * HEIGHT, (strips + across - 1) / across, across,
+    };
+    spread(multiply_pieces, &a, blocks * across, 1, threads);
+    return 1;
+#else
+    (void)x, (void)x_stride, (void)w, (void)w_stride, (void)transposed;
+    (void)y, (void)m, (void)k, (void)n, (void)threads;
+    return 0;
+#endif
 }

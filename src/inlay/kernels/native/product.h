@@ -1,0 +1,204 @@
+/* Products of fp32 rows with a bfloat16 weight that is widened as it is packed: AVX-512 only.
+ *
+ * A block of x (rows, DEPTH) stays in the second-level cache. For each strip of WIDTH outputs the
+ * weight's numbers are packed (DEPTH, WIDTH), and HEIGHT rows at a time are multiplied with them,
+ * all sums in registers. What a later block of the depth finds is added to what is in y.
+ */
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { DEPTH = 384, STRIDE = DEPTH + 16, HEIGHT = 14, WIDTH = 32, ROWS = 40 * HEIGHT, LATE = 64 };
+
+struct product_args {
+    const float *x;
+    int64_t x_stride;
+    const uint16_t *w; /* (n, k), or (k, n) unless transposed */
+    int64_t w_stride;
+    int transposed;
+    float *y;
+    int64_t m, k, n;
+    int64_t rows, strips, across; /* of a piece; how many pieces have the same rows */
+};
+
+/* A piece of the product, and the part of k at hand. */
+struct piece {
+    const struct product_args *of;
+    const float *x;
+    float *y;
+    int64_t rows, first, depth;
+};
+
+static _Thread_local float packed_rows[ROWS * STRIDE] __attribute__((aligned(64)));
+
+static void pack_rows(const struct piece *p) {
+    for (int64_t i = 0; i < p->rows; i++)
+        memcpy(packed_rows + i * STRIDE, p->x + i * p->of->x_stride + p->first,
+               (size_t)p->depth * 4);
+}
+
+INLINE __mmask32 first_lanes(int64_t count) {
+    return count >= 32 ? ~(__mmask32)0 : count <= 0 ? 0 : ((__mmask32)1 << count) - 1;
+}
+
+/* (k, n) rows: a strip's columns lie side by side. */
+static void pack_straight(const struct piece *p, int64_t column, float *strip) {
+    const struct product_args *a = p->of;
+    const uint16_t *w = a->w + p->first * a->w_stride + column;
+    __mmask32 lanes = first_lanes(a->n - column);
+    for (int64_t k = 0; k < p->depth; k++, w += a->w_stride, strip += WIDTH) {
+        __m512i numbers = _mm512_maskz_loadu_epi16(lanes, w);
+        __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(numbers));
+        __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(numbers, 1));
+        _mm512_store_si512(strip, _mm512_slli_epi32(low, 16));
+        _mm512_store_si512(strip + 16, _mm512_slli_epi32(high, 16));
+    }
+}
+
+/* Transpose 16 rows of 16 words. */
+INLINE void transpose(__m512i *r) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int j = 0; j < 4; j++) {
+        t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+        t[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+        t[8 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    }
+    for (int j = 0; j < 4; j++) {
+        r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+        r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+        r[4 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0x88);
+        r[12 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0xdd);
+    }
+}
+
+/* (n, k) rows: pairs of neighbouring numbers are transposed as words, then widened. */
+static void pack_transposed(const struct piece *p, int64_t column, float *strip) {
+    const struct product_args *a = p->of;
+    const __m512i odd = _mm512_set1_epi32((int)0xffff0000);
+    for (int half = 0; half < WIDTH; half += 16)
+        for (int64_t k = 0; k < p->depth; k += 32) {
+            __m512i r[16];
+            __mmask32 lanes = first_lanes(p->depth - k);
+            for (int i = 0; i < 16; i++) {
+                int64_t row = column + half + i;
+                const uint16_t *w = a->w + row * a->w_stride + p->first + k;
+                r[i] = row < a->n ? _mm512_maskz_loadu_epi16(lanes, w) : _mm512_setzero_si512();
+            }
+            transpose(r);
+            float *to = strip + k * WIDTH + half;
+            for (int i = 0; i < 16; i++, to += 2 * WIDTH) {
+                _mm512_store_si512(to, _mm512_slli_epi32(r[i], 16));
+                _mm512_store_si512(to + WIDTH, _mm512_and_si512(r[i], odd));
+            }
+        }
+}
+
+/* Ask for some of a strip's numbers: a line is 32 of a row if transposed, else a row's. */
+static void fetch(const struct piece *p, int64_t column, int64_t begin, int64_t end) {
+    const struct product_args *a = p->of;
+    int64_t lines = (p->depth + 31) / 32;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t row = a->transposed ? column + i / lines : p->first + i;
+        int64_t at = a->transposed ? p->first + 32 * (i % lines) : column;
+        if (row >= (a->transposed ? a->n : p->first + p->depth)) return;
+        _mm_prefetch((const char *)(a->w + row * a->w_stride + at), _MM_HINT_T1);
+    }
+}
+
+INLINE void add_products(__m512 (*sums)[2], const float *x, const float *strip, int64_t begin,
+                         int64_t end, int rows) {
+    for (int64_t k = begin; k < end; k++) {
+        __m512 low = _mm512_load_ps(strip + k * WIDTH), high = _mm512_load_ps(strip + k * WIDTH + 16);
+#pragma GCC unroll 14
+        for (int r = 0; r < rows; r++) {
+            __m512 one = _mm512_set1_ps(x[r * STRIDE + k]);
+            sums[r][0] = _mm512_fmadd_ps(one, low, sums[r][0]);
+            sums[r][1] = _mm512_fmadd_ps(one, high, sums[r][1]);
+        }
+    }
+}
+
+/* y is asked for late: before, the strip and x would push it out of the first-level cache. */
+INLINE void multiply(const struct piece *p, const float *x, const float *strip, float *y,
+                     __mmask32 lanes, int rows) {
+    __m512 sums[HEIGHT][2];
+    __mmask16 low = (__mmask16)lanes, high = (__mmask16)(lanes >> 16);
+    int64_t late = p->depth > LATE ? p->depth - LATE : 0, n = p->of->n;
+#pragma GCC unroll 14
+    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    add_products(sums, x, strip, 0, late, rows);
+#pragma GCC unroll 14
+    for (int r = 0; r < rows; r++) {
+        __builtin_prefetch(y + r * n, 1);
+        __builtin_prefetch(y + r * n + 16, 1);
+    }
+    add_products(sums, x, strip, late, p->depth, rows);
+#pragma GCC unroll 14
+    for (int r = 0; r < rows; r++, y += n) {
+        if (p->first) {
+            sums[r][0] = _mm512_add_ps(sums[r][0], _mm512_maskz_loadu_ps(low, y));
+            sums[r][1] = _mm512_add_ps(sums[r][1], _mm512_maskz_loadu_ps(high, y + 16));
+        }
+        _mm512_mask_storeu_ps(y, low, sums[r][0]);
+        _mm512_mask_storeu_ps(y + 16, high, sums[r][1]);
+    }
+}
+
+typedef void (*multiplier)(const struct piece *p, const float *x, const float *strip, float *y,
+                           __mmask32 lanes);
+#define MULTIPLY(rows) \
+    static void multiply_##rows(const struct piece *p, const float *x, const float *strip, \
+                                float *y, __mmask32 lanes) { \
+        multiply(p, x, strip, y, lanes, rows); \
+    }
+MULTIPLY(1) MULTIPLY(2) MULTIPLY(3) MULTIPLY(4) MULTIPLY(5) MULTIPLY(6) MULTIPLY(7)
+MULTIPLY(8) MULTIPLY(9) MULTIPLY(10) MULTIPLY(11) MULTIPLY(12) MULTIPLY(13) MULTIPLY(14)
+
+static const multiplier multipliers[HEIGHT] = {
+    multiply_1, multiply_2, multiply_3, multiply_4, multiply_5, multiply_6, multiply_7,
+    multiply_8, multiply_9, multiply_10, multiply_11, multiply_12, multiply_13, multiply_14,
+};
+
+/* Multiply the rows at hand with a strip, asking for the next one meanwhile. */
+static void multiply_strip(const struct piece *p, int64_t column, int another) {
+    float strip[DEPTH * WIDTH] __attribute__((aligned(64)));
+    int64_t lines = p->of->transposed ? WIDTH * ((p->depth + 31) / 32) : p->depth;
+    int64_t share = another ? lines * HEIGHT / p->rows + 1 : 0;
+    if (p->of->transposed) pack_transposed(p, column, strip);
+    else pack_straight(p, column, strip);
+    for (int64_t i = 0, asked = 0; i < p->rows; i += HEIGHT, asked += share) {
+        int64_t rows = p->rows - i < HEIGHT ? p->rows - i : HEIGHT;
+        fetch(p, column + WIDTH, asked, asked + share);
+        multipliers[rows - 1](p, packed_rows + i * STRIDE, strip, p->y + i * p->of->n + column,
+                              first_lanes(p->of->n - column));
+    }
+}
+
+static void multiply_pieces(const void *args, int64_t begin, int64_t end) {
+    const struct product_args *a = args;
+    for (; begin < end; begin++) {
+        int64_t row = begin / a->across * a->rows, first = begin % a->across * a->strips;
+        int64_t last = first + a->strips, strips = (a->n + WIDTH - 1) / WIDTH;
+        struct piece p = {a, a->x + row * a->x_stride, a->y + row * a->n, a->m - row, 0, 0};
+        if (p.rows > a->rows) p.rows = a->rows;
+        if (last > strips) last = strips;
+        for (; p.rows > 0 && p.first < a->k; p.first += DEPTH) {
+            p.depth = a->k - p.first < DEPTH ? a->k - p.first : DEPTH;
+            pack_rows(&p);
+            for (int64_t i = first; i < last; i++) multiply_strip(&p, i * WIDTH, i + 1 < last);
+        }
+    }
+}
+
+#undef MULTIPLY
+#undef INLINE
