@@ -170,32 +170,43 @@ static const multiplier multipliers[HEIGHT] = {
 };
 
 /* Multiply the rows at hand with a strip, asking for the next one meanwhile. */
-static void multiply_strip(const struct piece *p, int64_t column, int another) {
+static void multiply_strip(const struct piece *p, int64_t column, const struct piece *next,
+                           int64_t next_column) {
     float strip[DEPTH * WIDTH] __attribute__((aligned(64)));
-    int64_t lines = p->of->transposed ? WIDTH * ((p->depth + 31) / 32) : p->depth;
-    int64_t share = another ? lines * HEIGHT / p->rows + 1 : 0;
+    int64_t lines = p->of->transposed ? WIDTH * ((next->depth + 31) / 32) : next->depth;
+    int64_t share = lines * HEIGHT / p->rows + 1;
     if (p->of->transposed) pack_transposed(p, column, strip);
     else pack_straight(p, column, strip);
     for (int64_t i = 0, asked = 0; i < p->rows; i += HEIGHT, asked += share) {
         int64_t rows = p->rows - i < HEIGHT ? p->rows - i : HEIGHT;
-        fetch(p, column + WIDTH, asked, asked + share);
+        fetch(next, next_column, asked, asked + share);
         multipliers[rows - 1](p, packed_rows + i * STRIDE, strip, p->y + i * p->of->n + column,
                               first_lanes(p->of->n - column));
     }
 }
 
+/* Return the next part of k. */
+static struct piece deeper(struct piece p) {
+    p.first += p.depth;
+    p.depth = p.of->k - p.first < DEPTH ? p.of->k - p.first : DEPTH;
+    return p;
+}
+
 static void multiply_pieces(const void *args, int64_t begin, int64_t end) {
     const struct product_args *a = args;
     for (; begin < end; begin++) {
-        int64_t row = begin / a->across * a->rows, first = begin % a->across * a->strips;
-        int64_t last = first + a->strips, strips = (a->n + WIDTH - 1) / WIDTH;
+        int64_t row = begin / a->across * a->rows, first = begin % a->across * a->strips * WIDTH;
+        int64_t last = first + a->strips * WIDTH < a->n ? first + a->strips * WIDTH : a->n;
         struct piece p = {a, a->x + row * a->x_stride, a->y + row * a->n, a->m - row, 0, 0};
         if (p.rows > a->rows) p.rows = a->rows;
-        if (last > strips) last = strips;
-        for (; p.rows > 0 && p.first < a->k; p.first += DEPTH) {
-            p.depth = a->k - p.first < DEPTH ? a->k - p.first : DEPTH;
+        if (p.rows <= 0) continue;
+        for (p = deeper(p); p.depth > 0; p = deeper(p)) {
+            struct piece next = deeper(p);
             pack_rows(&p);
-            for (int64_t i = first; i < last; i++) multiply_strip(&p, i * WIDTH, i + 1 < last);
+            for (int64_t i = first; i < last; i += WIDTH) {
+                int ends = i + WIDTH >= last;
+                multiply_strip(&p, i, ends ? &next : &p, ends ? first : i + WIDTH);
+            }
         }
     }
 }
