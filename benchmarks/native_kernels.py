@@ -19,6 +19,7 @@ from machine import write
 from torch import Tensor
 
 from inlay.kernels import native
+from inlay.kernels.frozen import DENSE, Matrix
 from inlay.kernels.scratch import tile_rows
 from inlay.storage.nf4 import NF4Linear
 
@@ -113,6 +114,26 @@ def share_of_product(dtype: torch.dtype) -> Contest:
     return {"dequantise": unpack, "multiply": multiply}
 
 
+def multiplying(tokens: int, rows: int, columns: int, transposed: bool) -> Contest:
+    """A product with a bfloat16 weight: packed from it, by widened tiles, as PyTorch has it."""
+    assert native.multiplies()
+    x, w = torch.randn(tokens, columns), torch.randn(rows, columns).bfloat16()
+    g, halves = torch.randn(tokens, rows), x.bfloat16()
+    weight = Matrix([w], DENSE, rows, columns, halves)
+
+    def by_tiles() -> Tensor:
+        with native.use("off"):
+            return weight.times_t(g) if transposed else weight.times(x)
+
+    wide = w.float()
+    return {
+        "inlay": lambda: weight.times_t(g) if transposed else weight.times(x),
+        "tile by tile": by_tiles,
+        "a float32 weight": lambda: g @ wide if transposed else F.linear(x, wide),
+        "bfloat16 by torch": lambda: g.bfloat16() @ w if transposed else F.linear(halves, w),
+    }
+
+
 def gating() -> Contest:
     gate, up, g = torch.randn(3, TOKENS, GATED).bfloat16().unbind()
     out = tuple(torch.empty_like(gate) for _ in range(3))
@@ -172,6 +193,15 @@ def main() -> None:
         ("dequantise fp32 4096x4096", dequantising(torch.float32), 3),
         ("dequantise bf16 4096x4096", dequantising(torch.bfloat16), 3),
         (f"{GATED}x{HIDDEN} fp32, {TOKENS} tokens", share_of_product(torch.float32), 10),
+        *(
+            (f"{kind} of {tokens} tokens by {rows}x{columns}", contest, 5)
+            for tokens in (1, 64, TOKENS)
+            for rows, columns in ((GATED, HIDDEN), (HIDDEN, GATED), (HIDDEN, HIDDEN))
+            for kind, contest in (
+                ("x @ W.T", multiplying(tokens, rows, columns, False)),
+                ("g @ W", multiplying(tokens, rows, columns, True)),
+            )
+        ),
         ("gate, forward and backward, bf16", gating(), 5),
         ("RMSNorm, forward and backward, bf16", norming(), 20),
         (f"loss, {LOSS_ROWS} rows of {VOCABULARY}", losing(), 1),
