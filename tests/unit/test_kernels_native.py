@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -74,29 +75,75 @@ ROWS = 560
     (1, 1, 1), (1, 5, 33), (13, 33, 31), (14, 32, 32), (15, 384, 64), (29, 385, 97),
     (100, 768, 7), (ROWS, 40, 100), (ROWS + 1, 100, 40), (3 * ROWS + 5, 31, 65), (6, 1000, 500),
 ])  # fmt: skip
-@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_product_with_a_bfloat16_weight(
-    sizes: tuple[int, int, int], by_rows: bool, threads: int
+    sizes: tuple[int, int, int], transposed: bool, threads: int
 ) -> None:
     m, k, n = sizes
-    x = drawn(m, k)
-    held = drawn(*((k, n) if by_rows else (n, k)), dtype=torch.bfloat16, seed=1)
-    weight = held if by_rows else held.t()
+    x, weight = drawn(m, k), drawn(*((n, k) if transposed else (k, n)), dtype=torch.bfloat16)
+    held = weight.t().contiguous().t()
+    with on_threads(threads):
+        y = native.product(x, weight, transposed)
+        assert same(y, native.product(x, held, transposed))
+    assert same(y, native.product(x, weight, transposed))
+    check_product(y, x, weight.t() if transposed else weight)
+
+
+@pytest.mark.parametrize("sizes", [(1, 5), (14, 32), (31, 64), (100, 384), (40, 448), (450, 128)])
+@pytest.mark.parametrize("m", [1, 29, ROWS + 1])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_product_with_an_nf4_weight(
+    m: int, sizes: tuple[int, int], transposed: bool, double_quant: bool
+) -> None:
+    rows, columns = sizes
+    parts = nf4_parts(rows, columns, double_quant)
+    weight = dense(parts, "nf4", rows, columns, torch.float32)
+    x = drawn(m, columns if transposed else rows, seed=1)
+    y = native.nf4_product(x, parts, rows if transposed else columns, transposed)
+    if columns % 64:
+        assert y is None
+    else:
+        check_product(y, x, weight.t() if transposed else weight)
+
+
+@pytest.mark.parametrize("sizes", [(1, 5), (14, 32), (31, 96), (100, 384), (40, 448), (450, 128)])
+@pytest.mark.parametrize("m", [1, 29, ROWS + 1])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_product_with_an_int8_weight(m: int, sizes: tuple[int, int], transposed: bool) -> None:
+    q, absmax = native.int8_quantize(drawn(*sizes))
+    weight = dense([q, absmax], "int8", *sizes, torch.float32)
+    x = drawn(m, sizes[1] if transposed else sizes[0], seed=1)
+    y = native.int8_product(x, q, absmax, transposed)
+    if sizes[1] % 32:
+        assert y is None
+    else:
+        check_product(y, x, weight.t() if transposed else weight)
+
+
+@contextmanager
+def on_threads(count: int) -> Generator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(count)
     try:
-        y = native.product(x, weight)
+        yield
     finally:
         torch.set_num_threads(before)
-    if not native.multiplies():
-        assert y is None
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+def check_product(y: Tensor | None, x: Tensor, weight: Tensor) -> None:
+    """Hold `y` against `x @ weight` in fp64, or against None where there is no product in C."""
+    assert (y is not None) == native.multiplies()
+    if y is None:
         return
-    assert y is not None
-    error = (y - x.double() @ weight.double()).abs().max()
-    bound = x.abs().double() @ weight.abs().double() * k * torch.finfo(torch.float32).eps
-    assert error <= bound.max()
-    assert torch.equal(y, native.product(x, weight))
+    error = (y - x.double() @ weight.double()).abs()
+    bound = x.abs().double() @ weight.abs().double() * x.shape[1] * torch.finfo(y.dtype).eps
+    assert (error <= bound).all()
 
 
 def test_product_keeps_what_is_not_finite() -> None:
@@ -104,7 +151,7 @@ def test_product_keeps_what_is_not_finite() -> None:
         pytest.skip("no product in C with this instruction set")
     x, weight = drawn(20, 50), drawn(50, 40, dtype=torch.bfloat16)
     x[3, 4], weight[7, 11] = float("inf"), float("nan")
-    y = native.product(x, weight)
+    y = native.product(x, weight, transposed=False)
     assert y is not None
     assert y[:, 11].isnan().all()
     assert not y[3].isfinite().any()
@@ -113,14 +160,14 @@ def test_product_keeps_what_is_not_finite() -> None:
 
 def test_product_is_left_to_torch_where_c_has_none(level: str) -> None:
     x, weight = drawn(20, 50), drawn(50, 40, dtype=torch.bfloat16)
-    assert (native.product(x, weight) is None) == (level != "avx512")
+    assert (native.product(x, weight, transposed=False) is None) == (level != "avx512")
     cases = [
         (x, weight.half()), (x.double(), weight), (x.t().contiguous().t(), weight),
         (x, weight.repeat(1, 2)[:, ::2]), (x[:0], weight), (x[:, :0], weight[:0]),
     ]  # fmt: skip
-    assert [native.product(*case) for case in cases] == [None] * len(cases)
+    assert [native.product(*case, transposed=False) for case in cases] == [None] * len(cases)
     with native.use("off"):
-        assert native.product(x, weight) is None
+        assert native.product(x, weight, transposed=False) is None
 
 
 # ---- NF4 ----

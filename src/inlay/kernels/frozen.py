@@ -10,7 +10,7 @@ for all the layers that read it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,18 +36,32 @@ Product = Callable[[Tensor, Sequence[Tensor], int], Tensor | None]
 """`(x, parts, width)` -> a product of that width, or None where the weight is unpacked first."""
 
 
-def no_product(x: Tensor, parts: Sequence[Tensor], width: int) -> None:
-    """Leave the product to the unpacked weight."""
-    del x, parts, width
+class Products(NamedTuple):
+    """A format's own products, which read the packed parts as they are."""
+
+    times: Product
+    """`x @ W.T`."""
+    times_t: Product
+    """`g @ W`."""
+    on_cpu: Callable[[torch.dtype, int], bool]
+    """`(dtype, columns)` -> whether there are any on this CPU for x in that dtype."""
 
 
-PRODUCTS: dict[str, tuple[Product, Product]] = {}
-"""Format name -> `x @ W.T` and `g @ W` that read the packed parts as they are."""
+PRODUCTS: dict[str, Products] = {}
+"""Format name -> its own products."""
 
 
-def register_products(name: str, times: Product, times_t: Product = no_product) -> None:
+def register_products(
+    name: str, times: Product, times_t: Product, on_cpu: Callable[[torch.dtype, int], bool]
+) -> None:
     """Make a format's own products known to the operators under `name`."""
-    PRODUCTS[name] = times, times_t
+    PRODUCTS[name] = Products(times, times_t, on_cpu)
+
+
+def reads_on_cpu(packing: str, x: Tensor, columns: int) -> bool:
+    """Say whether a format's own products multiply x on this CPU."""
+    wide = product_dtype(x) == torch.float32
+    return wide and packing in PRODUCTS and PRODUCTS[packing].on_cpu(x.dtype, columns)
 
 
 def copy_rows(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
@@ -58,18 +72,24 @@ def copy_rows(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
 def dense_times(x: Tensor, parts: Sequence[Tensor], width: int) -> Tensor | None:
     """Return `x @ W.T`, the weight widened as it is read."""
     del width
-    return native.product(x, parts[0].t())
+    return native.product(x, parts[0], transposed=True)
 
 
 def dense_times_t(g: Tensor, parts: Sequence[Tensor], width: int) -> Tensor | None:
     """Return `g @ W`, the weight widened as it is read."""
     del width
-    return native.product(g, parts[0])
+    return native.product(g, parts[0], transposed=False)
+
+
+def widens_on_cpu(dtype: torch.dtype, columns: int) -> bool:
+    """Say whether a dense weight in this dtype is widened as it is read."""
+    del columns
+    return dtype == torch.bfloat16 and native.multiplies()
 
 
 DENSE = "dense"
 register_format(DENSE, copy_rows)
-register_products(DENSE, dense_times, dense_times_t)
+register_products(DENSE, dense_times, dense_times_t, widens_on_cpu)
 
 
 @operator("dense")
@@ -109,16 +129,12 @@ class Matrix:
         """Return x as rows of `width` in the dtype of the product."""
         return cast(x.reshape(-1, width), self.dtype)
 
-    def direct(self, direction: int, x: Tensor, width: int) -> Tensor | None:
-        """Return a product by the format's own way, if it has one for this."""
-        products = PRODUCTS.get(self.packing)
-        return products[direction](x, self.parts, width) if products else None
-
     def times(self, x: Tensor) -> Tensor:
         """`x @ W.T`; x: (n, columns) -> (n, rows)."""
         if self.whole is not None:
             return F.linear(x, self.whole)
-        direct = self.direct(0, x, self.rows)
+        own = PRODUCTS.get(self.packing)
+        direct = own.times(x, self.parts, self.rows) if own else None
         if direct is not None:
             return direct
         y = x.new_empty(x.shape[0], self.rows)
@@ -130,7 +146,8 @@ class Matrix:
         """`g @ W`; g: (n, rows) -> (n, columns)."""
         if self.whole is not None:
             return g @ self.whole
-        direct = self.direct(1, g, self.columns)
+        own = PRODUCTS.get(self.packing)
+        direct = own.times_t(g, self.parts, self.columns) if own else None
         if direct is not None:
             return direct
         x = g.new_empty(g.shape[0], self.columns)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from inlay.kernels import block_attention, native
 from inlay.kernels.attention import in_blocks
 from inlay.kernels.eight_bits import PREFIX as EIGHT_BITS
-from inlay.kernels.frozen import DENSE
+from inlay.kernels.frozen import DENSE, reads_on_cpu
 from inlay.kernels.loss import rows_at_once
 from inlay.kernels.scratch import FAST_HALVES_ON_CPU, TILE_BYTES, product_dtype, tile_rows
 
@@ -74,7 +74,7 @@ def product(
         return Scratch((*cast, *in_int8(count, rows, columns, back)))
     if name == DENSE and dtype == x.dtype:
         return Scratch(cast, multiplied=(count, columns, rows))
-    if target == "cpu" and name == DENSE and x.dtype == torch.bfloat16 and native.multiplies():
+    if target == "cpu" and reads_on_cpu(name, x, columns):
         return Scratch(cast)
     unpacking = () if name == DENSE else UNPACKING
     if target != "cpu":

@@ -396,13 +396,24 @@ def check_sizes(
         raise StorageError("the weight's quant_map is not NF4's sixteen values")
 
 
-def multiplied(x: Tensor, parts: Sequence[Tensor], rows: int) -> Tensor | None:
-    """Return `x @ W.T` in one pass over the packed weight, on a GPU and for few rows; else None."""
+def times(x: Tensor, parts: Sequence[Tensor], rows: int) -> Tensor | None:
+    """Return `x @ W.T` in one pass over the packed weight, or None: on a GPU, for many rows."""
     if not runs_on(x.device):
-        return None
+        return native.nf4_product(x, parts, rows, transposed=True)
     from inlay.kernels.gpu import nf4
 
     return nf4.matmul(x, parts, quantiles(x.device), rows) if nf4.multiplies(x) else None
+
+
+def times_t(g: Tensor, parts: Sequence[Tensor], columns: int) -> Tensor | None:
+    """Return `g @ W` in one pass over the packed weight, or None: on a GPU."""
+    return native.nf4_product(g, parts, columns, transposed=False)
+
+
+def read_on_cpu(dtype: torch.dtype, columns: int) -> bool:
+    """Say whether rows of whole blocks are multiplied as they are."""
+    del dtype
+    return native.multiplies() and columns % BLOCK == 0
 
 
 def int8_rows(
@@ -435,4 +446,4 @@ def t_in_fp8(g: Tensor, parts: Sequence[Tensor], columns: int) -> Tensor | None:
 register_format(NF4Linear.storage, dequantized)
 register_rows(NF4Linear.storage, int8_rows)
 register_fp8(NF4Linear.storage, in_fp8, t_in_fp8)
-register_products(NF4Linear.storage, multiplied)
+register_products(NF4Linear.storage, times, times_t, read_on_cpu)

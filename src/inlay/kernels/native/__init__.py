@@ -25,9 +25,11 @@ The storages fall back to their own torch code where these say that they did not
     nf4_dequantize(parts, out, first) -> bool
     nf4_to_int8(parts, q, scale, first) -> bool
 
-And a product that reads a bfloat16 weight as it is, where `multiplies()` says that there is one:
+And products that read a frozen weight as it is held, where `multiplies()` says that there are any:
 
-    product(x, weight) -> y | None
+    product(x, weight, transposed) -> y | None
+    nf4_product(x, parts, width, transposed) -> y | None
+    int8_product(x, q, absmax, transposed) -> y | None
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ from inlay.kernels.native.build import library, loaded, status, use
 __all__ = [
     "available",
     "int8_dequantize",
+    "int8_product",
     "int8_quantize",
     "int8_rescale",
     "keep_memory",
@@ -54,6 +57,7 @@ __all__ = [
     "multiplies",
     "nf4_dequantize",
     "nf4_nest",
+    "nf4_product",
     "nf4_quantize",
     "nf4_to_int8",
     "product",
@@ -74,6 +78,8 @@ OUTPUTS = (torch.float32, torch.bfloat16)
 PLAIN = (Tensor, torch.nn.Parameter)
 BLOCK = 64
 NESTED_BLOCK = 256
+STRIP = 32
+"""Columns that a product packs at once."""
 WIDEST_HEAD = 512
 
 
@@ -153,20 +159,40 @@ def multiplies() -> bool:
     return library() is not None and loaded().level == "avx512"
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor | None:
-    """Return `x @ weight` in fp32; x: fp32 (m, k), weight: bfloat16 (k, n); None if it cannot.
-
-    The weight's rows or its columns may be what lies side by side.
-    """
-    by_rows = weight.is_contiguous()
-    held = weight if by_rows else weight.t()
-    ready = takes((torch.float32,), x) and takes((torch.bfloat16,), held) and multiplies()
-    if not (ready and x.numel() and weight.numel()):
+def product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor | None:
+    """Return `x @ W`, or `x @ W.T`, in fp32; x: fp32 (m, k), W: bfloat16; None if it cannot."""
+    if weight.t().is_contiguous() and not weight.is_contiguous():
+        weight, transposed = weight.t(), not transposed
+    if not takes((torch.bfloat16,), weight):
         return None
-    (m, k), n = x.shape, weight.shape[1]
-    y = x.new_empty(m, n)
-    layout = (n if by_rows else k, int(not by_rows))
-    return y if called("inlay_product", x, k, weight, *layout, y, m, k, n) else None
+    return multiplied("inlay_product", x, [weight], weight.shape[not transposed], transposed)
+
+
+def nf4_product(x: Tensor, parts: Sequence[Tensor], width: int, transposed: bool) -> Tensor | None:
+    """Return `x @ W`, or `x @ W.T`, of this width, for NF4 rows of whole blocks; x: fp32 (m, k)."""
+    rows, columns = (width, x.shape[1]) if transposed else (x.shape[1], width)
+    held = nf4_parts(parts, rows * columns) if columns % BLOCK == 0 else None
+    if held is None:
+        return None
+    return multiplied("inlay_nf4_product", x, [ctypes.byref(held)], width, transposed)
+
+
+def int8_product(x: Tensor, q: Tensor, absmax: Tensor, transposed: bool) -> Tensor | None:
+    """Return `x @ W`, or `x @ W.T`, for int8 rows with an absmax each; x: fp32 (m, k)."""
+    ready = takes((torch.int8,), q) and takes((torch.float32,), absmax) and sized(len(q), absmax)
+    if not ready or q.shape[1] % STRIP:
+        return None
+    return multiplied("inlay_int8_product", x, [q, absmax], q.shape[not transposed], transposed)
+
+
+def multiplied(
+    name: str, x: Tensor, weight: Sequence[Any], width: int, transposed: bool
+) -> Tensor | None:
+    """Call one of the products, or return None where x is not for it."""
+    if not (takes((torch.float32,), x) and multiplies() and x.numel() and width):
+        return None
+    y = x.new_empty(len(x), width)
+    return y if called(name, x, *weight, int(transposed), y, *x.shape, width) else None
 
 
 # ---- NF4 ----

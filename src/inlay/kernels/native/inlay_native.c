@@ -250,27 +250,46 @@ void inlay_rotary(const struct rotary_args *a, int64_t batch, int threads) {
     spread(chosen->rotary, a, batch * a->length, rows_at_once(a->heads * a->width), threads);
 }
 
-/* y (m, n) = x (m, k) @ W.T, W (n, k), or x @ W, W (k, n) if not transposed. Returns 0, with
- * nothing done, where the instruction set in use has no such loop.
+#if defined(__x86_64__)
+/* y (m, n) = x (m, k) @ W.T, or x @ W if not transposed.
  *
  * Threads share the rows of x where those are more than the columns of y, and else the columns:
  * what they do not share, each packs for itself. */
-int64_t inlay_product(const float *x, int64_t x_stride, const uint16_t *w, int64_t w_stride,
-                      int64_t transposed, float *y, int64_t m, int64_t k, int64_t n, int threads) {
-#if defined(__x86_64__)
+static int64_t multiply_in_pieces(struct product_args *a, int threads) {
     if (chosen != &kernels_avx512) return 0;
-    int64_t blocks = (m + ROWS - 1) / ROWS, strips = (n + WIDTH - 1) / WIDTH;
-    if (n < m) blocks = (blocks + threads - 1) / threads * threads;
-    int64_t across = (threads + blocks - 1) / blocks, share = (m + blocks - 1) / blocks;
-    struct product_args a = {
-        x, x_stride, w, w_stride, (int)transposed, y, m, k, n,
-        (share + HEIGHT - 1) / HEIGHT * HEIGHT, (strips + across - 1) / across, across,
-    };
-    spread(multiply_pieces, &a, blocks * across, 1, threads);
+    int64_t blocks = (a->m + ROWS - 1) / ROWS, strips = (a->n + WIDTH - 1) / WIDTH;
+    if (a->n < a->m) blocks = (blocks + threads - 1) / threads * threads;
+    int64_t share = (a->m + blocks - 1) / blocks;
+    a->across = (threads + blocks - 1) / blocks;
+    a->rows = (share + HEIGHT - 1) / HEIGHT * HEIGHT;
+    a->strips = (strips + a->across - 1) / a->across;
+    spread(multiply_pieces, a, blocks * a->across, 1, threads);
     return 1;
+}
+#define PRODUCT(...) \
+    struct product_args a = {.x = x, .y = y, .m = m, .k = k, .n = n, __VA_ARGS__}; \
+    a.transposed = (int)transposed; \
+    return multiply_in_pieces(&a, threads)
 #else
-    (void)x, (void)x_stride, (void)w, (void)w_stride, (void)transposed;
-    (void)y, (void)m, (void)k, (void)n, (void)threads;
-    return 0;
+#define PRODUCT(...) \
+    (void)x, (void)w, (void)transposed, (void)y, (void)m, (void)k, (void)n, (void)threads; \
+    return 0
 #endif
+
+/* Each returns 0, with nothing done, where the instruction set in use has no such loop. */
+int64_t inlay_product(const float *x, const uint16_t *w, int64_t transposed, float *y, int64_t m,
+                      int64_t k, int64_t n, int threads) {
+    PRODUCT(.kind = HALVES, .halves = w);
+}
+
+int64_t inlay_nf4_product(const float *x, const struct nf4 *w, int64_t transposed, float *y,
+                          int64_t m, int64_t k, int64_t n, int threads) {
+    PRODUCT(.kind = CODES, .codes = *w);
+}
+
+int64_t inlay_int8_product(const float *x, const int8_t *w, const float *absmax,
+                           int64_t transposed, float *y, int64_t m, int64_t k, int64_t n,
+                           int threads) {
+    (void)absmax;
+    PRODUCT(.kind = BYTES, .bytes = w, .absmax = absmax);
 }
