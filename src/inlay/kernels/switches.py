@@ -23,7 +23,7 @@ PATHS = {
     "forward pass",
     "last_layer": "the last block's feed-forward work at labelled positions only",
     "memory": "memory kept between steps instead of returned to the system",
-    "native": "compiled C for quantising, dequantising and elementwise work",
+    "native": "compiled C for products, quantising, dequantising and elementwise work",
     "triton": "Triton kernels on a GPU, for NF4 weights",
 }
 """Name of each fast path -> what it does."""

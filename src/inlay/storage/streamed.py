@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.errors import StorageError
-from inlay.kernels.frozen import FORMATS, register_format
+from inlay.kernels.frozen import FORMATS, PRODUCTS, register_format, register_products
 from inlay.kernels.opaque import operator
 from inlay.storage.base import FrozenLinear
 from inlay.storage.buffers import Block, Buffers
@@ -84,6 +84,16 @@ class Source:
                         start - segment.first,
                     )  # fmt: skip
 
+    def multiplied(self, x: Tensor, width: int, transposed: bool) -> Tensor | None:
+        """Return `x @ W.T`, or `x @ W`, by the format's own way; None for a weight in segments."""
+        own = PRODUCTS.get(self.packing)
+        if own is None or len(self.segments) > 1:
+            return None
+        (segment,) = self.segments
+        with self.buffers.use(segment.block) as buffer:
+            product = own.times if transposed else own.times_t
+            return product(x, segment.found_in(buffer), width)
+
 
 class Rows:
     """A table of which only the rows asked for are read."""
@@ -123,14 +133,36 @@ def found(number: Tensor) -> Source | Rows:
     return source
 
 
-def dequantize_streamed(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
-    """Write rows of a streamed weight into `out`, once they are brought in."""
+def source_of(parts: Sequence[Tensor]) -> Source:
+    """Return the whereabouts of a layer's weight."""
     source = found(parts[0])
     assert isinstance(source, Source)
-    source.dequantize(out, first)
+    return source
+
+
+def dequantize_streamed(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
+    """Write rows of a streamed weight into `out`, once they are brought in."""
+    source_of(parts).dequantize(out, first)
+
+
+def times(x: Tensor, parts: Sequence[Tensor], rows: int) -> Tensor | None:
+    """Return `x @ W.T`, the weight brought in and read as it is held; or None."""
+    return source_of(parts).multiplied(x, rows, transposed=True)
+
+
+def times_t(g: Tensor, parts: Sequence[Tensor], columns: int) -> Tensor | None:
+    """Return `g @ W`, the weight brought in and read as it is held; or None."""
+    return source_of(parts).multiplied(g, columns, transposed=False)
+
+
+def unknown_on_cpu(dtype: torch.dtype, columns: int) -> bool:
+    """Say no: what a streamed weight's format can do is not known from its name."""
+    del dtype, columns
+    return False
 
 
 register_format(STREAMED, dequantize_streamed)
+register_products(STREAMED, times, times_t, unknown_on_cpu)
 
 
 @operator("streamed_rows")
