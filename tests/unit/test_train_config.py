@@ -18,8 +18,8 @@ from inlay.train.config import (
     flags,
     load_config,
     method_flags,
-    read_yaml,
 )
+from inlay.train.run_file import read_yaml
 
 NEEDED = {"model": "pocket", "data": "reports", "output": "out"}
 

@@ -15,7 +15,8 @@ from inlay.cli.options import Parser, checked
 from inlay.cli.train import add_run, config_from
 from inlay.data.read import BUILT_IN, READERS
 from inlay.errors import UsageError
-from inlay.train.config import RunConfig, flags_of
+from inlay.train.config import RunConfig
+from inlay.train.flags import flags_of
 from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from inlay.cli import show, summary
 from inlay.cli.options import Parser, checked, same
 from inlay.cli.progress import progress
-from inlay.train.config import Text, checked_config, flags_of
+from inlay.train.config import Text, checked_config
+from inlay.train.flags import flags_of
 
 if TYPE_CHECKING:
     from inlay.train.run import TrainResult

@@ -12,7 +12,8 @@ from inlay.cli import show, summary
 from inlay.cli.options import Parser, checked, same
 from inlay.cli.progress import progress
 from inlay.data.rows import Format
-from inlay.train.config import Text, flags_of
+from inlay.train.config import Text
+from inlay.train.flags import flags_of
 from inlay.train.tasks import TASKS, check_keys
 
 if TYPE_CHECKING:

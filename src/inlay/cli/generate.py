@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from inlay.cli import show
 from inlay.cli.options import Parser, checked, same
 from inlay.errors import UsageError
-from inlay.train.config import Text, flags_of
+from inlay.train.config import Text
+from inlay.train.flags import flags_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -12,7 +12,8 @@ from inlay.cli import show, summary
 from inlay.cli.options import Parser, checked, same
 from inlay.data.rows import Format
 from inlay.errors import UsageError
-from inlay.train.config import Text, flags_of
+from inlay.train.config import Text
+from inlay.train.flags import flags_of
 from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:

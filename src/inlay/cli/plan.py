@@ -13,7 +13,8 @@ from inlay.cli.options import Parser, checked
 from inlay.cli.processes import Processes
 from inlay.cli.show import seconds
 from inlay.cli.train import add_run, config_from
-from inlay.train.config import RunConfig, flags_of
+from inlay.train.config import RunConfig
+from inlay.train.flags import flags_of
 from inlay.train.launch import LaunchOptions, check_options
 
 if TYPE_CHECKING:

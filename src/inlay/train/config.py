@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import re
-import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     PositiveInt,
     StringConstraints,
-    ValidationError,
     create_model,
 )
 
 from inlay.errors import UsageError, did_you_mean
 from inlay.methods.catalog import REQUIRED, MethodSpec, catalog
+from inlay.train.flags import Flag, flags_of, from_text
+from inlay.train.run_file import read_yaml
 from inlay.train.tasks import TASKS, task_problems
+from inlay.train.wording import located, validated, wrong
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -300,26 +298,6 @@ SYNONYMS = {
 """Names that other tools use -> ours, for `Did you mean`."""
 
 
-@dataclass(frozen=True)
-class Flag:
-    """What the command needs to know to offer one key as a flag."""
-
-    key: str
-    """The key in the run file, and the key to hand to `load_config`."""
-    help: str
-    default: object
-    choices: tuple[str, ...]
-    expected: str
-    """What a value looks like, in words: `a whole number of at least 1`."""
-    kind: Literal["switch", "value", "list", "pairs"]
-    """A switch takes no value (`--x`, `--no-x`), a list one or more, pairs `name=value` ones."""
-
-    @property
-    def option(self) -> str:
-        """The flag as typed: `--learning-rate`."""
-        return "--" + self.key.replace("_", "-")
-
-
 def flags() -> list[Flag]:
     """Return a flag for every key of `RunConfig` but `hyperparameters`, in order."""
     return [flag for flag in flags_of(RunConfig) if flag.key != "hyperparameters"]
@@ -332,32 +310,6 @@ def method_flags(method: str) -> list[Flag]:
         UsageError: there is no such method.
     """
     return flags_of(hyperparameter_model(method))
-
-
-def flags_of(definition: type[BaseModel]) -> list[Flag]:
-    """Return a flag for every field of a pydantic model."""
-    schema = properties(definition)
-    return [
-        Flag(
-            key=key,
-            help=field.description or "",
-            default=None if field.is_required() else field.get_default(call_default_factory=True),
-            choices=choices(schema[key]),
-            expected=expected(schema[key]),
-            kind=flag_kind(schema[key]),
-        )
-        for key, field in definition.model_fields.items()
-    ]
-
-
-def flag_kind(schema: Mapping[str, Any]) -> Literal["switch", "value", "list", "pairs"]:
-    """Return how a value of this JSON schema is typed on a command line."""
-    types = [option.get("type") for option in schema.get("anyOf", [schema])]
-    if types == ["boolean"]:
-        return "switch"
-    if "array" in types:
-        return "list"
-    return "pairs" if "object" in types else "value"
 
 
 def load_config(
@@ -474,24 +426,6 @@ def unknown_key(key: str, method: str) -> str:
     return f"there is no key {key!r}.{did_you_mean(str(key), known)}"
 
 
-def validated(
-    definition: type[BaseModel], values: Mapping[str, object]
-) -> tuple[BaseModel | None, dict[str, str]]:
-    """Return the model these values make, or None and one sentence for each wrong key."""
-    try:
-        return definition(**values), {}
-    except ValidationError as error:
-        schema = properties(definition)
-        problems: dict[str, str] = {}
-        for item in error.errors(include_url=False):
-            key = str(item["loc"][0])
-            if item["type"] == "missing":
-                problems[key] = f"{key!r} is missing: {definition.model_fields[key].description}"
-            else:
-                problems[key] = wrong(key, values[key], expected(schema[key]))
-        return None, problems
-
-
 def contradictions(config: RunConfig) -> dict[str, str]:
     """Return the problems of keys that are right by themselves and wrong together."""
     problems = task_problems(config.model_dump())
@@ -514,150 +448,6 @@ def contradictions(config: RunConfig) -> dict[str, str]:
     return problems
 
 
-def wrong(key: str, value: object, wanted: str) -> str:
-    """Return the sentence for a value that is not what the key takes."""
-    return f"{key!r} must be {wanted}, not {shortened(value)}"
-
-
-def shortened(value: object) -> str:
-    """Return a value as Python writes it, cut to a length and depth that a sentence bears."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 80
-    short.maxlevel = 2
-    return short.repr(value)
-
-
-def located(problems: Mapping[str, str], source: str, lines: Mapping[str, int]) -> list[str]:
-    """Return the problems in the order of the file, each with its file and line if it has one."""
-    ordered = sorted(problems, key=lambda key: lines.get(key, 1 << 30))
-    places = {key: f"{source}:{lines[key]}: " for key in problems if key in lines}
-    return [places.get(key, "") + problems[key] for key in ordered]
-
-
-# What a value should look like, in words, from pydantic's JSON schema.
-
-
-def properties(definition: type[BaseModel]) -> dict[str, dict[str, Any]]:
-    """Return the JSON schema of every field."""
-    return definition.model_json_schema()["properties"]
-
-
-def choices(schema: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the words a field is limited to, or none."""
-    return tuple(schema.get("enum", ()))
-
-
-def expected(schema: Mapping[str, Any]) -> str:
-    """Return in words what a JSON schema asks for."""
-    if "anyOf" in schema:
-        return " or ".join(expected(option) for option in schema["anyOf"])
-    if "const" in schema:
-        return repr(schema["const"])
-    if "enum" in schema:
-        return "one of " + ", ".join(repr(word) for word in schema["enum"])
-    words = {
-        "integer": "a whole number",
-        "number": "a number",
-        "boolean": "true or false",
-        "null": "nothing",
-        "object": "a mapping from names to values",
-        "string": "text",
-    }
-    if schema.get("type") == "array":
-        least, most = schema.get("minItems", 0), schema.get("maxItems")
-        count = f"{least} " if least == most else "one or more " if least else ""
-        items = schema.get("items", {})
-        return f"a list of {count}" + {"number": "numbers", "integer": "whole numbers"}.get(
-            str(items.get("type")), "texts"
-        )
-    return words.get(str(schema.get("type")), "a value") + bounds(schema)
-
-
-def bounds(schema: Mapping[str, Any]) -> str:
-    """Return the limits of a number in words."""
-    words = {
-        "minimum": "of at least",
-        "exclusiveMinimum": "above",
-        "maximum": "of at most",
-        "exclusiveMaximum": "below",
-    }
-    limits = [f"{text} {schema[name]}" for name, text in words.items() if name in schema]
-    return " " + " and ".join(limits) if limits else ""
-
-
-# YAML, and the text of flags.
-
-
-class RunLoader(yaml.SafeLoader):
-    """YAML's safe subset, where `1e-4` is a number and a key stands only once."""
-
-
-RunLoader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:float"]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-RunLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*([eE][-+]?\d+)|\d+\.\d*|\.\d+([eE][-+]?\d+)?|\.(inf|nan))$"),
-    list("-+.0123456789"),
-)
-
-
-def read_yaml(path: Path) -> tuple[dict[str, object], dict[str, int]]:
-    """Return a run file's keys with their values, and with their line numbers.
-
-    Raises:
-        UsageError: the file is missing, is not UTF-8 or YAML, or repeats a key.
-    """
-    source = read_text(path)
-    try:
-        root = yaml.compose(source, Loader=RunLoader)
-        if root is None:
-            return {}, {}
-        if not isinstance(root, yaml.MappingNode):
-            raise UsageError(
-                f"{path}:{root.start_mark.line + 1}: a run file holds 'key: value' lines"
-            )
-        lines = key_lines(root, path)
-        values = yaml.load(source, Loader=RunLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        raise UsageError(f"{path}:{line}: this is not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: this is not YAML: {error}") from None
-    except (RecursionError, ValueError) as error:
-        raise UsageError(f"{path}: this YAML cannot be read: {error}") from None
-    return cast("dict[str, object]", values), lines
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a run file, or raise with what is wrong with it."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8: byte {error.start} is {error.reason}") from None
-    except OSError as error:
-        raise UsageError(f"the run file {path} cannot be read: {error.strerror}") from None
-
-
-def key_lines(mapping: yaml.MappingNode, path: Path) -> dict[str, int]:
-    """Return the line of every key; raise when one repeats, in nested mappings too."""
-    lines: dict[str, int] = {}
-    nested: dict[str, int] = {}
-    for key, value in mapping.value:
-        line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-            raise UsageError(f"{path}:{line}: a key must be a word")
-        if key.value in lines:
-            first = lines[key.value]
-            raise UsageError(f"{path}:{line}: {key.value!r} stands twice, first in line {first}")
-        lines[key.value] = line
-        if isinstance(value, yaml.MappingNode):
-            nested |= key_lines(value, path)
-    return nested | lines
-
-
 def parsed_overrides(overrides: Mapping[str, object], method: str) -> dict[str, object]:
     """Return overrides with the text of flags turned into values; None means not given."""
     given = {k: v for k, v in overrides.items() if v is not None}
@@ -666,28 +456,3 @@ def parsed_overrides(overrides: Mapping[str, object], method: str) -> dict[str, 
     if name in catalog():
         known |= {flag.key: flag for flag in method_flags(name)}
     return {k: from_text(known[k], v) if k in known else v for k, v in given.items()}
-
-
-def from_text(flag: Flag, value: object) -> object:
-    """Return the value that a flag's text stands for; anything but text stays as it is."""
-    items = [value] if isinstance(value, str) else value
-    if flag.kind == "pairs" and isinstance(items, list):
-        pairs = [str(item).partition("=") for item in items]
-        return {name: scalar(flag, text) for name, _, text in pairs}
-    if flag.kind == "list" and isinstance(items, list):
-        parsed = [scalar(flag, item) for item in items]
-        single = len(parsed) == 1 and "text or" in flag.expected
-        return parsed[0] if single else parsed
-    return scalar(flag, value)
-
-
-def scalar(flag: Flag, value: object) -> object:
-    """Return a number, a truth value or nothing when the flag takes such and the text is one."""
-    if not isinstance(value, str):
-        return value
-    if "number" in flag.expected or "true or false" in flag.expected or flag.kind == "pairs":
-        try:
-            return cast("object", yaml.load(value, Loader=RunLoader))
-        except yaml.YAMLError:
-            return value
-    return value
