@@ -1,6 +1,6 @@
 """GRPO on pocket: one- and two-step arithmetic, worded as GSM8K, judged by the final number.
 
-    python benchmarks/grpo.py [--seeds 3] [--steps 48] [--warm-steps 540] [--work FOLDER]
+    python benchmarks/grpo.py [--seeds 3] [--steps 80] [--warm-steps 540] [--work FOLDER]
 
 A short supervised run on worked answers first, merged into the base, since a model that is never
 right has nothing to compare; then GRPO on other problems from that base, once a seed. The held-out
@@ -25,7 +25,7 @@ from inlay.train.config import load_config
 from inlay.train.run import train
 
 THREADS = 1
-REWARDED, HELD_OUT = 800, 300
+REWARDED, HELD_OUT = 2400, 500
 """Problems of GRPO, and to measure on."""
 ANSWER = 32
 WARM: dict[str, Any] = {
@@ -34,8 +34,8 @@ WARM: dict[str, Any] = {
     "generate_rows": 100, "generate_tokens": ANSWER, "log_every": 25,
 }  # fmt: skip
 REWARD: dict[str, Any] = {
-    "task": "grpo", "rewards": ["final_number"], "rank": 16, "learning_rate": 1e-3,
-    "batch_size": 16, "gradient_accumulation": 4, "num_generations": 8,
+    "task": "grpo", "rewards": ["final_number"], "rank": 16, "learning_rate": 2e-3,
+    "batch_size": 64, "gradient_accumulation": 4, "num_generations": 8,
     "max_completion_tokens": ANSWER, "eval_rows": HELD_OUT, "log_every": 1,
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ def main() -> None:
     """Train, print and write what came of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--warm-steps", type=int, default=540)
     parser.add_argument("--work", type=Path)
     given = parser.parse_args()
@@ -58,6 +58,7 @@ def main() -> None:
     result = {
         "problems": problems,
         "warm_start": warm,
+        "run": REWARD,
         "runs": runs,
         "steps": given.steps,
         "threads": THREADS,

@@ -17,7 +17,7 @@ START, END = "<!-- results: docs/results.py -->", "<!-- end of results -->"
 def main() -> None:
     """Write both."""
     radiology, counts = read("radiology"), read("parameter_counts")
-    curve, speed = read("peer_curve"), read("merged_speed")
+    curve, speed, grpo = read("peer_curve"), read("merged_speed"), read("grpo")
     sections = [
         "# Results",
         "Every figure here is written by `docs/results.py` from `benchmarks/results/*.json`, which "
@@ -29,6 +29,9 @@ def main() -> None:
         radiology_table(radiology["summary"]),
         "## The same run in TRL + peft",
         curve_text(curve),
+        "## GRPO on arithmetic",
+        grpo_text(grpo),
+        grpo_table(grpo["runs"]),
         "## A merged model's speed",
         speed_text(speed),
         "## What each method trains",
@@ -103,6 +106,45 @@ def curve_text(result: dict[str, Any]) -> str:
         f"LoRA on pocket in fp32, real reports, {steps} logged steps, {len(runs)} seeds, both from "
         f"one saved start: the largest relative difference of the loss at any step is {each}."
     )
+
+
+def grpo_text(result: dict[str, Any]) -> str:
+    """Say what was rewarded, from what start."""
+    warm, problems = result["warm_start"], result["problems"]
+    right = warm["number_match"]
+    keys = "\n".join(f"{key}: {json.dumps(value)}" for key, value in result["run"].items())
+    return (
+        "One- and two-step problems worded as GSM8K's. Pocket first reads "
+        f"{problems['warm']:,} worked answers for {warm['steps']} supervised steps, merged into "
+        f"it: its likeliest answer is right in {right['tuned']['value']:.0%} of {right['rows']} "
+        f"others ({right['base']['value']:.0%} before). Then {result['steps']} steps of GRPO on "
+        f"{problems['rewarded']:,} other problems, where an answer is worth 1 if its last number "
+        f"is right, and base against tuned on {problems['held_out']:,} that neither has read. "
+        "*Drawn* answers are sampled as in training; p is of a paired permutation test (its floor "
+        "is 0.0002); KL is KL(tuned || base) in nats a token. `benchmarks/grpo.py`.\n\n"
+        f"```yaml\n{keys}\n```"
+    )
+
+
+def grpo_table(runs: list[dict[str, Any]]) -> str:
+    """Return base against tuned, a line a seed."""
+    head = (
+        "| seed | reward of drawn answers | p | of the likeliest | p | KL | "
+        "reward in training, tenth by tenth |\n|---|---|---|---|---|---|---|"
+    )
+    return "\n".join([head, *(grpo_row(run) for run in runs)])
+
+
+def grpo_row(run: dict[str, Any]) -> str:
+    """Return one seed's line."""
+    cells = [str(run["seed"])]
+    for name in ("sampled_reward", "reward"):
+        base, tuned = run[name]["base"]["value"], run[name]["tuned"]["value"]
+        cells += [f"{base:.3f} -> {tuned:.3f}", f"{run[name]['p_value']:.2g}"]
+    rewards = run["reward_by_step"]
+    tenths = [rewards[i * len(rewards) // 10 : (i + 1) * len(rewards) // 10] for i in range(10)]
+    curve = " ".join(f"{sum(tenth) / len(tenth):.2f}" for tenth in tenths)
+    return f"| {' | '.join([*cells, format(run['kl']['tuned']['value'], '.3f'), curve])} |"
 
 
 def speed_text(result: dict[str, Any]) -> str:
