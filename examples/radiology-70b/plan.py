@@ -18,6 +18,10 @@ MACHINES: dict[str, list[str]] = {
     "A100, 80 GB": ["--device", "a100-80"],
     "H100, 80 GB": ["--device", "h100"],
     "H200, 141 GB": ["--device", "h200"],
+    "40 GB of an H100": [
+        "--device", "h100", "--memory", "40GB", "--head-storage", "nf4",
+        "--embedding-storage", "host", "--batch-size", "2", "--gradient-accumulation", "8",
+    ],
     "40 GB of an H100, streamed": ["--device", "h100", "--memory", "40GB", "--stream", "host"],
     "12 GB of an RTX 4090, streamed": [
         "--device", "rtx4090", "--memory", "12GB", "--stream", "host", "--batch-size", "4",

@@ -1,6 +1,7 @@
 """Build the run's model at full size with random weights, and take one real step.
 
     python examples/radiology-70b/step.py [--layers 80] [--rows 8] [--length 512]
+                                          [--head-storage nf4] [--embedding-storage host]
 
 Nothing is downloaded and nothing is dense for longer than one block: each block is drawn, held in
 4 bits, and put in place. Then the run file's adapter is attached, what `inlay plan` chose is
@@ -26,6 +27,7 @@ from inlay.memory.policy import apply
 from inlay.memory.probe import measuring
 from inlay.memory.skeleton import config_of
 from inlay.methods.catalog import build_method
+from inlay.model.stream import embedding_on_host
 from inlay.train.config import RunConfig, load_config
 from inlay.train.planning import assumed_rows, planned_step
 
@@ -37,7 +39,9 @@ SPREAD = 0.02
 def main() -> None:
     """Build, step, and print what was held."""
     options = parsed()
-    run = load_config(HERE / "run.yaml", {"batch_size": options.rows, "max_length": options.length})
+    keys = {"batch_size": options.rows, "max_length": options.length}
+    keys |= {n: getattr(options, n) for n in ("head_storage", "embedding_storage")}
+    run = load_config(HERE / "run.yaml", keys)
     shape, _ = config_of(str(HERE / "config.json"))
     shape.num_hidden_layers = options.layers or shape.num_hidden_layers
     machine = this_machine()
@@ -73,6 +77,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="blocks, where not all fit; default: all")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--head-storage", default="dense")
+    parser.add_argument("--embedding-storage", default="dense")
     return parser.parse_args()
 
 
@@ -86,6 +92,12 @@ def built(shape: Any, run: RunConfig, device: torch.device) -> Any:
         inlay.quantize(block, run.storage, double_quant=run.double_quant, skip=[])
     for part in (model.model.embed_tokens, model.model.norm, model.lm_head):
         drawn(part, device)
+    if run.head_storage != "dense":
+        model.lm_head = inlay.quantize(
+            model.lm_head, run.head_storage, double_quant=run.double_quant
+        )
+    if run.embedding_storage == "host":
+        embedding_on_host(model, device)
     model.model.rotary_emb = type(model.model.rotary_emb)(shape).to(device)
     return model.requires_grad_(False)
 

@@ -42,6 +42,7 @@ def description(model: nn.Module, trained: Collection[str]) -> dict[str, Any]:
     return {
         "architecture": type(model).__name__,
         "storage": storage_of(model),
+        "head_storage": head_storage_of(model),
         "dtype": dtype_of(model),
         "shapes_sha256": shapes_digest(model),
         "values_sha256": values_digest(model, trained),
@@ -55,9 +56,22 @@ def base_name(model: nn.Module) -> str | None:
 
 
 def storage_of(model: nn.Module) -> str:
-    """Return the storage of the packed layers, or `dense` when there is none."""
-    held = {frozen(m).storage for _, m in own_modules(model) if kind(m)}
+    """Return the storage of the packed layers but the output head, or `dense` without any."""
+    head = output_head(model)
+    layers = [m for _, m in own_modules(model) if m is not head and kind(m) == "linear"]
+    held = {frozen(layer).storage for layer in layers}
     return ",".join(sorted(held - {"dense"})) or "dense"
+
+
+def head_storage_of(model: nn.Module) -> str:
+    """Return the storage of a language model's output head, or `dense` when there is none."""
+    head = output_head(model)
+    return frozen(head).storage if head is not None and kind(head) else "dense"
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Return a language model's output head."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def dtype_of(model: nn.Module) -> str:

@@ -59,9 +59,18 @@ class AdapterFolder:
     @property
     def storage(self) -> str | None:
         """How the base's weights were held in training, if the folder says."""
+        return self.said_of_base("storage")
+
+    @property
+    def head_storage(self) -> str | None:
+        """How the base's output head was held in training, if the folder says."""
+        return self.said_of_base("head_storage")
+
+    def said_of_base(self, key: str) -> str | None:
+        """Return a word that inlay.json says of the base, or None."""
         found = (self.extras or {}).get("base")
-        storage = found.get("storage") if isinstance(found, dict) else None
-        return storage if isinstance(storage, str) else None
+        word = found.get(key) if isinstance(found, dict) else None
+        return word if isinstance(word, str) else None
 
 
 def read_folder(directory: str | Path) -> AdapterFolder:

@@ -16,6 +16,7 @@ from inlay.cli.train import add_run, config_from
 from inlay.train.config import RunConfig
 from inlay.train.flags import flags_of
 from inlay.train.launch import LaunchOptions, check_options
+from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
     from inlay.memory.devices import Device
@@ -107,7 +108,7 @@ def divided(config: RunConfig, options: LaunchOptions) -> Processes:
 def draw(config: RunConfig, rows: Rows, plan: Plan, why: Sequence[str]) -> None:
     """Write the plan as tables."""
     batch, length = rows.batch["input_ids"].shape
-    show.heading(f"{config.method} on {config.model} in {config.storage}")
+    show.heading(f"{config.method} on {config.model} in {held(config)}")
     show.facts(
         [
             ("trains", f"{plan.trained:,} parameters"),
@@ -128,6 +129,16 @@ def draw(config: RunConfig, rows: Rows, plan: Plan, why: Sequence[str]) -> None:
         print(f"  {sentence}")
 
 
+def held(config: RunConfig) -> str:
+    """Return in words how the frozen weights are held."""
+    words = [config.storage]
+    if config.head_storage != "dense":
+        words.append(f"its output head in {config.head_storage}")
+    if config.embedding_storage == "host":
+        words.append("its embedding on the host")
+    return ", ".join(words)
+
+
 def cells(option: Option, plan: Plan) -> list[str]:
     """Return the table's cells for one activation policy."""
     fits = "yes" if option.total <= plan.limit else "no"
@@ -146,7 +157,8 @@ def remarks(config: RunConfig, rows: Rows, plan: Plan) -> Iterator[str]:
         long = show.duration(run_seconds(config, rows, best.seconds))
         yield f"the whole run takes {'at most' if rows.assumed else 'about'} {long}"
     if rows.assumed:
-        yield "rows are taken to fill max_length, every token trained on: there were none to read"
+        every = "" if TASKS[config.task].verbs else ", every token trained on"
+        yield f"rows are taken to fill max_length{every}: there were none to read"
     if device.measured:
         yield "times follow from this machine's rates, measured just now"
     else:
@@ -170,6 +182,8 @@ def as_record(config: RunConfig, rows: Rows, plan: Plan, why: Sequence[str]) -> 
         "method": config.method,
         "hyperparameters": config.hyperparameters,
         "storage": config.storage,
+        "head_storage": config.head_storage,
+        "embedding_storage": config.embedding_storage,
         "stream": config.stream,
         "batch_size": config.batch_size,
         "gradient_accumulation": config.gradient_accumulation,

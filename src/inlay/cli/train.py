@@ -41,7 +41,8 @@ EXAMPLES = """examples:
   inlay train run.yaml --print-config > resolved.yaml"""
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": (
-        "model", "revision", "storage", "double_quant", "stream", "dtype", "eight_bits",
+        "model", "revision", "storage", "double_quant", "head_storage",
+        "embedding_storage", "stream", "dtype", "eight_bits",
     ),
     "method": ("method", "targets", "exclude", "layers", "modules_to_save"),
     "data": (

@@ -22,6 +22,7 @@ class Tuned:
     adapter: Path
     base: str
     storage: str
+    head_storage: str
     run: Mapping[str, Any]
     """The configuration of the run; empty for an adapter that no run lies beside."""
     trained_on: str = ""
@@ -64,7 +65,8 @@ def find_tuned(directory: str) -> Tuned:
     storage = run.get("storage") or found.storage or "dense"
     data = str(record.get("data_sha256", "")).split("+")[0]
     head = (found.extras or {}).get("head")
-    return Tuned(adapter, base, storage, run, data, head, record)
+    head_storage = run.get("head_storage") or found.head_storage or "dense"
+    return Tuned(adapter, base, storage, head_storage, run, data, head, record)
 
 
 def run_record(folder: Path) -> Mapping[str, Any]:
@@ -95,6 +97,8 @@ def load_tuned(
         tuned.base,
         storage or tuned.storage,
         double_quant=tuned.run.get("double_quant", True),
+        head_storage=tuned.head_storage,
+        embedding_storage=tuned.run.get("embedding_storage", "dense"),
         dtype=tuned.run.get("dtype", "auto"),
         stream=tuned.run.get("stream", "off"),
         revision=tuned.run.get("revision"),

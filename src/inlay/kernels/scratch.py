@@ -2,7 +2,7 @@
 
 A packed weight is unpacked tile by tile into one buffer that is kept, so that nothing dense is
 allocated, and a tile is still in the cache when it is multiplied. On a GPU a tile is the whole
-matrix, and the caching allocator keeps the buffer.
+matrix, unless that is as large as an output head, and the caching allocator keeps the buffer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from inlay.kernels.switches import is_on
 
 TILE_BYTES = 16 << 20
 """Measured on two cores: smaller tiles slow the product, larger ones leave the cache."""
+GPU_TILE_BYTES = 512 << 20
+"""Room for every layer of a 70B model's blocks at once, and for a quarter of its output head."""
 kept = threading.local()
 """Each thread's buffer; the backward pass on a GPU has a thread of its own."""
 
@@ -54,9 +56,10 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def tile_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
     """Return how many rows of a (rows, columns) matrix are unpacked at once: tiles of one size."""
-    if device.type != "cpu" or not rows:
+    if not rows:
         return rows
-    most = max(1, TILE_BYTES // (columns * dtype.itemsize))
+    room = TILE_BYTES if device.type == "cpu" else GPU_TILE_BYTES
+    most = max(1, room // (columns * dtype.itemsize))
     return ceil(rows / ceil(rows / most))
 
 

@@ -77,9 +77,9 @@ def product(
     if target == "cpu" and reads_on_cpu(name, x, columns):
         return Scratch(cast)
     unpacking = () if name == DENSE else UNPACKING
+    step = tile_rows(rows, columns, dtype, torch.device(target))
     if target != "cpu":
-        return Scratch((*unpacking, rows * columns * dtype.itemsize))
-    step = tile_rows(rows, columns, dtype, x.device)
+        return Scratch((*unpacking, step * columns * dtype.itemsize))
     kept = max(step * columns * dtype.itemsize, TILE_BYTES)
     return Scratch((*cast, *unpacking), kept, (count, columns, step))
 

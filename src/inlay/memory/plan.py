@@ -192,7 +192,7 @@ def option(policy: Policy, found: Simulation, task: Task, device: Device, runtim
         bytes=parts,
         passes=found.passes - weights + resident + runtime + parts.get("allocator", 0),
         kept=found.kept,
-        host=found.host + (weights if task.streamed else 0),
+        host=found.host + found.on_host + (weights if task.streamed else 0),
         flops=found.flops,
         seconds=task.accumulation * (streaming if task.streamed else max(pure, moving)),
         streamed_total=total - resident + min(weights, found.streamed_weights),

@@ -32,12 +32,15 @@ from inlay.memory.costs import FLOPS, SCRATCH, Scratch, planning_for
 from inlay.memory.heap import SMALLEST, Event, Heap
 from inlay.memory.policy import Policy
 from inlay.model.stream import BUFFERS
-from inlay.storage.streamed import SEGMENT
+from inlay.storage.quantized import QuantizedLinear
+from inlay.storage.streamed import SEGMENT, StreamedEmbedding
 
 CATEGORIES = ("weights", "adapter", "gradients", "optimiser", "activations", "loss", "buffers")
 """What device memory is for; `buffers` is what lives for a moment, recomputed layers among it."""
 HOST = "host"
 """Tensors that were moved to the host's memory, which do not count as the device's."""
+BFLOAT16_ALONE = "Expected inputs of BF16 type"
+"""What PyTorch says of grouped products without data in another dtype, which it does compute."""
 LARGEST_KNOWN = 1 << 26
 """Integer and boolean tensors of at most this many elements are followed with their values."""
 
@@ -100,8 +103,10 @@ class Simulation:
     """Parameters that train."""
     streamed_weights: int
     """Bytes of the frozen weights that lie on the device when they are streamed."""
+    on_host: int
+    """Bytes of the frozen weights that lie in the host's memory."""
     frozen: Frozen
-    """The frozen weights."""
+    """The frozen weights on the device."""
     work: dict[str, Work]
     """Operation -> what it did."""
 
@@ -262,6 +267,13 @@ def fake_tensors() -> Generator[FakeTensorMode]:
             f"the step cannot be planned: what the model computes depends on values that are "
             f"known only in training ({error.func})"
         ) from None
+    except RuntimeError as error:
+        if BFLOAT16_ALONE not in str(error):
+            raise
+        raise ModelError(
+            "the step cannot be planned: PyTorch follows the products of a mixture of experts in "
+            "bfloat16 alone, and this run computes in another dtype"
+        ) from None
 
 
 def simulate(
@@ -344,6 +356,7 @@ class Step:
             host=ledger.host_peak,
             trained=sum(p.numel() for p in self.trained),
             streamed_weights=streamed_bytes(self.model),
+            on_host=host_bytes(self.model),
             frozen=frozen_weights(self.model),
             work=ledger.work,
             buffer=ledger.kept,
@@ -385,11 +398,20 @@ class Step:
 def streamed_bytes(model: nn.Module) -> int:
     """Return what lies on the device of a model's frozen weights when they are streamed.
 
-    Two of the largest repeated block, or two shares of a dense output head.
+    Two of the largest repeated block, of a packed output head, or of a dense one's shares.
     """
     blocks = [m for each in model.modules() if isinstance(each, nn.ModuleList) for m in each]
     sizes = [frozen_bytes(block) for block in blocks]
-    return BUFFERS * max(min(SEGMENT, frozen_bytes(model) - sum(sizes)), *sizes, 0)
+    inside = {m for block in blocks for m in block.modules()}
+    packed = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m not in inside]
+    share = min(SEGMENT, frozen_bytes(model) - sum(sizes))
+    return BUFFERS * max(share, *sizes, *map(frozen_bytes, packed), 0)
+
+
+def host_bytes(model: nn.Module) -> int:
+    """Return the bytes of the tables of which only rows come to the device."""
+    tables = [m.source.table for m in model.modules() if isinstance(m, StreamedEmbedding)]
+    return sum(table.nbytes for table in tables)
 
 
 def frozen_weights(model: nn.Module) -> Frozen:

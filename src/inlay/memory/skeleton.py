@@ -22,7 +22,8 @@ from inlay.model.load import (
     model_class,
     packed_storage,
 )
-from inlay.model.quantize import dense_view, quantizable
+from inlay.model.quantize import dense_view, storages
+from inlay.model.stream import embedding_on_host
 from inlay.storage.registry import storage_class
 
 
@@ -62,6 +63,8 @@ def skeleton(
     double_quant: bool,
     dtype: str,
     head: Head | None = None,
+    head_storage: str = "dense",
+    embedding_on_device: bool = True,
 ) -> PreTrainedModel:
     """Build a model without values whose layers are held as `inlay.load` would hold them."""
     held = packed_storage(getattr(config, "quantization_config", None), "the model") or storage
@@ -69,9 +72,10 @@ def skeleton(
     with no_init_weights():
         model = empty_model(config, computing_dtype(config, dtype), head)
         model.tie_weights()
-    if held != "dense":
-        for name in quantizable(model):
-            unfill(model, name, held, double_quant)
+    for name, storage in storages(model, held, head_storage).items():
+        unfill(model, name, storage, double_quant)
+    if not embedding_on_device:
+        embedding_on_host(model, "cpu")
     model.requires_grad_(False)
     return model
 

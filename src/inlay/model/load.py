@@ -40,19 +40,20 @@ from inlay.model.heads import (
     initialise,
     pad_token,
 )
-from inlay.model.quantize import describe_quantization
+from inlay.model.quantize import describe_quantization, head_of, storages
 from inlay.model.reading import (
     ReadingConfig,
     ReadingQuantizer,
     Stopped,
     unread_tensors,
 )
-from inlay.model.stream import BUFFERS, connect
+from inlay.model.stream import BUFFERS, connect, embedding_on_host
 from inlay.model.stream import stream as stream_from_host
 from inlay.model.vision import has_processor, read_processor, sees_images, tokenizer_in
 from inlay.storage.registry import storage_class
 
 Stream = Literal["off", "disk", "host"]
+EmbeddingStorage = Literal["dense", "host"]
 EMBEDDED = {"pocket": Path(__file__).parent / "pocket"}
 """Names of the base models that come with Inlay -> their folder."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
@@ -67,6 +68,8 @@ def load(
     storage: str = "dense",
     *,
     double_quant: bool = True,
+    head_storage: str = "dense",
+    embedding_storage: EmbeddingStorage = "dense",
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     stream: Stream = "off",
@@ -82,6 +85,10 @@ def load(
             `int8` quantise each weight as it is read, so that memory peaks near that size. What
             sees images stays as it was saved.
         double_quant: for nf4, whether the blocks' scales are quantised too.
+        head_storage: how a language model's output head is held, which `storage` leaves as it was
+            saved; a head that is tied to the embedding cannot be held by itself.
+        embedding_storage: `host` leaves the embedding in host memory, of which the rows that are
+            looked up go to the device; values are the same.
         dtype: of the dense weights and of all products; `auto` is the checkpoint's own.
         device: where the model goes; default: the first GPU, else the CPU.
         stream: `disk` leaves the large weights in files and `host` in host memory; each block is
@@ -99,14 +106,19 @@ def load(
         ModelError: the model is not there, is damaged, incomplete, or not in safetensors.
         StorageError: no such storage, or a weight that it cannot hold.
     """
-    if storage != "dense":
-        storage_class(storage)
-    if stream not in get_args(Stream):
-        raise ModelError(f"stream must be one of {', '.join(get_args(Stream))}, not {stream!r}")
+    for name in {storage, head_storage} - {"dense"}:
+        storage_class(name)
+    check_word("stream", stream, Stream)
+    check_word("embedding_storage", embedding_storage, EmbeddingStorage)
+    if head is not None and head_storage != "dense":
+        raise ModelError(
+            f"head_storage {head_storage!r} is for a language model's output head, but another "
+            "head takes its place here, which is new and dense; leave head_storage at 'dense'"
+        )
     folder = located(model, revision)
     with quiet_transformers(), torch.random.fork_rng(enabled=head is not None):
         config = read_config(folder, trust_remote_code)
-        reading = reading_config(config, model, storage, double_quant)
+        reading = reading_config(config, model, storage, double_quant, head_storage)
         dtype = checked_dtype(dtype)
         where = checked_device(device)
         if stream == "disk":
@@ -121,7 +133,15 @@ def load(
     describe_quantization(loaded)
     if stream == "host":
         stream_from_host(loaded, where)
+    elif embedding_storage == "host" and stream == "off":
+        embedding_on_host(loaded, where)
     return loaded.requires_grad_(False).eval(), reader
+
+
+def check_word(key: str, value: str, allowed: Any) -> None:
+    """Raise unless a value is one of those that a Literal allows."""
+    if value not in get_args(allowed):
+        raise ModelError(f"{key} must be one of {', '.join(get_args(allowed))}, not {value!r}")
 
 
 def located(model: str, revision: str | None = None) -> Path:
@@ -240,7 +260,11 @@ def read_reader(
 
 
 def reading_config(
-    config: PreTrainedConfig, model: str, storage: str, double_quant: bool
+    config: PreTrainedConfig,
+    model: str,
+    storage: str,
+    double_quant: bool,
+    head_storage: str = "dense",
 ) -> ReadingConfig | None:
     """Return how the weights are to be packed while loading; None when they stay as they are.
 
@@ -248,17 +272,20 @@ def reading_config(
     """
     packed_as = packed_storage(getattr(config, "quantization_config", None), model)
     if packed_as is None:
-        return (
-            None
-            if storage == "dense"
-            else ReadingConfig(storage=storage, double_quant=double_quant)
-        )
+        if storage == head_storage == "dense":
+            return None
+        return ReadingConfig(storage=storage, double_quant=double_quant, head_storage=head_storage)
     if storage not in ("dense", packed_as):
         raise ModelError(
             f"{model} is held in {packed_as} already, so it cannot be loaded as {storage}; "
             f"load it with storage='{packed_as}' or find the model it was made from"
         )
-    config.quantization_config = {"quant_method": "inlay", "storage": packed_as}
+    config.quantization_config = {
+        "quant_method": "inlay",
+        "storage": packed_as,
+        "double_quant": double_quant,
+        "head_storage": head_storage,
+    }
     return None
 
 
@@ -366,19 +393,19 @@ def read_streamed(
     with failures_as_sentences(folder, "configuration"):
         skeleton = stream_files.skeleton(read_as, config, compute)
     if reading is not None:
+        packed_as = storages(skeleton, reading.storage, reading.head_storage)
         folder = stream_files.packed_copy(
-            folder,
-            weight_files(folder),
-            skeleton,
-            config,
-            reading.storage,
-            reading.double_quant,
+            folder, weight_files(folder), skeleton, config, packed_as, reading.double_quant
         )
         check_cached(folder)
+    else:
+        stored_as = str(said.get("storage", "dense"))
+        packed_as = dict.fromkeys(stream_files.streamable(skeleton), stored_as)
     files = weight_files(folder)
-    packed_as = reading.storage if reading else said.get("storage")
     tensors = stream_files.opened_files(files)
     weights, left = stream_files.weights_in_files(skeleton, tensors, packed_as)
+    if said.get("head_storage", "dense") != "dense":
+        check_head_streams(folder, weights[head_of(skeleton)].packing, said["head_storage"])
     with failures_as_sentences(folder, "weights"):
         model, report = read_as.from_pretrained(
             None,
@@ -394,6 +421,16 @@ def read_streamed(
     settle(model, folder, report, head, kept)
     connect(model, weights, device, BUFFERS)
     return model.to(device)
+
+
+def check_head_streams(folder: Path, held: str, asked: str) -> None:
+    """Raise when a head that is streamed from a packed checkpoint's files is held otherwise."""
+    if held != asked:
+        raise ModelError(
+            f"head_storage {asked!r} was asked for, but {folder} is packed already and streamed "
+            f"from its own files, where the head is {held}; leave head_storage at 'dense' (a "
+            "streamed head takes no room), or give stream='host'"
+        )
 
 
 def settle(

@@ -15,7 +15,7 @@ from inlay.errors import MergeError
 from inlay.methods.base import evaluating
 from inlay.model.attach import active, adapters, detach, disabled
 from inlay.model.layer import AdaptedLayer
-from inlay.model.quantize import describe_quantization
+from inlay.model.quantize import describe_quantization, others_than_first
 from inlay.model.stream import is_streamed
 from inlay.storage.base import FrozenLinear
 from inlay.storage.registry import frozen
@@ -82,6 +82,7 @@ def merge(
             plan.layer(model, name, module)
     check_survival(plan, storage, minimum_survival)
     plan.apply()
+    plan.make_uniform(model)
     try:
         with disabled(model):
             after = logits_of(model, batches)
@@ -173,9 +174,21 @@ class Plan(Update):
             self.before.append((owner, name, held_in[name]))
             put(owner, name, new)
 
+    def make_uniform(self, model: nn.Module) -> None:
+        """Hold the packed layers dense, exactly, that are not in the format of the first.
+
+        A checkpoint of bitsandbytes has one format.
+        """
+        for name in others_than_first(model):
+            parent, _, leaf = name.rpartition(".")
+            base = frozen(model.get_submodule(name))
+            owner = model.get_submodule(parent)
+            self.before.append((owner, leaf, owner._modules[leaf]))
+            put(owner, leaf, held(base, base.dequantize(), base.bias, "dense"))
+
     def undo(self) -> None:
         """Put back what was there."""
-        for owner, name, old in self.before:
+        for owner, name, old in reversed(self.before):
             put(owner, name, old)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,6 +27,7 @@ def quantize(
     *,
     double_quant: bool = True,
     skip: Sequence[str] | None = None,
+    head_storage: str = "dense",
 ) -> nn.Module:
     """Hold the model's linear layers in `storage`, in place, one after another.
 
@@ -38,31 +40,35 @@ def quantize(
         double_quant: for nf4, whether the blocks' scales are quantised too.
         skip: names or dotted suffixes of layers to leave dense; default: the output head, and of
             a model that sees images everything but the language part.
+        head_storage: how a language model's output head is held; `dense` leaves it to `skip`. A
+            head that is tied to the embedding cannot be held otherwise than the embedding.
 
     Returns:
         The model; its quantised layers are new modules under the same names.
 
     Raises:
         StorageError: no such storage, or a weight that it cannot hold.
-        ModelError: the model has no layer to quantise, or `skip` names none of them.
+        ModelError: the model has no layer to quantise, or `skip` names none of them, or no output
+            head that can be held by itself.
     """
-    if storage == "dense":
+    if storage == head_storage == "dense":
         return model
-    held_as = storage_class(storage)
     check_not_adapted(model)
     if is_dense_linear(model):
         view = dense_view(model)
+        held_as = storage_class(storage)
         return held_as.quantized(view.matrix(), view.bias, double_quant=double_quant)
-    names = quantizable(model, skip)
+    names = storages(model, storage, head_storage, skip)
     if not names:
         raise ModelError(
             f"{type(model).__name__} has no linear layer to hold in {storage}: it has none, or "
             "all are skipped or share their weights"
         )
-    for name in names:
-        replace(model, name, held_as, double_quant)
+    for name, held in names.items():
+        replace(model, name, storage_class(held), double_quant)
     describe_quantization(model)
-    logger.info("%d linear layers are held in %s", len(names), storage)
+    for held, count in Counter(names.values()).items():
+        logger.info("%d linear layers are held in %s", count, held)
     return model
 
 
@@ -86,6 +92,47 @@ def check_not_adapted(model: nn.Module) -> None:
                 f"{name} carries adapters, which quantising would drop; quantise first, then "
                 "attach, or detach the adapters before"
             )
+
+
+def storages(
+    model: nn.Module, storage: str, head_storage: str = "dense", skip: Sequence[str] | None = None
+) -> dict[str, str]:
+    """Return the names of the dense layers to be packed, and in which storage.
+
+    Raises:
+        StorageError: there is no such storage.
+        ModelError: an entry of `skip` matches nothing, or the head cannot be held by itself.
+    """
+    for name in {storage, head_storage} - {"dense"}:
+        storage_class(name)
+    found = {} if storage == "dense" else dict.fromkeys(quantizable(model, skip), storage)
+    return found if head_storage == "dense" else found | {head_of(model): head_storage}
+
+
+def head_of(model: nn.Module) -> str:
+    """Return the name of a language model's output head, if it can be held by itself.
+
+    Raises:
+        ModelError: there is none, or its weight is the embedding's too.
+    """
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    name = next((n for n, m in model.named_modules() if m is head), None)
+    if name is None or kind(head) != "linear":
+        raise ModelError(
+            f"{type(model).__name__} has no output head that could be held by itself; leave "
+            "head_storage at 'dense'"
+        )
+    ties: Any = getattr(model, "all_tied_weights_keys", {})
+    weight = f"{name}.weight"
+    if weight in {*ties, *ties.values()} or id(head._parameters["weight"]) in shared_parameters(
+        model
+    ):
+        raise ModelError(
+            f"the output head of {type(model).__name__} is its embedding too (their weights are "
+            "tied), so that packing it would change what is read or hold it twice; leave "
+            "head_storage at 'dense'"
+        )
+    return name
 
 
 def quantizable(model: nn.Module, skip: Sequence[str] | None = None) -> list[str]:
@@ -133,7 +180,8 @@ def shared_parameters(model: nn.Module) -> set[int]:
 def describe_quantization(model: nn.Module) -> None:
     """Say in a transformers model's configuration how its layers are held, or that all are dense.
 
-    `save_pretrained` then writes a checkpoint that transformers loads with bitsandbytes.
+    `save_pretrained` then writes a checkpoint that transformers loads with bitsandbytes, which
+    knows one format a checkpoint: layers in another than the first one's are saved dense.
     """
     if not isinstance(model, PreTrainedModel):
         return
@@ -142,8 +190,17 @@ def describe_quantization(model: nn.Module) -> None:
     if not held:
         vars(model.config).pop("quantization_config", None)
         return
+    others = others_than_first(model)
+    for name in others:
+        model.get_submodule(name).saved_dense = True  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     dense = [n for n, m in model.named_modules() if n and is_dense_linear(m)]
-    model.config.quantization_config = bitsandbytes_config(held[0], dense)
+    model.config.quantization_config = bitsandbytes_config(held[0], dense + others)
+
+
+def others_than_first(model: nn.Module) -> list[str]:
+    """Return the packed layers that are held in another format than the first one is."""
+    packed = [(n, m.storage) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+    return [name for name, storage in packed if storage != packed[0][1]]
 
 
 def bitsandbytes_config(layer: QuantizedLinear, dense: list[str]) -> dict[str, object]:

@@ -19,8 +19,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from inlay.errors import StorageError
-from inlay.model.quantize import dense_view, quantizable
+from inlay.errors import InlayError, ModelError, StorageError
+from inlay.model.quantize import dense_view, head_of, storages
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.registry import STORAGES, storage_class
 
@@ -28,9 +28,14 @@ from inlay.storage.registry import STORAGES, storage_class
 class Stopped(BaseException):
     """Carries an error past transformers' loader, which would log any Exception and go on."""
 
-    def __init__(self, layer: str, error: StorageError) -> None:
-        self.error = StorageError(f"{layer}: {error}")
-        super().__init__(str(self.error))
+    def __init__(self, error: InlayError) -> None:
+        self.error = error
+        super().__init__(str(error))
+
+
+def stopped_at(layer: str, error: StorageError) -> Stopped:
+    """Return what stops the loader at one layer."""
+    return Stopped(StorageError(f"{layer}: {error}"))
 
 
 @dataclass(kw_only=True)
@@ -39,6 +44,7 @@ class ReadingConfig(QuantizationConfigMixin):
 
     storage: str = "nf4"
     double_quant: bool = True
+    head_storage: str = "dense"
     quant_method: Any = "inlay"
 
 
@@ -56,22 +62,31 @@ class ReadingQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: ReadingConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.names: set[str] = set()
+        self.storages: dict[str, str] = {}
+        self.head: str | None = None
+        """The output head, where it is to be packed."""
 
     @property
     def quantized_element_size(self) -> float:
-        return storage_class(self.quantization_config.storage).bytes_per_weight
+        config = self.quantization_config
+        most = config.head_storage if config.storage == "dense" else config.storage
+        return storage_class(most).bytes_per_weight
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         del kwargs
-        self.names = set(quantizable(model))
+        config = self.quantization_config
+        try:
+            self.storages = storages(model, config.storage, config.head_storage)
+            self.head = None if config.head_storage == "dense" else head_of(model)
+        except ModelError as error:
+            raise Stopped(error) from error
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
     ) -> bool:
         del model, kwargs
         layer, _, name = param_name.rpartition(".")
-        return name == "weight" and layer in self.names
+        return name == "weight" and layer in self.storages
 
     def get_quantize_ops(self) -> ConversionOps:
         return QuantizeOne(self)
@@ -83,7 +98,7 @@ class ReadingQuantizer(HfQuantizer):
         """Put a packed layer in an empty one's place, with its bias; return its weight."""
         layer._parameters["bias"] = model.get_submodule(name)._parameters["bias"]
         model.set_submodule(name, layer)
-        self.names.add(name)
+        self.storages[name] = layer.storage
         layer._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
         return layer.weight
 
@@ -137,18 +152,19 @@ class QuantizeOne(ReadingOp):
         weight = read[0] if isinstance(read, list) else read
         name = parameter.removesuffix(".weight")
         empty = dense_view(model.get_submodule(name))
-        config = self.hf_quantizer.quantization_config
+        quantizer = self.hf_quantizer
+        double_quant = quantizer.quantization_config.double_quant
         try:
             check_shape(weight, empty.weight)
-            layer = storage_class(config.storage).quantized(
-                empty.turned(weight), None, double_quant=config.double_quant
+            layer = storage_class(quantizer.storages[name]).quantized(
+                empty.turned(weight), None, double_quant=double_quant
             )
         except StorageError as error:
-            raise Stopped(name, error) from error
-        return self.hf_quantizer.replace(model, name, layer)
+            raise stopped_at(name, error) from error
+        return quantizer.replace(model, name, layer)
 
 
-class TakePacked(ReadingOp):
+class TakePacked(QuantizeOne):
     """Take in one weight that the checkpoint holds packed, as bitsandbytes wrote it."""
 
     @torch.no_grad()
@@ -159,7 +175,7 @@ class TakePacked(ReadingOp):
         target_patterns: list[str],
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return the packed weight; a weight that comes alone is dense and stays so."""
+        """Return the packed weight; one that comes alone is dense and stays so, heads apart."""
         del source_patterns, target_patterns
         model: PreTrainedModel = kwargs["model"]
         parameter: str = kwargs["full_layer_name"]
@@ -169,17 +185,24 @@ class TakePacked(ReadingOp):
         try:
             if set(tensors) == {"weight"}:
                 check_shape(tensors["weight"], empty)
-                return {"weight": as_dtype(tensors["weight"], empty.dtype)}
+                weight = as_dtype(tensors["weight"], empty.dtype)
+                packs = name == self.hf_quantizer.head
+                return {"weight": self.packed(model, parameter, weight) if packs else weight}
             layer = self.restored(model, name, tensors)
         except StorageError as error:
-            raise Stopped(name, error) from error
+            raise stopped_at(name, error) from error
         return {"weight": self.hf_quantizer.replace(model, name, layer)}
 
     def restored(self, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> QuantizedLinear:
         """Build the layer that holds these tensors."""
         empty = dense_view(model.get_submodule(name))
-        held_as = storage_class(self.hf_quantizer.quantization_config.storage)
-        layer = held_as.restored(tensors, empty.dtype)
+        config = self.hf_quantizer.quantization_config
+        if name == self.hf_quantizer.head and config.head_storage != config.storage:
+            raise StorageError(
+                f"the checkpoint holds it in {config.storage} already, so that it cannot be held "
+                f"in {config.head_storage}"
+            )
+        layer = storage_class(config.storage).restored(tensors, empty.dtype)
         if layer.shape != empty.shape:
             raise StorageError(
                 f"the checkpoint holds a weight of shape {layer.shape}, the model's configuration "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inlay.errors import ModelError, StorageError
 from inlay.model.heads import to_train
-from inlay.model.quantize import check_not_adapted
+from inlay.model.quantize import check_not_adapted, shared_parameters
 from inlay.storage.buffers import Buffers, Statistics
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.registry import frozen, storage_class
@@ -120,9 +121,34 @@ def streamed_layer(
     return StreamedEmbedding(Rows(table, buffers.device), layer).train(layer.training)
 
 
+def embedding_on_host(model: Any, device: str | torch.device) -> nn.Module:
+    """Leave the model's input embedding in host memory, in place; its rows go to `device`.
+
+    Raises:
+        ModelError: there is no such embedding, or the output head is the same weight.
+    """
+    layer = model.get_input_embeddings()
+    name = next((n for n, m in model.named_modules() if m is layer), None)
+    if name is None or type(layer) is not nn.Embedding:
+        raise ModelError(
+            f"{type(model).__name__} reads its input by a {type(layer).__name__}, but only a plain "
+            "embedding can lie in host memory; leave embedding_storage at 'dense'"
+        )
+    if id(layer.weight) in shared_parameters(model):
+        raise ModelError(
+            f"the embedding of {type(model).__name__} is its output head too (their weights are "
+            "tied), which every step multiplies by, so that it cannot lie in host memory; leave "
+            "embedding_storage at 'dense'"
+        )
+    table = HostTensor(layer.weight.detach().cpu())
+    new = StreamedEmbedding(Rows(table, torch.device(device)), layer)
+    model.set_submodule(name, new.train(layer.training))
+    return model
+
+
 def is_streamed(model: nn.Module) -> bool:
-    """Say whether any of the model's layers is streamed."""
-    return any(isinstance(m, StreamedLinear | StreamedEmbedding) for m in model.modules())
+    """Say whether the model's linear layers are streamed."""
+    return any(isinstance(m, StreamedLinear) for m in model.modules())
 
 
 def statistics(model: nn.Module) -> Statistics:
@@ -147,7 +173,7 @@ def file_weights(
     modules: Mapping[str, nn.Module],
     tensors: Mapping[str, FileTensor],
     key_of: Callable[[str], str],
-    storage: str | None,
+    storages: Mapping[str, str],
 ) -> dict[str, Weight]:
     """Return the weights of these layers as they lie in files, by layer name.
 
@@ -155,7 +181,7 @@ def file_weights(
         modules: linear layers and embeddings by name.
         tensors: every tensor of the files.
         key_of: a layer's name -> its weight's name in the files.
-        storage: how packed weights are held, if any are.
+        storages: how packed weights are held, by layer name.
 
     Raises:
         StorageError: packed tensors do not fit together.
@@ -170,9 +196,8 @@ def file_weights(
             shape = (weight.shape[0], weight.shape[1])
             found[name] = Weight("dense", shape, [weight])
             continue
-        assert storage is not None
         try:
-            found[name] = packed_weight(storage, key, {key: weight, **packed}, module)
+            found[name] = packed_weight(storages[name], key, {key: weight, **packed}, module)
         except StorageError as error:
             raise StorageError(f"{name}: {error}") from None
     return found

@@ -1,7 +1,7 @@
 """Load a model whose large weights stay in files: its own, or a packed copy made once in a cache.
 
 The copy is an ordinary checkpoint in bitsandbytes' 4 or 8 bits, one file a block, which
-transformers loads too.
+transformers loads too, unless the output head is held otherwise than the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from inlay.errors import ModelError, StorageError
 from inlay.model.heads import head_modules
-from inlay.model.quantize import bitsandbytes_config, dense_view, is_dense_linear, quantizable
+from inlay.model.quantize import bitsandbytes_config, dense_view, is_dense_linear
 from inlay.model.reading import unread_tensors
 from inlay.model.stream import Weight, block_name, file_weights
 from inlay.storage.quantized import QuantizedLinear
@@ -78,11 +78,13 @@ def opened_files(files: Sequence[Path]) -> dict[str, FileTensor]:
 
 
 def weights_in_files(
-    model: nn.Module, tensors: Mapping[str, FileTensor], storage: str | None
+    model: nn.Module, tensors: Mapping[str, FileTensor], storages: Mapping[str, str]
 ) -> tuple[dict[str, Weight], set[str]]:
     """Return the weights that stay in the files, by layer, and the names of their tensors there.
 
     Dense weights that do not lie as (out, in), such as Conv1D's, are not among them.
+
+    `storages`: layer -> how it is held, if it is packed.
     """
     key_of = keys_of(model, tensors)
     layers = streamable(model)
@@ -90,7 +92,7 @@ def weights_in_files(
     packed = {n for n, key in keys.items() if f"{key.removesuffix('weight')}SCB" in tensors}
     packed |= {n for n, key in keys.items() if f"{key}.absmax" in tensors}
     kept = {n: m for n, m in layers.items() if n in packed or type(m) in (nn.Linear, nn.Embedding)}
-    found = file_weights(kept, tensors, keys.__getitem__, storage)
+    found = file_weights(kept, tensors, keys.__getitem__, storages)
     for name, weight in found.items():
         check_fits(name, weight, kept[name])
     taken = {keys[n] for n in kept}
@@ -132,27 +134,29 @@ def packed_copy(
     files: Sequence[Path],
     model: nn.Module,
     config: PreTrainedConfig,
-    storage: str,
+    storages: Mapping[str, str],
     double_quant: bool,
 ) -> Path:
     """Return the folder of a packed copy of a dense checkpoint; make it when there is none.
 
-    Weights are packed one by one, and written block by block.
+    Weights are packed one by one, those of these layers in these storages, and written block by
+    block.
 
     Raises:
         ModelError: the disk has no room for the copy.
         StorageError: a weight cannot be packed.
     """
     dtype = next(model.parameters()).dtype
-    said = f"{LAYOUT} {storage} {double_quant} {dtype} {fingerprint(folder, files)}"
+    said = f"{LAYOUT} {storages} {double_quant} {dtype} {fingerprint(folder, files)}"
     digest = hashlib.sha256(said.encode()).hexdigest()[:16]
-    target = cache_folder() / f"{folder.name}-{storage}-{digest}"
+    formats = "-".join(dict.fromkeys(storages.values()))
+    target = cache_folder() / f"{folder.name}-{formats}-{digest}"
     if target.is_dir():
         return target
     building = target.with_name(f"{target.name}.{os.getpid()}.part")
     building.mkdir(parents=True, exist_ok=True)
     try:
-        Copy(building, files, model, storage, double_quant).write(config)
+        Copy(building, files, model, storages, double_quant).write(config)
         for extra in folder.glob("generation_config.json"):
             shutil.copy(extra, building)
         building.rename(target)
@@ -172,14 +176,18 @@ class Copy:
     """A packed checkpoint that is being written."""
 
     def __init__(
-        self, target: Path, files: Sequence[Path], model: nn.Module, storage: str, double: bool
+        self,
+        target: Path,
+        files: Sequence[Path],
+        model: nn.Module,
+        storages: Mapping[str, str],
+        double: bool,
     ) -> None:
-        self.target, self.model, self.double = target, model, double
-        self.held_as = storage_class(storage)
+        self.target, self.model, self.storages, self.double = target, model, storages, double
         self.tensors = unread_tensors(files)
         self.dtype = next(model.parameters()).dtype
         key_of = keys_of(model, self.tensors)
-        self.layers = {key_of(n): n for n in quantizable(model)}
+        self.layers = {key_of(name): name for name in storages}
         self.like: QuantizedLinear | None = None
 
     def write(self, config: PreTrainedConfig) -> None:
@@ -209,10 +217,13 @@ class Copy:
         name = self.layers[key]
         empty = dense_view(self.model.get_submodule(name))
         try:
-            layer = self.held_as.quantized(empty.turned(tensor), None, double_quant=self.double)
+            layer = storage_class(self.storages[name]).quantized(
+                empty.turned(tensor), None, double_quant=self.double
+            )
         except StorageError as error:
             raise StorageError(f"{name}: {error}") from None
-        self.like = layer
+        if self.storages[name] == next(iter(self.storages.values())):
+            self.like = layer
         return {key.removesuffix("weight") + k: t for k, t in layer.serialized().items()}
 
     def write_config(self, config: PreTrainedConfig) -> None:

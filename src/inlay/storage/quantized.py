@@ -32,6 +32,8 @@ class QuantizedLinear(nn.Module, FrozenLinear):
     """About how much room a weight takes, for reserving device memory."""
     tensor_names: ClassVar[tuple[str, ...]]
     """Every name that `serialized` may use; `weight` is the first."""
+    saved_dense: bool = False
+    """Whether a model's checkpoint holds the weight dequantised, as it is multiplied."""
     weight: Tensor
 
     def __init_subclass__(cls, named: bool = True) -> None:
@@ -203,7 +205,8 @@ class QuantizedLinear(nn.Module, FrozenLinear):
         self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
     ) -> None:
         del keep_vars
-        for name, tensor in self.serialized().items():
+        held = {"weight": self.dequantize()} if self.saved_dense else self.serialized()
+        for name, tensor in held.items():
             destination[prefix + name] = tensor
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias.detach()

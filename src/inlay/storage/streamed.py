@@ -23,7 +23,7 @@ from inlay.kernels.opaque import operator
 from inlay.storage.base import FrozenLinear
 from inlay.storage.buffers import Block, Buffers
 from inlay.storage.quantized import QuantizedLinear
-from inlay.storage.weights_file import Stored
+from inlay.storage.weights_file import HostTensor, Stored
 
 STREAMED = "streamed"
 SMALL = 1 << 14
@@ -299,7 +299,9 @@ class StreamedEmbedding(nn.Embedding, FrozenLinear):
     def _save_to_state_dict(
         self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
     ) -> None:
-        raise StorageError(UNSAVED)
+        if not isinstance(self.source.table, HostTensor):
+            raise StorageError(UNSAVED)
+        destination[f"{prefix}weight"] = self.source.table.tensor
 
 
 UNSAVED = (

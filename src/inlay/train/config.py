@@ -55,6 +55,12 @@ class RunConfig(BaseModel):
         "dense", description="how the frozen weights are held"
     )
     double_quant: bool = Field(True, description="nf4: quantise the block scales too")
+    head_storage: Literal["dense", "nf4", "int8"] = Field(
+        "dense", description="how the output head is held, which storage leaves dense"
+    )
+    embedding_storage: Literal["dense", "host"] = Field(
+        "dense", description="host: leave the embedding in host memory, and look rows up there"
+    )
     stream: Literal["off", "disk", "host"] = Field(
         "off", description="leave the frozen weights on disk or in host memory, brought in in time"
     )

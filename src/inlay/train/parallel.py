@@ -71,6 +71,9 @@ def refused(config: RunConfig) -> list[tuple[str, str]]:
         "stream": sharded
         and config.stream != "off"
         and f"parallel {config.parallel!r} divides weights that lie in memory; leave one out",
+        "embedding_storage": sharded
+        and config.embedding_storage != "dense"
+        and f"parallel {config.parallel!r} divides weights that lie in memory; leave one out",
         "eight_bits": sharded
         and config.eight_bits
         and "products in 8 bits were not tried on divided weights; give 'parallel: ddp'",
@@ -89,7 +92,8 @@ def groups(config: RunConfig, world: World) -> list[int]:
         return [world.local_size]
     if config.parallel == "fsdp":
         return [world.size]
-    whole_only = config.stream != "off" or config.eight_bits
+    leaves = config.stream != "off" or config.embedding_storage != "dense"
+    whole_only = leaves or config.eight_bits
     return [1] if whole_only else [1, world.size]
 
 

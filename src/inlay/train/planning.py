@@ -93,7 +93,7 @@ def planned_step(
 ) -> Plan:
     """Plan a step of a model that is given as its configuration."""
     task = Task(
-        build=partial(built, shape, config, head),
+        build=partial(built, shape, config, device, head),
         batch=batch,
         loss=loss or step_loss,
         optimiser=optimiser_of(config, device),
@@ -137,10 +137,18 @@ def held_beside(loop: str, products: frozenset[Product]) -> int:
     return runtime(products)
 
 
-def built(shape: PreTrainedConfig, config: RunConfig, head: Head | None = None) -> nn.Module:
+def built(
+    shape: PreTrainedConfig, config: RunConfig, device: Device, head: Head | None = None
+) -> nn.Module:
     """Build the run's model without values, adapted and ready to train."""
     model = skeleton(
-        shape, config.storage, double_quant=config.double_quant, dtype=config.dtype, head=head
+        shape,
+        config.storage,
+        double_quant=config.double_quant,
+        dtype=config.dtype,
+        head=head,
+        head_storage=config.head_storage,
+        embedding_on_device=config.embedding_storage == "dense" or device.kind == "cpu",
     )
     attach(
         model,
@@ -435,6 +443,8 @@ def remedies(config: RunConfig) -> str:
         ways.append(f"set batch_size to {least} and raise gradient_accumulation")
     if config.storage == "dense":
         ways.append("hold the base with storage nf4")
+    elif config.head_storage == "dense" and "head_storage" not in TASKS[config.task].fixed:
+        ways.append("hold an untied output head with head_storage nf4")
     if config.activations != "auto":
         ways.append("leave activations at auto")
     return ", or ".join(ways) + "; `inlay plan` shows what each needs"

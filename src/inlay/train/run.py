@@ -339,6 +339,8 @@ class Running(ABC, Generic[Row]):
             config.model,
             config.storage,
             double_quant=config.double_quant,
+            head_storage=config.head_storage,
+            embedding_storage=config.embedding_storage,
             dtype=config.dtype,
             device=device,
             stream=config.stream,

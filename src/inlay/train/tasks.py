@@ -77,6 +77,7 @@ LABELLED = not_supervised(
 )
 MISMATCHED = "how far the model has gone is estimated from each prompt with another row's answer"
 
+NEW_HEAD = {"head_storage": Fixed("dense", "its own head takes that one's place")}
 NAMED = "anchor, positive, negative and score name its columns"
 HEADED: dict[str, Fixed] = {
     "format": Fixed("auto", "its rows are read by the columns' names"),
@@ -85,6 +86,7 @@ HEADED: dict[str, Fixed] = {
     "packing": Fixed(False, "rows are padded side by side"),
     "cache_trunk": Fixed(False, "every row goes through the whole model"),
     "eight_bits": Fixed(False, "its gate measures the loss of supervised rows"),
+    **NEW_HEAD,
 }
 """What no task on a model with a head knows."""
 
@@ -210,7 +212,7 @@ TASKS: dict[str, Task] = {
             "a number for an answer, more for the preferred one, by TRL's RewardTrainer",
             "preference",
             "inlay.train.reward",
-            fixed=PREFERENCE,
+            fixed=PREFERENCE | NEW_HEAD,
             learning_rate_factor=0.1,
             verbs="inlay.train.reward_pairs",
         ),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.kernels.frozen import frozen_linear_t
 from inlay.methods.base import WeightMethod
 from inlay.model.layer import AdaptedLayer
 from inlay.storage.registry import frozen
@@ -63,8 +64,14 @@ def mean_logits(head: nn.Module, rows: Tensor) -> Tensor:
         parts = [head(part).float().mean(-1) for part in rows.split(256)]
         return torch.cat(parts) if parts else rows.new_zeros(0, dtype=torch.float32)
     matrix = frozen(head)
-    mean = matrix.dequantize().mean(0, dtype=torch.promote_types(matrix.dtype, torch.float32))
-    found = rows.to(mean.dtype) @ mean
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    packed = matrix.packed()
+    if packed is None:
+        mean = matrix.dequantize().mean(0, dtype=wide)
+    else:  # the weight is unpacked tile by tile
+        ones = torch.ones(1, matrix.shape[0], dtype=wide, device=matrix.device)
+        mean = frozen_linear_t(ones, *packed)[0] / matrix.shape[0]
+    found = rows.to(wide) @ mean
     return found if matrix.bias is None else found + matrix.bias.to(mean.dtype).mean()
 
 
