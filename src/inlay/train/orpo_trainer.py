@@ -64,7 +64,8 @@ class OddsTrainer(Telling, ORPOTrainer):
     def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> Any:
         """Return both answers' log-probability a token (n,), no logits, and the loss of the chosen.
 
-        The loss is that of prompt and answer, the mean over the batch's tokens.
+        The loss is that of prompt and answer, the mean over the batch's tokens; the one that
+        balances a mixture's experts comes last, if there is one.
         """
         ids, mask, answers = (
             batch[name] for name in ("input_ids", "attention_mask", "completion_mask")
@@ -74,13 +75,17 @@ class OddsTrainer(Telling, ORPOTrainer):
         counted[preferred] = mask[preferred]
         labels = ids.masked_fill(counted == 0, IGNORED)
         call = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        log_probs = Scoring(model)(labels=labels, fused_lm_head=True, **call).log_probs
+        if self.aux_loss_enabled:
+            call["output_router_logits"] = True
+        scores = Scoring(model)(labels=labels, fused_lm_head=True, **call)
+        log_probs = scores.log_probs
         assert log_probs is not None
         loss = -log_probs[preferred].sum() / mask[preferred, 1:].sum()
         means = (log_probs * answers[:, 1:]).sum(dim=1) / answers[:, 1:].sum(dim=1)
         chosen, rejected = means.chunk(2, dim=0)
         no_logits = log_probs.new_zeros(1)
-        return chosen, rejected, no_logits, no_logits, loss
+        balance = [scores.aux_loss] if self.aux_loss_enabled else []
+        return chosen, rejected, no_logits, no_logits, loss, *balance
 
 
 class AsTheyCome(Dataset):

@@ -15,7 +15,8 @@ from inlay.model.fast.causal_lm import IGNORED, FastCausalLM, ScoredOutput, scor
 class Scoring:
     """A model that is asked for each token's log-probability, by its own output head.
 
-    TRL's head reads `lm_head.weight`, past an adapter or a quantised storage.
+    TRL's head reads `lm_head.weight`, past an adapter or a quantised storage. A mixture of experts
+    that is asked for its router's logits gives the loss that balances them, too.
     """
 
     model: Any
@@ -27,7 +28,9 @@ class Scoring:
         if isinstance(self.model, FastCausalLM) and self.model.answers_fused():
             found = self.model(**call, labels=labels, fused_lm_head=fused_lm_head)
         else:
-            found = scored(self.model(**call).logits, labels, self.temperature)
+            outputs = self.model(**call)
+            found = scored(outputs.logits, labels, self.temperature)
+            found.aux_loss = getattr(outputs, "aux_loss", None)
         assert found.log_probs is not None
         if found.mean_logits is None:
             found.mean_logits = torch.zeros_like(found.log_probs)
