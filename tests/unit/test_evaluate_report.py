@@ -154,6 +154,12 @@ def test_the_page_says_everything_that_was_measured(
     assert page.tags.count("svg") == 2
 
 
+def test_the_page_says_what_its_tokens_are(comparison: Any):
+    answered = {**comparison, "counted": "tokens in the tuned model's drawn answers"}
+    words = "200 held-out rows (5,321 tokens in the tuned model's drawn answers) for both"
+    assert words in Page(report_page({}, [], answered)).text
+
+
 def test_a_change_is_marked_only_where_it_is_more_than_chance(comparison: Any):
     html = report_page({}, [], comparison)
     marks = re.findall(r'data-column="Change" class="(\w*)"', html)

@@ -79,6 +79,7 @@ def compare_labels(
     found: ComparisonRecord = {
         "rows": len(rows),
         "tokens": sum(len(row.input_ids) for row in rows),
+        "counted": "tokens",
         "generated_rows": 0,
         "level": LEVEL,
         "metrics": compared(base, tuned),

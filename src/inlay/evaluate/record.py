@@ -101,6 +101,8 @@ class ComparisonRecord(TypedDict):
     level: float
     metrics: list[MetricComparison]
     examples: list[ExampleRecord]
+    counted: NotRequired[str]
+    """What the tokens are, where they are not the trained ones of the rows."""
     note: NotRequired[str]
     """What is to be known of the base."""
     baseline: NotRequired[BaselineRecord]

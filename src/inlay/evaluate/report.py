@@ -197,8 +197,9 @@ def comparison_section(comparison: ComparisonRecord | None) -> str:
     headed = "note" in comparison
     rows = "".join(metric_row(metric, headed) for metric in comparison["metrics"])
     tests = sorted({metric["test"] for metric in comparison["metrics"]})
+    counted = comparison.get("counted", "trained tokens")
     note = (
-        f"The same {comparison['rows']:,} held-out rows ({comparison['tokens']:,} trained tokens) "
+        f"The same {comparison['rows']:,} held-out rows ({comparison['tokens']:,} {counted}) "
         f"for both; text was generated for {comparison['generated_rows']:,} of them. Small figures "
         f"are {comparison['level']:.0%} bootstrap intervals over rows; p is of a "
         f"{', '.join(tests)} on the rows' differences."

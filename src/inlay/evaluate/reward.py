@@ -105,6 +105,7 @@ def compare_rewards(
     return {
         "rows": len(prompts.tokens),
         "tokens": sum(len(a.tokens) for a in tuned.answers),
+        "counted": "tokens in the tuned model's drawn answers",
         "generated_rows": len(prompts.tokens),
         "level": LEVEL,
         "metrics": [*reward_records(base, tuned), kl_record(kl), *length_records(base, tuned)],

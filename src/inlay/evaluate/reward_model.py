@@ -106,6 +106,7 @@ def compare_rewards(
     return {
         "rows": len(pairs),
         "tokens": sum(len(p.chosen.input_ids) + len(p.rejected.input_ids) for p in pairs),
+        "counted": "tokens",
         "generated_rows": 0,
         "level": LEVEL,
         "metrics": reward_records(right(base), base, tuned),
