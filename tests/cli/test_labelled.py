@@ -7,6 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from verbs import (
+    check_merges,
+    check_sentence,
+    evaluated,
+    every_reading_verb,
+    generated,
+    run_on,
+    write,
+)
 
 from inlay.cli.main import main
 from inlay.data.reports import generate_reports
@@ -20,11 +29,6 @@ COLOURS = [
     {"prompt": "Say a colour:", "completion": "red", "label": True},
     {"prompt": "Say a colour:", "completion": "no", "label": False},
 ]
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def rows_of(count: int) -> list[dict[str, Any]]:
@@ -42,10 +46,7 @@ def rows_of(count: int) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small run and the rows it was trained on."""
-    folder = tmp_path_factory.mktemp("labelled")
-    rows = write(folder / "rows.jsonl", rows_of(45))
-    assert main([*TRAIN, "--data", str(rows), "--output", str(folder / "run")]) == 0
-    return folder
+    return run_on(tmp_path_factory.mktemp("labelled"), TRAIN, rows_of(45))
 
 
 def test_data_counts_the_labels_and_shows_what_counts(
@@ -79,7 +80,7 @@ def test_data_counts_the_labels_and_shows_what_counts(
         ({"prompt": "q " * 99, "completion": "a", "label": True}, "line 3: the prompt fills all"),
     ],
 )
-@pytest.mark.parametrize("verb", ["train", "data"])
+@every_reading_verb
 def test_bad_rows_are_a_sentence_and_exit_code_2(
     verb: str,
     row: dict[str, Any],
@@ -88,13 +89,7 @@ def test_bad_rows_are_a_sentence_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = write(tmp_path / "p.jsonl", [*COLOURS, row])
-    line = [verb, "--task", "kto", "--model", "pocket", "--data", str(rows), "--max-length", "64"]
-    line += ["--output", str(tmp_path / "out"), "--split", "1", "0", "0"]
-    assert main(line) == 2
-    err = capsys.readouterr().err
-    (only,) = [text for text in err.splitlines() if "--help" not in text and "reading" not in text]
-    assert sentence in only
-    assert not (tmp_path / "out").exists()
+    check_sentence([verb, "--task", "kto", "--data", str(rows)], sentence, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
@@ -133,16 +128,10 @@ def test_a_run_says_how_the_labels_weigh(run: Path, capsys: pytest.CaptureFixtur
 def test_eval_measures_the_rows_the_run_held_out(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["eval", "--adapter", str(run / "run"), "--generate-rows", "0"]
-    assert main([*line, "--data", str(run / "rows.jsonl"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    own = json.loads((run / "run" / "run.json").read_text())["comparison"]
-    assert found["rows_held_out_by_the_run"] is True
-    values = [
-        {m["name"]: m["tuned"]["value"] for m in record["metrics"]} for record in (found, own)
-    ]
+    now, then = evaluated(run, ["--generate-rows", "0"], capsys)
     for name in ("auc", "reward_margin", "loss", "desirable_reward", "desirable_loss"):
-        assert values[0][name] == pytest.approx(values[1][name], rel=2e-3)
+        assert now[name] == pytest.approx(then[name], rel=2e-3)
+    line = ["eval", "--adapter", str(run / "run"), "--generate-rows", "0"]
     assert main([*line, "--data", str(run / "rows.jsonl")]) == 0
     out = capsys.readouterr().out
     assert "loss (of rows)" in out
@@ -158,15 +147,9 @@ def test_eval_measures_the_rows_the_run_held_out(
 def test_generate_and_merge_take_the_desirable_answers(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start = ["generate", "--adapter", str(run / "run"), "--generate-tokens", "3", "--json"]
-    assert main([*start, "--data", str(run / "rows.jsonl"), "--max-rows", "4"]) == 0
-    found = json.loads(capsys.readouterr().out)
     good = [row["completion"] for row in rows_of(4) if row["label"]]
-    assert [row["expected"] for row in found] == good
-    merged = ["merge", "--adapter", str(run / "run"), "--output", str(run / "merged"), "--json"]
-    assert main(merged) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert (report["inputs"], report["positions"] > 0) == ("given", True)
+    assert [row["expected"] for row in generated(run, 4, capsys)] == good
+    check_merges(run, capsys)
 
 
 @pytest.mark.slow

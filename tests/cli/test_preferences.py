@@ -7,6 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from verbs import (
+    check_merges,
+    check_sentence,
+    evaluated,
+    every_reading_verb,
+    generated,
+    run_on,
+    write,
+)
 
 from inlay.cli.main import main
 from inlay.data.reports import generate_reports
@@ -16,11 +25,6 @@ TRAIN = [
     "--learning-rate", "1e-2", "--batch-size", "2", "--generate-rows", "2",
     "--generate-tokens", "4", "--threads", "1",
 ]  # fmt: skip
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def rows_of(count: int) -> list[dict[str, Any]]:
@@ -39,10 +43,7 @@ def rows_of(count: int) -> list[dict[str, Any]]:
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small run and the pairs it was trained on."""
     folder = tmp_path_factory.mktemp(request.param)
-    pairs = write(folder / "pairs.jsonl", rows_of(30))
-    line = [*TRAIN, "--task", request.param, "--data", str(pairs)]
-    assert main([*line, "--output", str(folder / "run")]) == 0
-    return folder
+    return run_on(folder, [*TRAIN, "--task", request.param], rows_of(30))
 
 
 def test_data_shows_both_answers_and_what_counts(
@@ -73,7 +74,7 @@ def test_data_shows_both_answers_and_what_counts(
         ({"prompt": "q " * 99, "chosen": "a", "rejected": "b"}, "line 2: the prompt fills all 64"),
     ],
 )
-@pytest.mark.parametrize("verb", ["train", "data"])
+@every_reading_verb
 @pytest.mark.parametrize("task", ["dpo", "orpo"])
 def test_bad_rows_are_a_sentence_and_exit_code_2(
     task: str,
@@ -84,13 +85,7 @@ def test_bad_rows_are_a_sentence_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pairs = write(tmp_path / "p.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r"}, row])
-    line = [verb, "--task", task, "--model", "pocket", "--data", str(pairs), "--max-length", "64"]
-    line += ["--output", str(tmp_path / "out"), "--split", "1", "0", "0"]
-    assert main(line) == 2
-    err = capsys.readouterr().err
-    (only,) = [text for text in err.splitlines() if "--help" not in text and "reading" not in text]
-    assert sentence in only
-    assert not (tmp_path / "out").exists()
+    check_sentence([verb, "--task", task, "--data", str(pairs)], sentence, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
@@ -118,16 +113,10 @@ def test_a_key_that_does_not_apply_is_refused(
 def test_eval_measures_the_pairs_the_run_held_out(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["eval", "--adapter", str(run / "run"), "--generate-rows", "0", "--json"]
-    assert main([*line, "--data", str(run / "pairs.jsonl")]) == 0
-    found = json.loads(capsys.readouterr().out)
-    own = json.loads((run / "run" / "run.json").read_text())["comparison"]
-    assert found["rows_held_out_by_the_run"] is True
-    values = [
-        {m["name"]: m["tuned"]["value"] for m in record["metrics"]} for record in (found, own)
-    ]
+    now, then = evaluated(run, ["--generate-rows", "0"], capsys)
     for name in ("accuracy", "margin", "loss", "chosen_loss"):
-        assert values[0][name] == pytest.approx(values[1][name], rel=1e-4)
+        assert now[name] == pytest.approx(then[name], rel=1e-4)
+    line = ["eval", "--adapter", str(run / "run"), "--generate-rows", "0", "--json"]
     assert main([*line, "--data", "reports", "--max-rows", "4"]) == 0
     assert "perplexity" in capsys.readouterr().out
 
@@ -136,14 +125,9 @@ def test_eval_measures_the_pairs_the_run_held_out(
 def test_generate_and_merge_take_the_preferred_answers(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start = ["generate", "--adapter", str(run / "run"), "--generate-tokens", "3", "--json"]
-    assert main([*start, "--data", str(run / "pairs.jsonl"), "--max-rows", "2"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [row["expected"] for row in found] == [row["chosen"] for row in rows_of(30)[:2]]
-    merged = ["merge", "--adapter", str(run / "run"), "--output", str(run / "merged"), "--json"]
-    assert main(merged) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert (report["inputs"], report["positions"] > 0) == ("given", True)
+    expected = [row["expected"] for row in generated(run, 2, capsys)]
+    assert expected == [row["chosen"] for row in rows_of(30)[:2]]
+    check_merges(run, capsys)
 
 
 @pytest.mark.slow

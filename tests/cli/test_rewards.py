@@ -7,6 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from verbs import (
+    check_merges,
+    check_sentence,
+    evaluated,
+    every_reading_verb,
+    generated,
+    run_on,
+    write,
+)
 
 from inlay.cli.main import main
 from inlay.data.arithmetic import generate_problems
@@ -19,11 +28,6 @@ TRAIN = [
 ]  # fmt: skip
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def rows_of(count: int) -> list[dict[str, Any]]:
     problems = generate_problems(count, seed=1)
     return [{"prompt": problem.prompt, "answer": problem.answer} for problem in problems]
@@ -32,10 +36,7 @@ def rows_of(count: int) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small run and the prompts it was trained on."""
-    folder = tmp_path_factory.mktemp("rewards")
-    prompts = write(folder / "prompts.jsonl", rows_of(30))
-    assert main([*TRAIN, "--data", str(prompts), "--output", str(folder / "run")]) == 0
-    return folder
+    return run_on(tmp_path_factory.mktemp("rewards"), TRAIN, rows_of(30))
 
 
 def test_data_shows_prompts_columns_and_what_reads_them(
@@ -68,7 +69,7 @@ def test_data_shows_prompts_columns_and_what_reads_them(
         ({"prompt": "q " * 99, "answer": "1"}, "line 2: the prompt has "),
     ],
 )
-@pytest.mark.parametrize("verb", ["train", "data"])
+@every_reading_verb
 def test_bad_rows_are_a_sentence_and_exit_code_2(
     verb: str,
     row: dict[str, Any],
@@ -77,13 +78,8 @@ def test_bad_rows_are_a_sentence_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     prompts = write(tmp_path / "p.jsonl", [{"prompt": "p", "answer": "1"}, row])
-    line = [verb, "--task", "grpo", "--model", "pocket", "--data", str(prompts)]
-    line += ["--max-length", "64", "--output", str(tmp_path / "out"), "--split", "1", "0", "0"]
-    assert main([*line, "--rewards", "final_number"]) == 2
-    err = capsys.readouterr().err
-    (only,) = [text for text in err.splitlines() if "--help" not in text and "reading" not in text]
-    assert sentence in only
-    assert not (tmp_path / "out").exists()
+    words = [verb, "--task", "grpo", "--rewards", "final_number", "--data", str(prompts)]
+    check_sentence(words, sentence, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
@@ -127,19 +123,12 @@ def test_a_file_that_fails_is_a_sentence_and_exit_code_2(
 def test_eval_judges_the_prompts_the_run_held_out(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["eval", "--adapter", str(run / "run"), "--json"]
-    assert main([*line, "--data", str(run / "prompts.jsonl")]) == 0
-    found = json.loads(capsys.readouterr().out)
-    own = json.loads((run / "run" / "run.json").read_text())["comparison"]
-    assert found["rows_held_out_by_the_run"] is True
-    values = [
-        {m["name"]: m["tuned"]["value"] for m in record["metrics"]} for record in (found, own)
-    ]
-    assert set(values[0]) == set(values[1]) > {"reward", "sampled_reward", "kl"}
-    for name, value in values[1].items():
-        assert values[0][name] == pytest.approx(value, rel=1e-4)
+    now, then = evaluated(run, [], capsys)
+    assert set(now) == set(then) > {"reward", "sampled_reward", "kl"}
+    assert now == pytest.approx(then, rel=1e-4)
     more = write(run / "more.jsonl", rows_of(40)[30:])
-    assert main([*line[:-1], "--data", str(more), "--generate-tokens", "3"]) == 0
+    line = ["eval", "--adapter", str(run / "run"), "--data", str(more), "--generate-tokens", "3"]
+    assert main(line) == 0
     out = capsys.readouterr().out
     assert "reward, likeliest answers" in out
     assert "KL to the base (nats/token)" in out
@@ -147,14 +136,9 @@ def test_eval_judges_the_prompts_the_run_held_out(
 
 @pytest.mark.slow
 def test_generate_and_merge_take_prompts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    start = ["generate", "--adapter", str(run / "run"), "--generate-tokens", "3", "--json"]
-    assert main([*start, "--data", str(run / "prompts.jsonl"), "--max-rows", "2"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [row["prompt"] for row in found] == [row["prompt"] for row in rows_of(30)[:2]]
-    merged = ["merge", "--adapter", str(run / "run"), "--output", str(run / "merged"), "--json"]
-    assert main(merged) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert (report["inputs"], report["positions"] > 0) == ("given", True)
+    prompts = [row["prompt"] for row in generated(run, 2, capsys)]
+    assert prompts == [row["prompt"] for row in rows_of(30)[:2]]
+    check_merges(run, capsys)
 
 
 @pytest.mark.slow
@@ -163,7 +147,7 @@ def test_a_plan_counts_prompt_and_answer_and_the_cache(
 ) -> None:
     line = ["plan", "--method", "lora", "--model", "pocket", "--batch-size", "4", "--json"]
     line += ["--task", "grpo", "--rewards", "json", "--num-generations", "4"]
-    line += ["--data", str(run / "prompts.jsonl")]
+    line += ["--data", str(run / "rows.jsonl")]
     plans = []
     for tokens, accumulation in (("32", "1"), ("64", "1"), ("64", "64")):
         words = ["--max-completion-tokens", tokens, "--gradient-accumulation", accumulation]

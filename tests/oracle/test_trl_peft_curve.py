@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
+from trl_peers import curve, plain
 
 import inlay
 from inlay.data.reports import generate_reports
@@ -16,28 +17,14 @@ from inlay.data.reports import generate_reports
 STEPS = 12
 
 
-def curve(model: PreTrainedModel | PeftModel, folder: Path) -> list[float]:
+def losses(model: PreTrainedModel | PeftModel, folder: Path) -> list[float]:
     _, tokenizer = inlay.load("pocket", dtype="float32")
     reports = generate_reports(64, seed=0)
     pairs = [(f"{r.findings}\nImpression:", f" {r.impression}") for r in reports]
     rows = Dataset.from_list([{"prompt": p, "completion": c} for p, c in pairs])
-    config = SFTConfig(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=4,
-        learning_rate=4e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        disable_tqdm=True,
-        max_length=96,
-    )
+    config = SFTConfig(**plain(str(folder), STEPS, 4, 4e-3), max_length=96)
     trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return [entry["loss"] for entry in curve(trainer)]
 
 
 @pytest.mark.slow
@@ -49,7 +36,7 @@ def test_loss_curves_agree_with_trl_and_peft(tmp_path: Path) -> None:
     bare, _ = inlay.load("pocket", dtype="float32")
     theirs = PeftModel.from_pretrained(bare, tmp_path / "start", is_trainable=True)
 
-    mine, peers = curve(ours, tmp_path / "a"), curve(theirs, tmp_path / "b")
+    mine, peers = losses(ours, tmp_path / "a"), losses(theirs, tmp_path / "b")
     assert len(mine) == len(peers) == STEPS
     assert mine[-1] < mine[0] - 0.3
     assert mine == pytest.approx(peers, rel=0.005)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 from trl import DPOConfig, DPOTrainer
-from trl_peers import STEPS, own_curve, peers_curve, run_file
+from trl_peers import STEPS, own_curve, pairs, peers_curve, run_file
 
-from inlay.data.reports import generate_reports
 from inlay.train.rows import rows_of_run
 from inlay.train.run import train
 
@@ -19,13 +18,7 @@ PAIRS = 8
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own, on its arguments' names
 def test_loss_and_margin_agree_with_trl_and_peft(tmp_path: Path) -> None:
-    reports = generate_reports(PAIRS, seed=0)
-    others = [*reports[1:], reports[0]]
-    rows = [
-        {"prompt": f"{r.findings}\nImpression:", "chosen": r.impression, "rejected": o.findings}
-        for r, o in zip(reports, others, strict=True)
-    ]
-    config = run_file(tmp_path, rows, task="dpo")
+    config = run_file(tmp_path, pairs(PAIRS, "findings"), task="dpo", beta=0.2)
     train(config)
     mine = own_curve(config)
     peers = peers_curve(

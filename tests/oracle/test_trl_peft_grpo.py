@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
-from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer
+from trl_peers import curve, of_config, own_curve, peers_model, run_file
 
-import inlay
 from inlay.data.arithmetic import generate_problems
 from inlay.data.prompts import encode_prompts
-from inlay.train.config import RunConfig, load_config
+from inlay.train.config import RunConfig
 from inlay.train.reward_trainer import Group, PromptOrder
 from inlay.train.rows import rows_of_run
 from inlay.train.run import train
@@ -34,20 +32,15 @@ def letters(completions: Sequence[str], **columns: Any) -> list[float]:
     return found["letters"](completions, **columns)
 
 
-def run_file(folder: Path, temperature: float) -> RunConfig:
-    rows = [{"prompt": p.prompt} for p in generate_problems(12, seed=3)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def rewarded(folder: Path, temperature: float) -> RunConfig:
     (folder / "rewards.py").write_text(REWARD)
-    keys = {
-        "task": "grpo", "model": "pocket", "dtype": "float32", "output": str(folder / "out"),
-        "data": str(folder / "prompts.jsonl"), "rewards": [f"{folder / 'rewards.py'}:letters"],
-        "split": [1.0, 0.0, 0.0], "evaluate": False, "batch_size": 8, "gradient_accumulation": 2,
-        "num_generations": GROUP.answers, "max_completion_tokens": 12, "temperature": temperature,
-        "max_steps": STEPS, "warmup": 0, "scheduler": "constant", "learning_rate": 2e-3, "rank": 8,
-        "alpha": 16, "beta": 0.1, "log_every": 1, "save_every": STEPS, "keep_checkpoints": 2,
-        "threads": 1,
+    keys: dict[str, Any] = {
+        "task": "grpo", "rewards": [f"{folder / 'rewards.py'}:letters"], "batch_size": 8,
+        "gradient_accumulation": 2, "num_generations": GROUP.answers, "max_completion_tokens": 12,
+        "temperature": temperature, "max_steps": STEPS, "learning_rate": 2e-3, "alpha": 16,
+        "beta": 0.1, "save_every": STEPS,
     }  # fmt: skip
-    return load_config(None, keys)
+    return run_file(folder, [{"prompt": p.prompt} for p in generate_problems(12, seed=3)], **keys)
 
 
 class Peer(GRPOTrainer):
@@ -59,37 +52,23 @@ class Peer(GRPOTrainer):
         return PromptOrder(self.prompt_lengths, GROUP, seed=0)
 
 
-def peers_curve(config: RunConfig, start: Path, folder: Path) -> list[dict[str, Any]]:
-    model, tokenizer = inlay.load("pocket", dtype="float32")
-    peft_model = PeftModel.from_pretrained(model, start, is_trainable=True)
+def peers_curve(config: RunConfig) -> list[dict[str, Any]]:
+    model, tokenizer = peers_model(config)
     args = GRPOConfig(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=8,
+        **of_config(config),
         gradient_accumulation_steps=2,
         num_generations=GROUP.answers,
         max_completion_length=12,
         temperature=config.temperature,
-        learning_rate=2e-3,
-        lr_scheduler_type="constant",
-        beta=0.1,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        disable_tqdm=True,
         seed=0,
         data_seed=0,
     )
     rows = rows_of_run(config).train
     prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in rows.rows])
-    trainer = Peer(peft_model, letters, args, prompts, processing_class=tokenizer)
+    trainer = Peer(model, letters, args, prompts, processing_class=tokenizer)
     lengths = [len(row.input_ids) for row in encode_prompts(rows, tokenizer, 1024)]
     trainer.prompt_lengths = lengths
-    trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    return curve(trainer)
 
 
 SAME = {
@@ -107,12 +86,9 @@ SAME = {
 def test_answers_reward_kl_and_loss_agree_with_trl_and_peft(
     tmp_path: Path, temperature: float
 ) -> None:
-    config = run_file(tmp_path, temperature)
+    config = rewarded(tmp_path, temperature)
     train(config)
-    lines = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
-    mine = [line for line in lines if "loss" in line]
-    start = tmp_path / "out" / "checkpoints" / "checkpoint-0" / "adapter"
-    peers = peers_curve(config, start, tmp_path / "peer")
+    mine, peers = own_curve(config), peers_curve(config)
     assert len(mine) == len(peers) == STEPS
     assert mine[0]["kl"] == 0 < mine[-1]["kl"]
     for ours, theirs in zip(mine, peers, strict=True):

@@ -40,7 +40,8 @@ def test_loss_kl_and_rewards_agree_with_trl_and_peft(
     tmp_path: Path, method: dict[str, Any]
 ) -> None:
     weights = {"desirable_weight": 1.0, "undesirable_weight": 1.8}
-    config = run_file(tmp_path, labelled(ROWS), task="kto", batch_size=BATCH, **weights, **method)
+    keys = {"task": "kto", "batch_size": BATCH, "beta": 0.2, **weights, **method}
+    config = run_file(tmp_path, labelled(ROWS), **keys)
     train(config)
     mine = own_curve(config)
     rows = rows_of_run(config).train.rows

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trl_peers import STEPS, own_curve, peers_curve, run_file
+from trl_peers import STEPS, own_curve, pairs, peers_curve, run_file
 
-from inlay.data.reports import generate_reports
 from inlay.train.orpo_trainer import ORPOConfig, ORPOTrainer
 from inlay.train.rows import rows_of_run
 from inlay.train.run import train
@@ -23,13 +22,7 @@ PAIRS = 6
     "method", [{}, {"method": "ia3", "learning_rate": 1e-2}, {"method": "dora"}], ids=str
 )
 def test_loss_and_odds_agree_with_trl_and_peft(tmp_path: Path, method: dict[str, Any]) -> None:
-    reports = generate_reports(PAIRS, seed=0)
-    others = [*reports[1:], reports[0]]
-    rows = [
-        {"prompt": f"{r.findings}\nImpression:", "chosen": r.impression, "rejected": o.impression}
-        for r, o in zip(reports, others, strict=True)
-    ]
-    config = run_file(tmp_path, rows, task="orpo", **method)
+    config = run_file(tmp_path, pairs(PAIRS, "impression"), task="orpo", beta=0.2, **method)
     train(config)
     mine = own_curve(config)
     peers = peers_curve(

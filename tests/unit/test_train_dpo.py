@@ -1,17 +1,25 @@
 from __future__ import annotations
 
-import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from train_tiny import adapter_hash, losses_of, make_run
+from train_tiny import (
+    KINDS,
+    adapter_hash,
+    check_refused,
+    losses_of,
+    make_task,
+    one_model,
+    what_is_left,
+)
 from trl.trainer import dpo_trainer
 
 from inlay.data.preference import encode_pairs
-from inlay.errors import DataError, UsageError
+from inlay.errors import DataError
 from inlay.evaluate.preference import log_probs
 from inlay.methods.lora import LoRA
 from inlay.model.attach import adapter_places, attach, disabled
@@ -25,41 +33,23 @@ from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
 from inlay.train.trainer import left_as_it_was
 
-
-def make_dpo(folder: Path, output: str = "out", **changes: Any) -> RunConfig:
-    return make_run(
-        folder, output, **{"task": "dpo", "beta": 1.0, "learning_rate": 3e-2, **changes}
-    )
+make_dpo = partial(make_task, "dpo")
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, TrainResult]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpo_trainer, "create_model_from_path", second_model)
+    with one_model(dpo_trainer):
         config = make_dpo(tmp_path_factory.mktemp("dpo"), epochs=6.0)
         return config, train(config)
 
 
-def second_model(*args: object, **kwargs: object) -> None:
-    raise AssertionError(f"a second model is loaded: {args}, {kwargs}")
-
-
 def test_a_run_leaves_what_a_supervised_one_does(done: tuple[RunConfig, TrainResult]):
     config, result = done
-    output = Path(config.output)
-    assert {p.name for p in output.iterdir()} == {
-        "adapter", "checkpoints", "metrics.jsonl", "report.html", "run.json",
-    }  # fmt: skip
-    run = json.loads((output / "run.json").read_text())
-    assert run["task"] == run["config"]["task"] == "dpo"
+    run, page = what_is_left(config, result)
     assert run["config"]["beta"] == 1.0
     assert run["config"]["packing"] is False
-    assert run["memory"]["planned_bytes"] > 0
     assert run["steps"] == 36
-    assert "Pairs preferred more than by the base" in (output / "report.html").read_text()
-    assert result.model is not None
-    assert "forward" not in vars(result.model)
-    assert not result.model.training
+    assert "Pairs preferred more than by the base" in page
 
 
 def test_metrics_are_the_tasks_own(done: tuple[RunConfig, TrainResult]):
@@ -180,10 +170,7 @@ def test_nothing_is_written_for_bad_data(tmp_path: Path):
     ],
 )
 def test_a_key_the_task_does_not_know_is_refused_by_name(changes: dict[str, Any], sentence: str):
-    run = {"model": "m", "data": "d", "output": "o", "task": "dpo", **changes}
-    with pytest.raises(UsageError) as caught:
-        load_config(None, run)
-    assert sentence in str(caught.value)
+    check_refused(sentence, **{"task": "dpo", **changes})
 
 
 def test_the_formula_knows_that_preferences_want_a_lower_rate():
@@ -207,19 +194,7 @@ def test_what_the_user_left_open_is_settled_by_the_task_and_stays():
 # Storages, methods, options.
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"storage": "nf4", "dtype": "bfloat16"},
-        {"targets": ["lm_head"]},
-        {"activations": "layer-inputs"},
-        {"method": "prefix", "tokens": 4},
-        {"method": "dora"},
-        {"method": "full", "learning_rate": 1e-2},
-        {"storage": "nf4", "stream": "disk"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", KINDS, ids=str)
 def test_every_kind_of_run_learns(tmp_path: Path, changes: dict[str, Any]):
     train(make_dpo(tmp_path, epochs=4.0, evaluate=False, **changes))
     held = [x["eval_loss"] for x in losses_of(tmp_path / "out") if "eval_loss" in x]

@@ -1,17 +1,26 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from train_tiny import adapter_hash, losses_of, make_run
+from train_tiny import (
+    KINDS,
+    adapter_hash,
+    check_refused,
+    losses_of,
+    make_task,
+    one_model,
+    what_is_left,
+)
 from trl.trainer import kto_trainer
 
 from inlay.data.labelled import encode_labelled
-from inlay.errors import DataError, UsageError
+from inlay.errors import DataError
 from inlay.evaluate.labelled import labelled_losses
 from inlay.methods.lora import LoRA
 from inlay.model.attach import adapter_places, attach, disabled
@@ -25,42 +34,24 @@ from inlay.train.mismatched import mismatched, mismatched_in_batches
 from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
 
-
-def make_kto(folder: Path, output: str = "out", **changes: Any) -> RunConfig:
-    keys = {"task": "kto", "beta": 1.0, "learning_rate": 3e-2, "split": [0.6, 0.2, 0.2]}
-    return make_run(folder, output, **{**keys, **changes})
+make_kto = partial(make_task, "kto")
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, TrainResult]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kto_trainer, "create_model_from_path", second_model)
+    with one_model(kto_trainer):
         config = make_kto(tmp_path_factory.mktemp("kto"), epochs=8.0)
         return config, train(config)
 
 
-def second_model(*args: object, **kwargs: object) -> None:
-    raise AssertionError(f"a second model is loaded: {args}, {kwargs}")
-
-
 def test_a_run_leaves_what_a_supervised_one_does(done: tuple[RunConfig, TrainResult]):
     config, result = done
-    output = Path(config.output)
-    assert {p.name for p in output.iterdir()} == {
-        "adapter", "checkpoints", "metrics.jsonl", "report.html", "run.json",
-    }  # fmt: skip
-    run = json.loads((output / "run.json").read_text())
-    assert run["task"] == run["config"]["task"] == "kto"
+    run, page = what_is_left(config, result)
     assert (run["config"]["beta"], run["config"]["desirable_weight"]) == (1.0, "auto")
     assert run["weights"]["desirable"] == 1
     assert run["config"]["packing"] is False
-    assert run["memory"]["planned_bytes"] > 0
-    page = (output / "report.html").read_text()
     assert "Reward of desirable answers" in page
     assert "Desirable answer likelier (AUC)" in page
-    assert result.model is not None
-    assert "forward" not in vars(result.model)
-    assert not result.model.training
 
 
 def test_metrics_are_the_tasks_own(done: tuple[RunConfig, TrainResult]):
@@ -257,10 +248,7 @@ def test_nothing_is_written_for_bad_data(tmp_path: Path):
     ],
 )
 def test_a_key_the_task_does_not_know_is_refused_by_name(changes: dict[str, Any], sentence: str):
-    run = {"model": "m", "data": "d", "output": "o", "task": "kto", **changes}
-    with pytest.raises(UsageError) as caught:
-        load_config(None, run)
-    assert sentence in str(caught.value)
+    check_refused(sentence, **{"task": "kto", **changes})
 
 
 def test_what_the_user_left_open_is_settled_by_the_task_and_stays():
@@ -274,20 +262,7 @@ def test_what_the_user_left_open_is_settled_by_the_task_and_stays():
 # Storages, methods, options.
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"storage": "nf4", "dtype": "bfloat16"},
-        {"targets": ["lm_head"]},
-        {"activations": "layer-inputs"},
-        {"method": "prefix", "tokens": 4},
-        {"method": "dora"},
-        {"method": "full", "learning_rate": 1e-2},
-        {"storage": "nf4", "stream": "disk"},
-        {"batch_size": 4, "desirable_weight": 2.0},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", [*KINDS, {"batch_size": 4, "desirable_weight": 2.0}], ids=str)
 def test_every_kind_of_run_learns(tmp_path: Path, changes: dict[str, Any]):
     train(make_kto(tmp_path, epochs=4.0, evaluate=False, **changes))
     held = [x for x in losses_of(tmp_path / "out") if "eval_loss" in x]

@@ -1,17 +1,16 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from train_tiny import adapter_hash, losses_of, make_run
+from train_tiny import KINDS, adapter_hash, check_refused, losses_of, make_task, what_is_left
 
 from inlay.data.preference import encode_pairs
-from inlay.errors import UsageError
 from inlay.evaluate.odds import odds_ratios
 from inlay.model.attach import disabled
 from inlay.model.load import load
@@ -20,11 +19,7 @@ from inlay.train.config import RunConfig, load_config
 from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
 
-
-def make_orpo(folder: Path, output: str = "out", **changes: Any) -> RunConfig:
-    return make_run(
-        folder, output, **{"task": "orpo", "beta": 1.0, "learning_rate": 3e-2, **changes}
-    )
+make_orpo = partial(make_task, "orpo")
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +30,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, TrainResu
 
 def test_a_run_leaves_what_a_supervised_one_does(done: tuple[RunConfig, TrainResult]):
     config, result = done
-    output = Path(config.output)
-    assert {p.name for p in output.iterdir()} == {
-        "adapter", "checkpoints", "metrics.jsonl", "report.html", "run.json",
-    }  # fmt: skip
-    run = json.loads((output / "run.json").read_text())
-    assert run["task"] == run["config"]["task"] == "orpo"
-    assert run["memory"]["planned_bytes"] > 0
+    run, page = what_is_left(config, result)
     assert run["steps"] == 36
-    assert "Preferred answer likelier" in (output / "report.html").read_text()
-    assert result.model is not None
-    assert "forward" not in vars(result.model)
-    assert not result.model.training
+    assert "Preferred answer likelier" in page
 
 
 def test_metrics_are_the_tasks_own(done: tuple[RunConfig, TrainResult]):
@@ -149,28 +135,13 @@ def test_the_plan_counts_the_preferred_rows_prompts(tmp_path: Path):
     ],
 )
 def test_a_key_the_task_does_not_know_is_refused_by_name(changes: dict[str, Any], sentence: str):
-    run = {"model": "m", "data": "d", "output": "o", "task": "orpo", **changes}
-    with pytest.raises(UsageError) as caught:
-        load_config(None, run)
-    assert sentence in str(caught.value)
+    check_refused(sentence, **{"task": "orpo", **changes})
 
 
 # Storages, methods, options.
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"storage": "nf4", "dtype": "bfloat16"},
-        {"targets": ["lm_head"]},
-        {"activations": "layer-inputs"},
-        {"method": "prefix", "tokens": 4},
-        {"method": "dora"},
-        {"method": "full", "learning_rate": 1e-2},
-        {"storage": "nf4", "stream": "disk"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", KINDS, ids=str)
 def test_every_kind_of_run_learns(tmp_path: Path, changes: dict[str, Any]):
     train(make_orpo(tmp_path, epochs=4.0, evaluate=False, **changes))
     held = [x for x in losses_of(tmp_path / "out") if "eval_loss" in x]

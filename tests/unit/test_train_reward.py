@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from heads_tiny import make_reward, write
-from train_tiny import losses_of
+from train_tiny import losses_of, silence
 
 import inlay
 from inlay.data.preference import normalise_pairs
@@ -67,11 +67,7 @@ def test_the_comparison_is_that_of_the_models_rewards(done: TrainResult):
 
 def test_an_adapter_without_gradient_stops_the_run(tmp_path: Path):
     config = make_reward(tmp_path, targets=["v_proj"])
-    model, tokenizer = load(config.model)
-    with torch.no_grad():
-        model.model.layers[1].self_attn.o_proj.weight.zero_()
-    model.save_pretrained(config.model)
-    tokenizer.save_pretrained(config.model)
+    silence(config.model, layer=1)
     with pytest.raises(TrainingError, match=r"no gradient .*layers\.1\.self_attn\.v_proj"):
         train(config)
 

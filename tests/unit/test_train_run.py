@@ -9,12 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from train_tiny import adapter_hash, broken_at, losses_of, make_data, make_model, make_run
+from train_tiny import (
+    adapter_hash,
+    broken_at,
+    losses_of,
+    make_data,
+    make_model,
+    make_run,
+    silence,
+)
 
 from inlay.errors import DataError, InlayError, TrainingError, UsageError
 from inlay.kernels.switches import plain
 from inlay.model.attach import adapter_places
-from inlay.model.load import load
 from inlay.train import checkpoints, trainer
 from inlay.train.config import RunConfig, load_config
 from inlay.train.events import Event
@@ -247,11 +254,7 @@ def test_an_exploding_loss_stops_the_run_and_is_not_saved(
 
 def test_an_adapter_without_gradient_stops_the_run(tmp_path: Path):
     config = make_run(tmp_path, targets=["v_proj"])
-    model, tokenizer = load(config.model)
-    with torch.no_grad():
-        model.model.layers[1].self_attn.o_proj.weight.zero_()
-    model.save_pretrained(config.model)
-    tokenizer.save_pretrained(config.model)
+    silence(config.model, layer=1)
     with pytest.raises(TrainingError, match=r"no gradient reaches .*layers\.1\.self_attn\.v_proj"):
         train(config)
     assert not (tmp_path / "out" / "adapter").exists()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +15,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from inlay.errors import UsageError
+from inlay.model.load import load
 from inlay.train.config import RunConfig, load_config
+from inlay.train.run import TrainResult
 
 WORDS = ["heart", "lungs", "clear", "normal", "large", "small", "effusion", "no", "seen", "left"]
 
@@ -133,6 +139,76 @@ def make_run(folder: Path, output: str = "out", **changes: Any) -> RunConfig:
     if run.get("method", "lora") != "lora":
         run = {k: v for k, v in run.items() if k not in ("dropout", "rank")} | changes
     return load_config(None, run)
+
+
+PREFER = {"beta": 1.0, "learning_rate": 3e-2}
+OF_TASK: dict[str, dict[str, Any]] = {
+    "dpo": PREFER,
+    "orpo": PREFER,
+    "kto": {**PREFER, "split": [0.6, 0.2, 0.2]},
+    "grpo": {"learning_rate": 3e-2},
+}
+"""The keys under which 12 steps teach each task something."""
+
+
+def make_task(task: str, folder: Path, output: str = "out", **changes: Any) -> RunConfig:
+    """Return a run of a task on a model and data that are tiny."""
+    return make_run(folder, output, **{"task": task, **OF_TASK[task], **changes})
+
+
+KINDS: list[dict[str, Any]] = [
+    {"storage": "nf4", "dtype": "bfloat16"},
+    {"targets": ["lm_head"]},
+    {"activations": "layer-inputs"},
+    {"method": "prefix", "tokens": 4},
+    {"method": "dora"},
+    {"method": "full", "learning_rate": 1e-2},
+    {"storage": "nf4", "stream": "disk"},
+]
+"""Storages, methods and options that every task learns with."""
+
+
+@contextmanager
+def one_model(trainer: ModuleType) -> Generator[None]:
+    """Fail where a trainer of TRL loads a second model."""
+
+    def second_model(*args: object, **kwargs: object) -> None:
+        raise AssertionError(f"a second model is loaded: {args}, {kwargs}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "create_model_from_path", second_model)
+        yield
+
+
+def what_is_left(config: RunConfig, result: TrainResult) -> tuple[dict[str, Any], str]:
+    """Check that a run leaves what a supervised one does; return its run.json and its page."""
+    output = Path(config.output)
+    assert {p.name for p in output.iterdir()} == {
+        "adapter", "checkpoints", "metrics.jsonl", "report.html", "run.json",
+    }  # fmt: skip
+    run = json.loads((output / "run.json").read_text())
+    assert run["task"] == run["config"]["task"] == config.task
+    assert run["memory"]["planned_bytes"] > 0
+    assert result.model is not None
+    assert "forward" not in vars(result.model)
+    assert not result.model.training
+    return run, (output / "report.html").read_text()
+
+
+def check_refused(sentence: str, **keys: Any) -> None:
+    """Check that a run of these keys is refused with a sentence."""
+    with pytest.raises(UsageError) as caught:
+        load_config(None, {"model": "m", "data": "d", "output": "o", **keys})
+    assert sentence in str(caught.value)
+
+
+def silence(model: str, layer: int) -> None:
+    """Zero the projection behind a block's attention, so that no gradient passes through it."""
+    loaded, tokenizer = load(model)
+    with torch.no_grad():
+        loaded.model.layers[layer].self_attn.o_proj.weight.zero_()
+    loaded.save_pretrained(model)
+    tokenizer.save_pretrained(model)
 
 
 def adapter_hash(output: str | Path) -> str:

@@ -42,6 +42,9 @@ EXAMPLES = """examples:
   inlay data problems.jsonl --task grpo --rewards final_number
   inlay data --data my.csv --prompt question --completion answer --model Qwen/Qwen3-0.6B
   inlay data run.yaml --show 5"""
+KINDS = {"preference": "preferences", "labelled": "labelled answers", "prompt": "prompts"}
+"""What rows are in words, where their kind's own name does not say it."""
+ASSUMED = "  Tokens are pocket's; name another model with --model."
 
 
 class DataOptions(BaseModel):
@@ -78,8 +81,13 @@ def run(given: dict[str, Any]) -> int:
 
     tokenizer = reader_for(config, rows.train)
     if TASKS[config.task].verbs:
-        overview = import_module(TASKS[config.task].verbs).overview
-        show_overview(config, rows.sha256, overview(config, rows, tokenizer, options.show), as_json)
+        from inlay.train.overview import overview_of
+
+        reading = import_module(TASKS[config.task].verbs).reading(config, rows.train, tokenizer)
+        found = overview_of(reading, rows, options.show)
+        show_overview(config, rows, found, as_json)
+        if assumed and not as_json:
+            print(ASSUMED)
         return 0
     encoded = {name: sides(config, part, tokenizer) for name, part in parts.items() if part}
     summaries = {
@@ -94,9 +102,10 @@ def run(given: dict[str, Any]) -> int:
         return 0
     describe(config, rows, summaries)
     if assumed:
-        print("  Tokens are pocket's; name another model with --model.")
+        print(ASSUMED)
     for index in range(min(options.show, len(rows.train))):
-        show.heading(f"{rows.train.where(index)}, {legend()}")
+        trains = rows.train.kind != "prompt"
+        show.heading(rows.train.where(index) + f", {legend()}" * trains)
         line = rows.train.lines[index]
         for side, (part, found) in encoded["train"].items():
             if line in part.lines:
@@ -107,12 +116,11 @@ def run(given: dict[str, Any]) -> int:
     return 0
 
 
-def show_overview(config: RunConfig, sha256: str, found: Overview, as_json: bool) -> None:
+def show_overview(config: RunConfig, rows: RunRows, found: Overview, as_json: bool) -> None:
     """Write the rows of a task on labels or similar texts."""
     if as_json:
-        show.as_json(
-            {"data": config.data, "model": config.model, "sha256": sha256, **asdict(found)}
-        )
+        about = {"data": config.data, "model": config.model, "sha256": rows.sha256}
+        show.as_json(about | asdict(found))
         return
     show.heading(f"{config.data}: rows of kind {found.kind}, cut at {found.longest} tokens")
     columns = ("part", "rows", "tokens", "median", "95%", "longest", "cut")
@@ -122,6 +130,7 @@ def show_overview(config: RunConfig, sha256: str, found: Overview, as_json: bool
         for name, numbers in counts.items()
     ]
     show.table(columns, cells)
+    tell_skipped(rows)
     labels = {name: part.labels for name, part in found.parts.items() if part.labels}
     if labels:
         show.heading("labels")
@@ -203,12 +212,12 @@ def sides(
 
 def describe(config: RunConfig, rows: RunRows, summaries: Mapping[str, Summary]) -> None:
     """Write counts and lengths, then what a user should know before training."""
-    kind = rows.train.kind.replace("_", " and ")
-    show.heading(f"{config.data}: rows of {kind}, cut at {config.max_length} tokens")
+    kind = KINDS.get(rows.train.kind, rows.train.kind.replace("_", " and "))
+    limit = "of at most" if rows.train.kind == "prompt" else "cut at"
+    show.heading(f"{config.data}: rows of {kind}, {limit} {config.max_length} tokens")
     columns = ("part", "rows", "tokens", "trained on", "median", "95%", "longest", "cut")
     show.table(columns, [cells(name, found) for name, found in summaries.items()])
-    if rows.train.skipped:
-        print(f"  left out for an empty field: {listed(rows.train.skipped)}")
+    tell_skipped(rows)
     from inlay.train.judge import judge_of
 
     for reward in judge_of(config.rewards or []).rewards:
@@ -219,9 +228,16 @@ def describe(config: RunConfig, rows: RunRows, summaries: Mapping[str, Summary])
             print(f"  {name}: {sentence}")
 
 
+def tell_skipped(rows: RunRows) -> None:
+    """Write which rows were left out, if any were."""
+    if rows.train.skipped:
+        print(f"  left out for an empty field: {listed(rows.train.skipped)}")
+
+
 def cells(name: str, found: Summary) -> list[str]:
     """Return the table's cells for one part of the rows."""
     share = f"{found.trained_tokens:,} ({found.trained_tokens / found.tokens:.0%})"
+    share = share if found.trained_tokens else "none"
     lengths = (found.lengths.median, found.lengths.p95, found.lengths.max, len(found.truncated))
     counts = [f"{number:,}" for number in lengths]
     return [name, f"{found.rows:,}", f"{found.tokens:,}", share, *counts]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 import numpy as np
 from torch import nn
@@ -33,6 +33,13 @@ EXAMPLES = 3
 
 Stage = Callable[[str, int, int], None]
 """Called with (what is being measured, rows done, rows in all)."""
+
+
+class Told(TypedDict):
+    """How many rows are measured at a time, and what is told as the work goes on."""
+
+    batch_size: int
+    on_progress: NotRequired[Stage | None]
 
 
 class Rows(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ from inlay.evaluate.label_metrics import Labels
 from inlay.evaluate.labels import baseline_of, compare_labels
 from inlay.evaluate.outputs import accepted, padded_inputs
 from inlay.evaluate.record import ComparisonRecord
-from inlay.evaluate.run import Stage
+from inlay.evaluate.run import Told
 from inlay.memory.devices import Device
 from inlay.memory.skeleton import config_of
 from inlay.model.heads import IGNORED, SINGLE, Head, head_loss, head_of, labels_in
@@ -26,8 +26,8 @@ from inlay.train import planning
 from inlay.train.config import RunConfig
 from inlay.train.head_planning import Planned, full_row, longest_row, reader
 from inlay.train.head_trainer import PadLabelled
-from inlay.train.overview import Example, Overview, example_of, overview_of
-from inlay.train.rows import RunRows, rows_of_run
+from inlay.train.overview import Example, Reading, example_of
+from inlay.train.rows import rows_of_run
 
 PROBLEMS: dict[str, Any] = {
     "single": "single_label_classification",
@@ -125,11 +125,11 @@ def assumed_rows(config: RunConfig) -> planning.Rows:
 # What `inlay data` shows
 
 
-def overview(
-    config: RunConfig, rows: RunRows, tokenizer: PreTrainedTokenizerBase, show: int
-) -> Overview:
-    """Return counts and lengths of every part, and the first training rows."""
-    found = labelling(config, rows.train, tokenizer)
+def reading(
+    config: RunConfig, train: Rows, tokenizer: PreTrainedTokenizerBase
+) -> Reading[InputRow]:
+    """Return how rows with labels are read and shown."""
+    found = labelling(config, train, tokenizer)
 
     def encode(part: Rows) -> list[InputRow]:
         if found.labels.classes:
@@ -137,14 +137,14 @@ def overview(
         return found.encode(part, tokenizer)
 
     def examples(index: int, row: InputRow) -> list[Example]:
-        raw, where = rows.train.rows[index], rows.train.where(index)
+        raw, where = train.rows[index], train.where(index)
         if "tags" not in raw:
             return [example_of(where, row, tokenizer, str(raw["label"]))]
         marked = [label != IGNORED for label in row.label]
         return [example_of(where, row, tokenizer, " ".join(raw["tags"]), marked)]
 
     kind, longest = found.labels.kind, found.longest
-    return overview_of(kind, longest, rows, encode, lambda row: [row], examples, show, shown_labels)
+    return Reading(kind, longest, encode, lambda row: [row], examples, shown_labels)
 
 
 def shown_labels(rows: Rows) -> list[str]:
@@ -160,9 +160,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     config: RunConfig,
-    *,
-    batch_size: int,
-    on_progress: Stage | None = None,
+    **told: Unpack[Told],
 ) -> ComparisonRecord:
     """Return base against tuned on rows, and the run's baseline where its rows are still there.
 
@@ -178,8 +176,7 @@ def measure(
         found.labels,
         known_baseline(config, found, tokenizer),
         lines=rows.lines,
-        batch_size=batch_size,
-        on_progress=on_progress,
+        **told,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +14,7 @@ from inlay.data.inputs import InputRow
 from inlay.data.rows import Rows
 from inlay.train.rows import RunRows
 
-__all__ = ["Example", "Overview", "Part", "example_of", "overview_of"]
+__all__ = ["Example", "Overview", "Part", "Reading", "example_of", "overview_of"]
 
 Row = TypeVar("Row")
 
@@ -55,36 +55,37 @@ class Overview:
     examples: list[Example]
 
 
-def overview_of(
-    kind: str,
-    longest: int,
-    rows: RunRows,
-    encode: Callable[[Rows], list[Row]],
-    texts: Callable[[Row], Sequence[InputRow]],
-    examples: Callable[[int, Row], Sequence[Example]],
-    show: int,
-    labels: Callable[[Rows], Iterable[str]] = lambda rows: (),
-) -> Overview:
-    """Return counts and lengths of every part that has rows, and the first training rows.
+@dataclass(frozen=True)
+class Reading(Generic[Row]):
+    """How a task reads its rows."""
 
-    Args:
-        kind: what the rows are.
-        longest: tokens that a text may have.
-        rows: the rows, divided.
-        encode: what makes tokens of a part's rows.
-        texts: what names the texts of a row.
-        examples: what shows a row of this number.
-        show: how many rows to show.
-        labels: what names a part's classes, as often as they come.
-    """
+    kind: str
+    """What the rows are."""
+    longest: int
+    """Tokens that a text may have."""
+    encode: Callable[[Rows], list[Row]]
+    """Makes tokens of a part's rows."""
+    texts: Callable[[Row], Sequence[InputRow]]
+    """Names the texts of a row."""
+    examples: Callable[[int, Row], Sequence[Example]]
+    """Shows a training row of this number."""
+    labels: Callable[[Rows], Iterable[str]] = lambda rows: ()
+    """Names a part's classes, as often as they come."""
+
+
+def overview_of(reading: Reading[Row], rows: RunRows, show: int) -> Overview:
+    """Return counts and lengths of every part that has rows, and the first training rows."""
     parts = {"train": rows.train, "validation": rows.validation, "test": rows.test}
-    encoded = {name: encode(part) for name, part in parts.items() if len(part)}
+    encoded = {name: reading.encode(part) for name, part in parts.items() if len(part)}
     summaries = {
-        name: part_of([texts(row) for row in found], parts[name].lines, labels(parts[name]))
+        name: part_of(
+            list(map(reading.texts, found)), parts[name].lines, reading.labels(parts[name])
+        )
         for name, found in encoded.items()
     }
-    shown = [each for i, row in enumerate(encoded["train"][:show]) for each in examples(i, row)]
-    return Overview(kind, longest, summaries, shown)
+    first = enumerate(encoded["train"][:show])
+    shown = [each for i, row in first for each in reading.examples(i, row)]
+    return Overview(reading.kind, reading.longest, summaries, shown)
 
 
 def part_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,14 +17,13 @@ from inlay.errors import DataError, ModelError
 from inlay.evaluate.outputs import accepted, padded_inputs
 from inlay.evaluate.record import ComparisonRecord
 from inlay.evaluate.reward_model import compare_rewards
-from inlay.evaluate.run import Stage
+from inlay.evaluate.run import Told
 from inlay.memory.devices import Device
 from inlay.model.heads import Head, head_of
 from inlay.train import planning
 from inlay.train.config import RunConfig
 from inlay.train.head_planning import Planned, full_row, longest_row, reader
-from inlay.train.overview import Example, Overview, example_of, overview_of
-from inlay.train.rows import RunRows
+from inlay.train.overview import Example, Reading, example_of
 
 
 @dataclass(frozen=True)
@@ -138,24 +137,22 @@ def assumed_rows(config: RunConfig) -> planning.Rows:
 # What the verbs ask for
 
 
-def overview(
-    config: RunConfig, rows: RunRows, tokenizer: PreTrainedTokenizerBase, show: int
-) -> Overview:
-    """Return counts and lengths of every part, and both sides of the first training rows."""
+def reading(
+    config: RunConfig, train: Rows, tokenizer: PreTrainedTokenizerBase
+) -> Reading[RewardPair]:
+    """Return how pairs are read, and both sides of one shown."""
     longest = longest_row(config, tokenizer)
 
     def examples(index: int, pair: RewardPair) -> list[Example]:
-        where = rows.train.where(index)
+        where = train.where(index)
         return [example_of(where, getattr(pair, side), tokenizer, side) for side in SIDES]
 
-    return overview_of(
+    return Reading(
         "preference",
         longest,
-        rows,
         lambda part: encode_reward_pairs(part, tokenizer, longest),
         lambda pair: [pair.chosen, pair.rejected],
         examples,
-        show,
     )
 
 
@@ -164,9 +161,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     config: RunConfig,
-    *,
-    batch_size: int,
-    on_progress: Stage | None = None,
+    **told: Unpack[Told],
 ) -> ComparisonRecord:
     """Return base against tuned on pairs.
 
@@ -178,8 +173,7 @@ def measure(
         model,
         encode_reward_pairs(rows, tokenizer, longest_row(config, tokenizer)),
         lines=rows.lines,
-        batch_size=batch_size,
-        on_progress=on_progress,
+        **told,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from inlay.data.similar import SIMILAR
 from inlay.errors import DataError
 from inlay.evaluate.outputs import accepted, padded_inputs
 from inlay.evaluate.record import ComparisonRecord
-from inlay.evaluate.run import LEVEL, Stage, named
+from inlay.evaluate.run import LEVEL, Stage, Told, named
 from inlay.evaluate.similar import Candidates, compared_retrieval, compared_scores
 from inlay.memory.devices import Device
 from inlay.model.attach import disabled
@@ -27,8 +27,7 @@ from inlay.train import planning
 from inlay.train.config import RunConfig
 from inlay.train.embedder import Embedder, embedder, longest_in, save_modules
 from inlay.train.head_planning import Planned, full_row, longest_row, reader
-from inlay.train.overview import Example, Overview, example_of, overview_of
-from inlay.train.rows import RunRows
+from inlay.train.overview import Example, Reading, example_of
 
 HIDDEN = Head("embedding")
 """What a model of embeddings gives: its hidden states."""
@@ -173,26 +172,24 @@ def assumed_rows(config: RunConfig) -> planning.Rows:
 # What the verbs ask for
 
 
-def overview(
-    config: RunConfig, rows: RunRows, tokenizer: PreTrainedTokenizerBase, show: int
-) -> Overview:
-    """Return counts and lengths of every part, and the texts of the first training rows."""
+def reading(
+    config: RunConfig, train: Rows, tokenizer: PreTrainedTokenizerBase
+) -> Reading[SimilarRow]:
+    """Return how texts that belong together are read and shown."""
     longest = longest_text(config, tokenizer)
 
     def examples(index: int, row: SimilarRow) -> list[Example]:
         score = "" if row.score is None else f", score {row.score:g}"
-        named = zip(SIMILAR[rows.train.kind], row.texts, strict=True)
-        where = rows.train.where(index)
+        named = zip(SIMILAR[train.kind], row.texts, strict=True)
+        where = train.where(index)
         return [example_of(where, text, tokenizer, name + score) for name, text in named]
 
-    return overview_of(
-        rows.train.kind.replace("_", " "),
+    return Reading(
+        train.kind.replace("_", " "),
         longest,
-        rows,
         lambda part: encode_similar(part, tokenizer, longest),
         lambda row: row.texts,
         examples,
-        show,
     )
 
 
@@ -201,14 +198,12 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     config: RunConfig,
-    *,
-    batch_size: int,
-    on_progress: Stage | None = None,
+    **told: Unpack[Told],
 ) -> ComparisonRecord:
     """Return base against tuned on texts that belong together."""
     whole = embedder(model, config.model, config.revision, config.pooling or "auto")
     encoded = encode_similar(rows, tokenizer, longest_text(config, tokenizer))
-    return compare_similar(model, whole, rows, encoded, batch_size, on_progress)
+    return compare_similar(model, whole, rows, encoded, **told)
 
 
 def compare_similar(
@@ -237,6 +232,7 @@ def compare_similar(
     return {
         "rows": len(encoded),
         "tokens": sum(len(text.input_ids) for row in encoded for text in row.texts),
+        "counted": "tokens",
         "generated_rows": 0,
         "level": LEVEL,
         "metrics": metrics,
