@@ -1,8 +1,10 @@
 """What tiny random models that see images learn of scikit-learn's digits, by `inlay train`.
 
+    python benchmarks/vision_digits.py [--families F ...] [--storages S ...] [--jobs 1] [--work FOLDER]
+
 Each family and storage is one command; the held-out share of right answers goes to
-results/vision_digits.json, beside the cases of families not asked for.
-Usage: vision_digits.py [--families F ...] [--storages S ...]
+results/vision_digits.json once all that were asked for are done. A run that lies finished in the
+work folder is not trained again, and one that was stopped goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ import yaml
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests" / "unit"))
 
-from machine import RESULTS, write  # noqa: E402
+from machine import write  # noqa: E402
 from vision_tiny import FAMILIES, make_digits, make_vision_model  # noqa: E402
 
 RUN: dict[str, Any] = {
@@ -37,7 +40,8 @@ RUN: dict[str, Any] = {
     "eval_rows": 400,
     "generate_rows": 400,
     "generate_tokens": 2,
-    "save_every": 1000,
+    "save_every": 60,
+    "resume": True,
     "threads": 1,
 }
 """The run of every family; what it adapts is every linear layer but the output head."""
@@ -52,16 +56,16 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def measured(folder: Path, family: str, storage: str) -> dict[str, Any]:
+    """Train a family in a storage, unless that lies in the folder; return what came of it."""
     name = f"{family}-{storage}"
     keys = RUN | OWN.get(family, {})
     keys |= {"model": family, "data": "digits.jsonl", "output": name, "storage": storage}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(keys))
-    started = time.monotonic()
     command = [sys.executable, "-m", "inlay", "train", f"{name}.yaml"]
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     run = json.loads((folder / name / "run.json").read_text())
     metrics = {m["name"]: m for m in run["comparison"]["metrics"]}
-    return {
+    case = {
         "family": family,
         "storage": storage,
         "rows": run["rows"],
@@ -72,36 +76,28 @@ def measured(folder: Path, family: str, storage: str) -> dict[str, Any]:
         "exact_match": {who: metrics["exact_match"][who] for who in ("base", "tuned")},
         "loss": {who: metrics["loss"][who] for who in ("base", "tuned")},
         "train_seconds": run["seconds"],
-        "command_seconds": time.monotonic() - started,
     }
-
-
-def earlier() -> list[dict[str, Any]]:
-    """Return the cases that were measured before, to be kept beside other families'."""
-    path = RESULTS / "vision_digits.json"
-    return json.loads(path.read_text())["cases"] if path.is_file() else []
-
-
-def same(case: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(case[key] == other[key] for key in ("family", "storage"))
+    print(json.dumps(case), flush=True)
+    return case
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__)
-    words.add_argument("--families", nargs="+", default=list(FAMILIES))
-    words.add_argument("--storages", nargs="+", default=["dense", "nf4"])
-    asked = words.parse_args()
-    cases: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    """Train what was asked for and write what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES))
+    parser.add_argument("--storages", nargs="+", default=["dense", "nf4"])
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--work", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(given.jobs) as pool:
+        folder = given.work or Path(place)
         make_digits(folder)
-        for family in asked.families:
-            make_vision_model(folder / family, family)
-            for storage in asked.storages:
-                cases.append(measured(folder, family, storage))
-                print(json.dumps(cases[-1]), flush=True)
-                kept = [case for case in earlier() if not same(case, cases[-1])]
-                write("vision_digits", {"run": RUN, "own": OWN, "cases": [*kept, cases[-1]]})
+        for family in given.families:
+            if not (folder / family).is_dir():
+                make_vision_model(folder / family, family)
+        asked = list(product(given.families, given.storages))
+        cases = list(pool.map(lambda case: measured(folder, *case), asked))
+    print(write("vision_digits", {"run": RUN, "own": OWN, "cases": cases}))
 
 
 if __name__ == "__main__":
