@@ -1,6 +1,6 @@
 """What tiny random models that see images learn of scikit-learn's digits, by `inlay train`.
 
-    python benchmarks/vision_digits.py [--families F ...] [--storages S ...] [--jobs 1] [--work FOLDER]
+    python benchmarks/vision_digits.py [--families F ...] [--storages S ...] [--jobs 1] [--work DIR]
 
 Each family and storage is one command; the held-out share of right answers goes to
 results/vision_digits.json once all that were asked for are done. A run that lies finished in the

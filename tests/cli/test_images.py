@@ -163,6 +163,20 @@ def test_what_does_not_apply_is_refused(
     assert sentence in capsys.readouterr().err
 
 
+def test_what_a_processor_needs_and_is_not_installed_is_named(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_vision_model(run / "smolvlm", "smolvlm")
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
+    words = ["--model", str(run / "smolvlm"), "--data", str(run / "digits.jsonl")]
+    for verb in (["data"], ["train", "--output", str(run / "none")]):
+        assert main([*verb, *words]) == 2
+        err = capsys.readouterr().err
+        assert "smolvlm cannot be used: ImportError: Package `num2words` is required" in err
+        assert "pip install num2words" in err
+    assert not (run / "none").exists()
+
+
 def test_an_image_needs_a_question_and_a_file(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

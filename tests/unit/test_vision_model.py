@@ -26,6 +26,7 @@ PROJECTORS = {
         for n in (1, 2)
     },
     "idefics3": {"model.connector.modality_projection.proj"},
+    "smolvlm": {"model.connector.modality_projection.proj"},
     "gemma3": set(),
 }
 

@@ -30,6 +30,9 @@ from transformers import (
     Qwen2VLImageProcessorPil,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessorPil,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -41,20 +44,23 @@ IMAGE = {
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "idefics3": "<image>",
+    "smolvlm": "<image>",
     "gemma3": "<start_of_image>",
 }
 """What the chat template of each family writes for an image."""
 FAMILIES = tuple(IMAGE)
+OF_IDEFICS = (
+    "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
+    *(f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)),
+)  # fmt: skip
 SPECIAL = {
     "llava": ("<image>",),
     "qwen2_5_vl": ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
     "qwen3_vl": ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
-    "idefics3": (
-        "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
-        *(f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)),
-    ),
+    "idefics3": OF_IDEFICS,
+    "smolvlm": OF_IDEFICS,
     "gemma3": ("<image_soft_token>", "<start_of_image>", "<end_of_image>"),
-}  # fmt: skip
+}
 SIDE, PATCH, WIDTH = 8, 2, 64
 """Pixels of an image's side and of a patch's, and the width of both parts."""
 SPREAD = WIDTH**-0.5
@@ -190,10 +196,12 @@ def qwen(family: str) -> Tiny:
     return Tiny(config, model, images, tokenizer)
 
 
-def idefics3() -> Tiny:
-    """Return an Idefics3, which SmolVLM is too: SigLIP, pixels shuffled by 2, Llama."""
-    tokenizer = tokenizer_of("idefics3")
-    config = Idefics3Config(
+def idefics(family: str) -> Tiny:
+    """Return an Idefics3 or a SmolVLM: SigLIP, pixels shuffled by 2, Llama."""
+    tokenizer = tokenizer_of(family)
+    small = family == "smolvlm"
+    made_as = SmolVLMConfig if small else Idefics3Config
+    config = made_as(
         vision_config={
             "hidden_size": WIDTH,
             "intermediate_size": 2 * WIDTH,
@@ -207,13 +215,14 @@ def idefics3() -> Tiny:
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
     )
-    images = Idefics3ImageProcessorPil(
+    prepares = SmolVLMImageProcessorPil if small else Idefics3ImageProcessorPil
+    images = prepares(
         size={"longest_edge": SIDE},
         max_image_size={"longest_edge": SIDE},
         do_image_splitting=False,
     )
-    processor = {"image_seq_len": 4}
-    return Tiny(config, Idefics3ForConditionalGeneration, images, tokenizer, processor)
+    model = SmolVLMForConditionalGeneration if small else Idefics3ForConditionalGeneration
+    return Tiny(config, model, images, tokenizer, {"image_seq_len": 4})
 
 
 def gemma3() -> Tiny:
@@ -248,7 +257,8 @@ BUILDERS: dict[str, Callable[[], Tiny]] = {
     "llava": llava,
     "qwen2_5_vl": lambda: qwen("qwen2_5_vl"),
     "qwen3_vl": lambda: qwen("qwen3_vl"),
-    "idefics3": idefics3,
+    "idefics3": lambda: idefics("idefics3"),
+    "smolvlm": lambda: idefics("smolvlm"),
     "gemma3": gemma3,
 }
 

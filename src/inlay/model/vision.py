@@ -38,6 +38,9 @@ class NoVideos(dict[str, Any]):
 
     model_input_names: tuple[str, ...] = ()
     _auto_class = None
+    num_frames: int | None = None
+    fps: float | None = None
+    """As `num_frames`, asked for by SmolVLM's processor whether there is a video or not."""
 
 
 def sees_images(config: PreTrainedConfig) -> bool:
