@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from inlay.data.images import hold_images, normalise_images
+from inlay.data.images import hold_images, normalise_images, normalise_shown
 from inlay.data.read import RawRow, first_row, read_rows
 from inlay.data.rows import Rows
 from inlay.data.split import split
@@ -277,5 +277,39 @@ def test_the_first_row_is_read_alone(folder: Path):
 def test_words_about_an_image_are_no_image(words: str, tmp_path: Path) -> None:
     row = RawRow({"prompt": "a", "completion": "b", "image": words}, str(tmp_path / "d.csv"), 2)
     assert not hold_images(row)
-    assert hold_images(replace(row, values={**row.values, "image": "missing.PNG"}))
+    for name in ("missing.PNG", "scans/0001", "0001"):
+        assert hold_images(replace(row, values={**row.values, "image": name}))
     assert hold_images(replace(row, values={**row.values, "images": ["https://x.y/z"]}))
+
+
+def test_a_path_without_a_suffix_that_is_not_there_is_not_taken_for_words(folder: Path) -> None:
+    raw = [RawRow({**QUESTION, "image": "scans/0001"}, str(folder / "data.jsonl"), 1)]
+    with pytest.raises(
+        DataError, match=r"line 1: 'image': .*scans/0001 is not there.*another name"
+    ):
+        normalise_shown(raw)
+    for columns in ({"prompt": "A {image}:"}, {"prompt": "image"}, {"group": "image"}):
+        columns = {"prompt": "prompt", "completion": "completion", **columns}
+        rows = normalise_shown(raw, **columns)
+        assert (rows.kind, rows.notes) == ("prompt_completion", [])
+
+
+def test_a_column_of_words_about_images_is_told(folder: Path) -> None:
+    row = RawRow({**QUESTION, "image": "Chest PA and lateral, " * 3}, str(folder / "d.csv"), 2)
+    rows = normalise_shown([row])
+    assert rows.kind == "prompt_completion"
+    (note,) = rows.notes
+    assert note.startswith("the column 'image' holds words and no images, and is not read: 'Chest")
+    assert note.endswith("...' in " + row.where)
+    for value in (None, "", []):
+        plain = replace(row, values={**QUESTION, "images": value})
+        assert normalise_shown([replace(row, values=QUESTION), plain]).notes == []
+
+
+@pytest.mark.parametrize("first", [{}, {"image": "A photo of a cat"}, {"image": ""}], ids=str)
+def test_images_that_begin_in_a_later_row_stop(folder: Path, first: dict[str, str]) -> None:
+    values = ({**QUESTION, **first}, {**QUESTION, "image": "a.png"})
+    raw = [RawRow(row, str(folder / "data.jsonl"), n) for n, row in enumerate(values, start=1)]
+    sentence = r"line 2: 'image' is an image, and the first row, .*line 1, has none"
+    with pytest.raises(DataError, match=sentence):
+        normalise_shown(raw)

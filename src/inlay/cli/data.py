@@ -97,7 +97,7 @@ def run(given: dict[str, Any]) -> int:
     }
     if as_json:
         about = {"data": config.data, "model": config.model, "max_length": config.max_length}
-        about |= {"kind": rows.train.kind, "sha256": rows.sha256}
+        about |= {"kind": rows.train.kind, "sha256": rows.sha256, "notes": rows.train.notes}
         show.as_json(about | {"parts": {n: asdict(found) for n, found in summaries.items()}})
         return 0
     describe(config, rows, summaries)
@@ -217,6 +217,8 @@ def describe(config: RunConfig, rows: RunRows, summaries: Mapping[str, Summary])
     show.heading(f"{config.data}: rows of {kind}, {limit} {config.max_length} tokens")
     columns = ("part", "rows", "tokens", "trained on", "median", "95%", "longest", "cut")
     show.table(columns, [cells(name, found) for name, found in summaries.items()])
+    for note in rows.train.notes:
+        print(f"  {note}")
     tell_skipped(rows)
     from inlay.train.judge import judge_of
 

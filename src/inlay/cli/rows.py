@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from inlay.data.images import hold_images, normalise_images
+from inlay.data.images import normalise_shown
 from inlay.data.labelled import are_labelled, desirable_of
 from inlay.data.preference import are_pairs, side_of
 from inlay.data.prompts import are_prompts, normalise_prompts
@@ -53,8 +53,8 @@ def rows_of(source: str, keys: Mapping[str, Any]) -> Rows:
         group = column if column in rows[0].values else None
         return check(rows, group=group, skip_empty=keys.get("skip_empty", False))
     named["skip_empty"] = keys.get("skip_empty", False)
-    if keys.get("task", "sft") == "sft" and hold_images(rows[0]):
-        return normalise_images(rows, allow_urls=bool(keys.get("allow_urls")), **named)
+    if keys.get("task", "sft") == "sft":
+        return normalise_shown(rows, allow_urls=bool(keys.get("allow_urls")), **named)
     return normalise(rows, **named)
 
 

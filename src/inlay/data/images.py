@@ -18,12 +18,14 @@ from inlay.data.rows import (
     Rows,
     group_of,
     is_missing,
+    normalise,
     shape_of,
     shaped,
+    template_parts,
 )
 from inlay.errors import DataError
 
-__all__ = ["hold_images", "normalise_images"]
+__all__ = ["hold_images", "normalise_images", "normalise_shown"]
 
 MARK = "\ufffc"
 """Stands in a text for an image, while the text is checked."""
@@ -32,14 +34,25 @@ PLACEHOLDER = "<image>"
 COLUMNS = ("image", "images")
 PART_KEYS = ("image", "url", "path", "base64", "image_url")
 """The keys under which a part of a message may hold its image."""
+LONGEST_NAME = 255
+"""Characters of a path at most."""
+SHOWN = 40
+"""Characters of a column's words that are told at most."""
 Held = tuple[Any, str]
 """What a row says of an image, and where: `'image'`, `'images' 2`, `the image in message 1`."""
 
 
-def hold_images(row: RawRow) -> bool:
-    """Say whether a row has an image's column, or messages with an image among their parts."""
-    folder = Path(row.source).parent
-    if any(is_an_image(row.values[name], folder) for name in COLUMNS if name in row.values):
+def hold_images(row: RawRow, **columns: Any) -> bool:
+    """Say whether a row has an image's column, or messages with an image among their parts.
+
+    A column's words are an image where they are a file's, an address, end as image files do, or
+    are one word, which is taken for a path unless a key of the run reads the column.
+
+    Args:
+        row: the row as read.
+        columns: the arguments of `normalise` that name columns.
+    """
+    if any(is_an_image(row, name, columns) for name in COLUMNS if name in row.values):
         return True
     turns = row.values.get("messages")
     parts = (
@@ -48,15 +61,39 @@ def hold_images(row: RawRow) -> bool:
     return any(isinstance(part, Mapping) and is_image_part(part) for part in parts)
 
 
-def is_an_image(value: Any, folder: Path) -> bool:
+def is_an_image(row: RawRow, name: str, columns: Mapping[str, Any]) -> bool:
     """Say whether a column's value is meant as an image, and not as words about one."""
+    value, folder = row.values[name], Path(row.source).parent
+    named = name in columns_read(columns)
     if isinstance(value, list):
-        return not value or any(is_an_image(each, folder) for each in value)
+        return not value or any(names_an_image(each, folder, named) for each in value)
+    return names_an_image(value, folder, named)
+
+
+def names_an_image(value: Any, folder: Path, words: bool) -> bool:
+    """Say whether a value is an image; one word is, unless it may stand for itself."""
     if not isinstance(value, str):
         return True
-    named = value.startswith("data:") or value.lower().startswith(WEB)
     kind, _ = guess_type(value)
-    return named or (kind or "").startswith("image/") or is_there(folder / value)
+    return (
+        value.startswith("data:")
+        or value.lower().startswith(WEB)
+        or (kind or "").startswith("image/")
+        or is_there(folder / value)
+        or (not words and is_one_word(value))
+    )
+
+
+def is_one_word(value: str) -> bool:
+    """Say whether a text could be a path and nothing else."""
+    return value.split() == [value] and value.isprintable() and len(value) <= LONGEST_NAME
+
+
+def columns_read(columns: Mapping[str, Any]) -> set[str]:
+    """Return the columns that the arguments of `normalise` name, alone or in a template."""
+    given = [columns.get(key) for key in ("prompt", "completion", "text", "group")]
+    words = [each for each in given if each]
+    return {*words, *(name for each in words for _, name in template_parts(each) if name)}
 
 
 def is_there(path: Path) -> bool:
@@ -76,6 +113,57 @@ def content_parts(turn: Any) -> list[Any]:
 def is_image_part(part: Mapping[str, Any]) -> bool:
     """Say whether a part of a message is an image, as transformers and OpenAI write it."""
     return part.get("type") in ("image", "image_url")
+
+
+def normalise_shown(raw: Sequence[RawRow], *, allow_urls: bool = False, **columns: Any) -> Rows:
+    """Return rows with or without images, as the first of them has some or not.
+
+    Args:
+        raw: the rows as read; at least one.
+        allow_urls: fetch images named by an http(s) address.
+        columns: the further arguments of `normalise`.
+
+    Raises:
+        DataError: as `normalise` and `normalise_images`, or a later row alone has an image.
+    """
+    if hold_images(raw[0], **columns):
+        return normalise_images(raw, allow_urls=allow_urls, **columns)
+    return replace(normalise(raw, **columns), notes=words_about_images(raw, columns))
+
+
+def words_about_images(raw: Sequence[RawRow], columns: Mapping[str, Any]) -> list[str]:
+    """Return what to tell of a column that is named as images are, holds words and is not read.
+
+    Raises:
+        DataError: it holds an image in a later row than the first.
+    """
+    notes: list[str] = []
+    read = columns_read(columns)
+    for name in (each for each in COLUMNS if each not in read):
+        held = [row for row in raw if has_something(row.values.get(name))]
+        for row in held:
+            if is_an_image(row, name, columns):
+                raise DataError(
+                    f"{row.where}: {name!r} is an image, and the first row, {raw[0].where}, has "
+                    "none; name the image of every row, and write [] for a row without one"
+                )
+        if held:
+            notes.append(
+                f"the column {name!r} holds words and no images, and is not read: "
+                f"{shortened(held[0].values[name])} in {held[0].where}"
+            )
+    return notes
+
+
+def has_something(value: Any) -> bool:
+    """Say whether a column's value is neither empty nor an empty list."""
+    return not is_missing(value) and value != []
+
+
+def shortened(words: Any) -> str:
+    """Return the beginning of a text, in quotes."""
+    text = str(words)
+    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "...")
 
 
 def normalise_images(

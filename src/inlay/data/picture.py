@@ -93,7 +93,10 @@ def source_of(value: Any, where: str, folder: Path, allow_urls: bool) -> Any:
     path = (folder / Path(value).expanduser()).resolve()
     if not path.is_file():
         there = "a folder" if path.is_dir() else "not there"
-        raise DataError(f"{where}: {path} is {there}; paths are relative to {folder}")
+        raise DataError(
+            f"{where}: {path} is {there}; paths are relative to {folder}, and a column of words "
+            "must have another name"
+        )
     return path
 
 

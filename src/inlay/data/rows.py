@@ -72,6 +72,8 @@ class Rows:
     """Each row's value of the group column."""
     skipped: list[int] = field(default_factory=list)
     """The lines left out because a field was empty."""
+    notes: list[str] = field(default_factory=list)
+    """What is worth knowing of how they were read."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from inlay.data.images import hold_images, normalise_images
+from inlay.data.images import hold_images, normalise_shown
 from inlay.data.labelled import Labelled, encode_labelled, normalise_labelled
 from inlay.data.labels import normalise_labels
 from inlay.data.preference import Pair, encode_pairs, normalise_pairs
 from inlay.data.prompts import encode_prompts, normalise_prompts
 from inlay.data.read import first_row, read_rows
-from inlay.data.rows import Rows, normalise
+from inlay.data.rows import Rows
 from inlay.data.similar import normalise_similar
 from inlay.data.split import split
 from inlay.data.tokens import Encoded, encode
@@ -93,22 +93,26 @@ def read(config: RunConfig, source: str, group: str | None) -> Rows:
             group=group,
             skip_empty=config.skip_empty,
         )
-    columns: dict[str, Any] = {
+    columns = columns_of(config) | {"group": group}
+    return normalise_shown(
+        raw, allow_urls=bool(config.allow_urls), skip_empty=config.skip_empty, **columns
+    )
+
+
+def columns_of(config: RunConfig) -> dict[str, Any]:
+    """Return what a run says of its rows' columns, as `normalise` takes it."""
+    return {
         "prompt": config.prompt,
         "completion": config.completion,
         "text": config.text,
         "format": config.format,
-        "group": group,
-        "skip_empty": config.skip_empty,
+        "group": config.split_by,
     }
-    if config.task == "sft" and hold_images(raw[0]):
-        return normalise_images(raw, **columns, allow_urls=bool(config.allow_urls))
-    return normalise(raw, **columns)
 
 
 def have_images(config: RunConfig) -> bool:
     """Say whether a run's rows have images, by the first of them."""
-    return config.task == "sft" and hold_images(first_row(config.data))
+    return config.task == "sft" and hold_images(first_row(config.data), **columns_of(config))
 
 
 def encode_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:

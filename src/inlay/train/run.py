@@ -266,6 +266,8 @@ class Running(ABC, Generic[Row]):
     def tokens(self) -> tuple[Tokens[Row], RunRows]:
         """Read the rows and encode them; raise for whatever would make training on them vain."""
         rows = rows_of_run(self.config)
+        for note in rows.train.notes:
+            self.note(note)
         with quiet_transformers():
             tokenizer = self.reader(located(self.config.model, self.config.revision))
         self.look_at(rows, tokenizer)
