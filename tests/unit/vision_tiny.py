@@ -265,7 +265,11 @@ BUILDERS: dict[str, Callable[[], Tiny]] = {
 
 def make_vision_model(folder: Path, family: str) -> Path:
     """Save a random model of a family with its processor."""
-    tiny = BUILDERS[family]()
+    return save_tiny(BUILDERS[family](), family, folder)
+
+
+def save_tiny(tiny: Tiny, family: str, folder: Path) -> Path:
+    """Save a random model of these parts with its processor."""
     torch.manual_seed(0)
     model = tiny.model(tiny.config)
     for name, parameter in model.named_parameters():
