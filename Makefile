@@ -43,6 +43,12 @@ bench-results: .venv/.dev  ## what each method reaches on the real data in ../sh
 bench-gpu: .venv/.dev      ## measure on a GPU against peers; CASES="8B nf4" and SECONDS=500 choose
 	$(BIN)/python benchmarks/gpu.py --cases "$(CASES)" --seconds $(or $(SECONDS),21600)
 
+bench-vision: .venv/.dev   ## models that see: digits, the kept features, planned memory
+	$(BIN)/python benchmarks/vision_digits.py
+	$(BIN)/python benchmarks/vision_cache.py
+	$(BIN)/python benchmarks/plan_table.py images
+	$(BIN)/python docs/vision_tables.py
+
 docs: .venv/.dev           ## write docs/methods from the docstrings
 	$(BIN)/python docs/build.py
 

@@ -1,11 +1,12 @@
 """Planned against measured memory: each case in a process of its own, on this CPU.
 
-    python benchmarks/plan_table.py [name ...]
+    python benchmarks/plan_table.py [images | name ...]
 
 A case is a method, a storage, a length and an activation policy, on a model of four layers of the
-0.5B shape. The plan is made from the configuration alone, in one process, as `inlay plan` makes
-it. In another the model is loaded, adapted and trained for three steps; what is compared is the
-most that process held while it trained (VmHWM, set back once the model was loaded), everything
+0.5B shape; `images` are models with such a language part and two images in a row, whose results
+are plan_images.json. The plan is made from the configuration alone, in one process, as `inlay plan`
+makes it. In another the model is loaded, adapted and trained for three steps; what is compared is
+the most that process held while it trained (VmHWM, set back once the model was loaded), everything
 included: Python, the libraries, the weights.
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import write
+from plan_images import image_batch, image_shape
 
 LAYERS, STEPS = 4, 3
 CASES: list[dict[str, Any]] = (
@@ -80,12 +82,28 @@ CASES: list[dict[str, Any]] = (
         for s, p in (("dense", "layer-inputs"), ("nf4", "keep-all"))
     ]
 )
+IMAGE_CASES: list[dict[str, Any]] = [
+    {"family": f, "method": "lora", "storage": s, "dtype": d, "targets": t, "policy": p}
+    for f, s, d, t, p in (
+        ("llava", "dense", "bfloat16", "language", "keep-all"),
+        ("llava", "nf4", "float32", "language", "keep-products"),
+        ("llava", "dense", "bfloat16", "all-linear", "keep-all"),
+        ("llava", "dense", "float32", "all-linear", "layer-inputs"),
+        ("qwen2_5_vl", "dense", "bfloat16", "language", "keep-all"),
+        ("qwen2_5_vl", "nf4", "bfloat16", "language", "layer-inputs"),
+        ("qwen2_5_vl", "dense", "bfloat16", "all-linear", "keep-all"),
+        ("qwen2_5_vl", "dense", "float32", "all-linear", "keep-products"),
+    )
+]
 
 
-def shape(dtype: str) -> Any:
-    """Return the configuration of the model, whose biases BitFit needs."""
+def shape(case: dict[str, Any]) -> Any:
+    """Return the configuration of a case's model; the text model's biases are what BitFit needs."""
     from transformers import Qwen2Config
 
+    dtype = case["dtype"]
+    if "family" in case:
+        return image_shape(case["family"], dtype)
     return Qwen2Config(
         vocab_size=32_000,
         hidden_size=896,
@@ -101,15 +119,23 @@ def shape(dtype: str) -> Any:
     )
 
 
-def make_model(folder: Path, dtype: str) -> str:
-    """Save random weights of that shape, with a tokenizer that nothing reads."""
+def make_model(folder: Path, case: dict[str, Any]) -> str:
+    """Save random weights of a case's shape, unless they are there; nothing reads the tokenizer."""
     import torch
     from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        PreTrainedTokenizerFast,
+    )
 
     torch.manual_seed(0)
-    path = folder / dtype
-    Qwen2ForCausalLM(shape(dtype)).to(getattr(torch, dtype)).save_pretrained(path)
+    dtype = case["dtype"]
+    path = folder / f"{case.get('family', 'text')}-{dtype}"
+    if path.is_dir():
+        return str(path)
+    made_as = AutoModelForImageTextToText if "family" in case else AutoModelForCausalLM
+    made_as.from_config(shape(case)).to(getattr(torch, dtype)).save_pretrained(path)
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="<unk>"
@@ -117,10 +143,13 @@ def make_model(folder: Path, dtype: str) -> str:
     return str(path)
 
 
-def batch(length: int) -> dict[str, Any]:
-    """Return one row, its first quarter not trained on."""
+def batch(case: dict[str, Any]) -> dict[str, Any]:
+    """Return one row, its first quarter not trained on, or the one with images."""
     import torch
 
+    if "family" in case:
+        return image_batch(case["family"], case["dtype"])
+    length = case["length"]
     ids = torch.arange(length)[None] % 1000
     labels = ids.clone()
     labels[:, : length // 4] = -100
@@ -140,6 +169,7 @@ def planned(case: dict[str, Any]) -> dict[str, Any]:
             "data": "reports",
             "output": "unused",
             "method": case["method"],
+            "targets": case.get("targets"),
             "storage": case["storage"],
             "dtype": case["dtype"],
             "activations": case["policy"],
@@ -149,7 +179,7 @@ def planned(case: dict[str, Any]) -> dict[str, Any]:
         },
     )
     device = Device("cpu", "cpu", 1 << 40, 1e10, 3e11, 3e11)
-    found = planned_step(shape(case["dtype"]), run, batch(case["length"]), device).best
+    found = planned_step(shape(case), run, batch(case), device).best
     return {"total": found.total, "bytes": found.bytes}
 
 
@@ -169,7 +199,7 @@ def measured(case: dict[str, Any], model_folder: str) -> dict[str, Any]:
     del supervised
     before = resident()
     model, _ = load(model_folder, case["storage"], device="cpu", stream=case.get("stream", "off"))
-    attach(model, build_method(case["method"], {}))
+    attach(model, build_method(case["method"], {}), targets=case.get("targets"))
     if "eight_bits" in case:
         compute_in_8_bits(model)
     model.train()
@@ -177,7 +207,7 @@ def measured(case: dict[str, Any], model_folder: str) -> dict[str, Any]:
     loaded = resident()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-4)
-    inputs = batch(case["length"])
+    inputs = batch(case)
     with measuring(torch.device("cpu")) as found:
         for _ in range(STEPS):
             step_loss(model, dict(inputs)).backward()
@@ -190,8 +220,8 @@ def measured(case: dict[str, Any], model_folder: str) -> dict[str, Any]:
 def results(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Measure and plan every case in processes of its own, two cases at a time."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        folders = {d: make_model(Path(folder), d) for d in ("bfloat16", "float32")}
-        return list(pool.map(lambda case: result(case, folders[case["dtype"]]), cases))
+        folders = [make_model(Path(folder), case) for case in cases]
+        return list(pool.map(result, cases, folders))
 
 
 def result(case: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -212,12 +242,15 @@ def in_a_process(kind: str, case: dict[str, Any], *rest: str) -> Any:
 
 
 def main(names: list[str]) -> None:
-    """Measure and plan every case."""
-    rows = results([c for c in CASES if not names or name_of(c) in names])
+    """Measure and plan every case on text, or on images, or those of these names."""
+    images = names == ["images"]
+    asked = [c for c in (*CASES, *IMAGE_CASES) if name_of(c) in names]
+    rows = results(asked or (IMAGE_CASES if images else CASES))
     within = sum(abs(row["error"]) <= 0.05 for row in rows)
     print(f"{within} of {len(rows)} within 5%")
-    if not names:
-        write("plan_table", {"layers": LAYERS, "steps": STEPS, "rows": rows})
+    if images or not names:
+        kind = "plan_images" if images else "plan_table"
+        write(kind, {"layers": LAYERS, "steps": STEPS, "rows": rows})
 
 
 def name_of(case: dict[str, Any]) -> str:

@@ -104,10 +104,23 @@ def test_merge_writes_the_processor_too(run: Path, capsys: pytest.CaptureFixture
     assert texts[0] == texts[1]
 
 
-def test_a_plan_says_that_there_is_none(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "--method", "lora", "--model", str(run / "llava")]
-    assert main([*words, "--data", str(run / "digits.jsonl")]) == 2
-    assert "memory cannot be planned: a step on rows with images" in capsys.readouterr().err
+def test_a_plan_is_of_a_step_with_images(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--method", "lora", "--model", str(run / "llava"), "--rank", "4"]
+    words += ["--batch-size", "4"]
+    found = as_json(capsys, *words, "--data", str(run / "digits.jsonl"))
+    own = json.loads((run / "run/run.json").read_text())
+    assert found["trained_parameters"] == plan_of_language(run)
+    assert own["memory"]["planned_bytes"] > 0
+    assert main(words) == 0
+    assert "images are not counted: there were no rows to read" in capsys.readouterr().out
+
+
+def plan_of_language(run: Path) -> int:
+    """Return how many parameters train where the language part alone is adapted."""
+    import inlay
+
+    model = inlay.attach(load(str(run / "llava"))[0], inlay.LoRA(rank=4), targets="language")
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,8 @@ def cells(option: Option, plan: Plan) -> list[str]:
 
 def remarks(config: RunConfig, rows: Rows, plan: Plan) -> Iterator[str]:
     """Yield what stands beside the figures."""
+    from inlay.memory.skeleton import config_of
+    from inlay.model.vision import sees_images
     from inlay.train.planning import remedies, run_seconds
 
     best, device = plan.best, plan.device
@@ -159,6 +161,8 @@ def remarks(config: RunConfig, rows: Rows, plan: Plan) -> Iterator[str]:
     if rows.assumed:
         every = "" if TASKS[config.task].verbs else ", every token trained on"
         yield f"rows are taken to fill max_length{every}: there were none to read"
+        if sees_images(config_of(config.model, config.revision)[0]):
+            yield "images are not counted: there were no rows to read"
     if device.measured:
         yield "times follow from this machine's rates, measured just now"
     else:

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
+    "ROOM",
     "ImageInputs",
     "beside",
+    "bytes_of",
     "encode_images",
     "question",
     "shown",
@@ -276,8 +278,13 @@ class ImageInputs:
         if id(row) in self.kept:
             return self.kept[id(row)][1]
         found = self.reader.of(row)
-        size = sum(value.nbytes for value in found.values())
+        size = bytes_of(found)
         if size <= self.room:
             self.room -= size
             self.kept[id(row)] = (row, found)
         return found
+
+
+def bytes_of(inputs: Mapping[str, Tensor]) -> int:
+    """Return the bytes of a row's inputs."""
+    return sum(value.nbytes for value in inputs.values())

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -41,8 +42,12 @@ HOST = "host"
 """Tensors that were moved to the host's memory, which do not count as the device's."""
 BFLOAT16_ALONE = "Expected inputs of BF16 type"
 """What PyTorch says of grouped products without data in another dtype, which it does compute."""
+NO_DATA = "its data is not allocated"
+"""What torch says where a fake tensor's values are read behind the operations' back."""
 LARGEST_KNOWN = 1 << 26
 """Integer and boolean tensors of at most this many elements are followed with their values."""
+FLOATS_KNOWN = 1 << 12
+"""Others of at most this many: positions, on their way to integers again."""
 
 
 @dataclass
@@ -268,12 +273,22 @@ def fake_tensors() -> Generator[FakeTensorMode]:
             f"known only in training ({error.func})"
         ) from None
     except RuntimeError as error:
-        if BFLOAT16_ALONE not in str(error):
+        sentence = unplannable(str(error))
+        if sentence is None:
             raise
-        raise ModelError(
-            "the step cannot be planned: PyTorch follows the products of a mixture of experts in "
-            "bfloat16 alone, and this run computes in another dtype"
-        ) from None
+        raise ModelError(f"the step cannot be planned: {sentence}") from None
+
+
+def unplannable(said: str) -> str | None:
+    """Return why a step cannot be followed without data, from what PyTorch says; None if it can."""
+    if BFLOAT16_ALONE in said:
+        return (
+            "PyTorch follows the products of a mixture of experts in bfloat16 alone, and this run "
+            "computes in another dtype"
+        )
+    if NO_DATA in said:
+        return f"the model reads values that only training knows ({said.splitlines()[0]})"
+    return None
 
 
 def simulate(
@@ -290,7 +305,7 @@ def simulate(
 
     Args:
         build: returns the model, ready to train.
-        batch: the step's integer inputs with their real values.
+        batch: the step's inputs with their real values.
         loss: the training loop's own loss of a model and a batch.
         optimiser: makes the optimiser of the trained parameters, its state included.
         policy: which activations are kept.
@@ -300,7 +315,7 @@ def simulate(
     Raises:
         ModelError: what the model computes depends on values that only training knows.
     """
-    with planning_for(kind), fake_tensors() as mode:
+    with planning_for(kind), fake_tensors() as mode, Literals():
         ledger = Ledger()
         model = build()
         inputs = {name: known_tensor(mode, value) for name, value in batch.items()}
@@ -478,10 +493,26 @@ def eight_bit_moments(p: Tensor) -> list[Tensor]:
 # Values: token ids, labels and masks are known, and what a model does may depend on them.
 
 
+class Literals(TorchFunctionMode):
+    """Lets `torch.tensor` read the values that are known of the tensors in its list."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.tensor:
+            args = tree_map_only(Tensor, lambda t: vars(t)["known"].tolist(), args)
+        return func(*args, **(kwargs or {}))
+
+
 def followed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation on fake tensors; where all its inputs are known, follow their values."""
     if func is torch.ops.aten.index.Tensor:
-        args = (args[0], [index for i in args[1] for index in as_integers(i)], *args[2:])
+        known = hasattr(args[0], "known")
+        args = (args[0], [index for i in args[1] for index in as_integers(i, known)], *args[2:])
     if func is torch.ops.aten.lift_fresh.default and not isinstance(args[0], FakeTensor):
         literal = func(*args, **kwargs)
         literal.known = args[0]
@@ -503,12 +534,12 @@ def with_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
         return real
     if torch.Tag.dynamic_output_shape in func.tags:
-        out: Any = torch.empty(real.shape, dtype=real.dtype, device=real.device)
+        out = tree_map_only(Tensor, unfilled, real)
     else:
         out = func(*args, **kwargs)
     for fake, value in zip(tensors_in(out), tensors_in(real), strict=True):
-        small = value.numel() <= LARGEST_KNOWN and not value.is_floating_point()
-        if small:
+        largest = FLOATS_KNOWN if value.is_floating_point() else LARGEST_KNOWN
+        if value.numel() <= largest or func.is_view:
             fake.known = value  # pyright: ignore[reportAttributeAccessIssue]
         else:
             vars(fake).pop("known", None)
@@ -524,13 +555,28 @@ def makes_integers(func: Any, kwargs: dict[str, Any]) -> bool:
     )
 
 
-def as_integers(index: Tensor | None) -> list[Tensor | None]:
-    """Return a boolean index as the integer ones it stands for; others as they are."""
+def unfilled(real: Tensor) -> Tensor:
+    """Return a fake tensor of a real one's shape."""
+    return torch.empty(real.shape, dtype=real.dtype, device=real.device)
+
+
+def as_integers(index: Tensor | None, known: bool) -> list[Tensor | None]:
+    """Return a boolean index as the integer ones it stands for; others as they are.
+
+    Their values are followed only where what they index is `known` too.
+    """
     if index is None or index.dtype not in (torch.bool, torch.uint8) or not hasattr(index, "known"):
         return [index]
+    mask: Tensor = index.known  # pyright: ignore[reportAttributeAccessIssue]
     with _disable_current_modes():
-        count = int(index.known.count_nonzero())  # pyright: ignore[reportAttributeAccessIssue]
-    return [torch.empty(count, dtype=torch.long, device=index.device) for _ in index.shape]
+        count = int(mask.count_nonzero())
+        real = mask.nonzero(as_tuple=True) if known else ()
+    found: list[Tensor | None] = [
+        torch.empty(count, dtype=torch.long, device=index.device) for _ in index.shape
+    ]
+    for fake, value in zip(found, real, strict=False):
+        fake.known = value  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    return found
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

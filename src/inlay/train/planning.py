@@ -17,7 +17,7 @@ from inlay.data.labelled import Labelled
 from inlay.data.preference import Pair
 from inlay.data.prompts import encode_prompts
 from inlay.data.tokens import Encoded
-from inlay.errors import ModelError, TrainingError
+from inlay.errors import TrainingError
 from inlay.memory.devices import Device
 from inlay.memory.generating import Answering
 from inlay.memory.plan import Plan, Product, Task, plan
@@ -45,12 +45,15 @@ UNKEPT = "KL_"
 """What the inputs of a pass without a gradient begin with, as TRL's KTOTrainer names them."""
 STORAGES = ("dense", "nf4")
 """Storages that are proposed, the most exact first."""
-NO_IMAGES = (
-    "a step on rows with images is not followed before it is run, because the tower's shapes "
-    "depend on the pixels"
-)
+SEEING = "inlay.train.vision"
+"""The module that plans rows with images, too."""
 RANKS = (16, 32, 64, 128)
 """Ranks that are proposed; the first whose parameters outnumber the trained tokens."""
+
+
+def same(config: RunConfig) -> RunConfig:
+    """Return a run as it is."""
+    return config
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class Rows:
     step: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None
     """The loss of a task that does not ask the model itself for it."""
     head: Head | None = None
+    beside: int = 0
+    """Bytes of the host's memory that the rows take beside a step's."""
+    as_run: Callable[[RunConfig], RunConfig] = same
+    """Returns the run as such rows take it."""
 
 
 def planned_run(config: RunConfig, rows: Rows, device: Device, shards: int = 1) -> Plan:
@@ -77,8 +84,9 @@ def planned_run(config: RunConfig, rows: Rows, device: Device, shards: int = 1) 
         ModelError: the configuration cannot be read, or the step not be followed.
     """
     shape, _ = config_of(config.model, config.revision)
-    loss, head = rows.step, rows.head
-    return planned_step(shape, config, rows.batch, device, shards, loss=loss, head=head)
+    loss, head, beside = rows.step, rows.head, rows.beside
+    run = rows.as_run(config)
+    return planned_step(shape, run, rows.batch, device, shards, loss=loss, head=head, beside=beside)
 
 
 def planned_step(
@@ -90,6 +98,7 @@ def planned_step(
     *,
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
     head: Head | None = None,
+    beside: int = 0,
 ) -> Plan:
     """Plan a step of a model that is given as its configuration."""
     task = Task(
@@ -104,7 +113,8 @@ def planned_step(
         shards=shards,
     )
     loop = TASKS[config.task].loop
-    return plan(task, device, runtime=partial(held_beside, loop), policies=policies_of(config))
+    held = partial(held_beside, loop, beside)
+    return plan(task, device, runtime=held, policies=policies_of(config))
 
 
 def leaves_weights(stream: str, device: Device) -> bool:
@@ -131,10 +141,10 @@ def step_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**own, use_cache=False).loss
 
 
-def held_beside(loop: str, products: frozenset[Product]) -> int:
-    """Return what this process holds beside the model, with everything a run imports."""
+def held_beside(loop: str, beside: int, products: frozenset[Product]) -> int:
+    """Return what this process holds beside the model: all that a run imports, and its rows."""
     import_module(loop)
-    return runtime(products)
+    return runtime(products) + beside
 
 
 def built(
@@ -326,7 +336,7 @@ def row_reader(config: RunConfig, device: Device, has_data: bool) -> Callable[[R
         tokenizer = read_tokenizer(source, trust_remote_code=False)
         rows = rows_of_run(config).train
         if rows.kind == "images":
-            raise ModelError(f"memory cannot be planned: {NO_IMAGES}; train with few steps to try")
+            return import_module(SEEING).row_reader(config, rows, source, device)
         multiple = padding_multiple(config, device)
         if rows.kind == "prompt":
             prompts = encode_prompts(rows, tokenizer, config.max_length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +16,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from inlay.data.processor import ImageReader, Pictured, image_reader
 from inlay.data.rows import Rows
 from inlay.data.tokens import summarise
-from inlay.data.vision import ImageInputs, encode_images
-from inlay.errors import ModelError, UsageError
+from inlay.data.vision import ROOM, ImageInputs, bytes_of, encode_images
+from inlay.errors import UsageError
 from inlay.evaluate.images import Seeing
 from inlay.evaluate.losses import losses, padded
 from inlay.evaluate.record import ComparisonRecord
 from inlay.evaluate.run import compare
 from inlay.memory.devices import Device
+from inlay.memory.plan import Plan
+from inlay.memory.skeleton import computing_dtype, config_of
+from inlay.methods.catalog import build_method
 from inlay.model.shapes import length_multiple
 from inlay.train import planning
 from inlay.train.arguments import arguments
 from inlay.train.collate import IGNORED
+from inlay.train.config import RunConfig
 from inlay.train.run import Running, Tokens
+from inlay.train.share import Share
 from inlay.train.supervised import check_ends
-from inlay.train.trainer import AdapterTrainer, HeldOut, dataset, labels
+from inlay.train.trainer import AdapterLoop, AdapterTrainer, HeldOut, dataset, labels
 from inlay.train.vision_cache import VisionCache, cached_vision
 
 NOT_HERE = {
@@ -47,19 +52,16 @@ class Stages(Running[Pictured]):
 
     images: ImageReader
 
+    def divide(self, asked: RunConfig, share: Share) -> None:
+        """Take this process's part of a run, as rows with images take it."""
+        super().divide(asked, share)
+        self.config = as_seen(self.config)
+
     def reader(self, folder: Path) -> ImageReader:
         """Return the model's processor, with the run's limit on pixels."""
-        check_keys(self.config.model_dump())
+        check_keys(self.asked.model_dump())
         self.images = image_reader(folder, self.config.max_pixels)
         return self.images
-
-    @property
-    def targets(self) -> str | list[str] | None:
-        """The layers to adapt: the language part's, where the method would take all."""
-        chosen = self.config.targets
-        if chosen is None and getattr(self.method, "own_targets", None) == "all-linear":
-            return "language"
-        return chosen
 
     def encode(self, rows: Rows, tokenizer: Any) -> list[Pictured]:
         """Return rows as tokens; every image is read once."""
@@ -77,9 +79,9 @@ class Stages(Running[Pictured]):
             self.note_lines(lines, what)
 
     def largest(self, encoded: list[Pictured], device: Device) -> planning.Rows:
-        """Raise: a step whose shapes depend on pixels is not followed on fake tensors."""
-        del encoded, device
-        raise ModelError(planning.NO_IMAGES)
+        """Return the largest batch, its images prepared."""
+        multiple = planning.padding_multiple(self.config, device)
+        return rows_to_plan(self.config, encoded, self.images, multiple)
 
     def trainer(
         self,
@@ -93,9 +95,7 @@ class Stages(Running[Pictured]):
         watched = self.watched()
         self.cache = self.kept_features(model, tokens)
         inputs = self.cache or ImageInputs(self.images, model.dtype)
-        args = arguments(
-            config.model_copy(update={"packing": False}), model, self.folder.checkpoints, rate
-        )
+        args = arguments(config, model, self.folder.checkpoints, rate)
         args.remove_unused_columns = False
         return PicturedTrainer(
             model,
@@ -106,6 +106,11 @@ class Stages(Running[Pictured]):
             held_out=held_out(model, tokens.validation, inputs, config.batch_size),
             **watched,
         )
+
+    def try_largest(self, trainer: AdapterLoop, planned: Plan | None) -> None:
+        """Run the largest batch once, as training sees it."""
+        with nullcontext() if self.cache is None else self.cache.reading():
+            super().try_largest(trainer, planned)
 
     def around(
         self, model: PreTrainedModel, tokens: Tokens[Pictured]
@@ -177,6 +182,53 @@ class SideBySide:
         width = call["input_ids"].shape[1]
         wanted = [[*labels(r), *[IGNORED] * (width - len(r.input_ids))] for r in rows]
         return {**call, "labels": torch.tensor(wanted), **self.inputs(rows, width=width)}
+
+
+# The run as such rows take it, and its largest batch
+
+
+def as_seen(config: RunConfig) -> RunConfig:
+    """Return a run as rows with images take it.
+
+    They are padded, and a method that would go to all layers goes to the language part's.
+    """
+    method = build_method(config.method, config.hyperparameters)
+    all_layers = getattr(method, "own_targets", None) == "all-linear"
+    targets = "language" if config.targets is None and all_layers else config.targets
+    return config.model_copy(update={"packing": False, "targets": targets})
+
+
+def rows_to_plan(
+    config: RunConfig, rows: Sequence[Pictured], reader: ImageReader, multiple: int
+) -> planning.Rows:
+    """Return the batch with the most tokens, images' among them, as the model sees it."""
+    shape, _ = config_of(config.model, config.revision)
+    inputs = ImageInputs(reader, computing_dtype(shape, config.dtype))
+    largest = planning.largest_batch(as_seen(config), [len(row.input_ids) for row in rows])
+    chosen = [rows[number] for number in largest]
+    batch = SideBySide(chosen, inputs, multiple)([{"row": n} for n in range(len(chosen))])
+    seen = [sum(token in reader.image_tokens for token in row.input_ids) for row in rows]
+    prepared = sum(bytes_of(inputs.of(row)) for row in chosen) / max(
+        1, sum(seen[n] for n in largest)
+    )
+    return planning.Rows(
+        batch,
+        len(rows),
+        sum(len(row.input_ids) for row in rows),
+        sum(row.trained_tokens for row in rows),
+        beside=min(ROOM, int(prepared * sum(seen))),
+        as_run=as_seen,
+    )
+
+
+def row_reader(
+    config: RunConfig, rows: Rows, folder: Path, device: Device
+) -> Callable[[RunConfig], planning.Rows]:
+    """Return what works out a run's largest batch; the rows are encoded once."""
+    reader = image_reader(folder, config.max_pixels)
+    encoded = encode_images(rows, reader, config.max_length)
+    multiple = planning.padding_multiple(config, device)
+    return lambda changed: rows_to_plan(changed, encoded, reader, multiple)
 
 
 def held_out(

@@ -7,7 +7,7 @@ resumed run makes the same bits. What lies over the memory's share goes to a fil
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -106,11 +106,15 @@ class VisionCache(ImageInputs):
         device = next(self.model.parameters()).device
         return merged([self.features[i] for i in pixels.tolist()], device)
 
+    def reading(self) -> AbstractContextManager[None]:
+        """Let the model read features from here."""
+        return replaced(self.body, self.read)
+
     @contextmanager
     def used(self) -> Generator[None]:
         """Let the model read features from here, then give up their memory and their file."""
         try:
-            with replaced(self.body, self.read):
+            with self.reading():
                 yield
         finally:
             self.features.clear()
@@ -122,7 +126,7 @@ class VisionCache(ImageInputs):
         plain = ImageInputs(self.reader, self.dtype)
         with evaluating(self.model), torch.no_grad():
             own = self.logits(Seeing(plain).join(rows, multiple).call)
-            with replaced(self.body, self.read):
+            with self.reading():
                 read = self.logits(Seeing(self).join(rows, multiple).call)
         difference = float((read - own).abs().max() / own.abs().max())
         if difference <= (FULL if own.dtype in (torch.float32, torch.float64) else LOW):

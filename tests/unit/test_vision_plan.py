@@ -1,0 +1,107 @@
+"""The plan of a step with images: what it holds is what the same step holds on real tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_data_vision import MIXED, picture, rows_of, turns
+from torch import Tensor
+from vision_tiny import FAMILIES, make_vision_model, make_vision_run
+
+from inlay.data.processor import ImageReader, image_reader
+from inlay.data.vision import encode_images
+from inlay.memory import simulate as simulated
+from inlay.memory.costs import planning_for
+from inlay.memory.policy import Policy, applied
+from inlay.memory.simulate import Ledger, Simulation, Step, adamw, simulate
+from inlay.memory.skeleton import config_of
+from inlay.methods.catalog import build_method
+from inlay.model.attach import attach
+from inlay.model.load import load
+from inlay.train.config import RunConfig
+from inlay.train.planning import built, step_loss
+from inlay.train.vision import as_seen, rows_to_plan
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("vision")
+    return {family: make_vision_model(place / family, family) for family in FAMILIES}
+
+
+def run_of(folder: Path, tmp_path: Path, **changes: Any) -> RunConfig:
+    run = make_vision_run(tmp_path, folder.name, **{"dropout": None, "batch_size": 3, **changes})
+    return as_seen(run.model_copy(update={"model": str(folder)}))
+
+
+def batch_of(config: RunConfig, reader: ImageReader) -> dict[str, Tensor]:
+    rows = encode_images(rows_of(*MIXED), reader, 512)
+    return rows_to_plan(config, rows, reader, 32).batch
+
+
+def counted(
+    config: RunConfig, batch: dict[str, Tensor], policy: Policy, patch: pytest.MonkeyPatch
+) -> Simulation:
+    """Count the same step on real tensors."""
+    model: Any = load(config.model, config.storage)[0]
+    attach(model, build_method(config.method, config.hyperparameters), targets=config.targets)
+    patch.setattr(simulated, "followed", lambda func, args, kwargs: func(*args, **kwargs))
+    ledger = Ledger()
+    with planning_for("cpu"), applied(model.train(), policy), ledger:
+        return Step(ledger, model, step_loss, policy).result(dict(batch), adamw, 1)
+
+
+@pytest.mark.parametrize(
+    ("targets", "storage", "policy"),
+    [(None, "dense", "keep-all"), ("all-linear", "nf4", "layer-inputs")],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_planned_is_what_real_tensors_hold(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    targets: str | None,
+    storage: str,
+    policy: Policy,
+) -> None:
+    config = run_of(folders[family], tmp_path, targets=targets, storage=storage)
+    batch = batch_of(config, image_reader(folders[family], None))
+    shape, _ = config_of(config.model)
+    planned = simulate(
+        lambda: built(shape, config), batch, step_loss, optimiser=adamw, policy=policy
+    )
+    real = counted(config, batch, policy, monkeypatch)
+    assert planned.trained == real.trained
+    assert planned.kept == pytest.approx(real.kept, rel=0.02)
+    assert planned.peak == pytest.approx(real.peak, rel=0.02)
+
+
+def test_larger_images_are_planned_larger(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = run_of(folders["qwen2_5_vl"], tmp_path, targets="all-linear", batch_size=1)
+    reader = image_reader(folders["qwen2_5_vl"], None)
+    shape, _ = config_of(config.model)
+    kept: list[int] = []
+    for side in (8, 32):
+        row = {"images": [picture(1, (side, side))], "messages": turns("What?", "It.")}
+        found = rows_to_plan(config, encode_images(rows_of(row), reader, 512), reader, 32)
+        pixels = found.batch["pixel_values"]
+        assert pixels.shape[0] == (side // 2) ** 2
+        assert found.beside >= pixels.nbytes
+        step = simulate(lambda: built(shape, config), found.batch, step_loss, optimiser=adamw)
+        kept.append(step.kept)
+    assert kept[1] > 3 * kept[0]
+
+
+def test_the_largest_batch_is_the_one_with_the_most_tokens(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = run_of(folders["llava"], tmp_path, batch_size=1)
+    reader = image_reader(folders["llava"], None)
+    found = rows_to_plan(config, encode_images(rows_of(*MIXED), reader, 512), reader, 1)
+    assert found.batch["pixel_values"].shape[0] == 2
+    assert found.count == 3
+    assert torch.equal(found.batch["attention_mask"], torch.ones_like(found.batch["input_ids"]))
