@@ -5,7 +5,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test check lint bench bench-full bench-results bench-gpu docs clean
+.PHONY: demo test check lint bench bench-full bench-results bench-gpu bench-vision docs clean
 
 demo: .venv/.demo          ## the main job, offline, on the embedded model and data
 	$(BIN)/inlay demo --output demo
