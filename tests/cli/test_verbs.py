@@ -152,6 +152,18 @@ def test_merge_saves_a_plain_model_that_is_the_tuned_one(
     assert [p.name for p in tmp_path.iterdir()] == ["merged"]
 
 
+def test_a_run_that_held_no_row_out_is_merged_on_random_tokens(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, output = tmp_path / "run", tmp_path / "merged"
+    line = ["train", "--model", "pocket", "--data", str(rows), "--output", str(run)]
+    line += ["--split", "1", "0", "0", "--max-steps", "1", "--batch-size", "1", "--rank", "2"]
+    assert main(line) == 0
+    capsys.readouterr()
+    assert main(["merge", "--adapter", str(run), "--output", str(output), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["inputs"] == "random token ids"
+
+
 def test_a_target_that_matches_nothing_leaves_no_adapter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -145,7 +145,10 @@ def check_free(output: Path, overwrite: bool) -> None:
 
 
 def rows_to_check(options: MergeOptions, tuned: Tuned) -> tuple[Rows | None, dict[str, Any]]:
-    """Return some of the rows named, else of those the run held out, else none; and their keys."""
+    """Return some of the rows named, else of those the run held out, and their keys.
+
+    None where the run held none out, or there is no run: random tokens do then.
+    """
     from inlay.cli.rows import answers, held_out, keys_for, rows_for_task, rows_of
     from inlay.train.rows import sample
 
@@ -154,7 +157,7 @@ def rows_to_check(options: MergeOptions, tuned: Tuned) -> tuple[Rows | None, dic
             return None, {}
         given = options.model_dump(exclude_unset=True, exclude=OWN)
         config, rows, _ = rows_for_task(tuned, options.data, given)
-        return sample(rows, options.rows), {"config": config}
+        return sample(rows, options.rows) if len(rows) else None, {"config": config}
     keys = keys_for(tuned.run, options.model_dump(exclude_unset=True))
     if options.data is not None:
         rows = rows_of(options.data, keys)
@@ -162,4 +165,4 @@ def rows_to_check(options: MergeOptions, tuned: Tuned) -> tuple[Rows | None, dic
         rows = held_out(tuned.run)
     else:
         return None, keys
-    return sample(answers(rows), options.rows), keys
+    return sample(answers(rows), options.rows) if len(rows) else None, keys
