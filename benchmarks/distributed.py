@@ -2,12 +2,13 @@
 
     python benchmarks/distributed.py [--processes 1 2 4] [--steps 3]
 
-The same run file each time, on a random model of the 0.5B shape with three layers: weights whole in
-one process, and divided among two and four by FSDP2, dense and in NF4.
+The same run file each time, on a random model of the 0.5B shape with three layers, dense and in
+NF4: weights whole in one, two and four processes, and divided among two and four by FSDP2.
 Measured are the bytes of frozen weights in each process between two passes, the most it held while
 it trained (VmHWM, set back when training began: Python, the libraries and the weights included),
-seconds a step without the first, and the largest difference of the losses from one process's. More
-processes than cores share the cores: their seconds say what dividing costs, not what it gains.
+seconds a step without the first, and the largest difference of the losses from one process's. The
+plan's parts are kept beside its total. More processes than cores share the cores: their seconds say
+what dividing costs, not what it gains. docs/parallel.py draws the table of docs/parallel.md.
 """
 
 from __future__ import annotations
@@ -56,10 +57,11 @@ def main() -> None:
             measured(Path(folder), storage, parallel, size, given.steps)
             for storage, parallel in CASES
             for size in given.processes
-            if (parallel == "ddp") == (size == 1)
+            if parallel == "ddp" or size > 1
         ]
     for case in cases:
-        case["largest_loss_difference"] = difference(case, cases)
+        one = next(c for c in cases if c["storage"] == case["storage"] and c["processes"] == 1)
+        case["largest_loss_difference"] = difference(case, one)
         print(case)
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     for case in cases:
@@ -105,16 +107,30 @@ def measured(folder: Path, storage: str, parallel: str, size: int, steps: int) -
         "frozen_bytes": [p["frozen_bytes"] for p in processes],
         "peak_bytes": [p["peak"] for p in processes],
         "planned_bytes": planned,
+        "planned_parts": record["memory"]["parts"],
         "planned_over_measured": round(planned / peak, 3),
         "activations": record["memory"]["activations"],
         "seconds_a_step": round(statistics.median(seconds), 4),
+        "planned_seconds_a_step": round(planned_seconds(folder, run, size, environment), 4),
         "losses": [line["loss"] for line in trained],
     }
 
 
-def difference(case: dict[str, Any], cases: list[dict[str, Any]]) -> float:
+def planned_seconds(
+    folder: Path, run: dict[str, Any], size: int, environment: dict[str, str]
+) -> float:
+    """Return what `inlay plan` says that a step takes on so many processes."""
+    run_file = folder / "plan.yaml"
+    run_file.write_text(json.dumps(run))
+    words = ["-m", "inlay", "plan", str(run_file), "--processes", str(size), "--json"]
+    done = subprocess.run(
+        [sys.executable, *words], check=True, env=environment, capture_output=True, text=True
+    )
+    return json.loads(done.stdout)["step"]["seconds"]
+
+
+def difference(case: dict[str, Any], one: dict[str, Any]) -> float:
     """Return how far a case's losses are from one process's, at the most."""
-    one = next(c for c in cases if c["storage"] == case["storage"] and c["processes"] == 1)
     return max(abs(a - b) for a, b in zip(case["losses"], one["losses"], strict=True))
 
 

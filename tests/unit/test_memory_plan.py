@@ -79,6 +79,35 @@ def test_a_step_of_two_layers_is_counted_block_by_block() -> None:
     assert found.flops == 2 * 32 * (8 * 16 + 16 * 4) + 2 * 32 * 16 * 4
 
 
+class Stack(nn.Module):
+    """A trained shift below three frozen blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(64))
+        blocks = (nn.Linear(64, 64, bias=False).requires_grad_(False) for _ in range(3))
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.shift
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize(("kind", "gathered"), [("cpu", 3.25), ("cuda", 2)])
+def test_divided_weights_arrive_block_by_block(kind: Any, gathered: float) -> None:
+    def total(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        return model(inputs["x"].float()).sum()
+
+    inputs = {"x": torch.ones(1, 64, dtype=torch.long)}
+    found = simulate(Stack, inputs, total, optimiser=adamw, kind=kind, shards=4)
+    block = 64 * 64 * 4
+    assert found.resting["weights"] == 3 * block // 4
+    assert found.at_peak["weights"] == 3 * block // 4 + gathered * block
+    assert found.frozen.total == 3 * block
+
+
 def test_less_is_held_from_policy_to_policy() -> None:
     found = [simulated(policy=policy) for policy in POLICIES]
     kept = [simulation.kept for simulation in found]

@@ -30,10 +30,9 @@ Product = tuple[int, int, int]
 """The shape (m, k, n) of a matrix product."""
 Runtime = Callable[[frozenset[Product]], int]
 """Returns the bytes a process holds beside a model that multiplies these shapes."""
-GATHERED = {"cpu": 5, "cuda": 3}
-"""Blocks in memory at once where weights are divided: in use, as it arrived, and as the one before
-did; over gloo its own copy too, and room that the heap cannot use again. No committed
-measurement holds these counts yet."""
+GATHERING = 50 << 20
+"""Bytes that a CPU process holds beside its runtime once it gathers weights over gloo: what plans
+lacked by benchmarks/distributed.py, alike for dense and NF4 weights, two and four processes."""
 ROOM = 0.95
 """The share of a device's memory that a plan may fill: plans are within 5% of what is measured."""
 
@@ -137,9 +136,12 @@ def plan(
             policy=policy,
             accumulation=task.accumulation,
             kind=device.kind,
+            shards=task.shards,
         )
         trained, frozen = simulation.trained, simulation.frozen
-        held = runtime(simulation.products) if device.kind == "cpu" else CUDA_RUNTIME
+        held = CUDA_RUNTIME
+        if device.kind == "cpu":
+            held = runtime(simulation.products) + (GATHERING if task.shards > 1 else 0)
         made = option(policy, simulation, task, device, held)
         options.append(
             made if answered is None else generating(made, answered, simulation, task, device)
@@ -178,11 +180,12 @@ def weights_of(task: Task) -> int:
 def option(policy: Policy, found: Simulation, task: Task, device: Device, runtime: int) -> Option:
     """Return what a simulated step means on a device."""
     weights = found.resting["weights"]
-    resident = resident_weights(found, task, device)
+    resident = min(weights, found.streamed_weights) if task.streamed else found.at_peak["weights"]
     parts = {**found.at_peak, "weights": resident, "runtime": runtime}
     if device.kind == "cpu":
         parts["allocator"] = found.fragmentation(keeps=keeps_memory())
     total = sum(parts.values())
+    beside = runtime + parts.get("allocator", 0)
     pure = step_seconds(found, device, task.dtype)
     moving = 2 * found.host / device.link
     streaming = max(pure, moving + 2 * weights / device.link)
@@ -190,7 +193,7 @@ def option(policy: Policy, found: Simulation, task: Task, device: Device, runtim
         policy=policy,
         total=total,
         bytes=parts,
-        passes=found.passes - weights + resident + runtime + parts.get("allocator", 0),
+        passes=found.passes + resident - found.at_peak["weights"] + beside,
         kept=found.kept,
         host=found.host + found.on_host + (weights if task.streamed else 0),
         flops=found.flops,
@@ -233,16 +236,6 @@ def generating(
         streamed_total=max(step.streamed_total, total - weights + resident),
         streamed_seconds=step.streamed_seconds + streamed,
     )
-
-
-def resident_weights(found: Simulation, task: Task, device: Device) -> int:
-    """Return the bytes of the frozen weights that lie on the device at once."""
-    weights = found.resting["weights"]
-    if task.streamed:
-        return min(weights, found.streamed_weights)
-    if task.shards > 1:
-        return found.frozen.held(task.shards, GATHERED[device.kind])
-    return weights
 
 
 def step_seconds(found: Simulation, device: Device, dtype: torch.dtype) -> float:

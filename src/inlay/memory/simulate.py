@@ -30,6 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from inlay.errors import ModelError
 from inlay.memory import policy as policies
 from inlay.memory.costs import FLOPS, SCRATCH, Scratch, planning_for
+from inlay.memory.gathers import Gathers
 from inlay.memory.heap import SMALLEST, Event, Heap
 from inlay.memory.policy import Policy
 from inlay.model.stream import BUFFERS
@@ -71,15 +72,6 @@ class Frozen:
     """Of the largest block."""
     blocks: int
     """How many there are."""
-
-    def held(self, shards: int, gathered: int) -> int:
-        """Return the bytes on one of `shards` devices that divide the weights, at the most.
-
-        Its part, what is outside the blocks, and `gathered` times the largest block.
-        """
-        if shards == 1:
-            return self.total
-        return -(-self.total // shards) + self.outside + gathered * self.largest
 
 
 @dataclass
@@ -195,6 +187,12 @@ class Ledger(TorchDispatchMode):
         self.change(category, size)
         return True
 
+    def lend(self, tensor: Tensor) -> None:
+        """Count a tensor that is known no more; its bytes are counted elsewhere."""
+        entry = self.entries[tensor.untyped_storage()._cdata]
+        self.change(entry.category, -entry.size)
+        entry.size = 0
+
     def drop(self, key: int) -> None:
         """A storage has died."""
         entry = self.entries.pop(key)
@@ -300,6 +298,7 @@ def simulate(
     policy: Policy = "keep-all",
     accumulation: int = 1,
     kind: Literal["cpu", "cuda"] = "cpu",
+    shards: int = 1,
 ) -> Simulation:
     """Run one training step of a model on fake tensors.
 
@@ -311,6 +310,7 @@ def simulate(
         policy: which activations are kept.
         accumulation: passes to a step; with several, gradients live through the passes.
         kind: the kind of device whose scratch memory is counted.
+        shards: the devices that divide the frozen weights, and gather them block by block.
 
     Raises:
         ModelError: what the model computes depends on values that only training knows.
@@ -320,7 +320,10 @@ def simulate(
         model = build()
         inputs = {name: known_tensor(mode, value) for name, value in batch.items()}
         with ledger:
-            return Step(ledger, model, loss, policy).result(inputs, optimiser, accumulation)
+            step = Step(ledger, model, loss, policy)
+            if shards > 1:
+                step.divide(shards, copied=kind == "cpu")
+            return step.result(inputs, optimiser, accumulation)
 
 
 class Step:
@@ -336,13 +339,22 @@ class Step:
         self.ledger, self.model, self.loss = ledger, model, loss
         self.trained = [p for p in model.parameters() if p.requires_grad]
         policies.apply(model, policy, to_host=self.to_host, back=self.back)
+        self.gathers: Gathers | None = None
         for tensor in (*model.parameters(), *model.buffers()):
             ledger.add(tensor, "adapter" if tensor.requires_grad else "weights")
         for p in self.trained:
             p.register_post_accumulate_grad_hook(self.count_gradient)
         head: Any = getattr(model, "get_output_embeddings", lambda: None)()
         if head is not None:
-            head.register_forward_pre_hook(lambda *_: self.making("loss"))
+            head.register_forward_pre_hook(lambda *_: self.at_head())
+
+    def divide(self, shards: int, *, copied: bool) -> None:
+        """Count a part of the frozen weights only, and what is gathered of the others'."""
+        self.gathers = Gathers(self.model, shards, copied=copied, making=self.making)
+        for tensor in self.gathers.divided:
+            self.ledger.lend(tensor)
+        self.making("weights")
+        self.parts = self.gathers.parts()
 
     def result(self, inputs: dict[str, Any], optimiser: Optimiser, accumulation: int) -> Simulation:
         """Run the step and return what it held and did."""
@@ -356,7 +368,11 @@ class Step:
         loss = self.loss(self.model, dict(inputs))
         kept = ledger.live["activations"] + ledger.live["loss"]
         self.making("buffers")
+        if self.gathers is not None:
+            self.gathers.begin_backward()
         loss.backward()
+        if self.gathers is not None:
+            self.gathers.end()
         del loss
         passes = ledger.peak - resting["optimiser"] - resting["gradients"]
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -379,6 +395,10 @@ class Step:
             trace=ledger.trace,
         )
 
+    def at_head(self) -> None:
+        """Count what is made from here on as the loss's."""
+        self.making("loss")
+
     def first_update(self, optimiser: Optimiser) -> Callable[[], Any]:
         """Let the optimiser create its state; return its update."""
         self.making("gradients")
@@ -389,9 +409,10 @@ class Step:
         self.making("buffers")
         return step
 
-    def making(self, category: str) -> None:
-        """Count what is made from now on as this."""
-        self.ledger.category = category
+    def making(self, category: str) -> str:
+        """Count what is made from now on as this; return what it was counted as."""
+        before, self.ledger.category = self.ledger.category, category
+        return before
 
     def count_gradient(self, parameter: Tensor) -> None:
         """Count a parameter's gradient as one."""

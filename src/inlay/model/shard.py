@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from inlay.errors import ModelError
+from inlay.model.layer import AdaptedLayer
 from inlay.model.stream import is_streamed
 from inlay.storage.quantized import QuantizedLinear
 
@@ -46,14 +47,30 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, QuantizedLinear):
             layer.hold_as_parameters(SMALL)
-    whole = {p for p in model.parameters() if p.requires_grad}
+    whole = kept_whole(model)
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, ignored_params=whole)
     name = type(model).__name__
     fully_shard(model, mesh=mesh, ignored_params=whole)
     type(model).__name__ = name
-    check_sharded(model)
+    check_sharded(model, whole)
     return model
+
+
+def kept_whole(model: nn.Module) -> set[nn.Parameter]:
+    """Return what trains, and the parameters that trained copies stand in for.
+
+    Where a copy is active a module shows FSDP the copy in the parameter's place.
+    """
+    trained = {p for p in model.parameters() if p.requires_grad}
+    layers = [layer for layer in model.modules() if isinstance(layer, AdaptedLayer)]
+    copied = {
+        layer._parameters.get(name)
+        for layer in layers
+        for params in layer.adapters.values()
+        for name, _ in params.named_parameters(recurse=False)
+    }
+    return trained | {p for p in copied if p is not None}
 
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
@@ -65,12 +82,10 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
             yield from module
 
 
-def check_sharded(model: nn.Module) -> None:
-    """Raise unless every frozen parameter is one of FSDP's, and the model one of its modules."""
+def check_sharded(model: nn.Module, kept: set[nn.Parameter]) -> None:
+    """Raise unless every parameter but those kept is FSDP's, and the model one of its modules."""
     whole = [
-        name
-        for name, p in model.named_parameters()
-        if not p.requires_grad and not isinstance(p, DTensor)
+        name for name, p in model.named_parameters() if p not in kept and not isinstance(p, DTensor)
     ]
     if whole or not isinstance(model, FSDPModule):
         raise ModelError(
