@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from heads_tiny import make_any
 from train_tiny import adapter_hash, make_run
+from vision_tiny import make_vision_run
 
 from inlay.errors import InlayError
 from inlay.memory.probe import warm_up
@@ -28,6 +30,9 @@ from inlay.model.shard import resident_bytes
 from inlay.train.run import train
 from inlay.train.trainer import AdapterLoop, tensors_of
 
+NONE_DROPPED = dict.fromkeys(
+    ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"), 0.0
+)
 LOG, STEP = AdapterLoop.log, AdapterLoop.training_step
 
 
@@ -57,7 +62,9 @@ def break_at(fault: dict[str, Any] | None, rank: int) -> None:
 def one_run(folder: Path, rank: int, fault: dict[str, Any] | None = None, **run: Any) -> None:
     """Take part in a run; write what this process holds at its end beside its output."""
     break_at(fault, rank)
-    config = make_run(folder, **run)
+    make = make_vision_run if "family" in run else make_any
+    config = make(folder, **run)
+    leave_out_dropout(Path(config.model))
     result = train(config)
     assert result.model is not None
     frozen = {type(p).__name__ for p in result.model.parameters() if not p.requires_grad}
@@ -69,6 +76,14 @@ def one_run(folder: Path, rank: int, fault: dict[str, Any] | None = None, **run:
         "written": adapter_hash(config.output) if result.leads else None,
     }
     Path(f"{config.output}.{rank}.json").write_text(json.dumps(found))
+
+
+def leave_out_dropout(model: Path) -> None:
+    """Write into a model's configuration that it drops nothing: one process draws it otherwise."""
+    file = model / "config.json"
+    found = json.loads(file.read_text())
+    if found | NONE_DROPPED != found:
+        file.write_text(json.dumps(found | NONE_DROPPED))
 
 
 def child(folder: Path, rank: int, local: int, runs: Sequence[dict[str, Any]], errors: Path) -> int:

@@ -26,7 +26,22 @@ RUNS: dict[str, dict[str, Any]] = {
     "int8": {"storage": "int8"},
     "dpo": {"task": "dpo"},
 }
-
+CUT: dict[str, Any] = {"batch_size": 4, "gradient_accumulation": 1}
+"""Two processes run halves of each pass, whose loss is not the mean of theirs."""
+TASKS: dict[str, dict[str, Any]] = {
+    "kto": {"task": "kto", **CUT},
+    "orpo": {"task": "orpo", **CUT},
+    "embed": {"task": "embed", "kind": "triplets", **CUT},
+    "scored": {"task": "embed", "kind": "scored_pairs", **CUT},
+    "reward": {"task": "reward"},
+    "classify": {"task": "classify"},
+    "tags": {"task": "classify", "kind": "tokens", "base": "causal"},
+    "grpo": {"task": "grpo", "beta": 0.1, "generate_rows": 32},
+    "images": {"family": "llava"},
+}
+RUNS |= TASKS
+LEFT = ("kto", "embed", "reward", "tags", "grpo")
+"""Runs that are killed on two processes and go on in one."""
 
 MOVED = {
     **SAME, "gradient_accumulation": 2, "save_every": 2, "evaluate": False, "max_steps": 8,
@@ -37,8 +52,10 @@ DROPPING = {**SAME, "dropout": 0.3, "evaluate": False, "max_steps": 3}
 REFUSED: dict[str, dict[str, Any]] = {
     "'stream' does not go with 2 processes": {"parallel": "fsdp", "stream": "host"},
     "'eight_bits' does not go with 2 processes": {"parallel": "fsdp", "eight_bits": True},
+    "'cache_vision' does not go with 2 processes": {"cache_vision": True},
     "'cache_trunk' does not go with 2 processes": {"cache_trunk": True},
     "a step of 3 rows": {"batch_size": 1, "gradient_accumulation": 3},
+    "the 4 answers to a prompt are compared in one process": {"task": "grpo"},
 }
 
 
@@ -56,11 +73,17 @@ def fault(rank: int, step: int, how: str) -> dict[str, Any]:
     return {"fault": {"rank": rank, "step": step, "how": how}}
 
 
+def left(name: str) -> dict[str, Any]:
+    """Return a run that goes on where it was killed."""
+    return {**SAME, **RUNS[name], "save_every": 2, "output": f"{name}-left", "resume": True}
+
+
+WHOLE = [name for name in RUNS if name not in TASKS] + ["embed"]
 WORLDS: dict[str, list[Any]] = {
     "one": curves(1, "auto", RUNS),
-    "two, whole": curves(2, "ddp", RUNS),
+    "two, whole": curves(2, "ddp", WHOLE),
     "two, divided": curves(2, "fsdp", RUNS),
-    "four": curves(4, "fsdp", ("nf4", "dpo")),
+    "four": curves(4, "fsdp", ("nf4", "dpo", "kto", "scored")),
     "two machines": curves(4, "hsdp", ("nf4",), machines=2),
     "killed of two": [2, {**MOVED, **fault(1, 3, "kill")}],
     "killed of one": [1, {**MOVED, **fault(0, 5, "kill")}],
@@ -71,6 +94,11 @@ WORLDS: dict[str, list[Any]] = {
     "dropping two": [2, {**DROPPING, "output": "drop-2"}],
     "dropping four": [4, {**DROPPING, "output": "drop-4"}],
     **{sentence: [2, run] for sentence, run in REFUSED.items()},
+    **{
+        f"{name} {how}": [size, {**left(name), **wrong}]
+        for name in LEFT
+        for how, size, wrong in (("killed", 2, fault(1, 3, "kill")), ("goes on", 1, {}))
+    },
 }
 """Processes and what they do one after another, in the order in which they are started."""
 
@@ -107,8 +135,8 @@ def held(folder: Path, run: str, size: int) -> list[dict[str, Any]]:
     return [json.loads(Path(f"{folder / run}.{rank}.json").read_text()) for rank in range(size)]
 
 
-CASES = [(name, 2, "ddp") for name in RUNS] + [(name, 2, "fsdp") for name in RUNS]
-CASES += [("nf4", 4, "fsdp"), ("dpo", 4, "fsdp"), ("nf4", 4, "hsdp")]
+CASES = [(name, 2, "ddp") for name in WHOLE] + [(name, 2, "fsdp") for name in RUNS]
+CASES += [(name, 4, "fsdp") for name in ("nf4", "dpo", "kto", "scored")] + [("nf4", 4, "hsdp")]
 
 
 @pytest.mark.parametrize(("name", "size", "parallel"), CASES)
@@ -187,9 +215,22 @@ def test_a_killed_run_goes_on_on_other_numbers_of_processes(folder: Path):
     same_lines(folder, "stayed", "moved")
 
 
+@pytest.mark.parametrize("name", LEFT)
+def test_every_kind_of_task_goes_on_in_another_number_of_processes(folder: Path, name: str):
+    assert end(folder, f"{name} killed")["codes"] == [2, -9]
+    assert set(end(folder, f"{name} goes on")["codes"]) == {0}, end(folder, f"{name} goes on")
+    same_lines(folder, f"{name}-1-auto", f"{name}-left")
+
+
 def same_lines(folder: Path, one: str, other: str) -> None:
-    """Raise unless two runs wrote the same metrics, to rounding."""
+    """Raise unless two runs wrote the same metrics, to rounding.
+
+    Of a run on rewards, the means over passes are of other answers in each number of processes.
+    """
+    by_pass = ("kl", "entropy") if one.startswith("grpo") else ()
     for expected, found in zip(losses_of(folder / one), losses_of(folder / other), strict=True):
+        for name in by_pass:
+            assert (expected.pop(name, None) is None) == (found.pop(name, None) is None)
         assert found == pytest.approx(expected, abs=1e-4, rel=1e-4)
 
 

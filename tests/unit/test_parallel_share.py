@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from inlay.errors import TrainingError, UsageError
+from inlay.evaluate.generation import Sampling
 from inlay.train.guard import check_same
 from inlay.train.order import order
 from inlay.train.share import Share, SharedOrder, share_of
+from inlay.train.shared_answers import SharedDraws
 from inlay.train.world import World, place_in
 
 PLACE = {
@@ -68,6 +72,44 @@ def test_seeds_of_passes_do_not_depend_on_the_number_of_processes():
         return {s.seed_of(0, step, n) for s in every for step in range(3) for n in range(s.passes)}
 
     assert seeds(2) == seeds(4) == set(range(12))
+
+
+@settings(deadline=None, max_examples=100)
+@given(divisible, st.integers(1, 60))
+def test_the_parts_of_a_pass_are_run_at_once_by_companions(shape: tuple[int, int, int], count: int):
+    rows, accumulation, size = shape
+    every = shares(rows, accumulation, size)
+    for step in range(-(-count // every[0].step_rows)):
+        parts = [share.parts_of_step(count, step) for share in every]
+        for number in range(len(parts[0])):
+            for share, own in zip(every, parts, strict=True):
+                if not own[number].weight:
+                    continue
+                together = [parts[rank][number] for rank in share.companions]
+                together = [part for part in together if part.weight]
+                assert {(p.first, p.last) for p in together} == {
+                    (own[number].first, own[number].last)
+                }
+                rows_run = [row for p in together for row in range(p.start, p.stop)]
+                assert rows_run == list(range(own[number].first, own[number].last))
+                whole = sum(p.weight for p in together)
+                assert own[number].pass_weight == pytest.approx(whole)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8)])
+def test_tokens_drawn_by_several_are_those_that_one_process_draws(temperature: float, top_p: float):
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    warped = TemperatureLogitsWarper(temperature)(None, logits)  # type: ignore[arg-type]
+    warped = TopPLogitsWarper(top_p)(None, warped) if top_p < 1 else warped  # type: ignore[arg-type]
+    torch.manual_seed(1)
+    one = [torch.multinomial(warped.softmax(dim=-1), 1)[:, 0] for _ in range(5)]
+    for rank in range(3):
+        torch.manual_seed(1)
+        own = logits[2 * rank : 2 * rank + 2]
+        draws = SharedDraws(Sampling(temperature, top_p), World(rank=rank, size=3))
+        for expected in one:
+            found = draws(torch.empty(0), own).argmax(dim=-1)
+            assert torch.equal(found, expected[2 * rank : 2 * rank + 2])
 
 
 def test_a_step_that_cannot_be_divided_is_refused():

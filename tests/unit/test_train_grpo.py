@@ -35,8 +35,9 @@ from inlay.train import grpo
 from inlay.train.config import RunConfig, load_config
 from inlay.train.folder import RunFolder
 from inlay.train.grpo import Stages
+from inlay.train.prompt_order import Group, PromptOrder
 from inlay.train.recipe import learning_rate
-from inlay.train.reward_trainer import Group, PromptOrder, RewardTrainer
+from inlay.train.reward_trainer import RewardTrainer
 from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
 from inlay.train.trainer import left_as_it_was

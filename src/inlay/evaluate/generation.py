@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
 
 from inlay.errors import DataError, ModelError
 from inlay.evaluate.losses import Progress, buckets
@@ -194,8 +199,14 @@ def continued(
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     more: Mapping[str, torch.Tensor] | None = None,
+    *,
+    processors: LogitsProcessorList | None = None,
+    synced: bool = False,
 ) -> list[list[int]]:
-    """Return the new tokens after each prompt, the one that ends the sequence included."""
+    """Return the new tokens after each prompt, the one that ends the sequence included.
+
+    `synced` is: go on until every process's answers have ended.
+    """
     longest = max(map(len, prompts))
     ids = [[config.pad_token_id] * (longest - len(p)) + [*p] for p in prompts]
     mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
@@ -204,6 +215,8 @@ def continued(
         input_ids=torch.tensor(ids, device=device),
         attention_mask=torch.tensor(mask, device=device),
         generation_config=config,
+        logits_processor=processors,
+        synced_gpus=synced,
         **{name: value.to(device) for name, value in (more or {}).items()},
     )
     return [until_end(row[longest:], config) for row in found.tolist()]

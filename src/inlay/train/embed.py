@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -26,6 +26,7 @@ from inlay.train.embedder import Embedder, check_installed, embedder, prompts_in
 from inlay.train.guard import FAR_TOO_HIGH
 from inlay.train.rows import RunRows
 from inlay.train.run import Running, Tokens
+from inlay.train.share import ranges
 from inlay.train.similar import (
     HIDDEN,
     SCALE,
@@ -58,7 +59,7 @@ class SimilarityLoss(nn.Module):
             MultipleNegativesRankingLoss,
         )
 
-        self.scored = scored
+        self.whole, self.scored = whole, scored
         self.same: Tensor | None = None
         kind: Any = CoSENTLoss if scored else MultipleNegativesRankingLoss
         given: dict[str, Any] = {} if scored else {"similarity_fct": self.similarity}
@@ -66,11 +67,15 @@ class SimilarityLoss(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the loss of a batch that `PadSimilar` made."""
-        features = columns_in(batch)
+        vectors = [self.whole(column)["sentence_embedding"] for column in columns_in(batch)]
+        return self.of_vectors(vectors, batch)
+
+    def of_vectors(self, vectors: list[Tensor], batch: dict[str, Tensor]) -> Tensor:
+        """Return the loss of a batch whose texts have these vectors, (rows, width) a column."""
         if self.scored:
-            return self.loss(features, batch["score"])
+            return self.loss.compute_loss_from_embeddings(vectors, batch["score"])
         self.same = batch["same"]
-        return self.loss(features, None)
+        return self.loss.compute_loss_from_embeddings(vectors, None)
 
     def similarity(self, anchors: Tensor, others: Tensor) -> Tensor:
         """Return the cosines (anchors, others), those of no negatives at minus infinity."""
@@ -81,7 +86,14 @@ class SimilarityLoss(nn.Module):
 
 
 class EmbedTrainer(AdapterLoop):
-    """Trains on rows that come tokenised from the data room."""
+    """Trains on rows that come tokenised from the data room.
+
+    A row is told from all others of its pass. Where several processes run a pass, each embeds its
+    own rows and takes the others' vectors as they are: the gradients through each process's rows
+    add up to the pass's.
+    """
+
+    whole_passes: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -93,6 +105,8 @@ class EmbedTrainer(AdapterLoop):
         **kept: Any,
     ) -> None:
         self.loss = loss
+        self.sharing = True
+        """Whether other processes run parts of the same pass, should it be cut."""
         collate = PadSimilar(padding_of(model), length_multiple(model))
         super().__init__(model, tokenizer, dataset(rows), args, collate=collate, **kept)
         self.model_accepts_loss_kwargs = False
@@ -112,12 +126,44 @@ class EmbedTrainer(AdapterLoop):
     ) -> Any:
         """Return the loss of a batch; its negatives are the batch's own."""
         del model, num_items_in_batch
-        loss = self.loss(inputs)
+        cut = self.sharing and self.share.cuts > 1
+        loss = self.shared_loss(inputs) if cut else self.loss(inputs)
         return (loss, {}) if return_outputs else loss
 
+    def shared_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the loss of a whole pass; only this process's rows have a gradient."""
+        own = [{name: x[self.own] for name, x in c.items()} for c in columns_in(batch)]
+        mine = torch.stack([self.loss.whole(column)["sentence_embedding"] for column in own])
+        spare = self.share.pass_rows - mine.shape[1]
+        padded = nn.functional.pad(mine.detach(), (0, 0, 0, spare))
+        found = self.world.every_tensor(padded)
+        if not self.pass_counts:
+            return 0.0 * mine.sum()
+        part, first = self.part, self.share.companions[0]
+        lengths = [b - a for a, b in ranges(part.first, part.last, self.share.pass_rows)]
+        others = [found[first + number][:, :length] for number, length in enumerate(lengths)]
+        others[self.world.rank - first] = mine
+        return self.loss.of_vectors(list(torch.cat(others, dim=1)), batch)
+
+    @property
+    def own(self) -> slice:
+        """Which rows of a pass are this process's."""
+        part = self.part
+        whole = self.share.cuts == 1
+        return slice(None) if whole else slice(part.start - part.first, part.stop - part.first)
+
+    def peak_of(self, rows: Sequence[int]) -> int | None:
+        """Return the most memory that a pass over these rows holds; nothing is trained by it."""
+        self.sharing = False
+        try:
+            return super().peak_of(rows)
+        finally:
+            self.sharing = True
+
     def tokens_in(self, batch: dict[str, Tensor]) -> int:
-        """Count the tokens of every column, padding left out."""
-        return sum(int(x.sum()) for name, x in batch.items() if name.endswith("attention_mask"))
+        """Count the tokens of every column of this process's rows, padding left out."""
+        masks = [x[self.own] for name, x in batch.items() if name.endswith("attention_mask")]
+        return sum(int(mask.sum()) for mask in masks)
 
     def evaluate_held_out(self) -> None:
         """Measure and record; one batch's loss may be the worst that cosines can give.
@@ -179,14 +225,15 @@ class Stages(Running[SimilarRow]):
         ]
         self.note_lines(cut, f"with a text that is cut at {self.longest} tokens")
         self.note_lines(rows.skipped, "left out: a field is empty")
-        if rows.kind != "triplets" and self.config.batch_size == 1:
+        together = self.share.rows
+        if rows.kind != "triplets" and together == 1:
             raise UsageError(
                 "'batch_size' 1 leaves a row nothing to be told from, so that nothing is learned; "
                 "32 and more are usual"
             )
-        if rows.kind != "scored_pairs" and self.config.batch_size < FEW:
+        if rows.kind != "scored_pairs" and together < FEW:
             self.note(
-                f"batch_size {self.config.batch_size} gives each anchor few texts to be told from; "
+                f"batch_size {together} gives each anchor few texts to be told from; "
                 "32 and more are usual"
             )
 
@@ -224,7 +271,7 @@ class Stages(Running[SimilarRow]):
         self, model: PreTrainedModel, loss: SimilarityLoss, tokens: Tokens[SimilarRow]
     ) -> HeldOut | None:
         """Return what measures held-out rows, or None when there are none."""
-        rows, size = tokens.validation, self.config.batch_size
+        rows, size = tokens.validation, self.share.rows
         if not rows:
             return None
         collate = PadSimilar(padding_of(model), length_multiple(model))

@@ -50,7 +50,7 @@ class Stages(Running[Encoded]):
     def check_rows(self, rows: Rows, encoded: list[Encoded]) -> None:
         """Raise when the prompts are too few for a step; tell of those that are left out."""
         check_generation(self.config.generation)
-        config = self.config
+        config = self.asked
         assert config.num_generations is not None
         prompts = config.batch_size * config.gradient_accumulation // config.num_generations
         if len(encoded) < prompts:

@@ -88,16 +88,21 @@ class Stages(Running[Labelled]):
             model,
             tokenizer,
             rows,
-            mismatched_in_batches(rows, config.batch_size, config.seed, config.max_length),
+            mismatched_in_batches(rows, self.share.rows, config.seed, config.max_length),
             self.arguments(model, record["learning_rate"]["value"]),
             held_out=self.held_out(model, tokens.validation),
             **self.watched(),
         )
 
     def arguments(self, model: PreTrainedModel, learning_rate: float) -> KTOConfig:
-        """Return TRL's arguments; the loss is the one of the paper."""
+        """Return TRL's arguments; the loss is the one of the paper.
+
+        TRL refuses passes of one row, which may be the part of a pass that one process runs.
+        """
+        ours = shared(KTOConfig, self.config, model, self.folder.checkpoints, learning_rate)
+        ours["per_device_train_batch_size"] = self.share.rows
         return KTOConfig(
-            **shared(KTOConfig, self.config, model, self.folder.checkpoints, learning_rate),
+            **ours,
             beta=self.beta,
             desirable_weight=self.weights.desirable,
             undesirable_weight=self.weights.undesirable,

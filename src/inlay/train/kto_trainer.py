@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer import kto_trainer
 from trl.trainer.kto_config import KTOConfig
@@ -15,7 +15,7 @@ from trl.trainer.kto_trainer import KTOTrainer
 
 from inlay.data.labelled import Labelled
 from inlay.data.tokens import Encoded
-from inlay.train.order import TrainingOrder, kept_order
+from inlay.train.order import kept_order
 from inlay.train.reference import AgainstBase, unhashed
 
 
@@ -28,7 +28,7 @@ class LabelledTrainer(AgainstBase, KTOTrainer):
     prompt, and answers of one label, would otherwise stand together.
     """
 
-    shown: ClassVar[dict[str, str]] = {
+    shown: ClassVar[Mapping[str, str]] = {
         "rewards/chosen": "reward_desirable",
         "rewards/rejected": "reward_undesirable",
         "kl": "kl",
@@ -55,12 +55,37 @@ class LabelledTrainer(AgainstBase, KTOTrainer):
         columns = (self.train_dataset[name] for name in ("prompt_ids", "completion_ids"))
         return [len(p) + len(c) for p, c in zip(*columns, strict=True)]
 
-    # What TRL would do otherwise
+    def arrange(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:
+        """Return the row numbers of an epoch, in the batches of every other epoch."""
+        return kept_order(lengths, batch_size, seed, epoch)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        del train_dataset
-        size, seed = self.args.per_device_train_batch_size, self.args.seed
-        return TrainingOrder(self.lengths, size, seed, kept_order)
+    def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> Tensor:
+        """Return the log-probabilities of mismatched answers.
+
+        They are moved so that their mean ratio to the base's is the whole pass's, of which this
+        process may run a part.
+        """
+        found: Any = super()._compute_kl_logps(model, batch)
+        if self.share.cuts == 1:
+            return found
+        ratios = found - batch["ref_KL_logps"]
+        mean = self.mean_in_pass(float(ratios.sum()), len(ratios))
+        return found + (mean - ratios.mean())
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        found = super()._compute_loss(model, inputs, return_outputs)
+        if self.share.cuts > 1:
+            good = sum(map(bool, inputs["label"]))
+            self.tell_of_pass("rewards/chosen", good)
+            self.tell_of_pass("rewards/rejected", len(inputs["label"]) - good)
+        return found
+
+    def tell_of_pass(self, name: str, rows: int) -> None:
+        """Put the mean over a whole pass in place of that over so many rows of this process."""
+        own = self.measured.pop(name, [0.0])[-1]
+        mean = self.mean_in_pass(rows * own, rows)
+        if not math.isnan(mean):
+            self.measured[name] = [mean]
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities of answers, own and mismatched, without the adapters."""

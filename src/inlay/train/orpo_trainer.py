@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from datasets import Dataset
@@ -32,7 +32,7 @@ class OddsTrainer(Telling, ORPOTrainer):
     and the paper's authors have it; of a rejected row in the answer.
     """
 
-    shown: ClassVar[dict[str, str]] = {
+    shown: ClassVar[Mapping[str, str]] = {
         "rewards/accuracies": "accuracy",
         "log_odds_chosen": "log_odds",
     }
@@ -71,16 +71,19 @@ class OddsTrainer(Telling, ORPOTrainer):
             batch[name] for name in ("input_ids", "attention_mask", "completion_mask")
         )
         preferred = slice(0, len(ids) // 2)
-        counted = answers.clone()
-        counted[preferred] = mask[preferred]
-        labels = ids.masked_fill(counted == 0, IGNORED)
+        trained = answers.clone()
+        trained[preferred] = mask[preferred]
+        labels = ids.masked_fill(trained == 0, IGNORED)
         call = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         if self.aux_loss_enabled:
             call["output_router_logits"] = True
         scores = Scoring(model)(labels=labels, fused_lm_head=True, **call)
         log_probs = scores.log_probs
         assert log_probs is not None
-        loss = -log_probs[preferred].sum() / mask[preferred, 1:].sum()
+        counted = mask[preferred, 1:].sum()
+        if self.share.cuts > 1:  # of a part, as many as its rows have in the mean of the pass
+            counted = len(mask[preferred]) * self.mean_in_pass(int(counted), len(mask[preferred]))
+        loss = -log_probs[preferred].sum() / counted
         means = (log_probs * answers[:, 1:]).sum(dim=1) / answers[:, 1:].sum(dim=1)
         chosen, rejected = means.chunk(2, dim=0)
         no_logits = log_probs.new_zeros(1)

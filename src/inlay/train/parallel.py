@@ -15,7 +15,6 @@ from inlay.train.config import RunConfig
 from inlay.train.folder import RunFolder
 from inlay.train.recorder import Recorder
 from inlay.train.share import Share, share_of
-from inlay.train.tasks import TASKS
 from inlay.train.world import World
 
 
@@ -49,25 +48,32 @@ def divided(config: RunConfig, world: World) -> tuple[RunConfig, Share]:
     share = share_of(config.batch_size, config.gradient_accumulation, world)
     if world.alone:
         return config, share
-    for key, problem in refused(config):
+    for key, problem in refused(config, share):
         raise UsageError(f"{key!r} does not go with {world.size} processes: {problem}")
     own = {
         "batch_size": share.pass_rows,
         "gradient_accumulation": share.passes,
         "cache_trunk": False,
+        "cache_vision": False,
     }
     return config.model_copy(update=own), share
 
 
-def refused(config: RunConfig) -> list[tuple[str, str]]:
+def refused(config: RunConfig, share: Share) -> list[tuple[str, str]]:
     """Return the keys of a run that several processes cannot follow, and why."""
-    shown = [name for name, task in TASKS.items() if task.parallel]
+    answers, group = share.pass_rows * share.passes, config.num_generations or 1
     sharded = config.parallel in ("fsdp", "hsdp")
     reasons = {
-        "task": config.task not in shown
-        and f"the task {config.task!r} trains in one process only, {' and '.join(shown)} in many",
+        "num_generations": answers % group != 0
+        and f"the {group} answers to a prompt are compared in one process, and each gives "
+        f"{answers} of a step's {share.step_rows}; make that a multiple of {group}, by a larger "
+        "gradient_accumulation or fewer processes",
+        "generation": config.generation == "vllm"
+        and "vLLM was not tried beside several of them; leave generation at transformers",
         "cache_trunk": config.cache_trunk is True
         and "each process would keep the frozen blocks' output of every row; leave it at auto",
+        "cache_vision": config.cache_vision is True
+        and "each process would keep the vision tower's output of every row; leave it at auto",
         "stream": sharded
         and config.stream != "off"
         and f"parallel {config.parallel!r} divides weights that lie in memory; leave one out",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from datasets import Dataset
@@ -23,7 +23,7 @@ class PreferenceTrainer(AgainstBase, DPOTrainer):
     its adapters off: there is no second model, and no second pass a step.
     """
 
-    shown: ClassVar[dict[str, str]] = {
+    shown: ClassVar[Mapping[str, str]] = {
         "rewards/accuracies": "reward_accuracy",
         "rewards/margins": "reward_margin",
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -16,31 +16,56 @@ from inlay.evaluate.losses import buckets
 from inlay.model.attach import disabled
 from inlay.model.fast.causal_lm import IGNORED
 from inlay.train.scoring import Scoring
+from inlay.train.share import Share
 from inlay.train.trainer import AdapterLoop
 
 
 class Telling(AdapterLoop):
     """Takes into metrics.jsonl what TRL measures of a step beside its loss."""
 
-    shown: ClassVar[dict[str, str]]
+    shown: ClassVar[Mapping[str, str]]
     """What TRL calls the metrics of a step, and what metrics.jsonl does."""
 
     @property
+    def names(self) -> Mapping[str, str]:
+        """The metrics that this run shows, named as in `shown`."""
+        return self.shown
+
+    @property
     def measured(self) -> dict[str, list[float]]:
-        """The metrics of the passes since the last step."""
+        """The metrics of the present pass."""
         own: Any = self
         return own._metrics["train"]
 
-    def also(self) -> dict[str, float]:
-        """Return the mean over the step's passes of each metric that is shown."""
+    def take_share(self, share: Share) -> None:
+        """Take this process's part of every step."""
+        super().take_share(share)
+        self.told: list[tuple[float, dict[str, float]]] = []
+        """Of each pass since the last step: how much it counts, and its metrics."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one forward and backward pass, and keep its metrics."""
+        weight = self.part.weight
+        loss = super().training_step(*args, **kwargs)
         found = self.measured
-        means = {
-            ours: sum(found[name]) / len(found[name])
-            for name, ours in self.shown.items()
-            if found.get(name)
-        }
+        values = {name: float(found[name][-1]) for name in self.names if found.get(name)}
+        self.told.append((weight, values))
         found.clear()
-        return means
+        return loss
+
+    def also(self) -> dict[str, float]:
+        """Return the mean over all processes' passes of each metric that is shown."""
+        weighed = [
+            sum(weight * values.get(name, 0.0) for weight, values in self.told)
+            for name in self.names
+        ]
+        weights = [
+            sum(weight for weight, values in self.told if name in values) for name in self.names
+        ]
+        self.told.clear()
+        totals = self.world.total([*weighed, *weights])
+        sums = zip(self.names.values(), totals, totals[len(weighed) :], strict=False)
+        return {ours: value / weight for ours, value, weight in sums if weight}
 
     def peak_of(self, rows: Sequence[int]) -> int | None:
         """Return the most memory that a pass over these rows holds; nothing is trained by it."""

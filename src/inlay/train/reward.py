@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,17 +19,17 @@ from inlay.model.shapes import length_multiple
 from inlay.train import planning
 from inlay.train.arguments import shared
 from inlay.train.head_planning import longest_row
+from inlay.train.reference import Telling
 from inlay.train.reward_pairs import RewardPair, encode_reward_pairs, pairs_to_plan, reward_head
 from inlay.train.rows import RunRows
 from inlay.train.run import Running, Tokens
-from inlay.train.trainer import AdapterLoop, HeldOut
-
-SHOWN = {"accuracy": "reward_accuracy", "margin": "reward_margin"}
-"""What TRL calls the metrics of a step, and what metrics.jsonl does."""
+from inlay.train.trainer import HeldOut
 
 
-class RewardLoop(AdapterLoop, RewardTrainer):
+class RewardLoop(Telling, RewardTrainer):
     """Trains on pairs that come tokenised from the data room."""
+
+    shown: ClassVar[Mapping[str, str]] = {"accuracy": "reward_accuracy", "margin": "reward_margin"}
 
     def __init__(
         self,
@@ -47,19 +47,6 @@ class RewardLoop(AdapterLoop, RewardTrainer):
         assert isinstance(self.train_dataset, Dataset)
         sides = (self.train_dataset[name] for name in ("chosen_ids", "rejected_ids"))
         return [max(len(a), len(b)) for a, b in zip(*sides, strict=True)]
-
-    def also(self) -> dict[str, float]:
-        """Return how often, and by how much, the step's preferred answers got more."""
-        found = self._metrics["train"]
-        values = {ours: sum(found[name]) / len(found[name]) for name, ours in SHOWN.items()}
-        found.clear()
-        return values
-
-    def peak_of(self, rows: Sequence[int]) -> int | None:
-        """Return the most memory that a pass over these rows holds; nothing is trained by it."""
-        peak = super().peak_of(rows)
-        self._metrics["train"].clear()
-        return peak
 
 
 def dataset(pairs: Sequence[RewardPair]) -> Dataset:

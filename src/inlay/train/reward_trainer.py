@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as functional
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer import grpo_trainer
 from trl.trainer.grpo_config import GRPOConfig
@@ -28,9 +28,12 @@ from inlay.model.merged_weights import merged_weights
 from inlay.model.shapes import length_multiple
 from inlay.train.guard import Guard
 from inlay.train.judge import Answers, Judge
-from inlay.train.order import TrainingOrder
+from inlay.train.prompt_order import Group, PromptOrder
 from inlay.train.reference import Telling
 from inlay.train.scoring import Scoring
+from inlay.train.share import Part
+from inlay.train.shared_answers import Stream, drawn_together
+from inlay.train.shared_steps import SharedSteps
 
 SHOWN = {
     "reward": "reward",
@@ -63,47 +66,6 @@ class RewardGuard(Guard):
         return {"taught": self.taught}
 
 
-@dataclass(frozen=True)
-class Group:
-    """How many answers are compared, and how many make a step."""
-
-    answers: int
-    """To one prompt."""
-    step: int
-    """In one optimiser step, all prompts together."""
-    passes: int
-    """Forward passes to a step."""
-
-    @property
-    def prompts(self) -> int:
-        """Prompts in one step."""
-        return self.step // self.answers
-
-
-class PromptOrder(TrainingOrder):
-    """Yield a step's prompts, each once an answer, once for every forward pass of the step.
-
-    The order is a function of the seed and the epoch, short and long prompts mixed; those that do
-    not fill a step are left out of the epoch.
-    """
-
-    def __init__(self, lengths: Sequence[int], group: Group, seed: int) -> None:
-        super().__init__(lengths, group.prompts, seed)
-        self.group = group
-
-    def __len__(self) -> int:
-        steps = len(self.lengths) // self.group.prompts
-        return steps * self.group.step * self.group.passes
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        rows: list[int] = torch.randperm(len(self.lengths), generator=generator).tolist()
-        for start in range(0, len(rows) - self.batch_size + 1, self.batch_size):
-            step = rows[start : start + self.batch_size]
-            for _ in range(self.group.passes):
-                yield from (row for row in step for _ in range(self.group.answers))
-
-
 class RewardTrainer(Telling, GRPOTrainer):
     """Trains on prompts that come tokenised from the data room, and on answers of the model's own.
 
@@ -132,6 +94,9 @@ class RewardTrainer(Telling, GRPOTrainer):
         """The log-probabilities of the last pass."""
         self.teaches = False
         """Whether some answers of this step are worth more than others to the same prompt."""
+        self.stream = Stream()
+        self.worth: list[float] = []
+        """Of each answer of this step."""
         self.multiple = length_multiple(model)
         answers = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.group = Group(args.num_generations or 1, answers, args.gradient_accumulation_steps)
@@ -156,13 +121,22 @@ class RewardTrainer(Telling, GRPOTrainer):
     @property
     def steps_in_epoch(self) -> int:
         """How many optimiser steps pass over all prompts that fill a step."""
-        return len(self.encoded) // self.group.prompts
+        return len(self.encoded) // (self.group.prompts * self.world.size)
+
+    @property
+    def parts(self) -> list[Part]:
+        """This process's passes of a step; each counts by the tokens in it."""
+        return [Part(0, 1, 1 / self.group.passes, 0, 1)] * self.group.passes
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return what yields this process's prompts of a step, once for every pass of it."""
+        return super(SharedSteps, self).get_train_dataloader()
 
     def _get_train_sampler(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, train_dataset: Any = None
     ) -> PromptOrder:
         del train_dataset
-        return PromptOrder(self.lengths, self.group, int(self.args.seed))
+        return PromptOrder(self.lengths, self.group, int(self.args.seed), self.world)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; raise where no step could teach anything."""
@@ -176,13 +150,17 @@ class RewardTrainer(Telling, GRPOTrainer):
             )
         return result
 
-    def also(self) -> dict[str, float]:
-        """Return what the step's answers were worth, and how far the model is from its base."""
-        found = self.measured
-        shown = SHOWN | parts(self.judge)
-        means = {ours: sum(found[name]) / len(found[name]) for name, ours in shown.items()}
-        found.clear()
-        return means
+    @property
+    def names(self) -> dict[str, str]:
+        """What the step's answers were worth, and how far the model is from its base."""
+        return SHOWN | rewards_apart(self.judge)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one forward and backward pass, the first of a step after its answers are drawn."""
+        if self.world.alone:
+            return super().training_step(*args, **kwargs)
+        with self.stream.kept():
+            return super().training_step(*args, **kwargs)
 
     def tokens_in(self, batch: Any) -> int:
         """Count nothing before the answers are there; `_compute_loss` does."""
@@ -229,12 +207,17 @@ class RewardTrainer(Telling, GRPOTrainer):
                 batch = super()._generate_and_score_completions(inputs)
         finally:
             self.beta = beta
+        (total,) = self.world.total([float(batch["num_items_in_batch"])])
+        batch["num_items_in_batch"] = torch.full_like(batch["num_items_in_batch"], total)
         self.note_worth()
         return batch | {"ref_per_token_logps": self.reference(batch)}
 
     def note_worth(self) -> None:
         """Note whether the step's answers differ in worth, and tell when first they do not."""
-        self.teaches = self.measured["frac_reward_zero_std"][-1] < 1
+        (differing,) = self.world.total([1 - self.measured["frac_reward_zero_std"][-1]])
+        self.teaches = differing > 0
+        worth = [value for values in self.world.every(self.worth) for value in values]
+        self.measured["reward_std"][-1] = float(torch.tensor(worth).std())
         self.guard.taught += self.teaches
         if not self.teaches and not self.guard.taught and self.state.global_step == 0:
             self.recorder.note(
@@ -273,9 +256,13 @@ class RewardTrainer(Telling, GRPOTrainer):
             Sampling(self.temperature, self.top_p),
             end_tokens(self.adapted, self._tokenizer),
         )
-        config = settings(self.longest, ends, self._tokenizer, drawn)
         with evaluating(self.adapted), torch.no_grad():
-            return continued(self.adapted, prompt_ids, config), None
+            if self.world.alone:
+                config = settings(self.longest, ends, self._tokenizer, drawn)
+                return continued(self.adapted, prompt_ids, config), None
+            config = settings(self.longest, ends, self._tokenizer, None)
+            with self.stream.taken():
+                return drawn_together(self.adapted, prompt_ids, config, drawn, self.world), None
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: list[Any], completion_ids_list: Any
@@ -294,6 +281,7 @@ class RewardTrainer(Telling, GRPOTrainer):
             "log_metric": self._log_metric,
         }
         found = self.judge.scores(answers, f"at step {self.state.global_step + 1}", also)
+        self.worth = self.judge.totals(found)
         return torch.tensor(found, dtype=torch.float32, device=self.args.device).T
 
     # The loss
@@ -397,7 +385,7 @@ def named(name: str) -> Any:
     return judged
 
 
-def parts(judge: Judge) -> dict[str, str]:
+def rewards_apart(judge: Judge) -> dict[str, str]:
     """Return the metrics of each reward by itself, where there are several."""
     names = [reward.shown for reward in judge.rewards]
     return {f"rewards/{n}/mean": f"reward_{n}" for n in names} if len(names) > 1 else {}

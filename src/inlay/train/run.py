@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from inlay.checkpoint.adapter import keep_base_description, save_adapter
 from inlay.data.rows import Rows
-from inlay.errors import ModelError, TrainingError, UsageError
+from inlay.errors import ModelError, TrainingError
 from inlay.evaluate.record import ComparisonRecord, Run, Step
 from inlay.evaluate.report import write_report
 from inlay.memory.devices import Device, this_machine
@@ -56,7 +56,7 @@ from inlay.train.rows import RunRows, have_images, rows_of_run, sample
 from inlay.train.share import Share
 from inlay.train.tasks import TASKS
 from inlay.train.trainer import AdapterLoop, left_as_it_was
-from inlay.train.world import World, joined
+from inlay.train.world import joined
 
 Row = TypeVar("Row")
 LINES_NAMED = 5
@@ -113,7 +113,7 @@ def train(config: RunConfig, *, on_event: OnEvent | None = None) -> TrainResult:
             tell(Event("note", f"the run in {folder.path} has ended already; nothing is to do"))
             return TrainResult(folder, folder.record(), None, None, world.leads)
         with quiet_libraries():
-            stages = import_module(loop_of(config, world)).Stages
+            stages = import_module(loop_of(config)).Stages
             running: Running[Any] = stages(own, method, folder, tell)
             running.divide(config, share)
             return running.result()
@@ -123,20 +123,9 @@ def ignore(event: Event) -> None:
     """Tell nobody."""
 
 
-def loop_of(config: RunConfig, world: World) -> str:
-    """Return the module with the stages of a run; rows with images have their own.
-
-    Raises:
-        UsageError: such rows, and several processes.
-    """
-    if not have_images(config):
-        return TASKS[config.task].loop
-    if not world.alone:
-        raise UsageError(
-            f"'data' does not go with {world.size} processes: rows with images train in one "
-            "process only"
-        )
-    return "inlay.train.vision"
+def loop_of(config: RunConfig) -> str:
+    """Return the module with the stages of a run; rows with images have their own."""
+    return "inlay.train.vision" if have_images(config) else TASKS[config.task].loop
 
 
 @contextmanager

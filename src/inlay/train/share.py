@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch.utils.data import Sampler
 
 from inlay.train.launch import check_divisible
-from inlay.train.order import TrainingOrder
+from inlay.train.order import Arrange, TrainingOrder, order
 from inlay.train.world import ALONE, World
 
 
@@ -24,6 +24,18 @@ class Part(NamedTuple):
     start: int
     stop: int
     weight: float
+    first: int = 0
+    """The pass that they are part of has the rows [first, last) of the step."""
+    last: int = 0
+
+    @property
+    def pass_weight(self) -> float:
+        """How much the mean of the whole pass counts; nothing where its part counts nothing."""
+        return self.weight * (self.last - self.first) / (self.stop - self.start)
+
+
+WHOLE = Part(0, 1, 1.0, 0, 1)
+"""The only part of a pass in a process that is alone."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +79,19 @@ class Share:
         """
         whole = ranges(0, rows, self.rows)
         every = [
-            Part(first, last, (last - first) / (stop - start) / len(whole))
-            for start, stop in whole
-            for first, last in ranges(start, stop, self.pass_rows)
+            Part(start, stop, (stop - start) / (last - first) / len(whole), first, last)
+            for first, last in whole
+            for start, stop in ranges(first, last, self.pass_rows)
         ]
         spare = every[0]._replace(weight=0.0)
         every += [spare] * (-len(every) % self.world.size)
         return every[self.world.rank :: self.world.size]
+
+    @property
+    def companions(self) -> range:
+        """The processes that run parts of one pass at the same time, this one among them."""
+        first = self.world.rank // self.cuts * self.cuts
+        return range(first, first + self.cuts)
 
     def seed_of(self, seed: int, step: int, number: int) -> int:
         """Return the seed of this process's pass of that number in a step."""
@@ -101,10 +119,19 @@ def share_of(rows: int, accumulation: int, world: World) -> Share:
 
 
 class SharedOrder(Sampler[list[int]]):
-    """Yield this process's passes of an epoch, each as a list of row numbers."""
+    """Yield this process's part of each pass of an epoch, or the whole pass, as row numbers."""
 
-    def __init__(self, lengths: Sequence[int], share: Share, seed: int) -> None:
-        self.share, self.sampler = share, TrainingOrder(lengths, share.rows, seed)
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        share: Share,
+        seed: int,
+        arrange: Arrange = order,
+        *,
+        whole: bool = False,
+    ) -> None:
+        self.share, self.whole = share, whole
+        self.sampler = TrainingOrder(lengths, share.rows, seed, arrange)
 
     def __len__(self) -> int:
         count = len(self.sampler)
@@ -115,4 +142,6 @@ class SharedOrder(Sampler[list[int]]):
         numbers = list(self.sampler)
         for first, last in ranges(0, len(numbers), self.share.step_rows):
             for part in self.share.parts(last - first):
-                yield numbers[first + part.start : first + part.stop]
+                own = (part.start, part.stop)
+                start, stop = (part.first, part.last) if self.whole else own
+                yield numbers[first + start : first + stop]

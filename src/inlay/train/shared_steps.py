@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,23 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
 from inlay.model.shard import is_sharded
-from inlay.train.order import TrainingOrder
-from inlay.train.share import Part, Share, SharedOrder
+from inlay.train.order import TrainingOrder, order
+from inlay.train.share import WHOLE, Part, Share, SharedOrder
 
 
 class SharedSteps(Trainer, ABC):
     """The part of every task's trainer that knows of other processes."""
+
+    whole_passes: ClassVar[bool] = False
+    """Whether the loss of a pass is of all its rows at once, and no mean of its parts' losses.
+
+    Every process then gets the rows of the whole pass, computes its loss, and finds the part of the
+    gradient that goes through its own rows.
+    """
+
+    def arrange(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:
+        """Return the row numbers of an epoch in the order in which they are trained."""
+        return order(lengths, batch_size, seed, epoch)
 
     @property
     @abstractmethod
@@ -50,9 +61,27 @@ class SharedSteps(Trainer, ABC):
         return self.share.parts_of_step(len(self.lengths), step)
 
     @property
+    def part(self) -> Part:
+        """This process's part of the pass that comes now."""
+        return WHOLE if self.world.alone else self.parts[self.passes_done]
+
+    @property
     def pass_counts(self) -> bool:
         """Whether the pass that comes now counts, or only keeps the processes in step."""
-        return self.world.alone or self.parts[self.passes_done].weight > 0
+        return self.part.weight > 0
+
+    def mean_in_pass(self, total: float, count: int) -> float:
+        """Return the mean over a pass of what this process found `total` of in `count` cases.
+
+        A pass that counts nothing has the mean of its own; nan where there is no case.
+        """
+        mine = (total, float(count))
+        found = self.world.every(mine if self.pass_counts else (0.0, 0.0))
+        parts = [mine]
+        if self.pass_counts:
+            parts = [found[rank] for rank in self.share.companions]
+        cases = sum(n for _, n in parts)
+        return sum(t for t, _ in parts) / cases if cases else math.nan
 
     def _move_model_to_device(self, model: Any, device: Any) -> None:
         if not is_sharded(model):
@@ -60,7 +89,7 @@ class SharedSteps(Trainer, ABC):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         del train_dataset
-        return TrainingOrder(self.lengths, self.share.rows, self.args.seed)
+        return TrainingOrder(self.lengths, self.share.rows, self.args.seed, self.arrange)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return what yields this process's passes."""
@@ -71,7 +100,9 @@ class SharedSteps(Trainer, ABC):
         collate: Any = self.data_collator
         loader: Any = DataLoader(
             rows,
-            batch_sampler=SharedOrder(self.lengths, self.share, self.args.seed),
+            batch_sampler=SharedOrder(
+                self.lengths, self.share, self.args.seed, self.arrange, whole=self.whole_passes
+            ),
             collate_fn=collate,
             pin_memory=self.args.dataloader_pin_memory,
         )
@@ -95,12 +126,12 @@ class SharedSteps(Trainer, ABC):
         if self.world.alone:
             return super().training_step(*args, **kwargs)
         counted = kwargs.get("num_items_in_batch", args[2] if len(args) > 2 else None)
-        part = self.parts[self.passes_done]
-        mean_of = self.current_gradient_accumulation_steps
+        part, mean_of = self.part, self.current_gradient_accumulation_steps
         factor = part.weight * mean_of if counted is None else float(part.weight > 0)
+        of_gradient = part.pass_weight * mean_of if self.whole_passes else factor
         seed = self.share.seed_of(self.args.seed, self.state.global_step, self.passes_done)
         torch.manual_seed(seed)
-        with weighted_backward(self.accelerator, factor):
+        with weighted_backward(self.accelerator, of_gradient):
             loss: Tensor = super().training_step(*args, **kwargs)
         self.passes_done += 1
         return factor * loss

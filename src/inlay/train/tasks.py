@@ -35,8 +35,6 @@ class Task:
     """The keys that this task has and others may not, with their defaults."""
     fixed: Mapping[str, Fixed] = field(default_factory=dict[str, Fixed])
     """The keys that this task does not know."""
-    parallel: bool = False
-    """Whether its loop was shown to train as one process does when it is divided among several."""
     learning_rate_factor: float = 1.0
     """How the best learning rate stands to the one for supervised rows."""
     prompts_count: bool = False
@@ -142,7 +140,6 @@ TASKS: dict[str, Task] = {
             "supervised",
             "inlay.train.supervised",
             own={"max_pixels": None, "allow_urls": False, "cache_vision": "auto"},
-            parallel=True,
         ),
         Task(
             "dpo",
@@ -151,7 +148,6 @@ TASKS: dict[str, Task] = {
             "inlay.train.dpo",
             own={"beta": 0.1},
             fixed=PREFERENCE,
-            parallel=True,
             learning_rate_factor=0.1,
             check=positive_beta,
         ),

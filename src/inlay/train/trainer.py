@@ -191,7 +191,7 @@ class AdapterLoop(SharedSteps, ABC):
         self.step_loss, self.step_tokens = 0.0, 0
         epoch = step / self.steps_in_epoch
         rate, norm = float(logs["learning_rate"]), float(logs["grad_norm"])
-        self.recorder.step(step, epoch, loss, rate, norm, tokens, self.world.mean(self.also()))
+        self.recorder.step(step, epoch, loss, rate, norm, tokens, self.also())
         self.guard.observe(loss, step)
 
     def also(self) -> dict[str, float]:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -79,11 +80,6 @@ class World:
         dist.all_reduce(summed)
         return summed.tolist()
 
-    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the means of every process's values, which have the same names."""
-        totals = self.total(list(values.values())) if values else []
-        return {name: total / self.size for name, total in zip(values, totals, strict=True)}
-
     def every(self, value: Found) -> list[Found]:
         """Return every process's value, by rank."""
         if self.alone:
@@ -91,6 +87,12 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def every_tensor(self, tensor: Tensor) -> list[Tensor]:
+        """Return every process's tensor, by rank; they have the same shape and dtype."""
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(found, tensor.contiguous())
+        return found
 
     def from_leader(self, work: Callable[[], Found]) -> Found:
         """Return what the first process makes of some work; what it raises is raised everywhere."""
