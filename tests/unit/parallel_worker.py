@@ -63,7 +63,7 @@ def one_run(folder: Path, rank: int, fault: dict[str, Any] | None = None, **run:
     """Take part in a run; write what this process holds at its end beside its output."""
     break_at(fault, rank)
     make = make_vision_run if "family" in run else make_any
-    config = make(folder, **run)
+    config = make(folder, **{"output": "out", **run})
     leave_out_dropout(Path(config.model))
     result = train(config)
     assert result.model is not None
