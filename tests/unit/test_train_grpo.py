@@ -513,14 +513,14 @@ def test_vllm_is_given_the_merged_weights_before_every_step(
     monkeypatch.setattr(grpo, "find_spec", lambda name: name)
     monkeypatch.setattr(Engine, "pushes", 0)
     differences: list[float] = []
-    also = RewardTrainer.also
+    generate = RewardTrainer._generate_and_score_completions
 
-    def noted(self: RewardTrainer) -> dict[str, float]:
-        found = self._metrics["train"]["sampling/sampling_logp_difference/max"]
-        differences.extend(found)
-        return also(self)
+    def noted(self: RewardTrainer, inputs: Any) -> Any:
+        found = generate(self, inputs)
+        differences.append(self.measured["sampling/sampling_logp_difference/max"][-1])
+        return found
 
-    monkeypatch.setattr(RewardTrainer, "also", noted)
+    monkeypatch.setattr(RewardTrainer, "_generate_and_score_completions", noted)
     config = make_grpo(
         tmp_path, generation="vllm", max_steps=4, storage=storage, dtype="float32",
         evaluate=False, log_every=1, dropout=0.0,

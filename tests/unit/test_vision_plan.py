@@ -15,6 +15,7 @@ from inlay.data.processor import ImageReader, image_reader
 from inlay.data.vision import encode_images
 from inlay.memory import simulate as simulated
 from inlay.memory.costs import planning_for
+from inlay.memory.devices import Device
 from inlay.memory.policy import Policy, applied
 from inlay.memory.simulate import Ledger, Simulation, Step, adamw, simulate
 from inlay.memory.skeleton import config_of
@@ -24,6 +25,8 @@ from inlay.model.load import load
 from inlay.train.config import RunConfig
 from inlay.train.planning import built, step_loss
 from inlay.train.vision import as_seen, rows_to_plan
+
+CPU = Device("cpu", "cpu", 1 << 50, 1e10, 1e11, 1e11)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def test_what_is_planned_is_what_real_tensors_hold(
     batch = batch_of(config, image_reader(folders[family], None))
     shape, _ = config_of(config.model)
     planned = simulate(
-        lambda: built(shape, config), batch, step_loss, optimiser=adamw, policy=policy
+        lambda: built(shape, config, CPU), batch, step_loss, optimiser=adamw, policy=policy
     )
     real = counted(config, batch, policy, monkeypatch)
     assert planned.trained == real.trained
@@ -91,7 +94,7 @@ def test_larger_images_are_planned_larger(folders: dict[str, Path], tmp_path: Pa
         pixels = found.batch["pixel_values"]
         assert pixels.shape[0] == (side // 2) ** 2
         assert found.beside >= pixels.nbytes
-        step = simulate(lambda: built(shape, config), found.batch, step_loss, optimiser=adamw)
+        step = simulate(lambda: built(shape, config, CPU), found.batch, step_loss, optimiser=adamw)
         kept.append(step.kept)
     assert kept[1] > 3 * kept[0]
 

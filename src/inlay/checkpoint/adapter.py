@@ -383,7 +383,7 @@ def check_base(model: nn.Module, attached: Attached, folder: AdapterFolder) -> N
     if not isinstance(recorded, dict):
         raise CheckpointError(f"{folder.path / EXTRAS} must describe the base; it is damaged")
     now = describe_base(model, None, trained_names(model, attached.name))
-    comparable = "float16" not in {now["dtype"], recorded.get("dtype")} or (
+    comparable = "float16" not in (now["dtype"], recorded.get("dtype")) or (
         now["dtype"] == recorded.get("dtype")
     )
     same_shapes = now["shapes_sha256"] == recorded.get("shapes_sha256")
