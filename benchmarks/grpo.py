@@ -17,14 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from machine import write
+from pocket_runs import THREADS, metrics, run, warm_start
 
-from inlay.cli.main import main as inlay
 from inlay.data.arithmetic import generate_problems
 from inlay.data.read import read_rows
-from inlay.train.config import load_config
-from inlay.train.run import train
 
-THREADS = 1
 REWARDED, HELD_OUT = 2400, 500
 """Problems of GRPO, and to measure on."""
 ANSWER = 32
@@ -52,7 +49,7 @@ def main() -> None:
         folder = given.work or Path(name)
         folder.mkdir(exist_ok=True)
         problems = write_problems(folder)
-        warm = warm_start(folder, given.warm_steps)
+        warm = warmed(folder, given.warm_steps)
         print(warm, flush=True)
         runs = [rewarded(folder, seed, given.steps) for seed in range(given.seeds)]
     result = {
@@ -78,21 +75,13 @@ def write_problems(folder: Path) -> dict[str, int]:
     return {"warm": len(known), **{name: len(problems) for name, problems in parts.items()}}
 
 
-def run(folder: Path, name: str, keys: dict[str, Any]) -> dict[str, Any]:
-    """Train a run of this name in a folder, unless it lies there; return its run.json."""
-    also = {"dtype": "float32", "threads": THREADS, "save_every": 1000, "resume": True}
-    return train(load_config(None, {**also, **keys, "output": str(folder / name)})).run
-
-
-def warm_start(folder: Path, steps: int) -> dict[str, Any]:
+def warmed(folder: Path, steps: int) -> dict[str, Any]:
     """Train on worked answers, merge the adapter, and return how often the answers are right."""
-    found = run(folder, "warm", {**WARM, "max_steps": steps})
-    merged = ["merge", "--adapter", str(folder / "warm"), "--output", str(folder / "base")]
-    assert (folder / "base").exists() or inlay([*merged, "--threads", str(THREADS)]) == 0
+    found = warm_start(folder, {**WARM, "max_steps": steps})
     return {
         "steps": found["steps"],
         "seconds": round(found["seconds"]),
-        **metrics(found, "number_match"),
+        **metrics(found, ["number_match"]),
     }
 
 
@@ -106,23 +95,13 @@ def rewarded(folder: Path, seed: int, steps: int) -> dict[str, Any]:
     result = {
         "seed": seed,
         "seconds": round(found["seconds"]),
-        **metrics(found, "reward", "sampled_reward", "kl", "answer_tokens"),
+        **metrics(found, ["reward", "sampled_reward", "kl", "answer_tokens"]),
         "reward_by_step": [round(line["reward"], 4) for line in curve],
         "kl_by_step": [round(line["kl"], 5) for line in curve],
         "equal_groups_by_step": [round(line["equal_groups"], 3) for line in curve],
     }
     print(result, flush=True)
     return result
-
-
-def metrics(found: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Return some metrics of a run's comparison: base, tuned, their difference and its p."""
-    kept = ("base", "tuned", "difference", "p_value", "rows")
-    return {
-        metric["name"]: {name: metric[name] for name in kept}
-        for metric in found["comparison"]["metrics"]
-        if metric["name"] in names
-    }
 
 
 if __name__ == "__main__":

@@ -21,12 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from machine import REPORTS, write
+from pocket_runs import THREADS, metrics, run, warm_start
 
-from inlay.cli.main import main as inlay
-from inlay.train.config import load_config
-from inlay.train.run import train
-
-THREADS = 1
 PARTS = {"warm": 1000, "labelled": 600, "choosing": 250, "held_out": 300}
 """Reports to start on, to train on with labels, to choose the learning rate on, to measure on."""
 PROMPT = "Findings: {findings}\nImpression:"
@@ -57,7 +53,8 @@ def main() -> None:
         folder = given.work or Path(name)
         folder.mkdir(exist_ok=True)
         rows = write_rows(folder)
-        seconds = warm_start(folder)
+        warm = {**WARM, "data": str(folder / "warm.jsonl")}
+        seconds = round(warm_start(folder, warm)["seconds"])
         tried = [judged(folder, f"tried-{rate}", rate, "choosing", 0) for rate in LEARNING_RATES]
         rate = max(tried, key=lambda found: found["auc"]["tuned"]["value"])["learning_rate"]
         runs = [
@@ -130,20 +127,6 @@ def length_class(text: str) -> int:
     return sum(len(text.split()) > limit for limit in LENGTHS)
 
 
-def run(folder: Path, name: str, keys: dict[str, Any]) -> dict[str, Any]:
-    """Train a run of this name in a folder, unless it lies there; return its run.json."""
-    also = {"dtype": "float32", "threads": THREADS, "save_every": 1000, "resume": True}
-    return train(load_config(None, {**also, **keys, "output": str(folder / name)})).run
-
-
-def warm_start(folder: Path) -> int:
-    """Train on reports as they stand and merge the adapter; return the seconds."""
-    found = run(folder, "warm", {**WARM, "data": str(folder / "warm.jsonl")})
-    merged = ["merge", "--adapter", str(folder / "warm"), "--output", str(folder / "base")]
-    assert (folder / "base").exists() or inlay([*merged, "--threads", str(THREADS)]) == 0
-    return round(found["seconds"])
-
-
 def judged(folder: Path, name: str, rate: float, held_out: str, seed: int) -> dict[str, Any]:
     """Train on labelled answers from the merged model; return what base and tuned tell apart."""
     files = {"data": "labelled.jsonl", "eval_data": f"{held_out}.jsonl", "model": "base"}
@@ -155,20 +138,10 @@ def judged(folder: Path, name: str, rate: float, held_out: str, seed: int) -> di
         "measured_on": held_out,
         "steps": found["steps"],
         "seconds": round(found["seconds"]),
-        **metrics(found),
+        **metrics(found, METRICS),
     }
     print(result, flush=True)
     return result
-
-
-def metrics(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the metrics of a run's comparison: base, tuned, their difference and its p."""
-    kept = ("base", "tuned", "difference", "p_value", "rows")
-    return {
-        metric["name"]: {name: metric[name] for name in kept}
-        for metric in found["comparison"]["metrics"]
-        if metric["name"] in METRICS
-    }
 
 
 if __name__ == "__main__":

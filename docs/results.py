@@ -118,8 +118,8 @@ def grpo_text(result: dict[str, Any]) -> str:
     right = warm["number_match"]
     keys = "\n".join(f"{key}: {json.dumps(value)}" for key, value in result["run"].items())
     return (
-        "One- and two-step problems worded as GSM8K's. Pocket first reads "
-        f"{problems['warm']:,} worked answers for {warm['steps']} supervised steps, merged into "
+        "One- and two-step problems worded as GSM8K's. Pocket first trains for "
+        f"{warm['steps']} supervised steps on worked answers, of {problems['warm']:,}, merged into "
         f"it: its likeliest answer is right in {right['tuned']['value']:.0%} of {right['rows']} "
         f"others ({right['base']['value']:.0%} before). Then {result['steps']} steps of GRPO on "
         f"{problems['rewarded']:,} other problems, where an answer is worth 1 if its last number "

@@ -113,7 +113,7 @@ def test_a_ray_job_is_python_with_a_worker_a_process(tmp_path: Path) -> None:
 
 
 def test_a_step_adds_what_is_received_to_the_arithmetic() -> None:
-    frozen = Frozen(total=1000, outside=200, largest=100, blocks=8)
+    frozen = Frozen(total=1000, outside=200, blocks=8)
     alone = Division(local=1, nodes=1, shards=1, passes=8)
     links = links_of(DEVICES["h100"], 8)
     one = step_of(alone, 10**6, frozen, 0.5, links)

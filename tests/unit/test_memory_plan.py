@@ -141,11 +141,16 @@ def test_what_depends_on_unknown_values_is_refused() -> None:
         out = model(inputs["x"].float())
         return out[out > 0].sum()
 
-    with pytest.raises(ModelError, match="cannot be planned"):
-        simulate(
-            lambda: nn.Linear(4, 4), {"x": torch.ones(2, 4, dtype=torch.long)}, chosen,
-            optimiser=adamw,
-        )  # fmt: skip
+    def listed(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        out = model(inputs["x"].float()).detach()
+        return torch.tensor([out.sum(), out.max()]).sum()
+
+    for loss in (chosen, listed):
+        with pytest.raises(ModelError, match="cannot be planned"):
+            simulate(
+                lambda: nn.Linear(4, 4), {"x": torch.ones(2, 4, dtype=torch.long)}, loss,
+                optimiser=adamw,
+            )  # fmt: skip
 
 
 def test_labelled_rows_are_followed_by_their_values() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from inlay.model.layer import own_modules
 from inlay.model.load import EMBEDDED
 from inlay.model.selected import own_parameters
+from inlay.model.targets import output_head
 from inlay.storage.base import FrozenLinear
 from inlay.storage.registry import frozen, kind
 
@@ -67,11 +68,6 @@ def head_storage_of(model: nn.Module) -> str:
     """Return the storage of a language model's output head, or `dense` when there is none."""
     head = output_head(model)
     return frozen(head).storage if head is not None and kind(head) else "dense"
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """Return a language model's output head."""
-    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def dtype_of(model: nn.Module) -> str:

@@ -122,7 +122,7 @@ def plan(
     # What a CPU has free does not count what this process holds already.
     room = int(ROOM * device.memory) + (resident() if device.kind == "cpu" else 0)
     options: list[Option] = []
-    trained, frozen = 0, Frozen(0, 0, 0, 0)
+    trained, frozen = 0, Frozen(0, 0, 0)
     answered = task.answering and simulate_answers(task.build, task.answering, device.kind)
     tried = list(possible(policies, device))
     if not task.streamed and weights_of(task) / task.shards > room:

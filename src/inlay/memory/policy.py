@@ -29,7 +29,7 @@ from torch.utils.checkpoint import (
 )
 
 from inlay.errors import ModelError
-from inlay.model.targets import BLOCKS
+from inlay.model.targets import BLOCKS, output_head
 from inlay.storage.registry import frozen, kind
 
 Policy = Literal["keep-all", "keep-products", "recompute-mlp", "layer-inputs", "offload"]
@@ -152,7 +152,7 @@ def wide_outputs(model: nn.Module) -> frozenset[int]:
         for name, m in model.named_modules()
         if kind(m) in ("linear", "conv1d")
     }
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_head(model)
     inner = {
         out
         for name, (out, width) in shapes.items()

@@ -34,6 +34,7 @@ from inlay.memory.gathers import Gathers
 from inlay.memory.heap import SMALLEST, Event, Heap
 from inlay.memory.policy import Policy
 from inlay.model.stream import BUFFERS
+from inlay.model.targets import output_head
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.streamed import SEGMENT, StreamedEmbedding
 
@@ -68,8 +69,6 @@ class Frozen:
     total: int
     outside: int
     """Of what is outside the repeated blocks: embeddings, the output head."""
-    largest: int
-    """Of the largest block."""
     blocks: int
     """How many there are."""
 
@@ -344,7 +343,7 @@ class Step:
             ledger.add(tensor, "adapter" if tensor.requires_grad else "weights")
         for p in self.trained:
             p.register_post_accumulate_grad_hook(self.count_gradient)
-        head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        head = output_head(model)
         if head is not None:
             head.register_forward_pre_hook(lambda *_: self.at_head())
 
@@ -455,7 +454,7 @@ def frozen_weights(model: nn.Module) -> Frozen:
     blocks = [m for each in model.modules() if isinstance(each, nn.ModuleList) for m in each]
     sizes = [frozen_bytes(block) for block in blocks]
     total = frozen_bytes(model)
-    return Frozen(total, total - sum(sizes), max(sizes, default=0), len(blocks))
+    return Frozen(total, total - sum(sizes), len(blocks))
 
 
 def frozen_bytes(module: nn.Module) -> int:
@@ -524,7 +523,7 @@ class Literals(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is torch.tensor:
+        if func is torch.tensor and all(hasattr(t, "known") for t in tensors_in(args)):
             args = tree_map_only(Tensor, lambda t: vars(t)["known"].tolist(), args)
         return func(*args, **(kwargs or {}))
 

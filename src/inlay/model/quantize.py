@@ -13,6 +13,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from inlay.errors import ModelError, StorageError, did_you_mean
 from inlay.model.heads import head_modules
+from inlay.model.targets import output_head
 from inlay.model.vision import parts_of
 from inlay.storage.dense import DenseView
 from inlay.storage.quantized import QuantizedLinear
@@ -115,9 +116,9 @@ def head_of(model: nn.Module) -> str:
     Raises:
         ModelError: there is none, or its weight is the embedding's too.
     """
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_head(model)
     name = next((n for n, m in model.named_modules() if m is head), None)
-    if name is None or kind(head) != "linear":
+    if head is None or name is None or kind(head) != "linear":
         raise ModelError(
             f"{type(model).__name__} has no output head that could be held by itself; leave "
             "head_storage at 'dense'"

@@ -167,10 +167,15 @@ def linear_in(
     return found
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Return a language model's output head, or None."""
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter else None
+
+
 def output_heads(model: nn.Module) -> list[nn.Module]:
     """Return the language-model head, or a task head beside the base model."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter else None
+    head = output_head(model)
     if head is not None:
         return [head]
     body = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
