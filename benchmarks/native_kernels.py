@@ -19,6 +19,7 @@ from machine import write
 from torch import Tensor
 
 from inlay.kernels import native
+from inlay.kernels.epilogue import Epilogue
 from inlay.kernels.frozen import DENSE, Matrix
 from inlay.kernels.scratch import tile_rows
 from inlay.storage.nf4 import NF4Linear
@@ -119,15 +120,18 @@ def multiplying(tokens: int, rows: int, columns: int, transposed: bool) -> Conte
     assert native.multiplies()
     x, w = torch.randn(tokens, columns), torch.randn(rows, columns).bfloat16()
     g, halves = torch.randn(tokens, rows), x.bfloat16()
-    weight = Matrix([w], DENSE, rows, columns, halves)
+    weight, end = Matrix([w], DENSE, rows, columns, halves), Epilogue(torch.float32)
+
+    def multiply() -> Tensor:
+        return weight.times_t(g, end) if transposed else weight.times(x, end)
 
     def by_tiles() -> Tensor:
         with native.use("off"):
-            return weight.times_t(g) if transposed else weight.times(x)
+            return multiply()
 
     wide = w.float()
     return {
-        "inlay": lambda: weight.times_t(g) if transposed else weight.times(x),
+        "inlay": multiply,
         "tile by tile": by_tiles,
         "a float32 weight": lambda: g @ wide if transposed else F.linear(x, wide),
         "bfloat16 by torch": lambda: g.bfloat16() @ w if transposed else F.linear(halves, w),

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from inlay.errors import DataError, UsageError
 from inlay.kernels import native
+from inlay.kernels.epilogue import Epilogue
 from inlay.kernels.frozen import dense
 from inlay.kernels.native import build, reference
 from inlay.storage import nf4
@@ -144,6 +145,73 @@ def check_product(y: Tensor | None, x: Tensor, weight: Tensor) -> None:
     error = (y - x.double() @ weight.double()).abs()
     bound = x.abs().double() @ weight.abs().double() * x.shape[1] * torch.finfo(y.dtype).eps
     assert (error <= bound).all()
+
+
+@pytest.mark.parametrize("sizes", [
+    (1, 1, 1), (13, 33, 31), (14, 384, 32), (29, 385, 97), (6, 1000, 500), (ROWS + 1, 100, 40),
+])  # fmt: skip
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_product_reads_both_in_either_dtype(
+    sizes: tuple[int, int, int], transposed: bool, dtype: torch.dtype
+) -> None:
+    m, k, n = sizes
+    shape = (n, k) if transposed else (k, n)
+    for x, weight in [(drawn(m, k, dtype=dtype), drawn(*shape)),
+                      (drawn(m, k, dtype=torch.bfloat16), drawn(*shape, dtype=dtype))]:  # fmt: skip
+        y = native.product(x, weight, transposed)
+        check_product(y, x, weight.t() if transposed else weight)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 16, 17, 33, 100, 400, 801])
+@pytest.mark.parametrize("k", [40, 352, 368, 384, 385, 800])
+@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)])
+def test_product_ends_with_a_low_rank_term_and_a_bias(
+    k: int, rank: int, turned: tuple[bool, bool]
+) -> None:
+    m, n, scale = 31, 70, 1.7
+    x, weight = drawn(m, k, dtype=torch.bfloat16), drawn(k, n, dtype=torch.bfloat16)
+    left, bias = drawn(m, rank, seed=2), drawn(n, 1, seed=4).flatten()
+    right = drawn(n, rank, seed=3).t() if turned[1] else drawn(rank, n, seed=3)
+    stored = weight.t().contiguous() if turned[0] else weight
+    term = (left, right) if rank else (None, None)
+    expected = x.double() @ weight.double() + scale * left.double() @ right.double() + bias
+    sizes = (
+        x.double().abs() @ weight.double().abs()
+        + scale * left.double().abs() @ right.abs().double()
+    )
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        end = Epilogue(dtype, *term, scale, bias)
+        y = native.product(x, stored, turned[0], end)
+        assert (y is not None) == native.multiplies()
+        if y is None:
+            continue
+        assert y.dtype == dtype
+        bound = sizes * (k + rank) * torch.finfo(torch.float32).eps
+        bound += (expected.abs() + bound) * torch.finfo(dtype).eps
+        assert ((y - expected).abs() <= bound).all()
+        plain = native.product(x, stored, turned[0])
+        assert plain is not None
+        assert torch.allclose(end.applied(plain).double(), y.double(), rtol=2e-2, atol=1e-3)
+
+
+def test_a_product_is_rounded_to_bfloat16_as_torch_rounds() -> None:
+    if not native.multiplies():
+        pytest.skip("no product in C with this instruction set")
+    bits = torch.randint(-(2**31), 2**31, (50_000, 1), generator=torch.Generator().manual_seed(0))
+    x, one = bits.to(torch.int32).view(torch.float32), torch.ones(1, 1)
+    wide = native.product(x, one, transposed=False)
+    half = native.product(x, one, transposed=False, epilogue=Epilogue(torch.bfloat16))
+    assert wide is not None
+    assert half is not None
+    torch.testing.assert_close(half, wide.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_product_refuses_a_term_that_it_cannot_read() -> None:
+    x, weight = drawn(5, 40), drawn(40, 30, dtype=torch.bfloat16)
+    left, right = drawn(5, 8), drawn(8, 60)[:, ::2]
+    for term in [(left.double(), right.contiguous()), (left, right), (left.bfloat16(), right)]:
+        assert native.product(x, weight, False, Epilogue(torch.float32, *term)) is None
 
 
 def test_product_keeps_what_is_not_finite() -> None:

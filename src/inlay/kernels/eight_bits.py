@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from inlay.kernels import native
-from inlay.kernels.frozen import DENSE, FORMATS, MATRICES, Matrix, Product
+from inlay.kernels.epilogue import Epilogue
+from inlay.kernels.frozen import DENSE, FORMATS, MATRICES, Matrix
 from inlay.kernels.gpu import runs_on
 from inlay.kernels.scratch import scratch, tile_rows, tiles
 
@@ -28,8 +29,10 @@ Rows = Callable[[Sequence[Tensor], int, int, int], tuple[Tensor, Tensor] | None]
 ROWS: dict[str, Rows] = {}
 """Format name -> how its parts become int8 rows without a dense weight between."""
 
+Product = Callable[[Tensor, Sequence[Tensor], int], Tensor | None]
+"""`(x, parts, width)` -> a product of that width in FP8, or None."""
 FP8_PRODUCTS: dict[str, tuple[Product, Product]] = {}
-"""Format name -> `x @ W.T` and `g @ W` in FP8; None where the device has none."""
+"""Format name -> `x @ W.T` and `g @ W`."""
 
 
 def register_rows(name: str, rows: Rows) -> None:
@@ -85,30 +88,30 @@ register_fp8(DENSE, dense_in_fp8, dense_t_in_fp8)
 class EightBitMatrix(Matrix):
     """A frozen (rows, columns) matrix that is multiplied in 8 bits."""
 
-    def times(self, x: Tensor) -> Tensor:
+    def times(self, x: Tensor, epilogue: Epilogue) -> Tensor:
         in_fp8 = self.fp8(0, x, self.rows)
         if in_fp8 is not None:
-            return in_fp8
+            return epilogue.applied(in_fp8)
         if self.device.type != "cpu" or self.columns > self.rows:
-            return super().times(x)
+            return super().times(x, epilogue)
         codes, absmax = native.int8_quantize(x)
-        y = x.new_empty(x.shape[0], self.rows)
+        y = x.new_empty(x.shape[0], self.rows, dtype=self.dtype)
         for part in self.int8_tiles():
             self.write_tile(part, codes, absmax / 127, y[:, part])
-        return y
+        return epilogue.applied(y)
 
-    def times_t(self, g: Tensor) -> Tensor:
+    def times_t(self, g: Tensor, epilogue: Epilogue) -> Tensor:
         in_fp8 = self.fp8(1, g, self.columns)
         if in_fp8 is not None:
-            return in_fp8
+            return epilogue.applied(in_fp8)
         if self.device.type != "cpu":
-            return super().times_t(g)
+            return super().times_t(g, epilogue)
         total = None
         for part in self.int8_tiles():
             x = self.from_tile(part, g[:, part])
             total = x if total is None else total.add_(x)
         assert total is not None
-        return total
+        return epilogue.applied(total)
 
     def write_tile(self, part: slice, codes: Tensor, scales: Tensor, out: Tensor) -> None:
         """Write `x @ W.T` for some rows of W; x: codes int8 (n, columns), scales (n,)."""
@@ -119,7 +122,8 @@ class EightBitMatrix(Matrix):
         """Return `g @ W` for some rows of W; g: (n, part)."""
         q, row_scales = self.int8_rows(part)
         codes, absmax = native.int8_quantize(g * row_scales)
-        x, ones = g.new_empty(g.shape[0], self.columns), torch.ones(self.columns)
+        x = g.new_empty(g.shape[0], self.columns, dtype=self.dtype)
+        ones = torch.ones(self.columns)
         native.int8_rescale(torch.ops.aten._int_mm(codes, q), absmax / 127, ones, x)
         return x
 

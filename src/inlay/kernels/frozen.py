@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inlay.kernels import native
+from inlay.kernels.epilogue import Epilogue
 from inlay.kernels.opaque import operator
 from inlay.kernels.scratch import cast, product_dtype, scratch, tile_rows, tiles
 
@@ -32,34 +33,32 @@ def register_format(name: str, dequantize: Dequantize) -> None:
     FORMATS[name] = dequantize
 
 
-Product = Callable[[Tensor, Sequence[Tensor], int], Tensor | None]
-"""`(x, parts, width)` -> a product of that width, or None where the weight is unpacked first."""
+Product = Callable[[Tensor, Sequence[Tensor], int, bool, Epilogue], Tensor | None]
+"""`(x, parts, width, transposed, epilogue)` -> what the epilogue makes of `x @ W.T` if transposed,
+or of `x @ W`; (n, width), or None where the weight is unpacked first."""
 
 
-class Products(NamedTuple):
-    """A format's own products, which read the packed parts as they are."""
+class OwnProduct(NamedTuple):
+    """A format's own product, which reads the packed parts as they are."""
 
-    times: Product
-    """`x @ W.T`."""
-    times_t: Product
-    """`g @ W`."""
+    product: Product
     on_cpu: Callable[[torch.dtype, int], bool]
-    """`(dtype, columns)` -> whether there are any on this CPU for x in that dtype."""
+    """`(dtype, columns)` -> whether there is one on this CPU for x in that dtype."""
 
 
-PRODUCTS: dict[str, Products] = {}
-"""Format name -> its own products."""
+PRODUCTS: dict[str, OwnProduct] = {}
+"""Format name -> its own product."""
 
 
-def register_products(
-    name: str, times: Product, times_t: Product, on_cpu: Callable[[torch.dtype, int], bool]
+def register_product(
+    name: str, product: Product, on_cpu: Callable[[torch.dtype, int], bool]
 ) -> None:
-    """Make a format's own products known to the operators under `name`."""
-    PRODUCTS[name] = Products(times, times_t, on_cpu)
+    """Make a format's own product known to the operators under `name`."""
+    PRODUCTS[name] = OwnProduct(product, on_cpu)
 
 
 def reads_on_cpu(packing: str, x: Tensor, columns: int) -> bool:
-    """Say whether a format's own products multiply x on this CPU."""
+    """Say whether a format's own product multiplies x on this CPU."""
     wide = product_dtype(x) == torch.float32
     return wide and packing in PRODUCTS and PRODUCTS[packing].on_cpu(x.dtype, columns)
 
@@ -69,16 +68,14 @@ def copy_rows(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
     out.copy_(parts[0][first : first + out.shape[0]])
 
 
-def dense_times(x: Tensor, parts: Sequence[Tensor], width: int) -> Tensor | None:
-    """Return `x @ W.T`, the weight widened as it is read."""
+def dense_product(
+    x: Tensor, parts: Sequence[Tensor], width: int, transposed: bool, epilogue: Epilogue
+) -> Tensor | None:
+    """Return `x @ W.T`, or `x @ W`, a bfloat16 weight widened as it is read."""
     del width
-    return native.product(x, parts[0], transposed=True)
-
-
-def dense_times_t(g: Tensor, parts: Sequence[Tensor], width: int) -> Tensor | None:
-    """Return `g @ W`, the weight widened as it is read."""
-    del width
-    return native.product(g, parts[0], transposed=False)
+    weight = parts[0]
+    halves = weight.dtype == torch.bfloat16
+    return native.product(x, weight, transposed, epilogue) if halves else None
 
 
 def widens_on_cpu(dtype: torch.dtype, columns: int) -> bool:
@@ -89,7 +86,7 @@ def widens_on_cpu(dtype: torch.dtype, columns: int) -> bool:
 
 DENSE = "dense"
 register_format(DENSE, copy_rows)
-register_products(DENSE, dense_times, dense_times_t, widens_on_cpu)
+register_product(DENSE, dense_product, widens_on_cpu)
 
 
 @operator("dense")
@@ -116,6 +113,7 @@ class Matrix:
         self.parts, self.packing, self.rows, self.columns = parts, packing, rows, columns
         self.dtype, self.device = product_dtype(like), like.device
         self.whole = parts[0] if packing == DENSE and parts[0].dtype == self.dtype else None
+        self.reads = like.dtype in native.OUTPUTS and reads_on_cpu(packing, like, columns)
 
     def each_tile(self):
         """Every row range with those rows; a tile is overwritten by the next."""
@@ -126,34 +124,52 @@ class Matrix:
             yield part, tile
 
     def flat(self, x: Tensor, width: int) -> Tensor:
-        """Return x as rows of `width` in the dtype of the product."""
-        return cast(x.reshape(-1, width), self.dtype)
+        """Return x as rows of `width`, in the dtype of the product unless they are read as is."""
+        rows = x.reshape(-1, width)
+        return rows if self.reads else cast(rows, self.dtype)
 
-    def times(self, x: Tensor) -> Tensor:
+    def times(self, x: Tensor, epilogue: Epilogue) -> Tensor:
         """`x @ W.T`; x: (n, columns) -> (n, rows)."""
+        direct = self.own(x, self.rows, True, epilogue)
+        return epilogue.applied(self.by_tiles(x)) if direct is None else direct
+
+    def times_t(self, g: Tensor, epilogue: Epilogue) -> Tensor:
+        """`g @ W`; g: (n, rows) -> (n, columns)."""
+        direct = self.own(g, self.columns, False, epilogue)
+        return epilogue.applied(self.by_tiles_t(g)) if direct is None else direct
+
+    def own(self, x: Tensor, width: int, transposed: bool, epilogue: Epilogue) -> Tensor | None:
+        """Return the product by the format's own way, or None if it has none."""
+        own = PRODUCTS.get(self.packing) if self.whole is None else None
+        return own.product(x, self.parts, width, transposed, epilogue) if own else None
+
+    def by_tiles(self, x: Tensor) -> Tensor:
+        """`x @ W.T`, the weight unpacked tile by tile if it is not held in the product's dtype."""
         if self.whole is not None:
             return F.linear(x, self.whole)
-        own = PRODUCTS.get(self.packing)
-        direct = own.times(x, self.parts, self.rows) if own else None
-        if direct is not None:
-            return direct
+        x = cast(x, self.dtype)
         y = x.new_empty(x.shape[0], self.rows)
         for part, tile in self.each_tile():
             torch.mm(x, tile.t(), out=y[:, part])
         return y
 
-    def times_t(self, g: Tensor) -> Tensor:
-        """`g @ W`; g: (n, rows) -> (n, columns)."""
+    def by_tiles_t(self, g: Tensor) -> Tensor:
+        """`g @ W`, the weight unpacked likewise."""
         if self.whole is not None:
             return g @ self.whole
-        own = PRODUCTS.get(self.packing)
-        direct = own.times_t(g, self.parts, self.columns) if own else None
-        if direct is not None:
-            return direct
+        g = cast(g, self.dtype)
         x = g.new_empty(g.shape[0], self.columns)
         for part, tile in self.each_tile():
             torch.addmm(x, g[:, part], tile, beta=0 if part.start == 0 else 1, out=x)
         return x
+
+    def narrow(self, x: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
+        """`scale * x @ factor`, of which one is a low-rank factor, in the product's dtype."""
+        direct = None if x.dtype == factor.dtype else native.product(x, factor, transposed=False)
+        if direct is not None:
+            return direct if scale == 1.0 else direct.mul_(scale)
+        x, factor = cast(x, self.dtype), cast(factor, self.dtype)
+        return torch.addmm(x.new_empty(()), x, factor, beta=0, alpha=scale)
 
 
 MATRICES: dict[str, type[Matrix]] = {"": Matrix}
@@ -174,8 +190,8 @@ def frozen_linear(
 ) -> Tensor:
     """`x @ W.T`; x: (*b, in) -> (*b, out), in x's dtype; `rows` is out, `columns` is in."""
     matrix = matrix_of(parts, packing, rows, columns, x)
-    y = matrix.times(matrix.flat(x, columns))
-    return cast(y, x.dtype).view(*x.shape[:-1], rows)
+    y = matrix.times(matrix.flat(x, columns), Epilogue(x.dtype))
+    return y.view(*x.shape[:-1], rows)
 
 
 @operator("frozen_linear_t")
@@ -184,8 +200,8 @@ def frozen_linear_t(
 ) -> Tensor:
     """`g @ W`; g: (*b, out) -> (*b, in), in g's dtype; `rows` is out, `columns` is in."""
     matrix = matrix_of(parts, packing, rows, columns, g)
-    x = matrix.times_t(matrix.flat(g, rows))
-    return cast(x, g.dtype).view(*g.shape[:-1], columns)
+    x = matrix.times_t(matrix.flat(g, rows), Epilogue(g.dtype))
+    return x.view(*g.shape[:-1], columns)
 
 
 @frozen_linear.register_fake
@@ -236,16 +252,13 @@ def low_rank_linear(
 ) -> Tensor:
     """`x @ (W + s B A).T + bias`; x: (*b, in) -> (*b, out); a: (r, in), b: (out, r).
 
-    The low-rank term is added to the product in place, before it is rounded to x's dtype.
+    The low-rank term is added to the product's sums, before they are rounded to x's dtype.
     """
     matrix = matrix_of(parts, packing, rows, columns, x)
     flat = matrix.flat(x, columns)
-    y = matrix.times(flat)
-    inner = F.linear(flat, cast(a, matrix.dtype))
-    y.addmm_(inner, cast(b, matrix.dtype).t(), alpha=scale)
-    if bias is not None:
-        y += cast(bias, matrix.dtype)
-    return cast(y, x.dtype).view(*x.shape[:-1], rows)
+    inner = matrix.narrow(flat, cast(a, matrix.dtype).t())
+    y = matrix.times(flat, Epilogue(x.dtype, inner, cast(b, matrix.dtype).t(), scale, bias))
+    return y.view(*x.shape[:-1], rows)
 
 
 @operator("low_rank_linear_backward")
@@ -265,14 +278,14 @@ def low_rank_linear_backward(
     matrix = matrix_of(parts, packing, rows, columns, x)
     flat, grad = matrix.flat(x, columns), matrix.flat(g, rows)
     inner, outer = cast(a, matrix.dtype), cast(b, matrix.dtype)
-    through = grad @ outer
-    to_a = torch.addmm(inner, through.t(), flat, beta=0, alpha=scale)
-    to_b = torch.addmm(outer, grad.t(), F.linear(flat, inner), beta=0, alpha=scale)
-    to_a, to_b = cast(to_a, a.dtype), cast(to_b, b.dtype)
+    through = matrix.narrow(grad, outer)
+    to_a = matrix.narrow(through.t().contiguous(), flat, scale)
+    to_b = matrix.narrow(matrix.narrow(flat, inner.t()).t().contiguous(), grad, scale)
+    to_a, to_b = cast(to_a, a.dtype), cast(to_b.t().contiguous(), b.dtype)
     if not to_x:
         return x.new_empty(0), to_a, to_b
-    back = matrix.times_t(grad).addmm_(through, inner, alpha=scale)
-    return cast(back, x.dtype).view(x.shape), to_a, to_b
+    back = matrix.times_t(grad, Epilogue(x.dtype, through, inner, scale))
+    return back.view(x.shape), to_a, to_b
 
 
 @low_rank_linear.register_fake

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from inlay.kernels import native
+from inlay.kernels.epilogue import Epilogue
 from inlay.kernels.frozen import matrix_of
 from inlay.kernels.opaque import operator
+from inlay.kernels.scratch import cast
 
 LOGIT_BYTES = 160 << 20
 """Room for the logits of the rows that are scored at once."""
@@ -64,21 +66,18 @@ def linear_cross_entropy(
     matrix = matrix_of(parts, packing, rows, columns, h)
     found: list[Scores] = []
     back = torch.empty_like(h) if to_gradient else h.new_empty(0, columns)
+    to_logits = Epilogue(torch.promote_types(h.dtype, torch.float32), bias=bias)
     step = rows_at_once(h.shape[0], rows)
     for start in range(0, h.shape[0], step):
         part = slice(start, start + step)
-        logits = matrix.times(h[part].to(matrix.dtype))
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        logits = logits.to(wide)
-        if bias is not None:
-            logits += bias
+        logits = matrix.times(matrix.flat(h[part], columns), to_logits)
         if temperature != 1.0:
             logits /= temperature
         found.append(Scores(*native.loss_tile(logits, labels[part])))
         if to_gradient:
             if temperature != 1.0:
                 logits /= temperature
-            back[part] = matrix.times_t(logits.to(matrix.dtype))
+            back[part] = matrix.times_t(cast(logits, matrix.dtype), Epilogue(h.dtype))
         del logits
     if not found:
         empty = h.new_empty(0, dtype=torch.promote_types(h.dtype, torch.float32))

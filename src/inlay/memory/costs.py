@@ -59,22 +59,36 @@ class Scratch:
 
 
 def product(
-    x: Tensor, rows: int, columns: int, packing: str, *widths: int, back: bool | None = False
+    x: Tensor,
+    rows: int,
+    columns: int,
+    packing: str,
+    inputs: tuple[int, ...],
+    output: int,
+    rank: int = 0,
+    back: bool | None = False,
 ) -> Scratch:
-    """Return the scratch of a frozen product.
+    """Return the scratch of a frozen product, with a low-rank term of this rank.
 
-    Where x is multiplied in another dtype, blocks of these widths are held for every row of x.
+    Where x is multiplied in another dtype, it holds for every row of x: blocks of the widths of
+    its inputs, unless they are read as they are, and the sums of its output.
     `back`: whether it is `g @ W`, or, with None, no product at all.
     """
     prefix, _, name = packing.rpartition(":")
     dtype = product_dtype(x) if target == "cpu" else x.dtype
     count = x.numel() // x.shape[-1]
+    in_8_bits = target == "cpu" and prefix == EIGHT_BITS and (back or columns <= rows)
+    reads = target == "cpu" and reads_on_cpu(name, x, columns)
+    as_is = reads and x.dtype in native.OUTPUTS
+    depth = rows if back else columns
+    sums = output if in_8_bits or not as_is or native.keeps_sums(depth, rank) else 0
+    widths = (*(() if as_is else inputs), rank, sums)
     cast = () if dtype == x.dtype else tuple(count * w * dtype.itemsize for w in widths)
-    if target == "cpu" and prefix == EIGHT_BITS and (back or columns <= rows):
+    if in_8_bits:
         return Scratch((*cast, *in_int8(count, rows, columns, back)))
     if name == DENSE and dtype == x.dtype:
         return Scratch(cast, multiplied=(count, columns, rows))
-    if target == "cpu" and reads_on_cpu(name, x, columns):
+    if reads:
         return Scratch(cast)
     unpacking = () if name == DENSE else UNPACKING
     step = tile_rows(rows, columns, dtype, torch.device(target))
@@ -99,7 +113,7 @@ def frozen_linear(
 ) -> Scratch:
     """Scratch of `x @ W.T`."""
     del parts
-    return product(x, rows, columns, packing, columns, rows)
+    return product(x, rows, columns, packing, (columns,), rows)
 
 
 def frozen_linear_t(
@@ -107,7 +121,7 @@ def frozen_linear_t(
 ) -> Scratch:
     """Scratch of `g @ W`."""
     del parts
-    return product(g, rows, columns, packing, rows, columns, back=True)
+    return product(g, rows, columns, packing, (rows,), columns, back=True)
 
 
 def low_rank(
@@ -123,7 +137,7 @@ def low_rank(
 ) -> Scratch:
     """Scratch of the product with its low-rank term."""
     del b, bias, scale, parts
-    return product(x, rows, columns, packing, columns, rows, a.shape[0])
+    return product(x, rows, columns, packing, (columns,), rows, a.shape[0])
 
 
 def low_rank_backward(
@@ -138,10 +152,10 @@ def low_rank_backward(
     columns: int,
     to_x: bool,
 ) -> Scratch:
-    """Scratch of the gradients: x and g are cast, the gradient to x is held."""
+    """Scratch of the gradients: x and g are read, and the gradient to x is summed."""
     del g, b, scale, parts
-    widths = (columns, rows, a.shape[0], *([columns] if to_x else []))
-    return product(x, rows, columns, packing, *widths, back=True if to_x else None)
+    back, output = (True, columns) if to_x else (None, 0)
+    return product(x, rows, columns, packing, (columns, rows), output, a.shape[0], back)
 
 
 def low_rank_product(
@@ -205,8 +219,8 @@ def scored(
     del labels, bias, temperature, parts
     count = rows_at_once(h.shape[0], rows)
     some = h.new_empty(count, columns)
-    widths = (columns, *([columns] if to_gradient else []))
-    head = product(some, rows, columns, packing, *widths, back=to_gradient)
+    output = columns if to_gradient else 0
+    head = product(some, rows, columns, packing, (columns,), output, back=to_gradient)
     dtype = product_dtype(h) if target == "cpu" else h.dtype
     halves = 0 if dtype.itemsize >= 4 else 2
     wide = 1 if target == "cpu" and native.available() else 2

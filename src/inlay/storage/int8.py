@@ -11,7 +11,8 @@ from torch import Tensor
 from inlay.errors import StorageError
 from inlay.kernels import native
 from inlay.kernels.eight_bits import register_rows
-from inlay.kernels.frozen import dense, register_format, register_products
+from inlay.kernels.epilogue import Epilogue
+from inlay.kernels.frozen import dense, register_format, register_product
 from inlay.storage.quantized import (
     QuantizedLinear,
     checked_finite,
@@ -99,16 +100,13 @@ def dequantized(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
         native.int8_dequantize(q[rows], absmax[rows], out[start : start + step])
 
 
-def times(x: Tensor, parts: Sequence[Tensor], rows: int) -> Tensor | None:
-    """Return `x @ W.T` in one pass over the int8 weight; None on a GPU."""
-    del rows
-    return native.int8_product(x, *parts, transposed=True)
-
-
-def times_t(g: Tensor, parts: Sequence[Tensor], columns: int) -> Tensor | None:
-    """Return `g @ W` in one pass over the int8 weight; None on a GPU."""
-    del columns
-    return native.int8_product(g, *parts, transposed=False)
+def product(
+    x: Tensor, parts: Sequence[Tensor], width: int, transposed: bool, epilogue: Epilogue
+) -> Tensor | None:
+    """Return `x @ W.T`, or `x @ W`, in one pass over the int8 weight; None on a GPU."""
+    del width
+    q, absmax = parts
+    return native.int8_product(x, q, absmax, transposed, epilogue)
 
 
 def read_on_cpu(dtype: torch.dtype, columns: int) -> bool:
@@ -118,7 +116,7 @@ def read_on_cpu(dtype: torch.dtype, columns: int) -> bool:
 
 
 register_format(Int8Linear.storage, dequantized)
-register_products(Int8Linear.storage, times, times_t, read_on_cpu)
+register_product(Int8Linear.storage, product, read_on_cpu)
 
 
 def int8_rows(

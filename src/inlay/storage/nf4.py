@@ -21,7 +21,8 @@ from torch import Tensor
 from inlay.errors import StorageError
 from inlay.kernels import native
 from inlay.kernels.eight_bits import multiplies_in_fp8, register_fp8, register_rows
-from inlay.kernels.frozen import register_format, register_products
+from inlay.kernels.epilogue import Epilogue
+from inlay.kernels.frozen import register_format, register_product
 from inlay.kernels.gpu import runs_on
 from inlay.storage.quantized import (
     QuantizedLinear,
@@ -396,18 +397,20 @@ def check_sizes(
         raise StorageError("the weight's quant_map is not NF4's sixteen values")
 
 
-def times(x: Tensor, parts: Sequence[Tensor], rows: int) -> Tensor | None:
-    """Return `x @ W.T` in one pass over the packed weight, or None: on a GPU, for many rows."""
+def product(
+    x: Tensor, parts: Sequence[Tensor], width: int, transposed: bool, epilogue: Epilogue
+) -> Tensor | None:
+    """Return `x @ W.T`, or `x @ W`, in one pass over the packed weight.
+
+    On a GPU None for `x @ W`, and for many rows of x.
+    """
     if not runs_on(x.device):
-        return native.nf4_product(x, parts, rows, transposed=True)
+        return native.nf4_product(x, parts, width, transposed, epilogue)
     from inlay.kernels.gpu import nf4
 
-    return nf4.matmul(x, parts, quantiles(x.device), rows) if nf4.multiplies(x) else None
-
-
-def times_t(g: Tensor, parts: Sequence[Tensor], columns: int) -> Tensor | None:
-    """Return `g @ W` in one pass over the packed weight, or None: on a GPU."""
-    return native.nf4_product(g, parts, columns, transposed=False)
+    if not transposed or not nf4.multiplies(x):
+        return None
+    return epilogue.applied(nf4.matmul(x, parts, quantiles(x.device), width))
 
 
 def read_on_cpu(dtype: torch.dtype, columns: int) -> bool:
@@ -446,4 +449,4 @@ def t_in_fp8(g: Tensor, parts: Sequence[Tensor], columns: int) -> Tensor | None:
 register_format(NF4Linear.storage, dequantized)
 register_rows(NF4Linear.storage, int8_rows)
 register_fp8(NF4Linear.storage, in_fp8, t_in_fp8)
-register_products(NF4Linear.storage, times, times_t, read_on_cpu)
+register_product(NF4Linear.storage, product, read_on_cpu)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.errors import StorageError
-from inlay.kernels.frozen import FORMATS, PRODUCTS, register_format, register_products
+from inlay.kernels.epilogue import Epilogue
+from inlay.kernels.frozen import FORMATS, PRODUCTS, register_format, register_product
 from inlay.kernels.opaque import operator
 from inlay.storage.base import FrozenLinear
 from inlay.storage.buffers import Block, Buffers
@@ -84,15 +85,16 @@ class Source:
                         start - segment.first,
                     )  # fmt: skip
 
-    def multiplied(self, x: Tensor, width: int, transposed: bool) -> Tensor | None:
+    def multiplied(
+        self, x: Tensor, width: int, transposed: bool, epilogue: Epilogue
+    ) -> Tensor | None:
         """Return `x @ W.T`, or `x @ W`, by the format's own way; None for a weight in segments."""
         own = PRODUCTS.get(self.packing)
         if own is None or len(self.segments) > 1:
             return None
         (segment,) = self.segments
         with self.buffers.use(segment.block) as buffer:
-            product = own.times if transposed else own.times_t
-            return product(x, segment.found_in(buffer), width)
+            return own.product(x, segment.found_in(buffer), width, transposed, epilogue)
 
 
 class Rows:
@@ -145,14 +147,11 @@ def dequantize_streamed(parts: Sequence[Tensor], out: Tensor, first: int) -> Non
     source_of(parts).dequantize(out, first)
 
 
-def times(x: Tensor, parts: Sequence[Tensor], rows: int) -> Tensor | None:
-    """Return `x @ W.T`, the weight brought in and read as it is held; or None."""
-    return source_of(parts).multiplied(x, rows, transposed=True)
-
-
-def times_t(g: Tensor, parts: Sequence[Tensor], columns: int) -> Tensor | None:
-    """Return `g @ W`, the weight brought in and read as it is held; or None."""
-    return source_of(parts).multiplied(g, columns, transposed=False)
+def product(
+    x: Tensor, parts: Sequence[Tensor], width: int, transposed: bool, epilogue: Epilogue
+) -> Tensor | None:
+    """Return `x @ W.T`, or `x @ W`, the weight brought in and read as it is held; or None."""
+    return source_of(parts).multiplied(x, width, transposed, epilogue)
 
 
 def unknown_on_cpu(dtype: torch.dtype, columns: int) -> bool:
@@ -162,7 +161,7 @@ def unknown_on_cpu(dtype: torch.dtype, columns: int) -> bool:
 
 
 register_format(STREAMED, dequantize_streamed)
-register_products(STREAMED, times, times_t, unknown_on_cpu)
+register_product(STREAMED, product, unknown_on_cpu)
 
 
 @operator("streamed_rows")

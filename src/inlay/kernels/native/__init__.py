@@ -27,16 +27,16 @@ The storages fall back to their own torch code where these say that they did not
 
 And products that read a frozen weight as it is held, where `multiplies()` says that there are any:
 
-    product(x, weight, transposed) -> y | None
-    nf4_product(x, parts, width, transposed) -> y | None
-    int8_product(x, q, absmax, transposed) -> y | None
+    product(x, weight, transposed, epilogue) -> y | None
+    nf4_product(x, parts, width, transposed, epilogue) -> y | None
+    int8_product(x, q, absmax, transposed, epilogue) -> y | None
+    keeps_sums(k, rank) -> bool
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,15 +44,39 @@ from torch import Tensor
 from inlay.errors import DataError
 from inlay.kernels.native import reference
 from inlay.kernels.native.allocator import keep_memory, release_memory, return_free_memory
-from inlay.kernels.native.build import library, loaded, status, use
+from inlay.kernels.native.build import status, use
+from inlay.kernels.native.calls import (
+    BLOCK,
+    CODES,
+    INPUTS,
+    NESTED_BLOCK,
+    OUTPUTS,
+    PLAIN,
+    available,
+    called,
+    nf4_parts,
+    sized,
+    takes,
+)
+from inlay.kernels.native.products import (
+    STRIP,
+    int8_product,
+    keeps_sums,
+    multiplies,
+    nf4_product,
+    product,
+)
 
 __all__ = [
+    "OUTPUTS",
+    "STRIP",
     "available",
     "int8_dequantize",
     "int8_product",
     "int8_quantize",
     "int8_rescale",
     "keep_memory",
+    "keeps_sums",
     "loss_tile",
     "multiplies",
     "nf4_dequantize",
@@ -72,29 +96,7 @@ __all__ = [
     "use",
 ]
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-INPUTS = (torch.float32, torch.bfloat16, torch.float16)
-OUTPUTS = (torch.float32, torch.bfloat16)
-PLAIN = (Tensor, torch.nn.Parameter)
-BLOCK = 64
-NESTED_BLOCK = 256
-STRIP = 32
-"""Columns that a product packs at once."""
 WIDEST_HEAD = 512
-
-
-class NF4Parts(ctypes.Structure):
-    """`struct nf4` of the C sources."""
-
-    _fields_ = [
-        ("packed", ctypes.c_void_p),
-        ("bytes", ctypes.c_int64),
-        ("absmax", ctypes.c_void_p),
-        ("codes", ctypes.c_void_p),
-        ("nested_absmax", ctypes.c_void_p),
-        ("nested_map", ctypes.c_void_p),
-        ("offset", ctypes.c_float),
-    ]
 
 
 class RotaryArguments(ctypes.Structure):
@@ -109,90 +111,6 @@ class RotaryArguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("out_batch", "out_head", "out_token")),
         *((name, ctypes.c_int64) for name in ("angle_batch", "angle_token")),
     ]
-
-
-def available() -> bool:
-    """Whether the C library is there and on."""
-    return library() is not None
-
-
-def called(name: str, *arguments: Any) -> int:
-    """Call a C function with tensors as addresses, numbers as 64 bits, on torch's threads."""
-    found = library()
-    assert found is not None
-    function = getattr(found, name)
-    function.restype = ctypes.c_int64
-    return function(*map(converted, arguments), torch.get_num_threads())
-
-
-def converted(value: Any) -> Any:
-    """Return a value as C takes it."""
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, torch.dtype):
-        return ctypes.c_int(CODES[value])
-    if isinstance(value, float):
-        return ctypes.c_float(value)
-    return ctypes.c_int64(value) if isinstance(value, int) else value
-
-
-def takes(dtypes: Sequence[torch.dtype], *tensors: Tensor) -> bool:
-    """Whether the library can work on these: CPU, contiguous, of one and the same such dtype."""
-    return tensors[0].dtype in dtypes and all(
-        type(t) in PLAIN and t.device.type == "cpu" and t.is_contiguous()
-        and t.dtype == tensors[0].dtype
-        for t in tensors
-    ) and available()  # fmt: skip
-
-
-def sized(size: int | torch.Size, *tensors: Tensor) -> bool:
-    """Whether each of these has this shape, or as a vector this length."""
-    shape = (size,) if isinstance(size, int) else size
-    return all(t.shape == shape for t in tensors)
-
-
-# ---- products ----
-
-
-def multiplies() -> bool:
-    """Whether the C library has a product: with AVX-512."""
-    return library() is not None and loaded().level == "avx512"
-
-
-def product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor | None:
-    """Return `x @ W`, or `x @ W.T`, in fp32; x: fp32 (m, k), W: bfloat16; None if it cannot."""
-    if weight.t().is_contiguous() and not weight.is_contiguous():
-        weight, transposed = weight.t(), not transposed
-    if not takes((torch.bfloat16,), weight):
-        return None
-    return multiplied("inlay_product", x, [weight], weight.shape[not transposed], transposed)
-
-
-def nf4_product(x: Tensor, parts: Sequence[Tensor], width: int, transposed: bool) -> Tensor | None:
-    """Return `x @ W`, or `x @ W.T`, of this width, for NF4 rows of whole blocks; x: fp32 (m, k)."""
-    rows, columns = (width, x.shape[1]) if transposed else (x.shape[1], width)
-    held = nf4_parts(parts, rows * columns) if columns % BLOCK == 0 else None
-    if held is None:
-        return None
-    return multiplied("inlay_nf4_product", x, [ctypes.byref(held)], width, transposed)
-
-
-def int8_product(x: Tensor, q: Tensor, absmax: Tensor, transposed: bool) -> Tensor | None:
-    """Return `x @ W`, or `x @ W.T`, for int8 rows with an absmax each; x: fp32 (m, k)."""
-    ready = takes((torch.int8,), q) and takes((torch.float32,), absmax) and sized(len(q), absmax)
-    if not ready or q.shape[1] % STRIP:
-        return None
-    return multiplied("inlay_int8_product", x, [q, absmax], q.shape[not transposed], transposed)
-
-
-def multiplied(
-    name: str, x: Tensor, weight: Sequence[Any], width: int, transposed: bool
-) -> Tensor | None:
-    """Call one of the products, or return None where x is not for it."""
-    if not (takes((torch.float32,), x) and multiplies() and x.numel() and width):
-        return None
-    y = x.new_empty(len(x), width)
-    return y if called(name, x, *weight, int(transposed), y, *x.shape, width) else None
 
 
 # ---- NF4 ----
@@ -221,24 +139,6 @@ def nf4_nest(absmax: Tensor, offset: Tensor, midpoints: Tensor) -> tuple[Tensor,
     scale = torch.empty(-(-count // NESTED_BLOCK))
     called("inlay_nf4_nest", absmax, count, float(offset), midpoints, codes, scale)
     return codes, scale
-
-
-def nf4_parts(parts: Sequence[Tensor], end: int) -> NF4Parts | None:
-    """Return the packed parts as C takes them; None if it cannot read `end` weights of them."""
-    packed, scales, *nested = parts
-    kinds = ((torch.uint8,), (torch.uint8,) if nested else (torch.float32,), (torch.float32,))
-    groups = [group for group in ([packed], [scales], nested) if group]
-    if not all(takes(kind, *group) for kind, group in zip(kinds, groups, strict=False)):
-        return None
-    if 2 * packed.numel() < end or scales.numel() * BLOCK < end:
-        return None
-    if not nested:
-        return NF4Parts(packed.data_ptr(), packed.numel(), scales.data_ptr())
-    nested_absmax, nested_map, offset = nested
-    if nested_map.numel() != 256 or nested_absmax.numel() * BLOCK * NESTED_BLOCK < end:
-        return None
-    addresses = [scales.data_ptr(), nested_absmax.data_ptr(), nested_map.data_ptr()]
-    return NF4Parts(packed.data_ptr(), packed.numel(), None, *addresses, float(offset))
 
 
 def nf4_dequantize(parts: Sequence[Tensor], out: Tensor, first: int) -> bool:

@@ -250,12 +250,11 @@ void inlay_rotary(const struct rotary_args *a, int64_t batch, int threads) {
     spread(chosen->rotary, a, batch * a->length, rows_at_once(a->heads * a->width), threads);
 }
 
+/* Returns 0, with nothing done, where the instruction set in use has no such loop. */
 #if defined(__x86_64__)
-/* y (m, n) = x (m, k) @ W.T, or x @ W if not transposed.
- *
- * Threads share the rows of x where those are more than the columns of y, and else the columns:
+/* Threads share the rows of x where those are more than the columns of y, and else the columns:
  * what they do not share, each packs for itself. */
-static int64_t multiply_in_pieces(struct product_args *a, int threads) {
+int64_t inlay_product(struct product_args *a, int threads) {
     if (chosen != &kernels_avx512) return 0;
     int64_t blocks = (a->m + ROWS - 1) / ROWS, strips = (a->n + WIDTH - 1) / WIDTH;
     if (a->n < a->m) blocks = (blocks + threads - 1) / threads * threads;
@@ -266,30 +265,9 @@ static int64_t multiply_in_pieces(struct product_args *a, int threads) {
     spread(multiply_pieces, a, blocks * a->across, 1, threads);
     return 1;
 }
-#define PRODUCT(...) \
-    struct product_args a = {.x = x, .y = y, .m = m, .k = k, .n = n, __VA_ARGS__}; \
-    a.transposed = (int)transposed; \
-    return multiply_in_pieces(&a, threads)
 #else
-#define PRODUCT(...) \
-    (void)x, (void)w, (void)transposed, (void)y, (void)m, (void)k, (void)n, (void)threads; \
-    return 0
+int64_t inlay_product(void *a, int threads) {
+    (void)a, (void)threads;
+    return 0;
+}
 #endif
-
-/* Each returns 0, with nothing done, where the instruction set in use has no such loop. */
-int64_t inlay_product(const float *x, const uint16_t *w, int64_t transposed, float *y, int64_t m,
-                      int64_t k, int64_t n, int threads) {
-    PRODUCT(.kind = HALVES, .halves = w);
-}
-
-int64_t inlay_nf4_product(const float *x, const struct nf4 *w, int64_t transposed, float *y,
-                          int64_t m, int64_t k, int64_t n, int threads) {
-    PRODUCT(.kind = CODES, .codes = *w);
-}
-
-int64_t inlay_int8_product(const float *x, const int8_t *w, const float *absmax,
-                           int64_t transposed, float *y, int64_t m, int64_t k, int64_t n,
-                           int threads) {
-    (void)absmax;
-    PRODUCT(.kind = BYTES, .bytes = w, .absmax = absmax);
-}

@@ -1,42 +1,40 @@
-/* Products of fp32 rows with a frozen weight that is unpacked as it is packed: AVX-512 only.
+/* Products with a frozen weight that is unpacked as it is packed, in fp32: AVX-512 only.
  *
  * A block of x (rows, DEPTH) stays in the second-level cache. For each strip of WIDTH outputs the
  * weight's numbers are packed (DEPTH, WIDTH), and HEIGHT rows at a time are multiplied with them,
- * all sums in registers. What a later block of the depth finds is added to what is in y.
+ * all in registers. Sums are kept from one block of the depth to the next. A low-rank term is more
+ * depth: the last block ends with its two factors. What is written at the end is y.
  */
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { DEPTH = 384, STRIDE = DEPTH + 16, HEIGHT = 14, WIDTH = 32, ROWS = 40 * HEIGHT, LATE = 64 };
+enum { DEPTH = 384, SPARE = 32, STRIDE = DEPTH + SPARE + 16 };
+enum { HEIGHT = 14, WIDTH = 32, ROWS = 40 * HEIGHT, LATE = 64 };
+enum { FLOATS, HALVES, CODES, BYTES };
 
-/* A weight of (n, k), or (k, n) unless transposed; its rows have no gaps. */
+/* y (m, n) = x (m, k) @ W + scale * left (m, rank) @ right + bias. The weight is (k, n), or (n, k)
+ * if transposed, and its rows have no gaps; right is (rank, n) or (n, rank). */
 struct product_args {
-    const float *x;
-    enum { HALVES, CODES, BYTES } kind;
-    const uint16_t *halves; /* bfloat16 */
-    struct nf4 codes;       /* with rows of whole blocks */
-    const int8_t *bytes;    /* with rows of whole strips, and an absmax each */
-    const float *absmax;
-    int transposed;
-    float *y;
-    int64_t m, k, n;
+    const void *x, *weight;
+    const float *absmax; /* BYTES: rows of whole strips, and an absmax each */
+    struct nf4 codes;    /* CODES: rows of whole blocks */
+    const float *left, *right, *bias;
+    float *sums; /* (m, n), between blocks of the depth; y itself if that is fp32 */
+    void *y;
+    int x_dtype, y_dtype, kind, transposed, right_transposed;
+    float scale;
+    int64_t m, k, n, rank;
     int64_t rows, strips, across; /* of a piece; how many pieces have the same rows */
 };
 
-/* A piece of the product, and the part of k at hand. */
+/* A piece of the product, and the block of k + rank at hand: from `first` on, `depth` of the
+ * weight and then `term` of the low-rank term. */
 struct piece {
     const struct product_args *of;
-    const float *x;
-    float *y;
-    int64_t rows, first, depth;
+    int64_t row, rows, first, depth, term;
 };
 
 static _Thread_local float packed_rows[ROWS * STRIDE] __attribute__((aligned(64)));
-
-static void pack_rows(const struct piece *p) {
-    for (int64_t i = 0; i < p->rows; i++)
-        memcpy(packed_rows + i * STRIDE, p->x + i * p->of->k + p->first, (size_t)p->depth * 4);
-}
 
 INLINE __mmask32 first_lanes(int64_t count) {
     return count >= 32 ? ~(__mmask32)0 : count <= 0 ? 0 : ((__mmask32)1 << count) - 1;
@@ -69,17 +67,79 @@ INLINE void transpose(__m512i *r) {
     }
 }
 
+INLINE __m512 widened(__m256i halves) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+/* Round to the nearest bfloat16, to even; what is no number stays none. */
+INLINE __m256i narrowed(__m512 x) {
+    __m512i bits = _mm512_castps_si512(x), quiet = _mm512_set1_epi32(0x7fc0);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 none = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), none, quiet));
+}
+
+static void widen(const uint16_t *from, int64_t count, float *to) {
+    for (int64_t i = 0; i < count; i += 16) {
+        __mmask16 lanes = (__mmask16)first_lanes(count - i);
+        _mm512_mask_storeu_ps(to + i, lanes, widened(_mm256_maskz_loadu_epi16(lanes, from + i)));
+    }
+}
+
+/* Where the low-rank term's part of a block begins. */
+INLINE int64_t term_of(const struct piece *p) {
+    return p->first > p->of->k ? p->first - p->of->k : 0;
+}
+
+static void pack_rows(const struct piece *p) {
+    const struct product_args *a = p->of;
+    float *to = packed_rows;
+    for (int64_t row = p->row; row < p->row + p->rows; row++, to += STRIDE) {
+        int64_t at = row * a->k + p->first;
+        const float *left = a->left + row * a->rank + term_of(p);
+        if (a->x_dtype == HALVES) widen((const uint16_t *)a->x + at, p->depth, to);
+        else memcpy(to, (const float *)a->x + at, (size_t)p->depth * 4);
+        for (int64_t i = 0; i < p->term; i++) to[p->depth + i] = a->scale * left[i];
+    }
+}
+
+/* fp32 (k, n), n of `width`: a strip's columns lie side by side. */
+static void pack_floats(const float *w, int64_t width, int64_t column, int64_t depth,
+                        float *strip) {
+    __mmask32 lanes = first_lanes(width - column);
+    __mmask16 low = (__mmask16)lanes, high = (__mmask16)(lanes >> 16);
+    for (w += column; depth > 0; depth--, w += width, strip += WIDTH) {
+        _mm512_store_ps(strip, _mm512_maskz_loadu_ps(low, w));
+        _mm512_store_ps(strip + 16, _mm512_maskz_loadu_ps(high, w + 16));
+    }
+}
+
+/* fp32 (n, k), of n `rows` are left: what lies beyond the depth becomes zero, up to 15 of it. */
+static void pack_floats_transposed(const float *w, int64_t stride, int64_t rows, int64_t depth,
+                                   float *strip) {
+    for (int half = 0; half < WIDTH; half += 16, rows -= 16, w += 16 * stride)
+        for (int64_t k = 0; k < depth; k += 16) {
+            __m512i r[16];
+            __mmask16 lanes = (__mmask16)first_lanes(depth - k);
+            for (int i = 0; i < 16; i++)
+                r[i] = i < rows ? _mm512_maskz_loadu_epi32(lanes, w + i * stride + k)
+                                : _mm512_setzero_si512();
+            transpose(r);
+            for (int i = 0; i < 16; i++)
+                _mm512_store_si512(strip + (k + i) * WIDTH + half, r[i]);
+        }
+}
+
 /* bfloat16 (k, n): a strip's columns lie side by side. */
 static void pack_halves(const struct piece *p, int64_t column, float *strip) {
     const struct product_args *a = p->of;
-    const uint16_t *w = a->halves + p->first * a->n + column;
+    const uint16_t *w = (const uint16_t *)a->weight + p->first * a->n + column;
     __mmask32 lanes = first_lanes(a->n - column);
     for (int64_t k = 0; k < p->depth; k++, w += a->n, strip += WIDTH) {
         __m512i numbers = _mm512_maskz_loadu_epi16(lanes, w);
-        __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(numbers));
-        __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(numbers, 1));
-        _mm512_store_si512(strip, _mm512_slli_epi32(low, 16));
-        _mm512_store_si512(strip + 16, _mm512_slli_epi32(high, 16));
+        _mm512_store_ps(strip, widened(_mm512_castsi512_si256(numbers)));
+        _mm512_store_ps(strip + 16, widened(_mm512_extracti64x4_epi64(numbers, 1)));
     }
 }
 
@@ -93,7 +153,7 @@ static void pack_halves_transposed(const struct piece *p, int64_t column, float 
             __mmask32 lanes = first_lanes(p->depth - k);
             for (int i = 0; i < 16; i++) {
                 int64_t row = column + half + i;
-                const uint16_t *w = a->halves + row * a->k + p->first + k;
+                const uint16_t *w = (const uint16_t *)a->weight + row * a->k + p->first + k;
                 r[i] = row < a->n ? _mm512_maskz_loadu_epi16(lanes, w) : _mm512_setzero_si512();
             }
             transpose(r);
@@ -119,7 +179,7 @@ INLINE __m512 numbers_at(const struct product_args *a, int64_t at, float scale) 
         __m512i k = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(even, odd));
         return _mm512_mul_ps(_mm512_permutexvar_ps(k, _mm512_loadu_ps(QUANTILES)), scales);
     }
-    __m512i q = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(a->bytes + at)));
+    __m512i q = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)((const int8_t *)a->weight + at)));
     __m512 whole = _mm512_mul_ps(_mm512_cvtepi32_ps(q), scales);
     return _mm512_mul_ps(whole, _mm512_set1_ps(1.0f / 127.0f));
 }
@@ -155,26 +215,40 @@ static void pack_numbers_transposed(const struct piece *p, int64_t column, float
         }
 }
 
-static void pack_strip(const struct piece *p, int64_t column, float *strip) {
+static void pack_weight(const struct piece *p, int64_t column, float *strip) {
     const struct product_args *a = p->of;
-    if (a->kind == HALVES && a->transposed) pack_halves_transposed(p, column, strip);
+    const float *w = a->weight;
+    if (a->kind == FLOATS && a->transposed)
+        pack_floats_transposed(w + column * a->k + p->first, a->k, a->n - column, p->depth, strip);
+    else if (a->kind == FLOATS) pack_floats(w + p->first * a->n, a->n, column, p->depth, strip);
+    else if (a->kind == HALVES && a->transposed) pack_halves_transposed(p, column, strip);
     else if (a->kind == HALVES) pack_halves(p, column, strip);
     else if (a->transposed) pack_numbers_transposed(p, column, strip);
     else pack_numbers(p, column, strip);
+}
+
+static void pack_term(const struct piece *p, int64_t column, float *strip) {
+    const struct product_args *a = p->of;
+    int64_t first = term_of(p);
+    if (a->right_transposed)
+        pack_floats_transposed(a->right + column * a->rank + first, a->rank, a->n - column,
+                               p->term, strip);
+    else pack_floats(a->right + first * a->n, a->n, column, p->term, strip);
 }
 
 /* Ask for some of a strip's numbers: a line is 32 of a row if transposed, else a row's. */
 static void fetch(const struct piece *p, int64_t column, int64_t begin, int64_t end) {
     const struct product_args *a = p->of;
     int64_t lines = (p->depth + 31) / 32;
-    for (int64_t i = begin; i < end; i++) {
+    for (int64_t i = begin; i < end && lines; i++) {
         int64_t row = a->transposed ? column + i / lines : p->first + i;
         int64_t at = a->transposed ? p->first + 32 * (i % lines) : column;
         if (row >= (a->transposed ? a->n : p->first + p->depth)) return;
         at += row * (a->transposed ? a->k : a->n);
-        const char *place = a->kind == HALVES  ? (const char *)(a->halves + at)
-                            : a->kind == CODES ? (const char *)(a->codes.packed + at / 2)
-                                               : (const char *)(a->bytes + at);
+        const char *place = a->kind == FLOATS   ? (const char *)((const float *)a->weight + at)
+                            : a->kind == HALVES ? (const char *)((const uint16_t *)a->weight + at)
+                            : a->kind == CODES  ? (const char *)(a->codes.packed + at / 2)
+                                                : (const char *)a->weight + at;
         _mm_prefetch(place, _MM_HINT_T1);
     }
 }
@@ -192,38 +266,70 @@ INLINE void add_products(__m512 (*sums)[2], const float *x, const float *strip, 
     }
 }
 
-/* y is asked for late: before, the strip and x would push it out of the first-level cache. */
-INLINE void multiply(const struct piece *p, const float *x, const float *strip, float *y,
-                     __mmask32 lanes, int rows) {
-    __m512 sums[HEIGHT][2];
+INLINE int is_last(const struct piece *p) {
+    return p->first + p->depth + p->term == p->of->k + p->of->rank;
+}
+
+INLINE void write_y(const struct product_args *a, int64_t at, __m512 low, __m512 high,
+                    __mmask32 lanes) {
+    if (a->y_dtype == HALVES) {
+        __m512i both = _mm512_castsi256_si512(narrowed(low));
+        both = _mm512_inserti64x4(both, narrowed(high), 1);
+        _mm512_mask_storeu_epi16((uint16_t *)a->y + at, lanes, both);
+    } else {
+        _mm512_mask_storeu_ps((float *)a->y + at, (__mmask16)lanes, low);
+        _mm512_mask_storeu_ps((float *)a->y + at + 16, (__mmask16)(lanes >> 16), high);
+    }
+}
+
+/* What is written to is asked for late: before, it would be pushed out of the first-level cache
+ * by the strip and x. */
+INLINE void multiply(const struct piece *p, const float *x, const float *strip, int64_t at,
+                     int64_t column, int rows) {
+    const struct product_args *a = p->of;
+    __m512 sums[HEIGHT][2], bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    __mmask32 lanes = first_lanes(a->n - column);
     __mmask16 low = (__mmask16)lanes, high = (__mmask16)(lanes >> 16);
-    int64_t late = p->depth > LATE ? p->depth - LATE : 0, n = p->of->n;
+    int64_t depth = p->depth + p->term, late = depth > LATE ? depth - LATE : 0, n = a->n;
+    int last = is_last(p);
 #pragma GCC unroll 14
     for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     add_products(sums, x, strip, 0, late, rows);
 #pragma GCC unroll 14
     for (int r = 0; r < rows; r++) {
-        __builtin_prefetch(y + r * n, 1);
-        __builtin_prefetch(y + r * n + 16, 1);
+        if (last && a->y_dtype == HALVES) __builtin_prefetch((uint16_t *)a->y + at + r * n, 1);
+        if (last && !p->first) continue;
+        __builtin_prefetch(a->sums + at + r * n, 1);
+        __builtin_prefetch(a->sums + at + r * n + 16, 1);
     }
-    add_products(sums, x, strip, late, p->depth, rows);
+    add_products(sums, x, strip, late, depth, rows);
+    if (last && a->bias) {
+        bias[0] = _mm512_maskz_loadu_ps(low, a->bias + column);
+        bias[1] = _mm512_maskz_loadu_ps(high, a->bias + column + 16);
+    }
 #pragma GCC unroll 14
-    for (int r = 0; r < rows; r++, y += n) {
+    for (int r = 0; r < rows; r++, at += n) {
+        float *kept = a->sums + at;
         if (p->first) {
-            sums[r][0] = _mm512_add_ps(sums[r][0], _mm512_maskz_loadu_ps(low, y));
-            sums[r][1] = _mm512_add_ps(sums[r][1], _mm512_maskz_loadu_ps(high, y + 16));
+            sums[r][0] = _mm512_add_ps(sums[r][0], _mm512_maskz_loadu_ps(low, kept));
+            sums[r][1] = _mm512_add_ps(sums[r][1], _mm512_maskz_loadu_ps(high, kept + 16));
         }
-        _mm512_mask_storeu_ps(y, low, sums[r][0]);
-        _mm512_mask_storeu_ps(y + 16, high, sums[r][1]);
+        if (last) {
+            write_y(a, at, _mm512_add_ps(sums[r][0], bias[0]), _mm512_add_ps(sums[r][1], bias[1]),
+                    lanes);
+        } else {
+            _mm512_mask_storeu_ps(kept, low, sums[r][0]);
+            _mm512_mask_storeu_ps(kept + 16, high, sums[r][1]);
+        }
     }
 }
 
-typedef void (*multiplier)(const struct piece *p, const float *x, const float *strip, float *y,
-                           __mmask32 lanes);
+typedef void (*multiplier)(const struct piece *p, const float *x, const float *strip, int64_t at,
+                           int64_t column);
 #define MULTIPLY(rows) \
     static void multiply_##rows(const struct piece *p, const float *x, const float *strip, \
-                                float *y, __mmask32 lanes) { \
-        multiply(p, x, strip, y, lanes, rows); \
+                                int64_t at, int64_t column) { \
+        multiply(p, x, strip, at, column, rows); \
     }
 MULTIPLY(1) MULTIPLY(2) MULTIPLY(3) MULTIPLY(4) MULTIPLY(5) MULTIPLY(6) MULTIPLY(7)
 MULTIPLY(8) MULTIPLY(9) MULTIPLY(10) MULTIPLY(11) MULTIPLY(12) MULTIPLY(13) MULTIPLY(14)
@@ -236,22 +342,27 @@ static const multiplier multipliers[HEIGHT] = {
 /* Multiply the rows at hand with a strip, asking for the next one meanwhile. */
 static void multiply_strip(const struct piece *p, int64_t column, const struct piece *next,
                            int64_t next_column) {
-    float strip[DEPTH * WIDTH] __attribute__((aligned(64)));
+    float strip[(DEPTH + 2 * SPARE) * WIDTH] __attribute__((aligned(64)));
     int64_t lines = p->of->transposed ? WIDTH * ((next->depth + 31) / 32) : next->depth;
     int64_t share = lines * HEIGHT / p->rows + 1;
-    pack_strip(p, column, strip);
+    pack_weight(p, column, strip);
+    pack_term(p, column, strip + p->depth * WIDTH);
     for (int64_t i = 0, asked = 0; i < p->rows; i += HEIGHT, asked += share) {
         int64_t rows = p->rows - i < HEIGHT ? p->rows - i : HEIGHT;
         fetch(next, next_column, asked, asked + share);
-        multipliers[rows - 1](p, packed_rows + i * STRIDE, strip, p->y + i * p->of->n + column,
-                              first_lanes(p->of->n - column));
+        multipliers[rows - 1](p, packed_rows + i * STRIDE, strip,
+                              (p->row + i) * p->of->n + column, column);
     }
 }
 
-/* Return the next part of k. */
+/* Return the next block; a short rest of the term is taken into the block before it. */
 static struct piece deeper(struct piece p) {
-    p.first += p.depth;
-    p.depth = p.of->k - p.first < DEPTH ? p.of->k - p.first : DEPTH;
+    const struct product_args *a = p.of;
+    p.first += p.depth + p.term;
+    int64_t weight = p.first < a->k ? a->k - p.first : 0, rest = a->rank - term_of(&p);
+    p.depth = weight < DEPTH ? weight : DEPTH;
+    int64_t room = DEPTH - p.depth;
+    p.term = weight > p.depth ? 0 : rest <= room + SPARE ? rest : room;
     return p;
 }
 
@@ -260,10 +371,10 @@ static void multiply_pieces(const void *args, int64_t begin, int64_t end) {
     for (; begin < end; begin++) {
         int64_t row = begin / a->across * a->rows, first = begin % a->across * a->strips * WIDTH;
         int64_t last = first + a->strips * WIDTH < a->n ? first + a->strips * WIDTH : a->n;
-        struct piece p = {a, a->x + row * a->k, a->y + row * a->n, a->m - row, 0, 0};
+        struct piece p = {a, row, a->m - row, 0, 0, 0};
         if (p.rows > a->rows) p.rows = a->rows;
         if (p.rows <= 0) continue;
-        for (p = deeper(p); p.depth > 0; p = deeper(p)) {
+        for (p = deeper(p); p.depth + p.term > 0; p = deeper(p)) {
             struct piece next = deeper(p);
             pack_rows(&p);
             for (int64_t i = first; i < last; i += WIDTH) {

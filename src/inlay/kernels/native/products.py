@@ -1,0 +1,133 @@
+"""Products in C that read a frozen weight as it is held, sums in fp32; with AVX-512."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from inlay.kernels.epilogue import Epilogue
+from inlay.kernels.native.build import library, loaded
+from inlay.kernels.native.calls import (
+    BLOCK,
+    CODES,
+    OUTPUTS,
+    NF4Parts,
+    called,
+    nf4_parts,
+    sized,
+    takes,
+)
+from inlay.kernels.scratch import cast
+
+STRIP = 32
+"""Columns that a product packs at once."""
+DEPTH = 384
+"""Rows of the weight that are multiplied before sums are written."""
+NF4, INT8 = 2, 3
+"""Kinds of weights beside the codes of fp32 and bfloat16."""
+WIDE = (torch.float32,)
+
+
+class ProductArguments(ctypes.Structure):
+    """`struct product_args` of the C sources."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "absmax")),
+        ("codes", NF4Parts),
+        *((name, ctypes.c_void_p) for name in ("left", "right", "bias", "sums", "y")),
+        *((name, ctypes.c_int) for name in ("x_dtype", "y_dtype", "kind")),
+        *((name, ctypes.c_int) for name in ("transposed", "right_transposed")),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("m", "k", "n", "rank")),
+        *((name, ctypes.c_int64) for name in ("rows", "strips", "across")),
+    ]
+
+
+def multiplies() -> bool:
+    """Whether the C library has products: with AVX-512."""
+    return library() is not None and loaded().level == "avx512"
+
+
+def keeps_sums(k: int, rank: int) -> bool:
+    """Whether a product of this depth keeps sums in fp32 beside a result in bfloat16."""
+    return k + rank > DEPTH
+
+
+def product(
+    x: Tensor, weight: Tensor, transposed: bool, epilogue: Epilogue | None = None
+) -> Tensor | None:
+    """Return `x @ W`, or `x @ W.T`; x: (m, k), both fp32 or bfloat16; None if it cannot."""
+    weight, transposed = as_stored(weight, transposed)
+    if not takes(OUTPUTS, weight):
+        return None
+    arguments = ProductArguments(kind=CODES[weight.dtype], weight=weight.data_ptr())
+    return multiplied(arguments, x, weight.shape[not transposed], transposed, epilogue)
+
+
+def nf4_product(
+    x: Tensor,
+    parts: Sequence[Tensor],
+    width: int,
+    transposed: bool,
+    epilogue: Epilogue | None = None,
+) -> Tensor | None:
+    """Return `x @ W`, or `x @ W.T`, of this width, for NF4 rows of whole blocks; x: (m, k)."""
+    rows, columns = (width, x.shape[1]) if transposed else (x.shape[1], width)
+    held = nf4_parts(parts, rows * columns) if columns % BLOCK == 0 else None
+    if held is None:
+        return None
+    return multiplied(ProductArguments(kind=NF4, codes=held), x, width, transposed, epilogue)
+
+
+def int8_product(
+    x: Tensor, q: Tensor, absmax: Tensor, transposed: bool, epilogue: Epilogue | None = None
+) -> Tensor | None:
+    """Return `x @ W`, or `x @ W.T`, for int8 rows with an absmax each; x: (m, k)."""
+    ready = takes((torch.int8,), q) and takes(WIDE, absmax) and sized(len(q), absmax)
+    if not ready or q.shape[1] % STRIP:
+        return None
+    arguments = ProductArguments(kind=INT8, weight=q.data_ptr(), absmax=absmax.data_ptr())
+    return multiplied(arguments, x, q.shape[not transposed], transposed, epilogue)
+
+
+def as_stored(weight: Tensor, transposed: bool) -> tuple[Tensor, bool]:
+    """Return a matrix as it lies in memory, and whether that is transposed."""
+    if weight.t().is_contiguous() and not weight.is_contiguous():
+        return weight.t(), not transposed
+    return weight, transposed
+
+
+def multiplied(
+    a: ProductArguments, x: Tensor, width: int, transposed: bool, epilogue: Epilogue | None
+) -> Tensor | None:
+    """Multiply x by the weight that the arguments name, or return None where x is not for it."""
+    end = epilogue or Epilogue(torch.float32)
+    if not (takes(OUTPUTS, x) and multiplies() and x.numel() and width):
+        return None
+    a.m, a.k, a.n = *x.shape, width
+    if not add_term(a, end):
+        return None
+    y = x.new_empty(a.m, width, dtype=end.dtype if end.dtype in OUTPUTS else torch.float32)
+    a.x, a.y, a.sums, a.transposed = x.data_ptr(), y.data_ptr(), y.data_ptr(), transposed
+    a.x_dtype, a.y_dtype = CODES[x.dtype], CODES[y.dtype]
+    sums = None
+    if y.dtype != torch.float32 and keeps_sums(a.k, a.rank):
+        sums = x.new_empty(y.shape, dtype=torch.float32)
+        a.sums = sums.data_ptr()
+    bias = None if end.bias is None else cast(end.bias, torch.float32)
+    if bias is not None:
+        a.bias = bias.data_ptr()
+    return cast(y, end.dtype) if called("inlay_product", ctypes.byref(a)) else None
+
+
+def add_term(a: ProductArguments, end: Epilogue) -> bool:
+    """Write the epilogue's low-rank term into the arguments; say whether C can read it."""
+    if end.left is None or end.right is None:
+        return True
+    right, transposed = as_stored(end.right, False)
+    a.left, a.right, a.right_transposed = end.left.data_ptr(), right.data_ptr(), transposed
+    a.scale, a.rank = end.scale, end.left.shape[1]
+    return takes(WIDE, end.left, right)
