@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cases = [replace(case, layers=options.layers) for case in cases]
     results: list[dict[str, Any]] = []
     for case in cases:
-        if options.only in case.name:
+        if any(part in case.name for part in options.only):
             results.append(measured(case, options.alternations, options.steps))
             print(shown(results[-1]), flush=True)
             print(write(options.output or f"speed_{options.size}", {"cases": results}), flush=True)
@@ -90,7 +90,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(size="quick")
     parser.add_argument("--alternations", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1, help="optimiser steps of a turn")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains this")
     parser.add_argument("--layers", type=int, help="blocks of every shape, instead of its own")
     parser.add_argument("--output", help="name of the file in benchmarks/results")
     return parser.parse_args(arguments)

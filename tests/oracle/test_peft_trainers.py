@@ -126,6 +126,40 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(input_ids=ids).logits
 
 
+def test_a_trainers_peft_config_makes_an_inlay_model_once_it_takes_over(tmp_path: Path) -> None:
+    def trained(folder: Path) -> Run:
+        rows = Dataset.from_list([{"text": text} for text in TEXTS])
+        config = SFTConfig(**common(folder), max_steps=3)
+        model = bare()
+        torch.manual_seed(1)
+        return finished(
+            SFTTrainer(
+                model, config, train_dataset=rows, processing_class=tokenizer(), peft_config=lora()
+            )
+        )
+
+    peers = trained(tmp_path / "peers")
+    with inlay.peft.take_over():
+        mine = trained(tmp_path / "mine")
+        pairs = dpo_with_config(tmp_path / "pairs")
+    assert not isinstance(peers.trainer.model, inlay.peft.PeftModel)
+    assert isinstance(mine.trainer.model, inlay.peft.PeftModel)
+    assert isinstance(pairs.trainer.model, inlay.peft.PeftModel)
+    assert mine.losses == pytest.approx(peers.losses, rel=2e-4)
+    assert not isinstance(trained(tmp_path / "after").trainer.model, inlay.peft.PeftModel)
+
+
+def dpo_with_config(folder: Path) -> Run:
+    config = DPOConfig(**common(folder), max_steps=2)
+    rows = Dataset.from_list(PAIRS)
+    return finished(
+        DPOTrainer(
+            bare(), args=config, train_dataset=rows, processing_class=tokenizer(),
+            peft_config=lora(),
+        )
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
 def test_an_sft_script_trains_resumes_and_saves_as_with_peft(

@@ -23,6 +23,7 @@ from inlay.peft.states import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
+from inlay.peft.trainers import take_over
 from inlay.peft.tuner import Tuner
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "get_peft_model_state_dict",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "take_over",
 ]
