@@ -26,11 +26,17 @@ bench: .venv/.dev          ## speed and memory against peers on this CPU: minute
 	$(BIN)/python benchmarks/nf4_speed.py
 	$(BIN)/python docs/performance.py
 
-bench-full: .venv/.dev     ## every case, growth too: hours
+bench-full: .venv/.dev     ## every case, growth, streaming and planned memory too: hours
 	$(BIN)/python benchmarks/speed.py --full
 	$(BIN)/python benchmarks/real_data.py --full
 	$(BIN)/python benchmarks/nf4_speed.py
+	$(BIN)/python benchmarks/native_kernels.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/trunk_cache.py
+	$(BIN)/python benchmarks/streaming.py memory --tokens 128
+	$(BIN)/python benchmarks/streaming.py memory --tokens 2048
+	$(BIN)/python benchmarks/streaming.py speed
+	$(BIN)/python benchmarks/plan_table.py
 	$(BIN)/python docs/performance.py
 
 bench-results: .venv/.dev  ## what each method reaches on the real data in ../shared

@@ -75,6 +75,7 @@ ROWS = 560
 @pytest.mark.parametrize("sizes", [
     (1, 1, 1), (1, 5, 33), (13, 33, 31), (14, 32, 32), (15, 384, 64), (29, 385, 97),
     (100, 768, 7), (ROWS, 40, 100), (ROWS + 1, 100, 40), (3 * ROWS + 5, 31, 65), (6, 1000, 500),
+    (ROWS, 390, 7600),
 ])  # fmt: skip
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("threads", [1, 2, 5])

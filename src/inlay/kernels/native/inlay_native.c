@@ -262,6 +262,10 @@ int64_t inlay_product(struct product_args *a, int threads) {
     a->across = (threads + blocks - 1) / blocks;
     a->rows = (share + HEIGHT - 1) / HEIGHT * HEIGHT;
     a->strips = (strips + a->across - 1) / a->across;
+    if (a->rows * a->strips > FAR) {
+        a->strips = PANEL;
+        a->across = (strips + PANEL - 1) / PANEL;
+    }
     spread(multiply_pieces, a, blocks * a->across, 1, threads);
     return 1;
 }

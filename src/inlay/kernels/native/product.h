@@ -10,6 +10,8 @@
 
 enum { DEPTH = 384, SPARE = 32, STRIDE = DEPTH + SPARE + 16 };
 enum { HEIGHT = 14, WIDTH = 32, ROWS = 40 * HEIGHT, LATE = 64 };
+/* Sums of more rows times strips than FAR leave every cache: PANEL strips at a time stay. */
+enum { FAR = 1 << 17, PANEL = 16 };
 enum { FLOATS, HALVES, CODES, BYTES };
 
 /* y (m, n) = x (m, k) @ W + scale * left (m, rank) @ right + bias. The weight is (k, n), or (n, k)
