@@ -11,6 +11,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -21,7 +22,7 @@ from inlay.errors import StorageError
 from inlay.kernels.epilogue import Epilogue
 from inlay.kernels.frozen import FORMATS, PRODUCTS, register_format, register_product
 from inlay.kernels.opaque import operator
-from inlay.storage.base import FrozenLinear
+from inlay.storage.base import FrozenLinear, Packed
 from inlay.storage.buffers import Block, Buffers
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.weights_file import HostTensor, Stored
@@ -61,6 +62,9 @@ class Source:
 
     def __init__(self, packing: str, segments: Sequence[Segment], buffers: Buffers) -> None:
         self.packing, self.segments, self.buffers = packing, segments, buffers
+        whole = len(segments) == 1 and packing in PRODUCTS
+        self.format = streamed_format(packing) if whole else STREAMED
+        """The name under which the operators know the weight: in one piece, that of its product."""
         self.number = registered(self)
 
     @property
@@ -88,13 +92,11 @@ class Source:
     def multiplied(
         self, x: Tensor, width: int, transposed: bool, epilogue: Epilogue
     ) -> Tensor | None:
-        """Return `x @ W.T`, or `x @ W`, by the format's own way; None for a weight in segments."""
-        own = PRODUCTS.get(self.packing)
-        if own is None or len(self.segments) > 1:
-            return None
+        """Return `x @ W.T`, or `x @ W`, by the product of the format; the weight is one segment."""
         (segment,) = self.segments
         with self.buffers.use(segment.block) as buffer:
-            return own.product(x, segment.found_in(buffer), width, transposed, epilogue)
+            parts = segment.found_in(buffer)
+            return PRODUCTS[self.packing].product(x, parts, width, transposed, epilogue)
 
 
 class Rows:
@@ -154,14 +156,16 @@ def product(
     return source_of(parts).multiplied(x, width, transposed, epilogue)
 
 
-def unknown_on_cpu(dtype: torch.dtype, columns: int) -> bool:
-    """Say no: what a streamed weight's format can do is not known from its name."""
-    del dtype, columns
-    return False
+@cache
+def streamed_format(packing: str) -> str:
+    """Name the format of weights that are brought in to be multiplied by this one's product."""
+    name = f"{STREAMED}-{packing}"
+    register_format(name, dequantize_streamed)
+    register_product(name, product, PRODUCTS[packing].on_cpu)
+    return name
 
 
 register_format(STREAMED, dequantize_streamed)
-register_product(STREAMED, product, unknown_on_cpu)
 
 
 @operator("streamed_rows")
@@ -211,6 +215,9 @@ class StreamedLinear(QuantizedLinear, named=False):
 
     def parts(self) -> list[Tensor]:
         return [self.number]
+
+    def packed(self) -> Packed:
+        return self.parts(), self.packing(self.source.format), self.out_features, self.in_features
 
     @torch.no_grad()
     def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
