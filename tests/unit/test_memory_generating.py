@@ -15,9 +15,9 @@ from inlay.evaluate.generation import Sampling, continued, settings
 from inlay.kernels.native import return_free_memory
 from inlay.memory.devices import Device
 from inlay.memory.generating import Answering, simulate_answers
+from inlay.memory.optimisers import adamw
 from inlay.memory.plan import Plan, Task, plan
 from inlay.memory.probe import measuring, resident
-from inlay.memory.simulate import adamw
 from inlay.memory.skeleton import skeleton
 
 SHAPE: dict[str, Any] = {

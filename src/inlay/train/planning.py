@@ -20,10 +20,10 @@ from inlay.data.tokens import Encoded
 from inlay.errors import TrainingError
 from inlay.memory.devices import Device
 from inlay.memory.generating import Answering
+from inlay.memory.optimisers import Optimiser, adamw, adamw_8bit
 from inlay.memory.plan import Plan, Product, Task, plan
 from inlay.memory.policy import POLICIES, Policy
 from inlay.memory.probe import runtime
-from inlay.memory.simulate import Optimiser, adamw, adamw_8bit
 from inlay.memory.skeleton import computing_dtype, config_of, skeleton
 from inlay.methods.base import PromptMethod
 from inlay.methods.catalog import build_method
