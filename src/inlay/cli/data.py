@@ -172,7 +172,8 @@ def data_named(given: dict[str, Any]) -> None:
 def reader_for(config: RunConfig, rows: Rows) -> Any:
     """Return what writes the rows as tokens: the model's tokenizer, or its processor."""
     from inlay.data.processor import image_reader
-    from inlay.model.load import located, read_tokenizer
+    from inlay.model.folder import located
+    from inlay.model.tokenizer import read_tokenizer
 
     folder = located(config.model, config.revision)
     if rows.kind == "images":

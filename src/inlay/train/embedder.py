@@ -18,7 +18,7 @@ from inlay.errors import ModelError, UsageError
 from inlay.evaluate.losses import Progress, buckets
 from inlay.evaluate.outputs import accepted, padded_inputs, padding_of
 from inlay.methods.base import evaluating
-from inlay.model.load import located
+from inlay.model.folder import located
 from inlay.model.shapes import length_multiple
 
 MODULES = "modules.json"

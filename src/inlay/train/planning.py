@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from math import ceil
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,11 @@ from inlay.methods.base import PromptMethod
 from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
 from inlay.model.eight_bits import compute_in_8_bits
+from inlay.model.folder import located
 from inlay.model.heads import Head, not_adapted, to_train
-from inlay.model.load import TOKENIZER_FILES, located, quiet_transformers, read_tokenizer
+from inlay.model.libraries import quiet_transformers
 from inlay.model.shapes import length_multiple
+from inlay.model.tokenizer import has_tokenizer, read_tokenizer
 from inlay.train.collate import IGNORED, Concatenate
 from inlay.train.config import RunConfig
 from inlay.train.mismatched import mismatched_in_batches
@@ -349,11 +350,6 @@ def row_reader(config: RunConfig, device: Device, has_data: bool) -> Callable[[R
             return lambda changed: labelled_to_plan(changed, labelled, multiple)
         encoded = encode_rows(rows, tokenizer, config.max_length)
     return lambda changed: rows_to_plan(changed, encoded, multiple)
-
-
-def has_tokenizer(where: Path) -> bool:
-    """Say whether a tokenizer lies in a folder."""
-    return where.is_dir() and any((where / name).is_file() for name in TOKENIZER_FILES)
 
 
 # What to do when it does not fit, or when nothing was asked for

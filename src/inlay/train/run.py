@@ -30,10 +30,13 @@ from inlay.memory.policy import applied
 from inlay.methods.base import Method
 from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
+from inlay.model.folder import located
 from inlay.model.heads import Head, not_adapted, to_train
-from inlay.model.load import load, located, quiet_transformers, read_tokenizer
+from inlay.model.libraries import quiet_transformers
+from inlay.model.load import load
 from inlay.model.report import Report, report
 from inlay.model.shard import let_go, resident_bytes, shard
+from inlay.model.tokenizer import read_tokenizer
 from inlay.model.vision import tokenizer_in
 from inlay.train import checkpoints, planning, provenance
 from inlay.train.arguments import check_optimizer
