@@ -53,6 +53,7 @@ from inlay.train.parallel import (
     mesh_of,
     planned_division,
 )
+from inlay.train.proposal import check_fits
 from inlay.train.recipe import LearningRate, learning_rate
 from inlay.train.recorder import Recorder, read_metrics
 from inlay.train.rows import RunRows, have_images, rows_of_run, sample
@@ -305,7 +306,7 @@ class Running(ABC, Generic[Row]):
         except ModelError as error:
             self.note(f"memory is not planned: {error}")
             return None
-        planning.check_fits(found, self.config)
+        check_fits(found, self.config)
         best = found.best
         self.note(
             f"memory planned: {best.total / 1e9:.2f} GB of {found.limit / 1e9:.2f} GB, "
