@@ -197,7 +197,6 @@ def comparison_section(comparison: ComparisonRecord | None) -> str:
     if comparison is None:
         return section("Base against tuned", f'<p class="soft">{NOT_MEASURED}</p>')
     headed = "note" in comparison
-    rows = "".join(metric_row(metric, headed) for metric in comparison["metrics"])
     tests = sorted({metric["test"] for metric in comparison["metrics"]})
     counted = comparison.get("counted", "trained tokens")
     note = (
@@ -206,10 +205,7 @@ def comparison_section(comparison: ComparisonRecord | None) -> str:
         f"are {comparison['level']:.0%} bootstrap intervals over rows; p is of a "
         f"{', '.join(tests)} on the rows' differences."
     )
-    table = (
-        '<div class="scroll"><table><thead><tr><th>Metric</th><th>Base</th><th>Tuned</th>'
-        f"<th>Change</th><th>p</th></tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    table = metrics_table("Base", comparison["metrics"], headed)
     note = f"{note} Of the base: {comparison['note']}." if "note" in comparison else note
     return section("Base against tuned", f'{table}<p class="note">{escape(note)}</p>')
 
@@ -219,11 +215,7 @@ def baseline_section(comparison: ComparisonRecord | None) -> str:
     if comparison is None or "baseline" not in comparison:
         return ""
     baseline = comparison["baseline"]
-    rows = "".join(metric_row(metric, headed=True) for metric in baseline["metrics"])
-    table = (
-        '<div class="scroll"><table><thead><tr><th>Metric</th><th>Baseline</th><th>Tuned</th>'
-        f"<th>Change</th><th>p</th></tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    table = metrics_table("Baseline", baseline["metrics"], headed=True)
     note = f"The baseline gives {baseline['about']}."
     tables = f'{table}<p class="note">{escape(note)}</p>{class_table(comparison)}'
     return section("Baseline against tuned", tables)
@@ -248,7 +240,16 @@ def class_table(comparison: ComparisonRecord) -> str:
     )
 
 
-def metric_row(metric: MetricComparison, headed: bool = False) -> str:
+def metrics_table(before: str, metrics: Sequence[MetricComparison], headed: bool) -> str:
+    """The table of what stood before, named here, against tuned."""
+    rows = "".join(metric_row(metric, headed) for metric in metrics)
+    return (
+        f'<div class="scroll"><table><thead><tr><th>Metric</th><th>{before}</th><th>Tuned</th>'
+        f"<th>Change</th><th>p</th></tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def metric_row(metric: MetricComparison, headed: bool) -> str:
     """One metric of base and tuned; of a head, by the name that it has there."""
     names = NAMES | HEADED if headed else NAMES
     name = escape(names.get(metric["name"], metric["name"]))
