@@ -204,16 +204,7 @@ class Step:
             self.model.zero_grad()
         ledger.start_over()
         resting = {name: ledger.live[name] for name in CATEGORIES}
-        self.making("activations")
-        loss = self.loss(self.model, dict(inputs))
-        kept = ledger.live["activations"] + ledger.live["loss"]
-        self.making("buffers")
-        if self.gathers is not None:
-            self.gathers.begin_backward()
-        loss.backward()
-        if self.gathers is not None:
-            self.gathers.end()
-        del loss
+        kept = self.forward_and_backward(inputs)
         passes = ledger.peak - resting["optimiser"] - resting["gradients"]
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         step()
@@ -234,6 +225,19 @@ class Step:
             products=frozenset(ledger.products),
             trace=ledger.trace,
         )
+
+    def forward_and_backward(self, inputs: dict[str, Any]) -> int:
+        """Pass through the model both ways; return the bytes kept for the way back."""
+        self.making("activations")
+        loss = self.loss(self.model, dict(inputs))
+        kept = self.ledger.live["activations"] + self.ledger.live["loss"]
+        self.making("buffers")
+        if self.gathers is not None:
+            self.gathers.begin_backward()
+        loss.backward()
+        if self.gathers is not None:
+            self.gathers.end()
+        return kept
 
     def at_head(self) -> None:
         """Count what is made from here on as the loss's."""
@@ -261,9 +265,9 @@ class Step:
 
     def to_host(self, x: Tensor) -> Tensor:
         """Return a copy of a tensor in the host's memory."""
-        before, self.ledger.category = self.ledger.category, HOST
+        before = self.making(HOST)
         copy = torch.empty_like(x)
-        self.ledger.category = before
+        self.making(before)
         return copy
 
     def back(self, x: Tensor) -> Tensor:
@@ -276,7 +280,7 @@ def streamed_bytes(model: nn.Module) -> int:
 
     Two of the largest repeated block, of a packed output head, or of a dense one's shares.
     """
-    blocks = [m for each in model.modules() if isinstance(each, nn.ModuleList) for m in each]
+    blocks = repeated_blocks(model)
     sizes = [frozen_bytes(block) for block in blocks]
     inside = {m for block in blocks for m in block.modules()}
     packed = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m not in inside]
@@ -292,10 +296,15 @@ def host_bytes(model: nn.Module) -> int:
 
 def frozen_weights(model: nn.Module) -> Frozen:
     """Return what a model's frozen weights take, inside and outside its blocks."""
-    blocks = [m for each in model.modules() if isinstance(each, nn.ModuleList) for m in each]
+    blocks = repeated_blocks(model)
     sizes = [frozen_bytes(block) for block in blocks]
     total = frozen_bytes(model)
     return Frozen(total, total - sum(sizes), len(blocks))
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that a model repeats."""
+    return [m for each in model.modules() if isinstance(each, nn.ModuleList) for m in each]
 
 
 def frozen_bytes(module: nn.Module) -> int:
