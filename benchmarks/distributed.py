@@ -75,7 +75,7 @@ def save_model(folder: Path, layers: int) -> None:
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    from inlay.model.load import EMBEDDED
+    from inlay.model.folder import EMBEDDED
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["pocket"])

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 import inlay
 from inlay.methods.base import Method
-from inlay.model.load import EMBEDDED
+from inlay.model.folder import EMBEDDED
 from inlay.model.report import report
 
 SHAPES = {

@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import inlay
-from inlay.model.load import located, read_tokenizer
+from inlay.model.folder import located
+from inlay.model.tokenizer import read_tokenizer
 from inlay.train.collate import Concatenate
 from inlay.train.config import RunConfig, load_config
 from inlay.train.rows import encode_rows, rows_of_run

@@ -29,7 +29,7 @@ import inlay
 from inlay.checkpoint.folder import sha256_of
 from inlay.cli.main import main
 from inlay.methods.catalog import catalog
-from inlay.model.load import EMBEDDED
+from inlay.model.folder import EMBEDDED
 from inlay.train.config import RunConfig
 
 CONFIGS, DATA_FILES, ADAPTERS = 550, 300, 250

@@ -25,7 +25,8 @@ from transformers import (
 
 from inlay.kernels import scratch
 from inlay.kernels.frozen import dense
-from inlay.model.load import EMBEDDED, load
+from inlay.model.folder import EMBEDDED
+from inlay.model.load import load
 from inlay.model.quantize import quantize
 from inlay.storage.bitsandbytes import ForeignLinear
 from inlay.storage.int8 import Int8Linear

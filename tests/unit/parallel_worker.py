@@ -27,8 +27,9 @@ from inlay.errors import InlayError
 from inlay.memory.probe import warm_up
 from inlay.model.attach import adapter_places
 from inlay.model.shard import resident_bytes
+from inlay.train.adapter_state import tensors_of
 from inlay.train.run import train
-from inlay.train.trainer import AdapterLoop, tensors_of
+from inlay.train.trainer import AdapterLoop
 
 NONE_DROPPED = dict.fromkeys(
     ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"), 0.0

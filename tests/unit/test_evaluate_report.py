@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from inlay.errors import InlayError
 from inlay.evaluate.charts import MOST_POINTS, Axis, Line, line_chart, number
-from inlay.evaluate.report import duration, figure, p_text, report_page, size, write_report
+from inlay.evaluate.html import duration, figure, p_text, size
+from inlay.evaluate.report import report_page, write_report
 
 NASTY = "<script>alert('x')</script> & \"quoted\" $title ${body} http"
 EMPTY_TAGS = {"meta", "link", "img", "br"}

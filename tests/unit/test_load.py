@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from inlay.errors import ModelError, StorageError
-from inlay.model.load import EMBEDDED, load
+from inlay.model.folder import EMBEDDED
+from inlay.model.load import load
 from inlay.model.quantize import quantize
 from inlay.storage.int8 import Int8Linear
 from inlay.storage.nf4 import NF4Linear

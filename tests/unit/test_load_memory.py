@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from inlay.model.load import EMBEDDED
+from inlay.model.folder import EMBEDDED
 
 MEASURE = """
 import json, sys, threading, time

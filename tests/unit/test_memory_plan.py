@@ -14,9 +14,10 @@ import inlay
 from inlay.errors import ModelError, UsageError
 from inlay.memory.devices import Device, available_memory, bytes_from, device_named
 from inlay.memory.heap import Heap
+from inlay.memory.optimisers import adamw, adamw_8bit
 from inlay.memory.plan import Plan, Task, plan
 from inlay.memory.policy import POLICIES
-from inlay.memory.simulate import Simulation, adamw, adamw_8bit, simulate
+from inlay.memory.simulate import Simulation, simulate
 from inlay.memory.skeleton import config_of, skeleton
 from inlay.storage.registry import storage_class
 

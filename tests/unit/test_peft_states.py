@@ -25,7 +25,7 @@ from transformers import (
 from inlay.checkpoint.options import DEFAULTS, PLACEMENT
 from inlay.errors import AdapterError
 from inlay.model.fast.causal_lm import FastCausalLM
-from inlay.model.load import EMBEDDED
+from inlay.model.folder import EMBEDDED
 from inlay.peft import (
     PeftModel,
     get_base_model_state_dict,

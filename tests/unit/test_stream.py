@@ -31,7 +31,8 @@ from inlay.methods.base import Method
 from inlay.methods.lora import LoRA
 from inlay.model import stream_files
 from inlay.model.attach import attach
-from inlay.model.load import EMBEDDED, load
+from inlay.model.folder import EMBEDDED
+from inlay.model.load import load
 from inlay.model.stream import statistics, stream
 from inlay.storage.buffers import ALIGNMENT, Block, Buffers, Order
 from inlay.storage.streamed import StreamedEmbedding, StreamedLinear

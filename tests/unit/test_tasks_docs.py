@@ -21,6 +21,8 @@ PREFERRED, LABELLED = ("accuracy", "margin"), ("auc", "reward_margin")
 """What says how well the model tells answers apart, for either kind of rows."""
 TRIED = ("dpo", "kto", "orpo")
 """The tasks whose run file on the page is run."""
+WRITTEN = ["--generate-rows", "4", "--generate-tokens", "24"]
+"""As much text as the run files ask for."""
 LIKED, OTHER = "End of the report.", "Thanks."
 """What a reader likes reports to end in, and what not."""
 
@@ -60,7 +62,7 @@ def trained(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main(["train", "run.yaml"]) == 0
-        assert main(["eval", "--adapter", output, "--data", data, "--json"]) == 0
+        assert main(["eval", "--adapter", output, "--data", data, "--json", *WRITTEN]) == 0
     return json.loads((folder / output / "run.json").read_text())
 
 

@@ -25,7 +25,7 @@ from inlay.evaluate.labelled import labelled_losses
 from inlay.methods.lora import LoRA
 from inlay.model.attach import adapter_places, attach, disabled
 from inlay.model.load import load
-from inlay.train import planning
+from inlay.train import planning, proposal
 from inlay.train.config import RunConfig, load_config
 from inlay.train.folder import RunFolder
 from inlay.train.kto import Stages
@@ -193,7 +193,7 @@ def test_the_plan_holds_both_passes(tmp_path: Path):
 
 def test_no_run_of_single_rows_is_proposed(tmp_path: Path):
     device: Any = SimpleNamespace(kind="cpu")
-    found = planning.candidates(make_kto(tmp_path, batch_size=4), planning.STORAGES, device)
+    found = proposal.candidates(make_kto(tmp_path, batch_size=4), proposal.STORAGES, device)
     assert {size for _, size, _ in found} == {4, 2}
 
 

@@ -17,22 +17,22 @@ TRIED = {"lora": 6, "prefix": 1, "full": 1, "dpo": 3} | dict.fromkeys(
 """The methods and tasks, and how many runs of each are killed, each twice."""
 
 
-def ends(folder: Path, method: str) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, str(DRIVER), str(folder), f"{method}:{TRIED[method]}"],
-        capture_output=True,
-        text=True,
-        cwd=DRIVER.parent,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """How the runs of every method and task ended, by its name."""
+    words = [sys.executable, str(DRIVER), str(tmp_path_factory.mktemp("kills"))]
+    words += [f"{method}:{kills}" for method, kills in TRIED.items()]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=DRIVER.parent, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)[method]
+    return json.loads(done.stdout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", TRIED)
-def test_a_killed_run_resumes_to_the_same_adapter(tmp_path: Path, method: str) -> None:
-    whole, *killed = ends(tmp_path, method)
+def test_a_killed_run_resumes_to_the_same_adapter(
+    ends: dict[str, list[dict[str, Any]]], method: str
+) -> None:
+    whole, *killed = ends[method]
     assert len(killed) == TRIED[method]
     for end in killed:
         assert next(iter(end["moments"].values())) == -9, end["moments"]

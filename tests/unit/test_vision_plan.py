@@ -13,11 +13,13 @@ from vision_tiny import FAMILIES, make_vision_model, make_vision_run
 
 from inlay.data.processor import ImageReader, image_reader
 from inlay.data.vision import encode_images
-from inlay.memory import simulate as simulated
+from inlay.memory import ledger as ledgers
 from inlay.memory.costs import planning_for
 from inlay.memory.devices import Device
+from inlay.memory.ledger import Ledger
+from inlay.memory.optimisers import adamw
 from inlay.memory.policy import Policy, applied
-from inlay.memory.simulate import Ledger, Simulation, Step, adamw, simulate
+from inlay.memory.simulate import Simulation, Step, simulate
 from inlay.memory.skeleton import config_of
 from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
@@ -51,7 +53,7 @@ def counted(
     """Count the same step on real tensors."""
     model: Any = load(config.model, config.storage)[0]
     attach(model, build_method(config.method, config.hyperparameters), targets=config.targets)
-    patch.setattr(simulated, "followed", lambda func, args, kwargs: func(*args, **kwargs))
+    patch.setattr(ledgers, "followed", lambda func, args, kwargs: func(*args, **kwargs))
     ledger = Ledger()
     with planning_for("cpu"), applied(model.train(), policy), ledger:
         return Step(ledger, model, step_loss, policy).result(dict(batch), adamw, 1)

@@ -22,6 +22,7 @@ from heads_tiny import make_any
 from train_tiny import adapter_hash, losses_of
 from vision_tiny import make_vision_run
 
+from inlay.memory.probe import warm_up
 from inlay.train.config import RunConfig
 from inlay.train.run import train
 from inlay.train.tasks import TASKS
@@ -133,6 +134,7 @@ def main() -> None:
     """Try the methods and tasks that the words name, as `name:kills`."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
+    warm_up()
     tried = (word.split(":") for word in sys.argv[2:])
     print(json.dumps({name: attempts(folder, name, int(kills)) for name, kills in tried}))
 

@@ -6,51 +6,34 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from inlay.checkpoint.base import base_name, describe_base, keep_description
 from inlay.checkpoint.card import card
+from inlay.checkpoint.config import Placement, config_of, extras_of, hyperparameters, trained_names
 from inlay.checkpoint.folder import (
     CARD,
     CONFIG,
     EXTRAS,
-    FORMAT,
     TENSORS,
     AdapterFolder,
     located,
     read_folder,
-    sha256_of,
     write_folder,
 )
-from inlay.checkpoint.options import (
-    COMMON,
-    DEFAULTS,
-    WITHOUT_EFFECT,
-    method_in,
-    recorded_method,
-    shortened,
-)
-from inlay.checkpoint.placement import (
-    described,
-    names_of,
-    peft_placement,
-    placement_in,
-    saved_roots,
-    suffixes,
-)
+from inlay.checkpoint.options import WITHOUT_EFFECT, method_in, recorded_method, shortened
+from inlay.checkpoint.placement import described, placement_in
 from inlay.checkpoint.tensors import PREFIX, fill, slots, write_tensors
 from inlay.errors import CheckpointError, TargetError
 from inlay.methods.base import HiddenMethod, Kind, Method, PromptMethod, SelectMethod, WeightMethod
-from inlay.model.attach import Attached, adapter_places, adapters, attach, detach, shape_and_place
-from inlay.model.heads import head_of
+from inlay.model.attach import Attached, adapters, attach, detach, shape_and_place
 from inlay.model.targets import find_targets
 from inlay.storage.registry import frozen, kind
 
@@ -255,114 +238,6 @@ def modules_in(file: AdapterFile) -> list[str]:
     return list(found)
 
 
-@dataclass(frozen=True)
-class Placement:
-    """`attach`'s arguments as inlay.json records them."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    targets: str | tuple[str, ...] | None = None
-    exclude: tuple[str, ...] = ()
-    layers: str | tuple[int, ...] | None = None
-    modules_to_save: tuple[str, ...] = ()
-
-
-def placement_of(model: nn.Module, attached: Attached) -> Placement:
-    """Return what to ask `attach` for to get the same places again, on this or a larger model."""
-    saved = saved_roots(model, attached)
-    if isinstance(attached.method, SelectMethod):
-        return Placement(attached.targets, attached.exclude, attached.layers, saved)
-    if isinstance(attached.method, PromptMethod):
-        return Placement(modules_to_save=saved)
-    exact = suffixes(attached.found.names, names_of(model))
-    return Placement(exact if isinstance(exact, str) else tuple(exact), modules_to_save=saved)
-
-
-def config_of(model: nn.Module, attached: Attached, base: str | None) -> dict[str, Any]:
-    """Return the contents of adapter_config.json."""
-    method = attached.method
-    saved = saved_roots(model, attached)
-    options = hyperparameters(method) if method.peft_type is None else method.to_peft()
-    config = {
-        **COMMON,
-        **DEFAULTS.get(method.peft_type or "", {}),
-        **options,
-        **peft_placement(model, method, attached.found.names, saved),
-        "base_model_name_or_path": base,
-        "peft_type": method.peft_type or f"INLAY_{method.name.upper()}",
-        "task_type": task_type(model, saved),
-    }
-    if "fan_in_fan_out" in config:
-        kinds = {kind(model.get_submodule(name)) for name in attached.found.names}
-        config["fan_in_fan_out"] = "conv1d" in kinds
-    return json.loads(
-        json.dumps(with_patterns(config, method, attached.found.names), sort_keys=True)
-    )
-
-
-def with_patterns(config: dict[str, Any], method: Method, names: Sequence[str]) -> dict[str, Any]:
-    """Spell out the patterns by layer where HF PEFT, which sorts them, would read them otherwise.
-
-    The first pattern that matches counts, in either library.
-    """
-    patterns = {p: f for f, p in method.peft_keys.items() if p.endswith("_pattern")}
-    ordered = {p: dict(sorted(config[p].items())) for p in patterns}
-    as_read = type(method).from_peft({**config, **ordered})
-    if all(as_read.for_layer(n) == method.for_layer(n) for n in names):
-        return config
-    fields = {p: f.removesuffix("_pattern") for p, f in patterns.items()}
-    exact = {p: {n: getattr(method.for_layer(n), f) for n in names} for p, f in fields.items()}
-    return {**config, **exact}
-
-
-def extras_of(
-    model: nn.Module, attached: Attached, base: str | None, folder: Path
-) -> dict[str, Any]:
-    """Return the contents of inlay.json, once the tensors are written."""
-    return {
-        "format": FORMAT,
-        "inlay": version("inlay"),
-        "method": attached.method.name,
-        "hyperparameters": hyperparameters(attached.method),
-        "placement": dataclasses.asdict(placement_of(model, attached)),
-        "modules": list(attached.found.names),
-        **head_record(model),
-        "base": describe_base(model, base, trained_names(model, attached.name)),
-        "files": {TENSORS: sha256_of(folder / TENSORS)},
-    }
-
-
-def head_record(model: nn.Module) -> dict[str, Any]:
-    """Return what inlay.json says of a head in place of the language model's; nothing if none."""
-    head = head_of(model)
-    return {} if head is None else {"head": head.described()}
-
-
-def hyperparameters(method: Method) -> dict[str, Any]:
-    """Return a method's fields as JSON values."""
-    return {
-        f.name: dict(v) if isinstance(v := getattr(method, f.name), Mapping) else v
-        for f in dataclasses.fields(method)
-    }
-
-
-def task_type(model: nn.Module, saved: Sequence[str]) -> str | None:
-    """Return HF PEFT's word for what the model does.
-
-    HF PEFT trains a new head for the classifying tasks, so they are named only where the adapter
-    brings one.
-    """
-    name = type(model).__name__
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return "CAUSAL_LM"
-    heads = {
-        "ForSequenceClassification": "SEQ_CLS",
-        "ForTokenClassification": "TOKEN_CLS",
-        "ForQuestionAnswering": "QUESTION_ANS",
-    }
-    return next((t for end, t in heads.items() if name.endswith(end) and saved), None)
-
-
 def check_recorded(model: nn.Module, attached: Attached, folder: AdapterFolder) -> None:
     """Raise when the configuration is not the saved one, or the base's values are others."""
     now = config_of(model, attached, None)
@@ -401,16 +276,6 @@ def check_base(model: nn.Module, attached: Attached, folder: AdapterFolder) -> N
 def keep_base_description(model: nn.Module, name: str = "default") -> None:
     """Keep what a saved adapter says of its base; call it before the weights are divided."""
     keep_description(model, trained_names(model, name))
-
-
-def trained_names(model: nn.Module, name: str) -> set[str]:
-    """Return the names of the base's parameters that an adapter has its own copies of."""
-    return {
-        f"{module_name}.{parameter}"
-        for module_name, params in adapter_places(model, name)
-        for parameter in model.get_submodule(module_name)._parameters
-        if parameter in params._parameters
-    }
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.model.folder import EMBEDDED
 from inlay.model.layer import own_modules
-from inlay.model.load import EMBEDDED
 from inlay.model.selected import own_parameters
 from inlay.model.targets import output_head
 from inlay.storage.base import FrozenLinear

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from inlay.train.overview import Overview
     from inlay.train.rows import RunRows
 
+    Sides = dict[str, tuple[Rows, Sequence[Encoded]]]
+    """What a part's rows are as tokens: the name of each side -> its rows and those as tokens."""
+
 ABOUT = (
     "Show the data as training will see it: counts, token lengths, what is cut, and rows with\n"
     "every token marked by whether it is trained on. Takes a run file or the flags of `train`."
@@ -75,45 +78,51 @@ def run(given: dict[str, Any]) -> int:
     from inlay.train.rows import rows_of_run
 
     rows = rows_of_run(config)
-    parts = {"train": rows.train, "validation": rows.validation, "test": rows.test}
-
-    from inlay.data.tokens import summarise
-
     tokenizer = reader_for(config, rows.train)
     if TASKS[config.task].verbs:
         from inlay.train.overview import overview_of
 
         reading = import_module(TASKS[config.task].verbs).reading(config, rows.train, tokenizer)
-        found = overview_of(reading, rows, options.show)
-        show_overview(config, rows, found, as_json)
+        show_overview(config, rows, overview_of(reading, rows, options.show), as_json)
         if assumed and not as_json:
             print(ASSUMED)
         return 0
+    parts = {"train": rows.train, "validation": rows.validation, "test": rows.test}
     encoded = {name: sides(config, part, tokenizer) for name, part in parts.items() if part}
-    summaries = {
-        f"{name} {side}".strip(): summarise(found, part)
-        for name, both in encoded.items()
-        for side, (part, found) in both.items()
-    }
+    summaries = summaries_of(encoded)
     if as_json:
-        about = {"data": config.data, "model": config.model, "max_length": config.max_length}
-        about |= {"kind": rows.train.kind, "sha256": rows.sha256, "notes": rows.train.notes}
-        show.as_json(about | {"parts": {n: asdict(found) for n, found in summaries.items()}})
+        show.as_json(as_record(config, rows, summaries))
         return 0
     describe(config, rows, summaries)
     if assumed:
         print(ASSUMED)
     for index in range(min(options.show, len(rows.train))):
-        trains = rows.train.kind != "prompt"
-        show.heading(rows.train.where(index) + f", {legend()}" * trains)
-        line = rows.train.lines[index]
-        for side, (part, found) in encoded["train"].items():
-            if line in part.lines:
-                show_row(side, drawn(found[part.lines.index(line)], tokenizer))
-        if rows.train.kind == "prompt":
-            columns = rows.train.rows[index].items()
-            show.facts([(name, str(value)) for name, value in columns if name != "prompt"])
+        show_row(rows.train, index, encoded["train"], tokenizer)
     return 0
+
+
+def summaries_of(encoded: Mapping[str, Sides]) -> dict[str, Summary]:
+    """Return the counts and lengths of each side of each part."""
+    from inlay.data.tokens import summarise
+
+    return {
+        f"{name} {side}".strip(): summarise(found, part)
+        for name, both in encoded.items()
+        for side, (part, found) in both.items()
+    }
+
+
+def as_record(config: RunConfig, rows: RunRows, summaries: Mapping[str, Summary]) -> dict[str, Any]:
+    """Return what is to be known of the rows for a machine."""
+    return {
+        "data": config.data,
+        "model": config.model,
+        "max_length": config.max_length,
+        "kind": rows.train.kind,
+        "sha256": rows.sha256,
+        "notes": rows.train.notes,
+        "parts": {name: asdict(found) for name, found in summaries.items()},
+    }
 
 
 def show_overview(config: RunConfig, rows: RunRows, found: Overview, as_json: bool) -> None:
@@ -146,7 +155,20 @@ def show_overview(config: RunConfig, rows: RunRows, found: Overview, as_json: bo
         print(f"  -> {example.answer}")
 
 
-def show_row(side: str, row: Sequence[Piece]) -> None:
+def show_row(rows: Rows, index: int, encoded: Sides, reader: Any) -> None:
+    """Write each side of a row; of a prompt alone, the columns beside it."""
+    alone = rows.kind == "prompt"
+    show.heading(rows.where(index) + ("" if alone else f", {legend()}"))
+    line = rows.lines[index]
+    for side, (part, found) in encoded.items():
+        if line in part.lines:
+            show_side(side, drawn(found[part.lines.index(line)], reader))
+    if alone:
+        columns = rows.rows[index].items()
+        show.facts([(name, str(value)) for name, value in columns if name != "prompt"])
+
+
+def show_side(side: str, row: Sequence[Piece]) -> None:
     """Write a row's text with its marks, after what it is where rows are of several kinds."""
     if side:
         print(f"{side}:")
@@ -172,7 +194,8 @@ def data_named(given: dict[str, Any]) -> None:
 def reader_for(config: RunConfig, rows: Rows) -> Any:
     """Return what writes the rows as tokens: the model's tokenizer, or its processor."""
     from inlay.data.processor import image_reader
-    from inlay.model.load import located, read_tokenizer
+    from inlay.model.folder import located
+    from inlay.model.tokenizer import read_tokenizer
 
     folder = located(config.model, config.revision)
     if rows.kind == "images":
@@ -189,9 +212,7 @@ def drawn(row: Any, reader: PreTrainedTokenizerBase | ImageReader) -> list[Piece
     return shown(row, reader) if isinstance(reader, ImageReader) else pieces(row, reader)
 
 
-def sides(
-    config: RunConfig, rows: Rows, tokenizer: Any
-) -> dict[str, tuple[Rows, Sequence[Encoded]]]:
+def sides(config: RunConfig, rows: Rows, tokenizer: Any) -> Sides:
     """Return rows as tokens; of preferences both answers, labelled ones by label, by name."""
     from inlay.data.labelled import by_label
     from inlay.data.vision import encode_images

@@ -195,7 +195,7 @@ def asked(
     from inlay.data.processor import image_reader
     from inlay.data.vision import question
     from inlay.evaluate.run import Sample
-    from inlay.model.load import located
+    from inlay.model.folder import located
 
     pictures = [picture_at(file, f"--image {file}", Path.cwd()) for file in files]
     reader = image_reader(located(base, run.get("revision")), run.get("max_pixels"))

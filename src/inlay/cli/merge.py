@@ -111,7 +111,7 @@ def finishing(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tuned: Tuned
 ) -> Callable[[Path], None] | None:
     """Return what a merged folder needs beside: sentence-transformers' files, or the processor."""
-    from inlay.model.load import located
+    from inlay.model.folder import located
     from inlay.model.vision import copy_processor, sees_images
 
     if sees_images(model.config):

@@ -17,7 +17,8 @@ from inlay.cli.reading import read
 from inlay.data.rows import Rows
 from inlay.errors import MergeError
 from inlay.evaluate.losses import padded
-from inlay.model.load import load, quiet_transformers
+from inlay.model.libraries import quiet_transformers
+from inlay.model.load import load
 from inlay.model.merge import first_tensor, merge
 from inlay.train.files import saving, write_folder, write_json
 from inlay.train.tasks import TASKS

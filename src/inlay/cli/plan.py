@@ -73,7 +73,7 @@ def run(given: dict[str, Any]) -> int:
     many = divided(config, checked(LaunchOptions, launch)) if launch else None
 
     from inlay.memory.devices import bytes_from, device_named
-    from inlay.train import planning
+    from inlay.train import planning, proposal
     from inlay.train.run import quiet_libraries
 
     memory = None if options.memory is None else bytes_from(options.memory)
@@ -81,8 +81,8 @@ def run(given: dict[str, Any]) -> int:
         device = device_named(options.device, memory)
         read = planning.row_reader(config, device, has_data)
         if not told:
-            storages = (config.storage,) if "storage" in given else planning.STORAGES
-            found = planning.proposal(config, read, device, storages)
+            storages = (config.storage,) if "storage" in given else proposal.STORAGES
+            found = proposal.proposal(config, read, device, storages)
             config, plan, why = found.config, found.plan, found.reasons
         elif many is not None:
             config = many.config
@@ -150,7 +150,8 @@ def remarks(config: RunConfig, rows: Rows, plan: Plan) -> Iterator[str]:
     """Yield what stands beside the figures."""
     from inlay.memory.skeleton import config_of
     from inlay.model.vision import sees_images
-    from inlay.train.planning import remedies, run_seconds
+    from inlay.train.planning import run_seconds
+    from inlay.train.proposal import remedies
 
     best, device = plan.best, plan.device
     if plan.chosen is None:

@@ -10,19 +10,10 @@ from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
 
+from inlay.data.fields import EmptyFieldError, is_missing, template_parts
 from inlay.data.picture import WEB, Picture, picture_at
 from inlay.data.read import RawRow
-from inlay.data.rows import (
-    EmptyFieldError,
-    Format,
-    Rows,
-    group_of,
-    is_missing,
-    normalise,
-    shape_of,
-    shaped,
-    template_parts,
-)
+from inlay.data.rows import Format, Rows, group_of, normalise, shape_of, shaped
 from inlay.errors import DataError
 
 __all__ = ["hold_images", "normalise_images", "normalise_shown"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from inlay.data.fields import EmptyFieldError, is_missing, joined, present, text_field
 from inlay.data.preference import (
     UNCUT,
     answer_from,
@@ -20,7 +21,7 @@ from inlay.data.preference import (
     side_of,
 )
 from inlay.data.read import RawRow
-from inlay.data.rows import EmptyFieldError, Rows, is_missing, joined, present, shaped, text_field
+from inlay.data.rows import Rows, shaped
 from inlay.data.tokens import Encoded, check_trained, encode, named
 from inlay.errors import DataError
 

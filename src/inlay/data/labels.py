@@ -9,20 +9,10 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
+from inlay.data.conversations import parsed
+from inlay.data.fields import EmptyFieldError, columns, filled, is_missing, present, text_in
 from inlay.data.read import RawRow
-from inlay.data.rows import (
-    EmptyFieldError,
-    Kind,
-    Rows,
-    columns,
-    filled,
-    group_of,
-    is_missing,
-    parsed,
-    present,
-    shaped,
-    text_in,
-)
+from inlay.data.rows import Kind, Rows, group_of, shaped
 from inlay.errors import DataError, did_you_mean
 
 __all__ = [

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inlay.data.rows import EmptyFieldError, is_missing
+from inlay.data.fields import EmptyFieldError, is_missing
 from inlay.errors import DataError
 
 if TYPE_CHECKING:

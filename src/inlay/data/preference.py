@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from inlay.data.conversations import ROLES, turn, turn_list
+from inlay.data.fields import present, text_field
 from inlay.data.read import RawRow
-from inlay.data.rows import ROLES, Rows, group_of, present, shaped, text_field, turn, turn_list
+from inlay.data.rows import Rows, group_of, shaped
 from inlay.data.tokens import Encoded, check_trained, common_prefix, cut_to, encode
 from inlay.errors import DataError
 

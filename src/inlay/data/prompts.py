@@ -6,18 +6,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from inlay.data.fields import EmptyFieldError, filled, is_missing, present, template_parts
 from inlay.data.preference import check_alike, messages
 from inlay.data.read import RawRow
-from inlay.data.rows import (
-    EmptyFieldError,
-    Rows,
-    filled,
-    group_of,
-    is_missing,
-    present,
-    shaped,
-    template_parts,
-)
+from inlay.data.rows import Rows, group_of, shaped
 from inlay.data.tokens import Encoded, own_template, token_ids
 from inlay.errors import DataError
 

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from string import Formatter
 from typing import Any, Literal, get_args
 
+from inlay.data.conversations import messages_row, sharegpt_row
+from inlay.data.fields import (
+    EmptyFieldError,
+    columns,
+    filled,
+    is_missing,
+    joined,
+    present,
+    text_field,
+)
 from inlay.data.read import RawRow, place
 from inlay.errors import DataError, did_you_mean
 
@@ -28,15 +35,6 @@ Kind = Literal[
 Format = Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"]
 Shape = Callable[[RawRow], dict[str, Any]]
 
-ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-}
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
@@ -46,10 +44,6 @@ ALPACA_WITH_INPUT = (
     "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-
-
-class EmptyFieldError(DataError):
-    """A row has nothing in a field that it needs; `skip_empty` leaves such rows out."""
 
 
 @dataclass(frozen=True)
@@ -261,99 +255,6 @@ def alike(row: RawRow, first: RawRow, name: str, shape: Shape) -> dict[str, Any]
     return shape(row)
 
 
-# Fields
-
-
-def columns(row: RawRow) -> str:
-    """Return a row's columns as a list to read."""
-    return ", ".join(repr(name) for name in row.values) or "(none)"
-
-
-def is_missing(value: Any) -> bool:
-    """Say whether a value is null, not a number, or blank."""
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
-def present(row: RawRow, name: str) -> Any:
-    """Return a column's value.
-
-    Raises:
-        DataError: the row does not have it.
-    """
-    if name not in row.values:
-        near = did_you_mean(name, row.values)
-        raise DataError(f"{row.where}: no field {name!r}; the row has {columns(row)}.{near}")
-    return row.values[name]
-
-
-def text_in(row: RawRow, value: Any, name: str) -> str:
-    """Return a value that must be text with something in it.
-
-    Raises:
-        EmptyFieldError: it is null, not a number, or blank.
-        DataError: it is not text, or text that UTF-8 cannot hold.
-    """
-    if is_missing(value):
-        found = "blank" if isinstance(value, str) else "null"
-        raise EmptyFieldError(
-            f"{row.where}: {name} is {found}; fill it in, or leave such rows out with skip_empty"
-        )
-    if not isinstance(value, str):
-        raise DataError(f"{row.where}: {name} is of type {type(value).__name__}; expected text")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{row.where}: {name} holds half of a surrogate pair, which is not text")
-    return value
-
-
-def text_field(row: RawRow, name: str) -> str:
-    """Return a column that must be text with something in it."""
-    return text_in(row, present(row, name), repr(name))
-
-
-def filled(row: RawRow, spec: str, first: RawRow) -> str:
-    """Return the column of that name, or the template of that text with its columns filled in."""
-    if spec in first.values or "{" not in spec:
-        return text_field(row, spec)
-    parts = template_parts(spec)
-    return "".join(
-        literal + ("" if name is None else text_field(row, name)) for literal, name in parts
-    )
-
-
-def template_parts(template: str) -> list[tuple[str, str | None]]:
-    """Return a template as pairs of literal text and the column that follows it.
-
-    Raises:
-        DataError: a brace is open, or holds more than a column's name.
-    """
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise DataError(
-            f"the template {template!r} cannot be read: {error}; write {{column}}, and {{{{ for "
-            "a brace"
-        ) from error
-    for _, name, spec, conversion in parts:
-        if name is not None and (not name or spec or conversion):
-            raise DataError(
-                f"the template {template!r} may hold only columns in braces, such as {{findings}}"
-            )
-    return [(literal, name) for literal, name, _, _ in parts]
-
-
-def joined(prompt: str, completion: str) -> dict[str, Any]:
-    """Return a prompt and a completion that meet at a token's boundary.
-
-    Tokenizers take a space as the start of the word that follows, so the one space between the
-    two belongs to the completion; then the prompt alone is tokenised as it is within the row.
-    """
-    if completion[0].isspace() or prompt.endswith(("\n", "\r")):
-        return {"prompt": prompt, "completion": completion}
-    return {"prompt": prompt.rstrip(" "), "completion": f" {completion}"}
-
-
 # One function a format
 
 
@@ -378,110 +279,6 @@ def alpaca_row(row: RawRow) -> dict[str, Any]:
         values["input"] = text_field(row, "input")
         template = ALPACA_WITH_INPUT
     return joined(template.format(**values), text_field(row, "output"))
-
-
-def messages_row(row: RawRow) -> dict[str, Any]:
-    """Return a conversation of roles and contents."""
-    turns = turn_list(row, "messages")
-    roles = {role: role for role in ROLES}
-    return conversation(row, [turn(row, t, n, "role", "content", roles) for n, t in turns])
-
-
-def sharegpt_row(row: RawRow) -> dict[str, Any]:
-    """Return a ShareGPT conversation, its speakers renamed."""
-    turns = turn_list(row, "conversations")
-    if "role" in turns[0][1]:
-        keys, roles = ("role", "content"), {role: role for role in ROLES}
-    else:
-        keys, roles = ("from", "value"), SHAREGPT_ROLES
-    messages = [turn(row, t, n, *keys, roles) for n, t in turns]
-    if not is_missing(row.values.get("system")):
-        messages.insert(0, {"role": "system", "content": text_field(row, "system")})
-    return conversation(row, messages)
-
-
-def turn_list(row: RawRow, name: str) -> list[tuple[int, Mapping[str, Any]]]:
-    """Return a conversation's turns, numbered from 1.
-
-    Raises:
-        DataError: it is not a list of objects, or has tools, which are not supported.
-    """
-    value = present(row, name)
-    if isinstance(value, str):
-        value = None if is_missing(value) else parsed(value)
-    if is_missing(value) or value == []:
-        raise EmptyFieldError(f"{row.where}: {name!r} holds no messages")
-    if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
-        raise DataError(f"{row.where}: {name!r} must be a list of objects, one a message")
-    if row.values.get("tools"):
-        raise DataError(f"{row.where}: tools are not supported; take the field 'tools' out")
-    return list(enumerate(value, start=1))
-
-
-def parsed(value: str) -> Any:
-    """Return JSON that a table holds as text, or the text itself when it is none."""
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-
-
-def turn(
-    row: RawRow,
-    value: Mapping[str, Any],
-    number: int,
-    role_key: str,
-    content_key: str,
-    roles: Mapping[str, str],
-) -> dict[str, Any]:
-    """Return one message.
-
-    Raises:
-        DataError: its role is unknown, its content no text, or it holds what would be lost.
-    """
-    named = f"message {number}"
-    for key in (role_key, content_key):
-        if key not in value:
-            near = did_you_mean(key, value)
-            raise DataError(f"{row.where}: {named} has no {key!r}.{near}")
-    for key, extra in value.items():
-        if key not in (role_key, content_key) and not (is_missing(extra) or extra == []):
-            raise DataError(
-                f"{row.where}: {named} has {key!r}, which training would ignore; take it out"
-            )
-    role = value[role_key]
-    if not isinstance(role, str) or role not in roles:
-        near = did_you_mean(role, roles) if isinstance(role, str) else ""
-        raise DataError(
-            f"{row.where}: {named} has the unknown role {role!r}; expected one of "
-            f"{', '.join(roles)}.{near}"
-        )
-    content = text_in(row, value[content_key], f"{content_key!r} of {named}")
-    return {"role": roles[role], "content": content}
-
-
-def conversation(row: RawRow, messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a conversation that can be trained on.
-
-    Raises:
-        DataError: nobody answers, one speaks twice in a row, or a system message comes late.
-    """
-    roles = [message["role"] for message in messages]
-    for number, (before, role) in enumerate(pairwise(roles), start=2):
-        if role == before:
-            raise DataError(
-                f"{row.where}: messages {number - 1} and {number} are both of {role!r}; join them "
-                "into one"
-            )
-        if role == "system":
-            raise DataError(
-                f"{row.where}: message {number} is of 'system', which may only be first"
-            )
-    if "assistant" not in roles:
-        raise DataError(
-            f"{row.where}: no message is of 'assistant', so that there is nothing to train on"
-        )
-    return {"messages": messages}
 
 
 SHAPES: dict[str, tuple[Kind, Shape]] = {

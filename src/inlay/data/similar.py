@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from inlay.data.fields import columns, filled
 from inlay.data.labels import regression
 from inlay.data.read import RawRow
-from inlay.data.rows import Kind, Rows, columns, filled, group_of, shaped
+from inlay.data.rows import Kind, Rows, group_of, shaped
 from inlay.errors import DataError, did_you_mean
 
 __all__ = ["SIMILAR", "columns_of", "normalise_similar"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from inlay.methods.base import evaluating
 from inlay.model.merge import first_tensor
 from inlay.model.shapes import length_multiple
 
-__all__ = ["Input", "accepted", "outputs", "padded_inputs", "padding_of"]
+__all__ = ["Input", "accepted", "outputs", "padded_batches", "padded_inputs", "padding_of"]
 
 
 class Input(Protocol):
@@ -81,20 +81,28 @@ def outputs(
         ModelError: an output is not finite.
     """
     found: dict[int, Tensor] = {}
-    device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
-        for batch in buckets([len(row.input_ids) for row in rows], batch_size):
-            chosen = [rows[i] for i in batch]
-            inputs = padded_inputs(chosen, padding_of(model), length_multiple(model))
-            call = {name: x.to(device) for name, x in accepted(model, inputs).items()}
-            given = first_tensor(model(**call)).float().cpu()
-            for i, row, output in zip(batch, chosen, given, strict=True):
-                own = output[: len(row.input_ids)] if given.dim() == 3 else output
+        for batch, inputs in padded_batches(model, rows, batch_size, on_progress):
+            given = first_tensor(model(**accepted(model, inputs))).float().cpu()
+            for i, output in zip(batch, given, strict=True):
+                own = output[: len(rows[i].input_ids)] if given.dim() == 3 else output
                 check_finite(own, i, lines)
                 found[i] = own
-            if on_progress is not None:
-                on_progress(len(found), len(rows))
     return [found[i] for i in range(len(rows))]
+
+
+def padded_batches(
+    model: nn.Module, rows: Sequence[Input], batch_size: int, on_progress: Progress | None
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Yield the numbers of rows of similar length, and their tokens where the model lies."""
+    device, done = next(model.parameters()).device, 0
+    for batch in buckets([len(row.input_ids) for row in rows], batch_size):
+        chosen = [rows[i] for i in batch]
+        inputs = padded_inputs(chosen, padding_of(model), length_multiple(model))
+        yield batch, {name: x.to(device) for name, x in inputs.items()}
+        done += len(batch)
+        if on_progress is not None:
+            on_progress(done, len(rows))
 
 
 def check_finite(output: Tensor, index: int, lines: Sequence[int] | None) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from html import escape
 from importlib.resources import files
@@ -13,17 +12,29 @@ from string import Template
 
 from inlay.errors import InlayError
 from inlay.evaluate.charts import Line, line_chart
+from inlay.evaluate.html import (
+    NOT_MEASURED,
+    cell,
+    duration,
+    facts_list,
+    figure,
+    interval,
+    p_text,
+    plain,
+    section,
+    size,
+    text,
+    tile,
+)
 from inlay.evaluate.record import (
     ComparisonRecord,
     ExampleRecord,
     Merge,
     MetricComparison,
     Run,
-    Score,
     Step,
 )
 
-NOT_MEASURED = "not measured"
 NAMES = {
     "loss": "Held-out loss",
     "accuracy": "Preferred answer likelier",
@@ -145,15 +156,6 @@ def tiles(run: Run, comparison: ComparisonRecord | None, merge: Merge | None) ->
     return f'<div class="tiles">{"".join(shown)}</div>'
 
 
-def tile(name: str, value: str, note: str) -> str:
-    """One figure with its name above and a note below."""
-    style = ' class="missing"' if value == NOT_MEASURED else ""
-    return (
-        f'<div class="tile"><span>{escape(name)}</span><b{style}>{escape(value)}</b>'
-        f"<span>{escape(note)}</span></div>"
-    )
-
-
 def loss_tile(comparison: ComparisonRecord | None) -> str:
     """Held-out loss before and after."""
     found = [m for m in comparison["metrics"] if m["name"] == "loss"] if comparison else []
@@ -195,7 +197,6 @@ def comparison_section(comparison: ComparisonRecord | None) -> str:
     if comparison is None:
         return section("Base against tuned", f'<p class="soft">{NOT_MEASURED}</p>')
     headed = "note" in comparison
-    rows = "".join(metric_row(metric, headed) for metric in comparison["metrics"])
     tests = sorted({metric["test"] for metric in comparison["metrics"]})
     counted = comparison.get("counted", "trained tokens")
     note = (
@@ -204,10 +205,7 @@ def comparison_section(comparison: ComparisonRecord | None) -> str:
         f"are {comparison['level']:.0%} bootstrap intervals over rows; p is of a "
         f"{', '.join(tests)} on the rows' differences."
     )
-    table = (
-        '<div class="scroll"><table><thead><tr><th>Metric</th><th>Base</th><th>Tuned</th>'
-        f"<th>Change</th><th>p</th></tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    table = metrics_table("Base", comparison["metrics"], headed)
     note = f"{note} Of the base: {comparison['note']}." if "note" in comparison else note
     return section("Base against tuned", f'{table}<p class="note">{escape(note)}</p>')
 
@@ -217,11 +215,7 @@ def baseline_section(comparison: ComparisonRecord | None) -> str:
     if comparison is None or "baseline" not in comparison:
         return ""
     baseline = comparison["baseline"]
-    rows = "".join(metric_row(metric, headed=True) for metric in baseline["metrics"])
-    table = (
-        '<div class="scroll"><table><thead><tr><th>Metric</th><th>Baseline</th><th>Tuned</th>'
-        f"<th>Change</th><th>p</th></tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    table = metrics_table("Baseline", baseline["metrics"], headed=True)
     note = f"The baseline gives {baseline['about']}."
     tables = f'{table}<p class="note">{escape(note)}</p>{class_table(comparison)}'
     return section("Baseline against tuned", tables)
@@ -246,7 +240,16 @@ def class_table(comparison: ComparisonRecord) -> str:
     )
 
 
-def metric_row(metric: MetricComparison, headed: bool = False) -> str:
+def metrics_table(before: str, metrics: Sequence[MetricComparison], headed: bool) -> str:
+    """The table of what stood before, named here, against tuned."""
+    rows = "".join(metric_row(metric, headed) for metric in metrics)
+    return (
+        f'<div class="scroll"><table><thead><tr><th>Metric</th><th>{before}</th><th>Tuned</th>'
+        f"<th>Change</th><th>p</th></tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def metric_row(metric: MetricComparison, headed: bool) -> str:
     """One metric of base and tuned; of a head, by the name that it has there."""
     names = NAMES | HEADED if headed else NAMES
     name = escape(names.get(metric["name"], metric["name"]))
@@ -263,26 +266,12 @@ def metric_row(metric: MetricComparison, headed: bool = False) -> str:
     )
 
 
-def cell(column: str, content: str, style: str = "") -> str:
-    """A cell that knows its column's name, for screens too narrow to have columns."""
-    return f'<td data-column="{column}" class="{style}">{content}</td>'
-
-
 def verdict(metric: MetricComparison) -> str:
     """Return `good` or `bad` where the difference is more than chance, else nothing."""
     change, p = metric["difference"]["value"], metric["p_value"]
     if not change or p is None or p >= SIGNIFICANT or metric["better"] == "neither":
         return ""
     return "good" if (change < 0) == (metric["better"] == "lower") else "bad"
-
-
-def interval(score: Score, *, signed: bool = False) -> str:
-    """A value with its interval below it."""
-    low, high = score["low"], score["high"]
-    value = figure(score["value"], signed=signed)
-    if low is None or high is None:
-        return value
-    return f"{value}<small>{figure(low, signed=signed)} to {figure(high, signed=signed)}</small>"
 
 
 def curves_section(metrics: Sequence[Step], task: str = "sft") -> str:
@@ -363,13 +352,6 @@ def example(e: ExampleRecord) -> str:
     return f'<div class="example">{prompt}<div class="texts">{texts}</div></div>'
 
 
-def text(name: str, style: str, content: str) -> str:
-    """A named text, kept as it is written."""
-    shown = escape(content) or '<span class="soft">(nothing)</span>'
-    caption = f"<figcaption>{escape(name)}</figcaption>"
-    return f'<figure class="{style}">{caption}<pre>{shown}</pre></figure>'
-
-
 def details(run: Run) -> str:
     """The whole configuration, versions and hashes, folded away."""
     parts = [
@@ -390,58 +372,3 @@ def hashes(run: Run) -> dict[str, str]:
     """SHA-256 of the base model and of the data, where they are known."""
     found = {"base": run.get("base_sha256"), "data": run.get("data_sha256")}
     return {f"{name} sha256": value for name, value in found.items() if value}
-
-
-def plain(values: Mapping[str, object]) -> dict[str, str]:
-    """Write values as text: strings as they are, all else as JSON."""
-    return {
-        key: value if isinstance(value, str) else json.dumps(value, default=str)
-        for key, value in values.items()
-    }
-
-
-def facts_list(facts: Mapping[str, str]) -> str:
-    """Names and values side by side."""
-    items = (f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
-    return f"<dl>{''.join(items)}</dl>"
-
-
-def section(title: str, content: str) -> str:
-    """A titled part of the page."""
-    return f"<section><h2>{escape(title)}</h2>{content}</section>"
-
-
-def figure(value: float | None, *, signed: bool = False) -> str:
-    """A number to three decimals or four figures; a dash where it is not known."""
-    if value is None:
-        return "–"
-    decimals = next((d for d, limit in ((3, 10), (2, 100), (1, 1000)) if abs(value) < limit), 0)
-    spelt = ",.4g" if abs(value) >= 1e6 else f",.{decimals}f"
-    return f"{value:{'+' if signed else ''}{spelt}}".replace("-", "−")
-
-
-def p_text(p: float | None, *, short: bool = False) -> str:
-    """A p-value, never as zero."""
-    if p is None:
-        return "–" if short else "one row proves nothing"
-    written = "< 0.001" if p < 0.001 else f"{p:.3f}"
-    return written if short else f"p {written}" if p < 0.001 else f"p = {written}"
-
-
-def size(count: float) -> str:
-    """Bytes in the largest unit that gives at least 1: 1,536 is 1.5 KiB."""
-    if count < 1024:
-        return f"{count:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        count /= 1024
-        if count < 1024:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1024:.1f} TiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: 3,725 is 1 h 2 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

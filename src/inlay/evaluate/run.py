@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 import numpy as np
@@ -152,24 +153,20 @@ def compare(
         ModelError: a loss is not finite, or the model cannot generate text.
     """
     samples = choose_samples(rows, encoded, generate_rows)
-    chosen: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-        "seeing": seeing,
-    }
-    tuned = measure(
-        model, tokenizer, rows, encoded, samples, **chosen, on_progress=named("tuned", on_progress)
+    measured = partial(
+        measure,
+        model,
+        tokenizer,
+        rows,
+        encoded,
+        samples,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seeing=seeing,
     )
+    tuned = measured(on_progress=named("tuned", on_progress))
     with disabled(model):
-        base = measure(
-            model,
-            tokenizer,
-            rows,
-            encoded,
-            samples,
-            **chosen,
-            on_progress=named("base", on_progress),
-        )
+        base = measured(on_progress=named("base", on_progress))
     prompts = [tokenizer.decode(list(s.prompt), skip_special_tokens=True) for s in samples]
     return Comparison(base, tuned, samples, tuple(str(p).strip() for p in prompts))
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from inlay.memory.costs import planning_for
-from inlay.memory.simulate import Ledger, Work, fake_tensors, known_tensor
+from inlay.memory.known import known_tensor
+from inlay.memory.ledger import Ledger, Work
+from inlay.memory.simulate import fake_tensors
 
 LOGITS_KEPT = 1
 """Generation asks for the logits of the last position alone."""

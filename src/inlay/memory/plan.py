@@ -14,17 +14,11 @@ from inlay.errors import ModelError
 from inlay.kernels.switches import is_on
 from inlay.memory.devices import CUDA_RUNTIME, Device
 from inlay.memory.generating import Answered, Answering, simulate_answers
+from inlay.memory.ledger import Work
+from inlay.memory.optimisers import Optimiser
 from inlay.memory.policy import POLICIES, Policy
 from inlay.memory.probe import resident
-from inlay.memory.simulate import (
-    Frozen,
-    Optimiser,
-    Simulation,
-    Work,
-    fake_tensors,
-    frozen_bytes,
-    simulate,
-)
+from inlay.memory.simulate import Frozen, Simulation, fake_tensors, frozen_bytes, simulate
 
 Product = tuple[int, int, int]
 """The shape (m, k, n) of a matrix product."""

@@ -13,15 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.initialization import no_init_weights
 
 from inlay.errors import ModelError, did_you_mean
+from inlay.model.folder import EMBEDDED, looks_like_hub_id
 from inlay.model.heads import Head, configured
-from inlay.model.load import (
-    EMBEDDED,
-    checked_dtype,
-    failures_as_sentences,
-    looks_like_hub_id,
-    model_class,
-    packed_storage,
-)
+from inlay.model.libraries import failures_as_sentences
+from inlay.model.load import checked_dtype, model_class, packed_storage
 from inlay.model.quantize import dense_view, storages
 from inlay.model.stream import embedding_on_host
 from inlay.storage.registry import storage_class

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import logging as hub_logging
-from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
 )
-from transformers.utils import logging as transformers_logging
 
 from inlay.errors import ModelError, did_you_mean
 from inlay.model import stream_files
+from inlay.model.folder import check_folder, located, weight_files
 from inlay.model.heads import (
     Head,
     check_head_complete,
@@ -40,27 +30,17 @@ from inlay.model.heads import (
     initialise,
     pad_token,
 )
+from inlay.model.libraries import failures_as_sentences, quiet_transformers
 from inlay.model.quantize import describe_quantization, head_of, storages
-from inlay.model.reading import (
-    ReadingConfig,
-    ReadingQuantizer,
-    Stopped,
-    unread_tensors,
-)
+from inlay.model.reading import ReadingConfig, ReadingQuantizer, unread_tensors
 from inlay.model.stream import BUFFERS, connect, embedding_on_host
 from inlay.model.stream import stream as stream_from_host
-from inlay.model.vision import has_processor, read_processor, sees_images, tokenizer_in
+from inlay.model.tokenizer import read_reader
+from inlay.model.vision import sees_images, tokenizer_in
 from inlay.storage.registry import storage_class
 
 Stream = Literal["off", "disk", "host"]
 EmbeddingStorage = Literal["dense", "host"]
-EMBEDDED = {"pocket": Path(__file__).parent / "pocket"}
-"""Names of the base models that come with Inlay -> their folder."""
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-FETCHED = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def load(
@@ -144,119 +124,10 @@ def check_word(key: str, value: str, allowed: Any) -> None:
         raise ModelError(f"{key} must be one of {', '.join(get_args(allowed))}, not {value!r}")
 
 
-def located(model: str, revision: str | None = None) -> Path:
-    """Return the folder of a model: embedded, local, or fetched from the hub.
-
-    Raises:
-        ModelError: it is not there, or its files are missing, damaged or not safetensors.
-    """
-    folder = EMBEDDED[model] if model in EMBEDDED else Path(model).expanduser().resolve()
-    if folder.exists() and not folder.is_dir():
-        raise ModelError(f"{model} is a file; a model is a folder with config.json in it")
-    if not folder.is_dir():
-        folder = fetched(model, revision)
-    check_folder(folder)
-    return folder
-
-
-def fetched(model: str, revision: str | None) -> Path:
-    """Fetch a hub model, or find it in the local cache; return its folder there."""
-    if not looks_like_hub_id(model):
-        raise ModelError(f"there is no folder {model!r}.{did_you_mean(model, EMBEDDED)}")
-    with quiet_hub():
-        try:
-            return Path(snapshot_download(model, revision=revision, allow_patterns=FETCHED))
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            raise ModelError(
-                f"{model!r} is neither a folder nor reachable on the hub "
-                f"({type(error).__name__}); check the spelling and the connection, or give a "
-                f"local folder.{did_you_mean(model, EMBEDDED)}"
-            ) from error
-
-
-def looks_like_hub_id(model: str) -> bool:
-    """Say whether a name could be `owner/name` or `name` on the hub."""
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return False
-    return True
-
-
-def check_folder(folder: Path) -> None:
-    """Raise unless a folder holds a configuration and whole safetensors files.
-
-    Raises:
-        ModelError: what is missing or damaged, and where.
-    """
-    if not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        hint = " It holds an adapter; give the model it was trained on." if adapter else ""
-        raise ModelError(f"{folder} has no config.json, which every model folder has.{hint}")
-    pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
-    files = weight_files(folder)
-    if not files and pickles:
-        raise ModelError(
-            f"{folder} holds its weights as {pickles[0]}, and only safetensors is read, because "
-            "the other formats can run code; convert it with transformers' save_pretrained"
-        )
-    if not files:
-        raise ModelError(f"{folder} holds neither {WEIGHTS} nor {INDEX}: no weights to load")
-    for file in files:
-        check_safetensors(file)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model; raise when its index names one that is not there."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    index = folder / INDEX
-    if not index.is_file():
-        return []
-    try:
-        shards = {str(s) for s in json.loads(index.read_text("utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} is damaged: {error}; fetch the model again") from error
-    missing = sorted(name for name in shards if not (folder / name).is_file())
-    if missing:
-        raise ModelError(f"{folder} lacks {missing[0]}, which {INDEX} names; fetch it again")
-    return sorted(folder / name for name in shards)
-
-
-def check_safetensors(file: Path) -> None:
-    """Raise when a safetensors file is truncated or its header is damaged."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            opened.keys()
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is truncated or damaged: {error}; fetch it again") from error
-
-
 def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     """Read the model's configuration."""
     with failures_as_sentences(folder, "configuration"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
-def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Read the model's tokenizer."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ModelError(
-            f"{folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}; save it there "
-            "with the tokenizer's save_pretrained"
-        )
-    with failures_as_sentences(folder, "tokenizer"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
-def read_reader(
-    folder: Path, config: PreTrainedConfig, trust_remote_code: bool
-) -> PreTrainedTokenizerBase | ProcessorMixin:
-    """Read the processor of a model that sees images and has one, else the tokenizer."""
-    if not (sees_images(config) and has_processor(folder)):
-        return read_tokenizer(folder, trust_remote_code)
-    with failures_as_sentences(folder, "processor"):
-        return read_processor(folder, config, trust_remote_code)
 
 
 def reading_config(
@@ -345,27 +216,24 @@ def read_model(
 ) -> PreTrainedModel:
     """Read the weights; raise unless every one of them was found and used, heads apart."""
     read_as = model_class(config, head)
-    kept = head is None or configured(config, head)
     packed = reading is not None or "quantization_config" in vars(config)
+    # transformers would map the files into memory; packed weights are better read piecemeal.
     piecemeal = packed and reads_piecemeal(read_as)
-    with failures_as_sentences(folder, "weights"):
-        # transformers would map the files into memory; packed weights are better read piecemeal.
-        unread = unread_tensors(weight_files(folder)) if piecemeal else None
-        model, report = read_as.from_pretrained(
-            None if piecemeal else folder,
-            config=config,
-            state_dict=unread,
-            quantization_config=reading,
-            dtype=stored_dtype(folder, config) if piecemeal and dtype == "auto" else dtype,
-            device_map={"": where},
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=not kept,
-        )
-        if piecemeal and (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-    settle(model, folder, report, head, kept)
+    if piecemeal and dtype == "auto":
+        with failures_as_sentences(folder, "weights"):
+            dtype = stored_dtype(folder, config)
+    model = with_weights(
+        read_as,
+        folder,
+        config,
+        head,
+        partial(unread_tensors, weight_files(folder)) if piecemeal else None,
+        quantization_config=reading,
+        dtype=dtype,
+        device_map={"": where},
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+    )
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, ReadingQuantizer):
         quantizer.release(model)
@@ -382,7 +250,6 @@ def read_streamed(
 ) -> PreTrainedModel:
     """Read what is small; leave the large weights in the files, or in those of a packed copy."""
     read_as = model_class(config, head)
-    kept = head is None or configured(config, head)
     if not reads_piecemeal(read_as):
         raise ModelError(
             f"{folder} is a model of its own code, which cannot be streamed; load it with "
@@ -406,21 +273,42 @@ def read_streamed(
     weights, left = stream_files.weights_in_files(skeleton, tensors, packed_as)
     if said.get("head_storage", "dense") != "dense":
         check_head_streams(folder, weights[head_of(skeleton)].packing, said["head_storage"])
-    with failures_as_sentences(folder, "weights"):
-        model, report = read_as.from_pretrained(
-            None,
-            config=config,
-            state_dict=stream_files.stand_ins(skeleton, files, left, weights),
-            dtype=compute,
-            device_map={"": "cpu"},
-            output_loading_info=True,
-            ignore_mismatched_sizes=not kept,
-        )
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-    settle(model, folder, report, head, kept)
+    state = partial(stream_files.stand_ins, skeleton, files, left, weights)
+    at = {"": "cpu"}
+    model: Any = with_weights(read_as, folder, config, head, state, dtype=compute, device_map=at)
     connect(model, weights, device, BUFFERS)
     return model.to(device)
+
+
+def with_weights(
+    read_as: Any,
+    folder: Path,
+    config: PreTrainedConfig,
+    head: Head | None,
+    state: Callable[[], dict[str, Any]] | None,
+    **given: Any,
+) -> PreTrainedModel:
+    """Return the model with the folder's weights, or those of `state`, once all are found and used.
+
+    A head that the checkpoint lacks is given its values.
+    """
+    kept = head is None or configured(config, head)
+    with failures_as_sentences(folder, "weights"):
+        model, report = read_as.from_pretrained(
+            folder if state is None else None,
+            config=config,
+            state_dict=None if state is None else state(),
+            output_loading_info=True,
+            ignore_mismatched_sizes=not kept,
+            **given,
+        )
+        if state is not None and (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    if head is None:
+        check_complete(folder, report)
+    else:
+        initialise(model, check_head_complete(model, folder, report), kept, head.seed)
+    return model
 
 
 def check_head_streams(folder: Path, held: str, asked: str) -> None:
@@ -431,20 +319,6 @@ def check_head_streams(folder: Path, held: str, asked: str) -> None:
             f"from its own files, where the head is {held}; leave head_storage at 'dense' (a "
             "streamed head takes no room), or give stream='host'"
         )
-
-
-def settle(
-    model: PreTrainedModel,
-    folder: Path,
-    report: Mapping[str, Any],
-    head: Head | None,
-    kept: bool,
-) -> None:
-    """Raise unless the weights are all there; give a head that the checkpoint lacks its values."""
-    if head is None:
-        check_complete(folder, report)
-    else:
-        initialise(model, check_head_complete(model, folder, report), kept, head.seed)
 
 
 def check_cached(folder: Path) -> None:
@@ -499,45 +373,3 @@ def check_complete(folder: Path, report: Mapping[str, Any]) -> None:
             f"{folder} holds {len(unexpected)} weights that the model has no place for, such as "
             f"{unexpected[0]}; its config.json describes another architecture"
         )
-
-
-@contextmanager
-def failures_as_sentences(folder: Path, what: str) -> Generator[None]:
-    """Turn whatever transformers raises over these files into a sentence for the user."""
-    try:
-        yield
-    except Stopped as stopped:
-        raise stopped.error from None
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ModelError(
-            f"the {what} in {folder} cannot be used: {type(error).__name__}: {reason}"
-        ) from error
-
-
-@contextmanager
-def quiet_hub() -> Generator[None]:
-    """Keep the hub client's warnings off the terminal; errors are ours to tell."""
-    level = hub_logging.get_verbosity()
-    hub_logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        hub_logging.set_verbosity(level)
-
-
-@contextmanager
-def quiet_transformers() -> Generator[None]:
-    """Keep transformers' progress bars and reports off the terminal; errors are ours to tell."""
-    level, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

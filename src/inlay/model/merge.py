@@ -221,20 +221,28 @@ def held(base: FrozenLinear, w: Tensor, bias: Tensor | None, storage: str) -> nn
 def check_mergeable(model: nn.Module) -> None:
     """Raise when nothing is active or an active method is not a map on weights."""
     names = active(model)
+    reason = why_not_mergeable(model, names)
+    if reason is not None:
+        raise MergeError(reason)
+    if not names:
+        raise MergeError("no adapter is active, so there is nothing to merge; call inlay.use first")
+
+
+def why_not_mergeable(model: nn.Module, names: Sequence[str]) -> str | None:
+    """Return why these adapters cannot merge: the weights lie elsewhere, or a method is no map."""
     if is_streamed(model):
-        raise MergeError(
+        return (
             "a streamed model's weights stay where they are, and merging would hold all of them in "
             "memory; save the adapter, load the model with stream='off' and the adapter on it"
         )
-    if not names:
-        raise MergeError("no adapter is active, so there is nothing to merge; call inlay.use first")
     for name in names:
         method = adapters(model)[name].method
         if not method.mergeable:
-            raise MergeError(
+            return (
                 f"adapter {name!r} ({method.name}) adds computation that no weight can hold, so it "
                 "cannot merge; keep it as an adapter, or train a mergeable method such as LoRA"
             )
+    return None
 
 
 def check_survival(plan: Plan, storage: str, minimum: float) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from inlay.errors import ModelError, StorageError
+from inlay.model.folder import INDEX
 from inlay.model.heads import head_modules
 from inlay.model.quantize import bitsandbytes_config, dense_view, is_dense_linear
 from inlay.model.reading import unread_tensors
@@ -28,7 +29,6 @@ from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.registry import storage_class
 from inlay.storage.weights_file import FileTensor, WeightsFile
 
-INDEX = "model.safetensors.index.json"
 LAYOUT = 1
 """Of the cached copies; another number makes new ones."""
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.model.attach import activate, adapted_layers, adapters, required_registry
+from inlay.model.attach import activate, adapted_layers, required_registry
 from inlay.model.layer import AdaptedLayer, become_adapted
-from inlay.model.merge import Update, held
-from inlay.model.stream import is_streamed
+from inlay.model.merge import Update, held, why_not_mergeable
 from inlay.peft.errors import MergeError
 from inlay.storage.registry import frozen
 
@@ -28,7 +27,9 @@ class Merged(Update):
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        check_mergeable(model, names)
+        reason = why_not_mergeable(model, names)
+        if reason is not None:
+            raise MergeError(reason)
         self.model, self.names = model, tuple(names)
         self.swaps: list[Swap] = []
         self.plan()
@@ -101,23 +102,3 @@ def place(owner: nn.Module, key: str, leaving: Any, coming: Any) -> None:
     if coming.device != leaving.device:
         coming.data = coming.data.to(leaving.device)
     owner._parameters[key] = coming
-
-
-def check_mergeable(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise when an adapter's method is no map on weights, or the weights lie elsewhere.
-
-    Raises:
-        MergeError: it adds computation that no weight can hold, or the model is streamed.
-    """
-    if is_streamed(model):
-        raise MergeError(
-            "a streamed model's weights stay where they are, and merging would hold all of them in "
-            "memory; save the adapter, load the model with stream='off' and the adapter on it"
-        )
-    for name in names:
-        method = adapters(model)[name].method
-        if not method.mergeable:
-            raise MergeError(
-                f"adapter {name!r} ({method.name}) adds computation that no weight can hold, so it "
-                "cannot merge; keep it as an adapter"
-            )

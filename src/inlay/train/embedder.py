@@ -15,11 +15,10 @@ from transformers import PreTrainedModel
 
 from inlay.data.inputs import InputRow
 from inlay.errors import ModelError, UsageError
-from inlay.evaluate.losses import Progress, buckets
-from inlay.evaluate.outputs import accepted, padded_inputs, padding_of
+from inlay.evaluate.losses import Progress
+from inlay.evaluate.outputs import accepted, padded_batches
 from inlay.methods.base import evaluating
-from inlay.model.load import located
-from inlay.model.shapes import length_multiple
+from inlay.model.folder import located
 
 MODULES = "modules.json"
 RENAMED = {"sentence_transformers.models": "sentence_transformers.sentence_transformer.modules"}
@@ -59,14 +58,9 @@ class Embedder(nn.Module):
         model: Any = self.__dict__["inner"]
         found: dict[int, Tensor] = {}
         with evaluating(model), torch.no_grad():
-            for batch in buckets([len(row.input_ids) for row in rows], batch_size):
-                chosen = [rows[i] for i in batch]
-                inputs = padded_inputs(chosen, padding_of(model), length_multiple(model))
-                given = self({name: x.to(model.device) for name, x in inputs.items()})
-                vectors = given["sentence_embedding"].float().cpu()
+            for batch, inputs in padded_batches(model, rows, batch_size, on_progress):
+                vectors = self(inputs)["sentence_embedding"].float().cpu()
                 found.update(zip(batch, vectors, strict=True))
-                if on_progress is not None:
-                    on_progress(len(found), len(rows))
         vectors = torch.stack([found[i] for i in range(len(rows))])
         if not bool(torch.isfinite(vectors).all()):
             raise ModelError(

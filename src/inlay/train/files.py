@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from inlay.checkpoint.folder import flush_names
 from inlay.errors import CheckpointError, TrainingError
 
 FULL = ("No space left", "the disk is full")
@@ -67,26 +68,17 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         raise
     remove_whole(folder)
     beside.rename(folder)
-    flush_directory(folder.parent)
+    flush_names(folder.parent)
 
 
 def flush(folder: Path) -> None:
     """Have every file of a folder on the disk before anything refers to it."""
     for path in [folder, *folder.rglob("*")]:
         if path.is_dir():
-            flush_directory(path)
+            flush_names(path)
         else:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-def flush_directory(folder: Path) -> None:
-    """Have a folder's list of names on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove_whole(folder: Path) -> None:

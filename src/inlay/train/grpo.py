@@ -18,7 +18,7 @@ from inlay.evaluate.generation import context_length
 from inlay.evaluate.record import ComparisonRecord
 from inlay.evaluate.reward import Prompts, answers_of, compare_rewards
 from inlay.memory.devices import Device
-from inlay.model.load import located
+from inlay.model.folder import located
 from inlay.model.merge import check_mergeable
 from inlay.train import planning
 from inlay.train.arguments import shared

@@ -10,7 +10,9 @@ from inlay.data.inputs import InputRow, longest_input
 from inlay.data.rows import Rows
 from inlay.memory.devices import Device
 from inlay.memory.skeleton import config_of
-from inlay.model.load import located, quiet_transformers, read_tokenizer
+from inlay.model.folder import located
+from inlay.model.libraries import quiet_transformers
+from inlay.model.tokenizer import has_tokenizer, read_tokenizer
 from inlay.train import planning
 from inlay.train.config import RunConfig
 from inlay.train.rows import rows_of_run
@@ -34,7 +36,7 @@ def reader(
         assumed: what returns a batch of full length.
     """
     _, where = config_of(config.model, config.revision)
-    if prepare is None or (where.exists() and not planning.has_tokenizer(where)):
+    if prepare is None or (where.exists() and not has_tokenizer(where)):
         return assumed
     with quiet_transformers():
         tokenizer = read_tokenizer(located(config.model, config.revision), False)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from math import ceil
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +16,22 @@ from inlay.data.labelled import Labelled
 from inlay.data.preference import Pair
 from inlay.data.prompts import encode_prompts
 from inlay.data.tokens import Encoded
-from inlay.errors import TrainingError
 from inlay.memory.devices import Device
 from inlay.memory.generating import Answering
+from inlay.memory.optimisers import Optimiser, adamw, adamw_8bit
 from inlay.memory.plan import Plan, Product, Task, plan
 from inlay.memory.policy import POLICIES, Policy
 from inlay.memory.probe import runtime
-from inlay.memory.simulate import Optimiser, adamw, adamw_8bit
 from inlay.memory.skeleton import computing_dtype, config_of, skeleton
 from inlay.methods.base import PromptMethod
 from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
 from inlay.model.eight_bits import compute_in_8_bits
+from inlay.model.folder import located
 from inlay.model.heads import Head, not_adapted, to_train
-from inlay.model.load import TOKENIZER_FILES, located, quiet_transformers, read_tokenizer
+from inlay.model.libraries import quiet_transformers
 from inlay.model.shapes import length_multiple
+from inlay.model.tokenizer import has_tokenizer, read_tokenizer
 from inlay.train.collate import IGNORED, Concatenate
 from inlay.train.config import RunConfig
 from inlay.train.mismatched import mismatched_in_batches
@@ -43,12 +43,8 @@ from inlay.train.trainer import labels
 EPOCHS_LOOKED_AT = 10
 UNKEPT = "KL_"
 """What the inputs of a pass without a gradient begin with, as TRL's KTOTrainer names them."""
-STORAGES = ("dense", "nf4")
-"""Storages that are proposed, the most exact first."""
 SEEING = "inlay.train.vision"
 """The module that plans rows with images, too."""
-RANKS = (16, 32, 64, 128)
-"""Ranks that are proposed; the first whose parameters outnumber the trained tokens."""
 
 
 def same(config: RunConfig) -> RunConfig:
@@ -349,115 +345,6 @@ def row_reader(config: RunConfig, device: Device, has_data: bool) -> Callable[[R
             return lambda changed: labelled_to_plan(changed, labelled, multiple)
         encoded = encode_rows(rows, tokenizer, config.max_length)
     return lambda changed: rows_to_plan(changed, encoded, multiple)
-
-
-def has_tokenizer(where: Path) -> bool:
-    """Say whether a tokenizer lies in a folder."""
-    return where.is_dir() and any((where / name).is_file() for name in TOKENIZER_FILES)
-
-
-# What to do when it does not fit, or when nothing was asked for
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A run that fits, and why it is this one."""
-
-    config: RunConfig
-    plan: Plan
-    reasons: tuple[str, ...]
-
-
-def proposal(
-    config: RunConfig,
-    rows_for: Callable[[RunConfig], Rows],
-    device: Device,
-    storages: Sequence[str] = STORAGES,
-) -> Proposal:
-    """Return LoRA on the most exact storage that fits, at the batch asked for or a smaller one.
-
-    Raises:
-        TrainingError: nothing fits.
-    """
-    reasons: list[str] = []
-    for storage, batch, stream in candidates(config, storages, device):
-        changed = config.model_copy(
-            update={
-                "method": "lora",
-                "hyperparameters": {"rank": RANKS[0]},
-                "storage": storage,
-                "stream": stream,
-                "batch_size": batch,
-                "gradient_accumulation": ceil(
-                    config.batch_size * config.gradient_accumulation / batch
-                ),
-            }
-        )
-        rows = rows_for(changed)
-        found = planned_run(changed, rows, device)
-        place = "" if stream == "off" else f", streamed from {stream}"
-        what = f"{storage}{place}, {batch} rows a pass"
-        if found.chosen is not None:
-            reasons.append(f"{what}: fits")
-            ranked, why = with_rank(changed, found, rows)
-            return Proposal(ranked, found, (*reasons, why))
-        reasons.append(f"{what}: needs {found.least.total / 1e9:.1f} GB")
-    raise TrainingError(
-        f"nothing fits {device.name} with {device.memory / 1e9:.1f} GB: {'; '.join(reasons)}; "
-        "lower max_length or take a smaller model"
-    )
-
-
-def candidates(
-    config: RunConfig, storages: Sequence[str], device: Device
-) -> list[tuple[str, int, str]]:
-    """Return storage, rows a pass and where from it is streamed, from the most exact on."""
-    sizes = sorted({config.batch_size, TASKS[config.task].least_batch}, reverse=True)
-    if config.stream != "off":
-        return [(storage, size, config.stream) for storage in storages for size in sizes]
-    resident = [(storage, size, "off") for storage in storages for size in sizes]
-    far = "host" if device.kind == "cuda" else "disk"
-    return [*resident, *((storages[-1], size, far) for size in sizes)]
-
-
-def with_rank(config: RunConfig, found: Plan, rows: Rows) -> tuple[RunConfig, str]:
-    """Return the run with a rank whose parameters can hold what the trained tokens teach."""
-    per_rank = found.trained / RANKS[0]
-    rank = next((r for r in RANKS if r * per_rank >= rows.trained_tokens), RANKS[-1])
-    why = (
-        f"rank {rank}: {rank * per_rank:,.0f} parameters to hold {rows.trained_tokens:,} trained "
-        "tokens"
-        if rows.trained_tokens
-        else f"rank {rank}: enough for small and middling data"
-    )
-    return config.model_copy(update={"hyperparameters": {"rank": rank}}), why
-
-
-def check_fits(found: Plan, config: RunConfig) -> None:
-    """Raise when no allowed policy fits, before anything is loaded."""
-    if found.chosen is not None:
-        return
-    least = found.least
-    raise TrainingError(
-        f"training would run out of memory: the largest batch needs {least.total / 1e9:.2f} GB "
-        f"with activations {least.policy!r}, and {found.device.name} has "
-        f"{found.device.memory / 1e9:.2f} GB; {remedies(config)}"
-    )
-
-
-def remedies(config: RunConfig) -> str:
-    """Return what would make a run smaller."""
-    ways = [f"lower max_length (now {config.max_length})"]
-    least = TASKS[config.task].least_batch
-    if config.batch_size > least:
-        ways.append(f"set batch_size to {least} and raise gradient_accumulation")
-    if config.storage == "dense":
-        ways.append("hold the base with storage nf4")
-    elif config.head_storage == "dense" and "head_storage" not in TASKS[config.task].fixed:
-        ways.append("hold an untied output head with head_storage nf4")
-    if config.activations != "auto":
-        ways.append("leave activations at auto")
-    return ", or ".join(ways) + "; `inlay plan` shows what each needs"
 
 
 def steps_of(config: RunConfig, rows: Rows) -> int:

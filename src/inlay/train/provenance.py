@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from inlay.model.load import located, weight_files
+from inlay.model.folder import located, weight_files
 from inlay.train.events import peak_memory
 from inlay.train.files import sha256_of, size_of
 

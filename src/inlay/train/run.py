@@ -30,10 +30,13 @@ from inlay.memory.policy import applied
 from inlay.methods.base import Method
 from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
+from inlay.model.folder import located
 from inlay.model.heads import Head, not_adapted, to_train
-from inlay.model.load import load, located, quiet_transformers, read_tokenizer
+from inlay.model.libraries import quiet_transformers
+from inlay.model.load import load
 from inlay.model.report import Report, report
 from inlay.model.shard import let_go, resident_bytes, shard
+from inlay.model.tokenizer import read_tokenizer
 from inlay.model.vision import tokenizer_in
 from inlay.train import checkpoints, planning, provenance
 from inlay.train.arguments import check_optimizer
@@ -50,6 +53,7 @@ from inlay.train.parallel import (
     mesh_of,
     planned_division,
 )
+from inlay.train.proposal import check_fits
 from inlay.train.recipe import LearningRate, learning_rate
 from inlay.train.recorder import Recorder, read_metrics
 from inlay.train.rows import RunRows, have_images, rows_of_run, sample
@@ -302,7 +306,7 @@ class Running(ABC, Generic[Row]):
         except ModelError as error:
             self.note(f"memory is not planned: {error}")
             return None
-        planning.check_fits(found, self.config)
+        check_fits(found, self.config)
         best = found.best
         self.note(
             f"memory planned: {best.total / 1e9:.2f} GB of {found.limit / 1e9:.2f} GB, "

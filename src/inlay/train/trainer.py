@@ -25,11 +25,10 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from inlay.checkpoint.adapter import save_adapter
-from inlay.errors import CheckpointError
 from inlay.evaluate.losses import EncodedRow
 from inlay.memory.probe import measuring
-from inlay.model.attach import adapter_places
 from inlay.train import checkpoints
+from inlay.train.adapter_state import load_tensors, tensors_of
 from inlay.train.arguments import warmup_steps
 from inlay.train.collate import IGNORED
 from inlay.train.guard import DivergedError, Guard, check_gradients, check_same, fingerprints
@@ -354,35 +353,6 @@ def take_token_count(batch: dict[str, Tensor]) -> int:
     """Count a batch's tokens, padding left out; take out what only counting needs."""
     mask, padding = batch.get("attention_mask"), batch.pop("padding", 0)
     return batch["input_ids"].numel() - int(padding) if mask is None else int(mask.sum())
-
-
-def tensors_of(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
-    """Return an adapter's tensors by place and name, exactly as they are."""
-    return {
-        place: {name: getattr(params, name) for name in params.names()}
-        for place, params in adapter_places(model, adapter)
-    }
-
-
-def load_tensors(
-    model: nn.Module, adapter: str, saved: Mapping[str, Mapping[str, Tensor]], source: Path
-) -> None:
-    """Put saved values into an adapter's tensors.
-
-    Raises:
-        CheckpointError: the places, names or shapes are not this adapter's.
-    """
-    have = tensors_of(model, adapter)
-    shapes = {p: {n: t.shape for n, t in ts.items()} for p, ts in have.items()}
-    if shapes != {p: {n: t.shape for n, t in ts.items()} for p, ts in saved.items()}:
-        raise CheckpointError(
-            f"the checkpoint {source} holds an adapter of other layers or shapes than this run's; "
-            "give another output folder, or --overwrite"
-        )
-    with torch.no_grad():
-        for place, tensors in have.items():
-            for name, tensor in tensors.items():
-                tensor.copy_(saved[place][name])
 
 
 @contextmanager

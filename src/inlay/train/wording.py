@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -47,6 +48,7 @@ def located(problems: Mapping[str, str], source: str, lines: Mapping[str, int]) 
     return [places.get(key, "") + problems[key] for key in ordered]
 
 
+@cache
 def properties(definition: type[BaseModel]) -> dict[str, dict[str, Any]]:
     """Return the JSON schema of every field."""
     return definition.model_json_schema()["properties"]
