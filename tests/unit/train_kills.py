@@ -132,11 +132,15 @@ def outcome(config: RunConfig) -> dict[str, Any]:
 
 def main() -> None:
     """Try the methods and tasks that the words name, as `name:kills`."""
-    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     warm_up()
-    tried = (word.split(":") for word in sys.argv[2:])
-    print(json.dumps({name: attempts(folder, name, int(kills)) for name, kills in tried}))
+    ends: dict[str, list[dict[str, Any]]] = {}
+    for word in sys.argv[2:]:
+        name, kills = word.split(":")
+        folder = Path(sys.argv[1]) / name
+        folder.mkdir()
+        ends[name] = attempts(folder, name, int(kills))
+    print(json.dumps(ends))
 
 
 if __name__ == "__main__":
