@@ -45,7 +45,7 @@ def as_trl_has_them(rows: list[dict[str, Any]]) -> Dataset:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own, on its arguments' names
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_loss_and_margin_agree_with_trl_and_peft(tmp_path: Path, family: str) -> None:
     config = make_vision_run(
         tmp_path, family, task="dpo", count=PAIRS, beta=0.5, dropout=None, batch_size=PAIRS,

@@ -210,8 +210,11 @@ def test_a_key_that_rows_with_images_do_not_know_is_refused(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"task": "dpo", "cache_vision": True}, "'cache_vision' belongs to the task sft"),
-        ({"task": "dpo", "max_pixels": 9}, "'max_pixels' belongs to the task sft"),
+        (
+            {"task": "reward", "cache_vision": True},
+            "'cache_vision' belongs to the task sft and dpo and kto and orpo, not to 'reward'",
+        ),
+        ({"task": "reward", "max_pixels": 9}, "'max_pixels' belongs to the task sft and dpo"),
         ({"max_pixels": 0}, "'max_pixels' must be a whole number above 0 or nothing, not 0"),
         ({"cache_vision": "often"}, "'cache_vision' must be 'auto' or true or false or nothing"),
     ],

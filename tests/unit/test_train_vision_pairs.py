@@ -240,19 +240,6 @@ def test_an_adapter_without_gradient_stops_the_run(tmp_path: Path):
     assert not (tmp_path / "out" / "adapter").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"packing": True}, "'packing' does not apply to the task 'dpo'"),
-        ({"task": "reward", "beta": None, "max_pixels": 9}, "'max_pixels' belongs to the task sft"),
-    ],
-)
-def test_keys_are_checked(changes: dict[str, Any], sentence: str):
-    with pytest.raises(UsageError) as caught:
-        load_config(None, {"model": "m", "data": "d", "output": "o", "task": "dpo", **changes})
-    assert sentence in str(caught.value)
-
-
 def test_pairs_without_images_know_no_such_key(tmp_path: Path):
     from train_tiny import make_task
 
