@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
+from verbs import as_json
 from vision_tiny import QUESTION, make_digits, make_vision_model
 
 from inlay.cli.main import main
@@ -34,12 +35,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = ["--model", str(folder / "llava"), "--data", str(data)]
     assert main([*TRAIN, *where, "--output", str(folder / "run")]) == 0
     return folder
-
-
-def as_json(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
-    capsys.readouterr()
-    assert main([*words, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def test_data_shows_images_as_one_token_with_their_count(

@@ -20,6 +20,13 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
+def as_json(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    """Run a verb, and return what it writes for a machine."""
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
 def run_on(folder: Path, train: list[str], rows: Iterable[dict[str, Any]]) -> Path:
     """Train on rows in a folder, by the command; return the folder."""
     data = write(folder / "rows.jsonl", rows)

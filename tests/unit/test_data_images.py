@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from inlay.data.images import hold_images, normalise_images, normalise_shown
+from inlay.data.image_columns import hold_images
+from inlay.data.images import normalise_images, normalise_shown
 from inlay.data.read import RawRow, first_row, read_rows
 from inlay.data.rows import Rows
 from inlay.data.split import split

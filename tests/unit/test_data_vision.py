@@ -95,10 +95,11 @@ def test_prompts_are_padded_on_the_left(readers: dict[str, ImageReader], family:
     encoded = encode_images(rows_of(*MIXED), reader, 512)
     kept = [row.trained.index(True) for row in encoded]
     found = ImageInputs(reader)(encoded, width=60, kept=kept, left=True)
-    for name, value in found.items():
-        if name.endswith("token_type_ids"):
-            for number, row in enumerate(encoded):
-                whole = reader.of(row)[name][0, : kept[number]]
+    for number, row in enumerate(encoded):
+        said = reader.inputs(row.text, reader.opened(row.pictures))
+        for name, value in found.items():
+            if name.endswith("token_type_ids"):
+                whole = said[name][0, : kept[number]]
                 assert torch.equal(value[number, 60 - kept[number] :], whole)
                 assert not value[number, : 60 - kept[number]].any()
 
@@ -148,9 +149,13 @@ def test_prepared_images_are_kept_while_there_is_room(
     readers: dict[str, ImageReader], monkeypatch: pytest.MonkeyPatch
 ):
     reader, made = readers["llava"], []
-    rows = encode_images(rows_of(MIXED[0], MIXED[0]), reader, 512)
+    again = {**MIXED[0], "messages": turns("And what is it?", "It.")}
+    rows = encode_images(rows_of(MIXED[0], {**MIXED[0], "images": [picture(4)]}), reader, 512)
+    same = encode_images(rows_of(MIXED[0], again), reader, 512)
     of = ImageReader.of
     monkeypatch.setattr(ImageReader, "of", lambda self, row: made.append(1) or of(self, row))
+    ImageInputs(reader)(same, width=64)
+    assert len(made) == 1
     one = 3 * SIDE * SIDE * 4
     for room, calls in ((2 * one, 2), (one, 3), (0, 4)):
         made.clear()

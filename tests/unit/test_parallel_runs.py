@@ -38,6 +38,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "tags": {"task": "classify", "kind": "tokens", "base": "causal"},
     "grpo": {"task": "grpo", "beta": 0.1, "generate_rows": 32},
     "images": {"family": "llava"},
+    "image_pairs": {"family": "llava", "task": "dpo", **CUT},
 }
 RUNS |= TASKS
 LEFT = ("kto", "embed", "reward", "tags", "grpo")

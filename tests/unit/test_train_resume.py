@@ -12,7 +12,7 @@ import pytest
 
 DRIVER = Path(__file__).parent / "train_kills.py"
 TRIED = {"lora": 6, "prefix": 1, "full": 1, "dpo": 3} | dict.fromkeys(
-    ("kto", "orpo", "grpo", "classify", "reward", "embed", "images"), 2
+    ("kto", "orpo", "grpo", "classify", "reward", "embed", "images", "images-dpo"), 2
 )
 """The methods and tasks, and how many runs of each are killed, each twice."""
 

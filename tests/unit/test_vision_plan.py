@@ -26,7 +26,7 @@ from inlay.model.attach import attach
 from inlay.model.load import load
 from inlay.train.config import RunConfig
 from inlay.train.planning import built, step_loss
-from inlay.train.vision import as_seen, rows_to_plan
+from inlay.train.vision_planning import as_seen, rows_to_plan
 
 CPU = Device("cpu", "cpu", 1 << 50, 1e10, 1e11, 1e11)
 

@@ -1,7 +1,8 @@
 """Kill runs with SIGKILL at many moments, resume each, and print what they ended in, as JSON.
 
 One process imports everything and forks a child for every run, so that a kill costs no import.
-Usage: train_kills.py FOLDER NAME:KILLS ..., where a name is a method's, a task's, or `images`.
+Usage: train_kills.py FOLDER NAME:KILLS ..., where a name is a method's, a task's, `images` or
+`images-dpo`.
 """
 
 from __future__ import annotations
@@ -91,9 +92,11 @@ def flushes_of(config: RunConfig, path: Path) -> Callable[[], None]:
 
 def run_of(folder: Path, name: str) -> Callable[..., RunConfig]:
     """Return what makes runs of a method, of a task, or of answers about images."""
-    if name == "images":
+    about, _, task = name.partition("-")
+    if about == "images":
+        judged = {"task": task} if task else {}
         return lambda output, **more: make_vision_run(
-            folder, output=output, targets=["language"], **more
+            folder, output=output, targets=["language"], **judged, **more
         )
     kind = {"task": name} if name in TASKS else {"method": name}
     return lambda output, **more: make_any(folder, output, **kind, **more)

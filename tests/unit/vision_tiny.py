@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -284,6 +285,16 @@ def save_tiny(tiny: Tiny, family: str, folder: Path) -> Path:
     return folder
 
 
+def silence_projector(folder: Path) -> None:
+    """Zero a Llava's projector in its folder, so that no gradient passes through it."""
+    weights = folder / "model.safetensors"
+    held = load_file(weights)
+    for name in held:
+        if "multi_modal_projector.linear_2.weight" in name:
+            held[name] = torch.zeros_like(held[name])
+    save_file(held, weights, metadata={"format": "pt"})
+
+
 QUESTION = "Which digit is this?"
 
 
@@ -304,17 +315,49 @@ def make_digits(folder: Path, count: int | None = None) -> Path:
     return path
 
 
+def make_answers(folder: Path, digits: Path, many: int = 10) -> None:
+    """Write preferences and labelled answers about the digits below `many`, of a file's rows.
+
+    Beside the right answer stands a wrong one, which is another of these digits.
+    """
+    rows = [json.loads(line) for line in digits.read_text().splitlines()]
+    pairs: list[dict[str, Any]] = []
+    labelled: list[dict[str, Any]] = []
+    for number, row in enumerate(rows):
+        digit = int(row["completion"])
+        if digit >= many:
+            continue
+        wrong = str((digit + 1 + number % (many - 1)) % many)
+        asked = {"image": row["image"], "prompt": row["prompt"]}
+        pairs.append({**asked, "chosen": str(digit), "rejected": wrong})
+        right = number // 2 % 2 == 0
+        answer = str(digit) if right else wrong
+        labelled.append({**asked, "completion": answer, "label": right})
+    for name, found in (("pairs", pairs), ("labelled", labelled)):
+        text = "".join(json.dumps(row) + "\n" for row in found)
+        (folder / f"{name}.jsonl").write_text(text)
+
+
+DATA = {"sft": "digits.jsonl", "kto": "labelled.jsonl"}
+"""The file of each task's rows; pairs for the others."""
+
+
 def make_vision_run(
-    folder: Path, family: str = "llava", output: str = "out", count: int = 30, **changes: Any
+    folder: Path,
+    family: str = "llava",
+    output: str = "out",
+    count: int = 30,
+    many: int = 10,
+    **changes: Any,
 ) -> RunConfig:
-    """Return a short run of a family on digits in this folder."""
+    """Return a short run of a family on digits in this folder, those below `many` if judged."""
     if not (folder / family).is_dir():
         make_vision_model(folder / family, family)
     if not (folder / "digits.jsonl").is_file():
-        make_digits(folder, count)
+        make_answers(folder, make_digits(folder, count), many)
     run: dict[str, Any] = {
         "model": str(folder / family),
-        "data": str(folder / "digits.jsonl"),
+        "data": str(folder / DATA.get(changes.get("task", "sft"), "pairs.jsonl")),
         "output": str(folder / output),
         "dropout": 0.1,
         "rank": 4,

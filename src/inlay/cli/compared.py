@@ -65,24 +65,24 @@ class Comparing:
         passed = {name: self.limits[name] for name in ("batch_size", "on_progress")}
         return compare_rewards(self.model, self.tokenizer, prompts, **passed)
 
+    def reading(self) -> tuple[Any, dict[str, Any]]:
+        """Return what writes the rows as tokens, and the limits with what gives their images."""
+        from inlay.cli.reading import reading
+
+        base, revision = self.tuned.base, self.tuned.run.get("revision")
+        reader, seeing = reading(
+            self.rows, self.model, self.tokenizer, self.max_pixels, base, revision
+        )
+        return reader, {**self.limits, "seeing": seeing}
+
     def supervised(self) -> ComparisonRecord:
         """Return how well each model says what the rows do."""
-        from inlay.cli.reading import read
         from inlay.evaluate.run import compare
+        from inlay.train.rows import encode_rows
 
-        run = self.tuned.run
-        keys = {"max_length": self.max_length, "max_pixels": self.max_pixels}
-        found = read(
-            self.rows, self.model, self.tokenizer, keys, self.tuned.base, run.get("revision")
-        )
-        return compare(
-            self.model,
-            self.tokenizer,
-            self.rows,
-            found.encoded,
-            seeing=found.seeing,
-            **self.limits,
-        ).to_dict()
+        reader, limits = self.reading()
+        encoded = encode_rows(self.rows, reader, self.max_length)
+        return compare(self.model, self.tokenizer, self.rows, encoded, **limits).to_dict()
 
     def preferences(self) -> ComparisonRecord:
         """Return how often each model prefers the better answer, by ORPO's measure after ORPO."""
@@ -91,9 +91,10 @@ class Comparing:
         from inlay.train.rows import encode_pair_rows
 
         compare = compare_odds if self.tuned.run.get("task") == "orpo" else compare_pairs
-        pairs = encode_pair_rows(self.rows, self.tokenizer, self.max_length)
+        reader, limits = self.reading()
+        pairs = encode_pair_rows(self.rows, reader, self.max_length)
         chosen = answers(self.rows)
-        return compare(self.model, self.tokenizer, chosen, pairs, beta=self.beta, **self.limits)
+        return compare(self.model, self.tokenizer, chosen, pairs, beta=self.beta, **limits)
 
     def labelled(self) -> ComparisonRecord:
         """Return how well each model tells desirable answers from others."""
@@ -101,7 +102,8 @@ class Comparing:
         from inlay.train.mismatched import mismatched
         from inlay.train.rows import encode_labelled_rows
 
-        encoded = encode_labelled_rows(self.rows, self.tokenizer, self.max_length)
+        reader, limits = self.reading()
+        encoded = encode_labelled_rows(self.rows, reader, self.max_length)
         return compare_labelled(
             self.model,
             self.tokenizer,
@@ -111,5 +113,5 @@ class Comparing:
             mismatched(encoded, self.max_length),
             beta=self.beta,
             weights=Weights(**self.tuned.record.get("weights", {})),
-            **self.limits,
+            **limits,
         )

@@ -198,7 +198,7 @@ def reader_for(config: RunConfig, rows: Rows) -> Any:
     from inlay.model.tokenizer import read_tokenizer
 
     folder = located(config.model, config.revision)
-    if rows.kind == "images":
+    if rows.pictured:
         return image_reader(folder, config.max_pixels)
     return read_tokenizer(folder, False)
 
@@ -215,11 +215,8 @@ def drawn(row: Any, reader: PreTrainedTokenizerBase | ImageReader) -> list[Piece
 def sides(config: RunConfig, rows: Rows, tokenizer: Any) -> Sides:
     """Return rows as tokens; of preferences both answers, labelled ones by label, by name."""
     from inlay.data.labelled import by_label
-    from inlay.data.vision import encode_images
     from inlay.train.rows import encode_labelled_rows, encode_pair_rows, encode_rows
 
-    if rows.kind == "images":
-        return {"": (rows, encode_images(rows, tokenizer, config.max_length))}
     if rows.kind == "preference":
         pairs = encode_pair_rows(rows, tokenizer, config.max_length)
         both = ([p.chosen for p in pairs], [p.rejected for p in pairs])
@@ -234,6 +231,7 @@ def sides(config: RunConfig, rows: Rows, tokenizer: Any) -> Sides:
 def describe(config: RunConfig, rows: RunRows, summaries: Mapping[str, Summary]) -> None:
     """Write counts and lengths, then what a user should know before training."""
     kind = KINDS.get(rows.train.kind, rows.train.kind.replace("_", " and "))
+    kind += " about images" * (rows.train.pictured and rows.train.kind in KINDS)
     limit = "of at most" if rows.train.kind == "prompt" else "cut at"
     show.heading(f"{config.data}: rows of {kind}, {limit} {config.max_length} tokens")
     columns = ("part", "rows", "tokens", "trained on", "median", "95%", "longest", "cut")

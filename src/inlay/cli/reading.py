@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from inlay.data.processor import ImageReader, image_reader
 from inlay.data.rows import Rows
 from inlay.data.tokens import Encoded
-from inlay.data.vision import ImageInputs, encode_images
+from inlay.data.vision import ImageInputs
 from inlay.evaluate.images import Seeing
 from inlay.model.folder import located
 from inlay.train.rows import encode_rows
@@ -34,10 +34,23 @@ def read(
     revision: str | None,
 ) -> Read:
     """Return supervised rows as tokens, those with images by the base's processor."""
-    if rows.kind != "images":
-        return Read(encode_rows(rows, tokenizer, keys["max_length"]), None)
-    reader = image_reader(located(base, revision), keys.get("max_pixels"))
-    return Read(encode_images(rows, reader, keys["max_length"]), seen_by(model, reader))
+    reader, seeing = reading(rows, model, tokenizer, keys.get("max_pixels"), base, revision)
+    return Read(encode_rows(rows, reader, keys["max_length"]), seeing)
+
+
+def reading(
+    rows: Rows,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_pixels: int | None,
+    base: str,
+    revision: str | None,
+) -> tuple[PreTrainedTokenizerBase | ImageReader, Seeing | None]:
+    """Return what writes rows as tokens, and what gives a model their images, if they have some."""
+    if not rows.pictured:
+        return tokenizer, None
+    reader = image_reader(located(base, revision), max_pixels)
+    return reader, seen_by(model, reader)
 
 
 def seen_by(model: PreTrainedModel, reader: ImageReader) -> Seeing:

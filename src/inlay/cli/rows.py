@@ -10,10 +10,10 @@ from inlay.data.labelled import are_labelled, desirable_of
 from inlay.data.preference import are_pairs, side_of
 from inlay.data.prompts import are_prompts, normalise_prompts
 from inlay.data.read import RawRow, read_rows
-from inlay.data.rows import Rows, normalise
+from inlay.data.rows import Rows
 from inlay.train.config import RunConfig, checked_config
 from inlay.train.judge import judge_of
-from inlay.train.rows import NOT_SUPERVISED, read, rows_of_run
+from inlay.train.rows import NOT_SUPERVISED, check_unseen, read, rows_of_run
 from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -41,21 +41,22 @@ def rows_of(source: str, keys: Mapping[str, Any]) -> Rows:
     """
     named = {key: keys[key] for key in COLUMNS if keys.get(key) is not None}
     rows = read_rows(source)[: keys.get("max_rows")]
+    task, urls = keys.get("task", "sft"), bool(keys.get("allow_urls"))
+    check_unseen(task, rows, {**named, "group": keys.get("split_by")})
     needed = judge_of(keys["rewards"]).needed if keys.get("rewards") else None
     if needed is not None and are_prompts(rows[0], keys.get("prompt"), needed):
         empty = keys.get("skip_empty", False)
         return normalise_prompts(rows, prompt=keys.get("prompt"), needed=needed, skip_empty=empty)
     check = None
     if named.get("format", "auto") == "auto" and len(named) <= 1:
-        check = NOT_SUPERVISED.get(kind_of(rows[0], keys.get("task", "sft")))
+        check = NOT_SUPERVISED.get(kind_of(rows[0], task))
     if check is not None:
         column = keys.get("split_by")
         group = column if column in rows[0].values else None
-        return check(rows, group=group, skip_empty=keys.get("skip_empty", False))
+        empty = keys.get("skip_empty", False)
+        return check(rows, group=group, skip_empty=empty, allow_urls=urls)
     named["skip_empty"] = keys.get("skip_empty", False)
-    if keys.get("task", "sft") == "sft":
-        return normalise_shown(rows, allow_urls=bool(keys.get("allow_urls")), **named)
-    return normalise(rows, **named)
+    return normalise_shown(rows, allow_urls=urls, **named)
 
 
 def kind_of(row: RawRow, task: str) -> str:

@@ -4,106 +4,35 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
 
-from inlay.data.fields import EmptyFieldError, is_missing, template_parts
-from inlay.data.picture import WEB, Picture, picture_at
+from inlay.data.fields import EmptyFieldError, is_missing
+from inlay.data.image_columns import (
+    COLUMNS,
+    hold_images,
+    is_image_part,
+    parts_in,
+    talks,
+    words_about_images,
+)
+from inlay.data.picture import Picture, picture_at
 from inlay.data.read import RawRow
-from inlay.data.rows import Format, Rows, group_of, normalise, shape_of, shaped
+from inlay.data.rows import Format, Kind, Rows, Shape, group_of, normalise, shape_of, shaped
 from inlay.errors import DataError
 
-__all__ = ["hold_images", "normalise_images", "normalise_shown"]
+__all__ = ["Placing", "normalise_images", "normalise_shown", "pictured", "with_images"]
 
 MARK = "\ufffc"
 """Stands in a text for an image, while the text is checked."""
 PLACEHOLDER = "<image>"
 """What a text may say where an image of the row goes."""
-COLUMNS = ("image", "images")
 PART_KEYS = ("image", "url", "path", "base64", "image_url")
 """The keys under which a part of a message may hold its image."""
-LONGEST_NAME = 255
-"""Characters of a path at most."""
-SHOWN = 40
-"""Characters of a column's words that are told at most."""
 Held = tuple[Any, str]
 """What a row says of an image, and where: `'image'`, `'images' 2`, `the image in message 1`."""
-
-
-def hold_images(row: RawRow, **columns: Any) -> bool:
-    """Say whether a row has an image's column, or messages with an image among their parts.
-
-    A column's words are an image where they are a file's, an address, end as image files do, or
-    are one word, which is taken for a path unless a key of the run reads the column.
-
-    Args:
-        row: the row as read.
-        columns: the arguments of `normalise` that name columns.
-    """
-    if any(is_an_image(row, name, columns) for name in COLUMNS if name in row.values):
-        return True
-    turns = row.values.get("messages")
-    parts = (
-        part for turn in (turns if isinstance(turns, list) else ()) for part in content_parts(turn)
-    )
-    return any(isinstance(part, Mapping) and is_image_part(part) for part in parts)
-
-
-def is_an_image(row: RawRow, name: str, columns: Mapping[str, Any]) -> bool:
-    """Say whether a column's value is meant as an image, and not as words about one."""
-    value, folder = row.values[name], Path(row.source).parent
-    named = name in columns_read(columns)
-    if isinstance(value, list):
-        return not value or any(names_an_image(each, folder, named) for each in value)
-    return names_an_image(value, folder, named)
-
-
-def names_an_image(value: Any, folder: Path, words: bool) -> bool:
-    """Say whether a value is an image; one word is, unless it may stand for itself."""
-    if not isinstance(value, str):
-        return True
-    kind, _ = guess_type(value)
-    return (
-        value.startswith("data:")
-        or value.lower().startswith(WEB)
-        or (kind or "").startswith("image/")
-        or is_there(folder / value)
-        or (not words and is_one_word(value))
-    )
-
-
-def is_one_word(value: str) -> bool:
-    """Say whether a text could be a path and nothing else."""
-    return value.split() == [value] and value.isprintable() and len(value) <= LONGEST_NAME
-
-
-def columns_read(columns: Mapping[str, Any]) -> set[str]:
-    """Return the columns that the arguments of `normalise` name, alone or in a template."""
-    given = [columns.get(key) for key in ("prompt", "completion", "text", "group")]
-    words = [each for each in given if each]
-    return {*words, *(name for each in words for _, name in template_parts(each) if name)}
-
-
-def is_there(path: Path) -> bool:
-    """Say whether a path, which may be any words, is a file's."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def content_parts(turn: Any) -> list[Any]:
-    """Return the parts of a message whose content is a list; none of one that is text."""
-    content = turn.get("content") if isinstance(turn, Mapping) else None
-    return content if isinstance(content, list) else []
-
-
-def is_image_part(part: Mapping[str, Any]) -> bool:
-    """Say whether a part of a message is an image, as transformers and OpenAI write it."""
-    return part.get("type") in ("image", "image_url")
 
 
 def normalise_shown(raw: Sequence[RawRow], *, allow_urls: bool = False, **columns: Any) -> Rows:
@@ -120,41 +49,6 @@ def normalise_shown(raw: Sequence[RawRow], *, allow_urls: bool = False, **column
     if hold_images(raw[0], **columns):
         return normalise_images(raw, allow_urls=allow_urls, **columns)
     return replace(normalise(raw, **columns), notes=words_about_images(raw, columns))
-
-
-def words_about_images(raw: Sequence[RawRow], columns: Mapping[str, Any]) -> list[str]:
-    """Return what to tell of a column that is named as images are, holds words and is not read.
-
-    Raises:
-        DataError: it holds an image in a later row than the first.
-    """
-    notes: list[str] = []
-    read = columns_read(columns)
-    for name in (each for each in COLUMNS if each not in read):
-        held = [row for row in raw if has_something(row.values.get(name))]
-        for row in held:
-            if is_an_image(row, name, columns):
-                raise DataError(
-                    f"{row.where}: {name!r} is an image, and the first row, {raw[0].where}, has "
-                    "none; name the image of every row, and write [] for a row without one"
-                )
-        if held:
-            notes.append(
-                f"the column {name!r} holds words and no images, and is not read: "
-                f"{shortened(held[0].values[name])} in {held[0].where}"
-            )
-    return notes
-
-
-def has_something(value: Any) -> bool:
-    """Say whether a column's value is neither empty nor an empty list."""
-    return not is_missing(value) and value != []
-
-
-def shortened(words: Any) -> str:
-    """Return the beginning of a text, in quotes."""
-    text = str(words)
-    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "...")
 
 
 def normalise_images(
@@ -188,11 +82,6 @@ def normalise_images(
             "'text' trains on a whole column and has no place for images; name prompt and "
             "completion, or write messages"
         )
-    if find_spec("PIL") is None:
-        raise DataError(
-            "the rows have images, which Pillow reads, and it is not installed; run pip install "
-            "'inlay[vision]'"
-        )
     first, _ = without_images(raw[0])
     kind, shape = shape_of(first, prompt, completion, None, format)
     if kind == "text":
@@ -201,17 +90,50 @@ def normalise_images(
             "has 'text'"
         )
 
-    def conversation(row: RawRow) -> dict[str, Any]:
-        plain, held = without_images(row)
-        messages = messages_of(shape(plain))
-        pictures = [picture_from(row, value, name, allow_urls) for value, name in held]
-        return with_images(row, messages, pictures)
+    def conversation(row: RawRow, found: dict[str, Any], pictures: list[Picture]) -> dict[str, Any]:
+        return with_images(row, messages_of(found), pictures)
 
-    groups: Callable[[RawRow, dict[str, Any]], str] = (
-        same_images if group is None else lambda row, _: group_of(row, group)
-    )
-    found = shaped(raw, "images", conversation, groups, skip_empty)
-    return replace(found, sha256=content_hash(found))
+    groups: Groups = same_images if group is None else lambda row, _: group_of(row, group)
+    placing = Placing(shape, conversation, allow_urls)
+    return pictured(raw, "images", placing, groups, skip_empty)
+
+
+Groups = Callable[[RawRow, dict[str, Any]], str]
+Place = Callable[[RawRow, dict[str, Any], list[Picture]], dict[str, Any]]
+"""(the row as read, in its shape without images, its images) -> the row with them."""
+
+
+@dataclass(frozen=True)
+class Placing:
+    """Brings a row to its shape without images, and puts them in place."""
+
+    shape: Shape
+    place: Place
+    allow_urls: bool
+
+    def __call__(self, row: RawRow) -> dict[str, Any]:
+        """Return the row with its images."""
+        plain, held = without_images(row)
+        found = self.shape(plain)
+        pictures = [picture_from(row, value, name, self.allow_urls) for value, name in held]
+        return self.place(row, found, pictures)
+
+
+def pictured(
+    raw: Sequence[RawRow], kind: Kind, placing: Placing, groups: Groups, skip_empty: bool
+) -> Rows:
+    """Return rows of one kind with their images, whose content counts in the hash.
+
+    Raises:
+        DataError: Pillow is not installed, or what the placing raises.
+    """
+    if find_spec("PIL") is None:
+        raise DataError(
+            "the rows have images, which Pillow reads, and it is not installed; run pip install "
+            "'inlay[vision]'"
+        )
+    found = shaped(raw, kind, placing, groups, skip_empty)
+    return replace(found, sha256=content_hash(found), pictured=True)
 
 
 def same_images(row: RawRow, found: dict[str, Any]) -> str:
@@ -239,13 +161,12 @@ def without_images(row: RawRow) -> tuple[RawRow, list[Held]]:
         DataError: images stand both in the messages and in a column.
     """
     values = {name: value for name, value in row.values.items() if name not in COLUMNS}
-    inline: list[Held] = []
-    if isinstance(values.get("messages"), list):
-        values["messages"] = [
-            marked_turn(row, turn, number, inline)
-            for number, turn in enumerate(values["messages"], start=1)
-        ]
-    held = column_images(row)
+    written: dict[str, list[Held]] = {}
+    for name in talks(values):
+        written[name] = []
+        turns = enumerate(values[name], start=1)
+        values[name] = [marked_turn(row, turn, number, written[name]) for number, turn in turns]
+    inline, held = written_once(row, written), column_images(row)
     if inline and held:
         raise DataError(
             f"{row.where}: images stand both in the messages and in the column {held[0][1]}; "
@@ -253,6 +174,21 @@ def without_images(row: RawRow) -> tuple[RawRow, list[Held]]:
         )
     plain = replace(row, values={key: marked(value) for key, value in values.items()})
     return plain, held or inline
+
+
+def written_once(row: RawRow, written: Mapping[str, list[Held]]) -> list[Held]:
+    """Return the images in a row's messages; two answers to one prompt show them twice.
+
+    Raises:
+        DataError: the two conversations show different ones.
+    """
+    chosen, rejected = (written.get(name, []) for name in ("chosen", "rejected"))
+    if [value for value, _ in chosen] != [value for value, _ in rejected]:
+        raise DataError(
+            f"{row.where}: 'chosen' and 'rejected' show different images; both must answer to the "
+            "same ones"
+        )
+    return [held for name, each in written.items() if name != "rejected" for held in each]
 
 
 def column_images(row: RawRow) -> list[Held]:
@@ -284,7 +220,7 @@ def marked_turn(row: RawRow, turn: Any, number: int, inline: list[Held]) -> Any:
     Raises:
         DataError: a part is neither text nor an image.
     """
-    if not content_parts(turn):
+    if not parts_in(turn):
         return turn
     texts: list[str] = []
     for part in turn["content"]:
@@ -343,13 +279,19 @@ def with_images(
             f"has {len(pictures)} images; as many are needed"
         )
     if not count and pictures:
-        asked = next(message for message in messages if message["role"] == "user")
-        asked["content"] = MARK * len(pictures) + asked["content"]
+        messages = before_first_words(messages, MARK * len(pictures))
     return {
         "messages": [{"role": m["role"], "content": parts_of(m["content"])} for m in messages],
         "images": pictures,
         "completion": messages[-1]["content"],
     }
+
+
+def before_first_words(messages: list[dict[str, str]], marks: str) -> list[dict[str, str]]:
+    """Return messages with marks before the user's first words."""
+    first = next(n for n, message in enumerate(messages) if message["role"] == "user")
+    asked = {**messages[first], "content": marks + messages[first]["content"]}
+    return [*messages[:first], asked, *messages[first + 1 :]]
 
 
 def has_place(message: Mapping[str, str]) -> bool:

@@ -21,7 +21,7 @@ from inlay.data.preference import (
     side_of,
 )
 from inlay.data.read import RawRow
-from inlay.data.rows import Rows, shaped
+from inlay.data.rows import Rows, Shape, shaped
 from inlay.data.tokens import Encoded, check_trained, encode, named
 from inlay.errors import DataError
 
@@ -96,15 +96,29 @@ def normalise_labelled(
     """
     if not raw:
         raise DataError("there are no rows; training needs at least one")
-    talks = isinstance(raw[0].values.get("completion"), list)
+    shape = label_shape(raw[0], group)
+    return both_labels(shaped(raw, "labelled", shape, grouping(group), skip_empty))
+
+
+def label_shape(first: RawRow, group: str | None) -> Shape:
+    """Return what checks a row and brings it to a prompt, an answer and a label, like the first."""
+    talks = isinstance(first.values.get("completion"), list)
 
     def checked(row: RawRow) -> dict[str, Any]:
-        check_alike(row, raw[0], ("completion",), talks)
+        check_alike(row, first, ("completion",), talks)
         found = {**(conversation(row) if talks else text(row)), "label": label_of(row)}
         check_columns(row, FIELDS, group, "a labelled row")
         return found
 
-    rows = shaped(raw, "labelled", checked, grouping(group), skip_empty)
+    return checked
+
+
+def both_labels(rows: Rows) -> Rows:
+    """Return rows whose labels tell answers apart.
+
+    Raises:
+        DataError: one row has both labels, or all have one label or one answer.
+    """
     check_contradictions(rows)
     check_labels(rows)
     return rows
@@ -164,7 +178,8 @@ def check_contradictions(rows: Rows) -> None:
     seen: dict[str, int] = {}
     against: dict[int, int] = {}
     for index, row in enumerate(rows.rows):
-        key = json.dumps([row["prompt"], row["completion"].strip()], sort_keys=True)
+        shown = [picture.sha256 for picture in row.get("images", [])]
+        key = json.dumps([row["prompt"], shown, row["completion"].strip()], sort_keys=True)
         first = seen.setdefault(key, index)
         if rows.rows[first]["label"] != row["label"]:
             against[index] = first
@@ -214,7 +229,16 @@ def encode_labelled(
     """
     answers = side_of(rows, "completion")
     whole = encode(answers, tokenizer, UNCUT, chat_template=chat_template)
-    whole = [answer_from(row, answer_start(row)) for row in whole]
+    return labelled(rows, whole, max_length)
+
+
+def labelled(rows: Rows, answers: Sequence[Encoded], max_length: int) -> list[Labelled]:
+    """Return the labelled rows of uncut answers, each cut to `max_length`.
+
+    Raises:
+        DataError: as `encode_labelled`.
+    """
+    whole = [answer_from(row, answer_start(row)) for row in answers]
     check_trained(whole, rows, max_length)
     labels = [row["label"] for row in rows.rows]
     cut = [
@@ -227,9 +251,9 @@ def encode_labelled(
 
 def check_still_different(cut: Sequence[Labelled], rows: Rows, max_length: int) -> None:
     """Raise when two rows with different labels are the same once they are cut."""
-    seen: dict[tuple[int, ...], int] = {}
+    seen: dict[tuple[Any, ...], int] = {}
     for index, row in enumerate(cut):
-        first = seen.setdefault(tuple(row.answer.input_ids), index)
+        first = seen.setdefault(row.answer.identity, index)
         if cut[first].desirable != row.desirable:
             needed = max(row.answer.length, cut[first].answer.length)
             raise DataError(
@@ -241,7 +265,4 @@ def check_still_different(cut: Sequence[Labelled], rows: Rows, max_length: int) 
 
 def beside(row: Labelled, other: Labelled, max_length: int) -> Encoded:
     """Return one row's prompt before another row's answer, cut as a row is."""
-    answer = other.answer.input_ids[other.start :]
-    ids = row.answer.input_ids[: row.start] + answer
-    trained = [False] * row.start + [True] * len(answer)
-    return shortened(Encoded(ids, trained, len(ids)), max_length)
+    return shortened(row.answer.followed_by(row.start, other.answer, other.start), max_length)

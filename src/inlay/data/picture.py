@@ -41,16 +41,14 @@ class Picture:
         """Return the image in RGB, turned as its camera says.
 
         Raises:
-            DataError: it cannot be decoded, or is too large to be safe.
+            DataError: it cannot be decoded, is too large to be safe, or has changed.
         """
         from PIL import Image, ImageOps
 
+        found = self.content()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                found = self.source
-                if isinstance(found, Path):
-                    found = found.read_bytes()
                 if isinstance(found, bytes):
                     found = Image.open(io.BytesIO(found))
                 return ImageOps.exif_transpose(found).convert("RGB")
@@ -59,6 +57,22 @@ class Picture:
         except Exception as error:  # PIL's readers fail in many ways on damaged files
             reason = " ".join(str(error).split())
             raise DataError(f"{self.where} cannot be decoded as an image: {reason}") from None
+
+    def content(self) -> Any:
+        """Return an image file's bytes, or an image of PIL.
+
+        Raises:
+            DataError: the file is gone, or holds something else than when it was found.
+        """
+        if not isinstance(self.source, Path):
+            return self.source
+        try:
+            found = self.source.read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.where} cannot be read any more: {error}") from None
+        if hashlib.sha256(found).hexdigest() != self.sha256:
+            raise DataError(f"{self.where} has changed since the rows were checked; begin anew")
+        return found
 
 
 def picture_at(value: Any, where: str, folder: Path, allow_urls: bool = False) -> Picture:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from inlay.data.conversations import ROLES, turn, turn_list
 from inlay.data.fields import present, text_field
 from inlay.data.read import RawRow
-from inlay.data.rows import Rows, group_of, shaped
+from inlay.data.rows import Rows, Shape, group_of, shaped
 from inlay.data.tokens import Encoded, check_trained, common_prefix, cut_to, encode
 from inlay.errors import DataError
 
@@ -37,6 +37,11 @@ class Pair:
     def start(self) -> int:
         """How many tokens the prompt has; the answers begin behind it."""
         return self.chosen.trained.index(True)
+
+    @property
+    def whole(self) -> Encoded:
+        """The chosen side with its prompt counted, too."""
+        return self.chosen.everywhere()
 
     @property
     def length(self) -> int:
@@ -74,16 +79,21 @@ def normalise_pairs(
     """
     if not raw:
         raise DataError("there are no rows; training needs at least one")
-    talks = isinstance(raw[0].values.get("chosen"), list)
+    return shaped(raw, "preference", pair_shape(raw[0], group), grouping(group), skip_empty)
+
+
+def pair_shape(first: RawRow, group: str | None) -> Shape:
+    """Return what checks a row and brings it to a prompt and two answers, like the first one."""
+    talks = isinstance(first.values.get("chosen"), list)
     shape = conversations if talks else texts
 
     def checked(row: RawRow) -> dict[str, Any]:
-        check_alike(row, raw[0], SIDES, talks)
+        check_alike(row, first, SIDES, talks)
         found = shape(row)
         check_columns(row, FIELDS, group, "a preference")
         return found
 
-    return shaped(raw, "preference", checked, grouping(group), skip_empty)
+    return checked
 
 
 def grouping(group: str | None) -> Callable[[RawRow, dict[str, Any]], str]:
@@ -232,6 +242,15 @@ def encode_pairs(
     sides = [
         encode(side_of(rows, side), tokenizer, UNCUT, chat_template=chat_template) for side in SIDES
     ]
+    return paired(rows, sides, max_length)
+
+
+def paired(rows: Rows, sides: Sequence[Sequence[Encoded]], max_length: int) -> list[Pair]:
+    """Return the pairs of uncut rows, chosen and rejected, each side cut to `max_length`.
+
+    Raises:
+        DataError: as `encode_pairs`.
+    """
     whole = [joint(chosen, rejected) for chosen, rejected in zip(*sides, strict=True)]
     for side in SIDES:
         check_trained([side_tokens(pair, side) for pair in whole], rows, max_length)
@@ -248,14 +267,26 @@ def encode_pairs(
 
 def side_of(rows: Rows, side: Literal[Side, "completion"]) -> Rows:
     """Return the rows as supervised ones whose answer is the one of this name."""
+    if rows.pictured:
+        found = [
+            {
+                "messages": [*row["prompt"], said([{"type": "text", "text": row[side]}])],
+                "images": row["images"],
+                "completion": row[side],
+            }
+            for row in rows.rows
+        ]
+        return replace(rows, kind="images", rows=found)
     if isinstance(rows.rows[0]["prompt"], str):
         found = [{"prompt": row["prompt"], "completion": row[side]} for row in rows.rows]
         return replace(rows, kind="prompt_completion", rows=found)
-    found = [
-        {"messages": [*row["prompt"], {"role": "assistant", "content": row[side]}]}
-        for row in rows.rows
-    ]
+    found = [{"messages": [*row["prompt"], said(row[side])]} for row in rows.rows]
     return replace(rows, kind="messages", rows=found)
+
+
+def said(content: Any) -> dict[str, Any]:
+    """Return a message of the assistant's."""
+    return {"role": "assistant", "content": content}
 
 
 def side_tokens(pair: Pair, side: Side) -> Encoded:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["ImageReader", "Pictured", "image_reader"]
 
 TEXT_INPUTS = ("input_ids", "attention_mask")
+"""What every text has, with images and without."""
 LEAST_SIDE = 1
 
 
@@ -34,6 +35,32 @@ class Pictured(Encoded):
 
     text: str = ""
     pictures: tuple[Picture, ...] = ()
+    kinds: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]])
+    """What a model reads of each token beside its number, such as whether an image stands there;
+    uncut."""
+
+    stands_for: frozenset[int] = frozenset()
+    """The tokens that stand for images."""
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The hashes of its images: rows with the same ones show the same."""
+        return tuple(picture.sha256 for picture in self.pictures)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells the row from others: its images and its tokens."""
+        return (self.images, *self.input_ids)
+
+    def followed_by(self, start: int, answer: Encoded, begin: int) -> Self:
+        """Return the first `start` tokens, and their images, before another row's answer."""
+        assert isinstance(answer, Pictured)
+        kinds = {n: [*own[:start], *answer.kinds[n][begin:]] for n, own in self.kinds.items()}
+        return replace(super().followed_by(start, answer, begin), kinds=kinds)
+
+    def everywhere(self) -> Self:
+        """Return the row with all its words counted, its prompt's too, and no image's tokens."""
+        return replace(self, trained=[token not in self.stands_for for token in self.input_ids])
 
 
 class ImageReader:
@@ -110,17 +137,15 @@ class ImageReader:
         return image.resize(size, Resampling.LANCZOS)
 
     def of(self, row: Pictured) -> dict[str, Tensor]:
-        """Return what a model needs of one row beside its tokens, uncut.
+        """Return what a model needs of one row's images: pixels, grids, sizes.
 
         Raises:
-            DataError: an image cannot be read, or gives other tokens than when it was checked.
+            DataError: an image cannot be read, or has changed since it was checked.
         """
+        if not row.pictures:
+            return {}
         found = self.inputs(row.text, self.opened(row.pictures))
-        ids = found["input_ids"][0].tolist()
-        if ids[: len(row.input_ids)] != list(row.input_ids):
-            where = row.pictures[0].where if row.pictures else "a row"
-            raise DataError(f"{where} has changed since the rows were checked; begin anew")
-        return {name: value for name, value in found.items() if name not in TEXT_INPUTS}
+        return {n: value for n, value in found.items() if value.shape != found["input_ids"].shape}
 
     @contextmanager
     def remembering(self) -> Generator[None]:
@@ -131,6 +156,13 @@ class ImageReader:
             yield
         finally:
             self.processor.image_processor = before
+
+
+def kinds_in(found: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return what a text's inputs say of each token beside its number."""
+    shape = found["input_ids"].shape
+    held = {n: value for n, value in found.items() if n not in TEXT_INPUTS and value.shape == shape}
+    return {name: value[0].tolist() for name, value in held.items()}
 
 
 class Remembering:

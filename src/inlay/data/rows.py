@@ -68,6 +68,8 @@ class Rows:
     """The lines left out because a field was empty."""
     notes: list[str] = field(default_factory=list)
     """What is worth knowing of how they were read."""
+    pictured: bool = False
+    """Whether they have images, which the model sees: `images`, and messages of parts."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from inlay.data.rows import Rows
 from inlay.errors import DataError, ModelError
@@ -39,6 +39,21 @@ class Encoded:
     def truncated(self) -> bool:
         """Whether tokens were cut off."""
         return self.length > len(self.input_ids)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells the row from others: its tokens."""
+        return tuple(self.input_ids)
+
+    def followed_by(self, start: int, answer: Encoded, begin: int) -> Self:
+        """Return the first `start` tokens before another row's from `begin` on, which train."""
+        ids = self.input_ids[:start] + answer.input_ids[begin:]
+        trained = [False] * start + [True] * (len(ids) - start)
+        return replace(self, input_ids=ids, trained=trained, length=len(ids), ends=False)
+
+    def everywhere(self) -> Self:
+        """Return the row with all its tokens counted, its prompt's too."""
+        return replace(self, trained=[True] * len(self.input_ids))
 
     @property
     def trained_tokens(self) -> int:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from inlay.data.labelled import Labelled, labelled
 from inlay.data.picture import Picture
-from inlay.data.processor import ImageReader, Pictured
+from inlay.data.preference import SIDES, Pair, paired, side_of
+from inlay.data.processor import ImageReader, Pictured, kinds_in
 from inlay.data.rows import Rows
 from inlay.data.tokens import (
     Piece,
@@ -32,9 +34,11 @@ if TYPE_CHECKING:
 __all__ = [
     "ROOM",
     "ImageInputs",
-    "beside",
     "bytes_of",
+    "encode_image_labelled",
+    "encode_image_pairs",
     "encode_images",
+    "kinds_beside",
     "question",
     "shown",
 ]
@@ -55,26 +59,62 @@ def encode_images(rows: Rows, reader: ImageReader, max_length: int) -> list[Pict
             nothing to train on, or the chat template refuses a row; names file and line.
         ModelError: the processor has no chat template, or one that leaves images out.
     """
-    whole = [encoded(rows, index, reader) for index in range(len(rows))]
-    for index, row in enumerate(whole):
-        check_images_kept(rows, index, row, reader, max_length)
+    (whole,) = encoded([rows], reader, max_length)
     check_trained(whole, rows, max_length)
+    return ended([cut_to(row, max_length) for row in whole], reader)
+
+
+def encode_image_pairs(rows: Rows, reader: ImageReader, max_length: int) -> list[Pair]:
+    """Return preferences about images as tokens; the errors are those of both kinds of rows."""
+    sides = encoded([side_of(rows, side) for side in SIDES], reader, max_length)
+    return paired(rows, [ended(side, reader) for side in sides], max_length)
+
+
+def encode_image_labelled(rows: Rows, reader: ImageReader, max_length: int) -> list[Labelled]:
+    """Return labelled answers about images as tokens; the errors are those of both kinds."""
+    (whole,) = encoded([side_of(rows, "completion")], reader, max_length)
+    return labelled(rows, ended(whole, reader), max_length)
+
+
+def ended(rows: Sequence[Pictured], reader: ImageReader) -> list[Pictured]:
+    """Return rows that know whether their last trained token is one at which generation stops."""
     stops = stop_tokens(reader.tokenizer)
-    cut = [cut_to(row, max_length) for row in whole]
-    return [replace(row, ends=last_trained(row, reader.tokenizer) in stops) for row in cut]
+    return [replace(row, ends=last_trained(row, reader.tokenizer) in stops) for row in rows]
 
 
-def encoded(rows: Rows, index: int, reader: ImageReader) -> Pictured:
+def encoded(
+    sides: Sequence[Rows], reader: ImageReader, max_length: int
+) -> tuple[list[Pictured], ...]:
+    """Return conversations as tokens, uncut; the rows of several sides show the same images.
+
+    These are opened and prepared once.
+    """
+    found: list[list[Pictured]] = []
+    for index in range(len(sides[0])):
+        pictures = tuple(sides[0].rows[index]["images"])
+        images = reader.opened(pictures)
+        with reader.remembering():
+            found.append([conversation(rows, index, pictures, images, reader) for rows in sides])
+        check_images_kept(sides[0], index, found[-1][0], reader, max_length)
+    return tuple([row[number] for row in found] for number in range(len(sides)))
+
+
+def conversation(
+    rows: Rows,
+    index: int,
+    pictures: tuple[Picture, ...],
+    images: Sequence[Image],
+    reader: ImageReader,
+) -> Pictured:
     """Return one conversation as tokens, trained where the assistant speaks."""
     from jinja2 import TemplateError
 
-    messages, pictures = rows.rows[index]["messages"], tuple(rows.rows[index]["images"])
-    images = reader.opened(pictures)
+    messages = rows.rows[index]["messages"]
     try:
-        with reader.remembering():
-            text = reader.written(messages)
-            ids = tokens_of(reader, text, images)
-            trained = answers(messages, text, ids, partial_tokens(reader, messages, images))
+        text = reader.written(messages)
+        found = reader.inputs(text, images)
+        ids = found["input_ids"][0].tolist()
+        trained = answers(messages, text, ids, partial_tokens(reader, messages, images))
     except InlayError:
         raise
     except TemplateError as error:
@@ -86,12 +126,15 @@ def encoded(rows: Rows, index: int, reader: ImageReader) -> Pictured:
         raise DataError(
             f"{rows.where(index)}: the model's processor refuses the row: {reason}"
         ) from error
-    return Pictured(ids, trained, len(ids), text=text, pictures=pictures)
-
-
-def tokens_of(reader: ImageReader, text: str, images: Sequence[Image]) -> list[int]:
-    """Return a text's tokens, its images' in their places."""
-    return reader.inputs(text, images)["input_ids"][0].tolist()
+    return Pictured(
+        ids,
+        trained,
+        len(ids),
+        text=text,
+        pictures=pictures,
+        kinds=kinds_in(found),
+        stands_for=frozenset(reader.image_tokens),
+    )
 
 
 PartialTokens = Callable[[int, bool], tuple[str, list[int]]]
@@ -106,7 +149,8 @@ def partial_tokens(
     def found(upto: int, generate: bool) -> tuple[str, list[int]]:
         text = reader.written(messages[:upto], generate=generate)
         text = text if generate else text.rstrip()
-        return text, tokens_of(reader, text, images[: places_in(messages[:upto])])
+        inputs = reader.inputs(text, images[: places_in(messages[:upto])])
+        return text, inputs["input_ids"][0].tolist()
 
     return found
 
@@ -163,8 +207,16 @@ def question(reader: ImageReader, prompt: str, pictures: Sequence[Picture]) -> P
     """Return images and a user's words about them, up to where the assistant answers."""
     content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": prompt}]
     text = reader.written([{"role": "user", "content": content}], generate=True)
-    ids = tokens_of(reader, text, reader.opened(pictures))
-    return Pictured(ids, [False] * len(ids), len(ids), text=text, pictures=tuple(pictures))
+    found = reader.inputs(text, reader.opened(pictures))
+    ids = found["input_ids"][0].tolist()
+    return Pictured(
+        ids,
+        [False] * len(ids),
+        len(ids),
+        text=text,
+        pictures=tuple(pictures),
+        kinds=kinds_in(found),
+    )
 
 
 def shown(row: Pictured, reader: ImageReader) -> list[Piece]:
@@ -193,44 +245,34 @@ def shown(row: Pictured, reader: ImageReader) -> list[Piece]:
 # Rows side by side
 
 
-def beside(
-    found: Sequence[Mapping[str, Tensor]],
-    whole: Sequence[int],
-    kept: Sequence[int],
+def kinds_beside(
+    rows: Sequence[Pictured],
     width: int,
     *,
+    kept: Sequence[int] | None = None,
     left: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the inputs of several rows as those of one batch.
-
-    What a row has for each token is cut to the `kept` ones and padded with zeros to `width`, on
-    the right or the left; all else is joined along its first dimension, smaller ones filled with
-    zeros, as transformers' processors do.
+    """Return what is read of each token beside its number, for rows under one another.
 
     Args:
-        found: what `ImageReader.of` returned for each row.
-        whole: how many tokens each row has, uncut.
-        kept: how many of them are used.
-        width: the batch's tokens a row.
+        rows: the rows.
+        width: the batch's tokens a row; shorter ones are padded with zeros.
+        kept: how many tokens of each row are used; all that it has if not given.
         left: whether rows end, rather than begin, together.
     """
+    counts = [len(row.input_ids) for row in rows] if kept is None else kept
     batch: dict[str, Tensor] = {}
-    for name in dict.fromkeys(name for row in found for name in row):
-        held = [row.get(name) for row in found]
-        given = [value for value in held if value is not None]
-        if all(v is None or v.shape == (1, n) for v, n in zip(held, whole, strict=True)):
-            batch[name] = given[0].new_zeros(len(found), width)
-            for number, (value, count) in enumerate(zip(held, kept, strict=True)):
-                if value is not None:
-                    part = slice(width - count, width) if left else slice(0, count)
-                    batch[name][number, part] = value[0, :count]
-        else:
-            batch[name] = joined(given)
+    for name in dict.fromkeys(name for row in rows for name in row.kinds):
+        batch[name] = torch.zeros(len(rows), width, dtype=torch.long)
+        for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            if name in row.kinds:
+                part = slice(width - count, width) if left else slice(0, count)
+                batch[name][number, part] = torch.tensor(row.kinds[name][:count])
     return batch
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return tensors one after another, smaller ones filled with zeros."""
+    """Return tensors one after another, smaller ones filled with zeros as processors do."""
     largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
     filled: list[Tensor] = []
     for part in parts:
@@ -243,14 +285,15 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 class ImageInputs:
     """Gives what a model needs of rows beside their tokens: pixels, grids, kinds of tokens.
 
-    What was prepared for a row is kept while there is room for it, else it is made again.
+    What was prepared for images is kept while there is room for it, once for all rows of the same
+    ones; else it is made again.
     """
 
     def __init__(
         self, reader: ImageReader, dtype: torch.dtype = torch.float32, room: int = ROOM
     ) -> None:
         self.reader, self.dtype, self.room = reader, dtype, room
-        self.kept: dict[int, tuple[Pictured, dict[str, Tensor]]] = {}
+        self.kept: dict[tuple[str, ...], dict[str, Tensor]] = {}
 
     def __call__(
         self,
@@ -260,28 +303,28 @@ class ImageInputs:
         kept: Sequence[int] | None = None,
         left: bool = False,
     ) -> dict[str, Tensor]:
-        """Return the inputs of a batch; the arguments are those of `beside`."""
-        batch = beside(
-            [self.of(row) for row in rows],
-            [row.length for row in rows],
-            [len(row.input_ids) for row in rows] if kept is None else kept,
-            width,
-            left=left,
-        )
+        """Return the inputs of a batch; the arguments are those of `kinds_beside`."""
+        return kinds_beside(rows, width, kept=kept, left=left) | self.images_of(rows)
+
+    def images_of(self, rows: Sequence[Pictured]) -> dict[str, Tensor]:
+        """Return the images of rows as one batch: their inputs joined along the first dimension."""
+        found = [self.of(row) for row in rows]
+        names = dict.fromkeys(name for inputs in found for name in inputs)
+        batch = {name: joined([each[name] for each in found if name in each]) for name in names}
         return {
             name: value.to(self.dtype) if value.is_floating_point() else value
             for name, value in batch.items()
         }
 
     def of(self, row: Pictured) -> dict[str, Tensor]:
-        """Return the inputs of one row."""
-        if id(row) in self.kept:
-            return self.kept[id(row)][1]
+        """Return the inputs of one row's images."""
+        if row.images in self.kept:
+            return self.kept[row.images]
         found = self.reader.of(row)
         size = bytes_of(found)
         if size <= self.room:
             self.room -= size
-            self.kept[id(row)] = (row, found)
+            self.kept[row.images] = found
         return found
 
 

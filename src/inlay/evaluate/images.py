@@ -10,7 +10,12 @@ from torch import Tensor
 
 from inlay.data.vision import ImageInputs
 from inlay.evaluate.generation import Fill
-from inlay.evaluate.losses import Batch, padded
+from inlay.evaluate.losses import Batch, Join, padded
+
+
+def joining(seeing: Seeing | None) -> Join | None:
+    """Return what joins rows with their images, or None where they have none."""
+    return None if seeing is None else seeing.join
 
 
 class Sampled(Protocol):

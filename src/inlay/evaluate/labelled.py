@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from inlay.errors import DataError
-from inlay.evaluate.losses import EncodedRow, RowLoss, losses
+from inlay.evaluate.losses import EncodedRow, Join, RowLoss, losses
 from inlay.evaluate.preference import Limits, both_losses, per_row, with_records
 from inlay.evaluate.record import ComparisonRecord, MetricComparison
 from inlay.evaluate.run import LEVEL, Rows, compare, record
@@ -58,11 +58,13 @@ def labelled_losses(
     rows: Sequence[LabelledLike],
     mismatched: Sequence[EncodedRow],
     batch_size: int = 8,
+    *,
+    join: Join | None = None,
 ) -> LabelledLosses:
     """Return what the model gives every answer; the errors are those of `losses`."""
     return LabelledLosses(
-        losses(model, [row.answer for row in rows], batch_size),
-        losses(model, mismatched, batch_size),
+        losses(model, [row.answer for row in rows], batch_size, join=join),
+        losses(model, mismatched, batch_size, join=join),
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Protocol, Unpack
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from inlay.evaluate.losses import EncodedRow, RowLoss, losses
+from inlay.evaluate.losses import EncodedRow, Join, RowLoss, losses
 from inlay.evaluate.preference import (
     Limits,
     LogProbs,
@@ -26,21 +26,13 @@ from inlay.evaluate.run import Rows, compare
 __all__ = ["OddsRatios", "compare_odds", "odds_ratios"]
 
 
-@dataclass(frozen=True)
-class Whole:
-    """A row that is measured from its first token on, its prompt too."""
-
-    input_ids: Sequence[int]
+class WholePairLike(PairLike, Protocol):
+    """A pair as tokens whose preferred row counts as it stands, too."""
 
     @property
-    def trained(self) -> Sequence[bool]:
-        """Every token."""
-        return [True] * len(self.input_ids)
-
-
-def whole(row: EncodedRow) -> Whole:
-    """Return a row measured from its first token on."""
-    return Whole(row.input_ids)
+    def whole(self) -> EncodedRow:
+        """The preferred row, measured from its first token on."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -86,12 +78,20 @@ def log1mexp(x: float) -> float:
 
 
 def odds_ratios(
-    model: nn.Module, pairs: Sequence[PairLike], batch_size: int, beta: float
+    model: nn.Module,
+    pairs: Sequence[WholePairLike],
+    batch_size: int,
+    beta: float,
+    *,
+    join: Join | None = None,
 ) -> OddsRatios:
     """Return what the model gives both answers of each pair; the errors are those of `losses`."""
-    chosen = losses(model, [pair.chosen for pair in pairs], batch_size)
-    rejected = losses(model, [pair.rejected for pair in pairs], batch_size)
-    rows = losses(model, [whole(pair.chosen) for pair in pairs], batch_size)
+    sides = (
+        [pair.chosen for pair in pairs],
+        [pair.rejected for pair in pairs],
+        [pair.whole for pair in pairs],
+    )
+    chosen, rejected, rows = (losses(model, side, batch_size, join=join) for side in sides)
     return judged(chosen, rejected, rows, beta)
 
 
@@ -108,7 +108,7 @@ def compare_odds(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     chosen: Rows,
-    pairs: Sequence[PairLike],
+    pairs: Sequence[WholePairLike],
     *,
     beta: float,
     **limits: Unpack[Limits],
@@ -121,7 +121,7 @@ def compare_odds(
     """
     answers = compare(model, tokenizer, chosen, [pair.chosen for pair in pairs], **limits)
     rejected = both_losses(model, [pair.rejected for pair in pairs], chosen.lines, limits)
-    rows = both_losses(model, [whole(pair.chosen) for pair in pairs], chosen.lines, limits)
+    rows = both_losses(model, [pair.whole for pair in pairs], chosen.lines, limits)
     base, tuned = (
         judged(side.losses, other, row, beta)
         for side, other, row in zip((answers.base, answers.tuned), rejected, rows, strict=True)

@@ -10,7 +10,8 @@ from typing import Literal, Protocol, TypedDict, Unpack
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from inlay.evaluate.losses import EncodedRow, RowLoss, losses
+from inlay.evaluate.images import Seeing, joining
+from inlay.evaluate.losses import EncodedRow, Join, RowLoss, losses
 from inlay.evaluate.record import ComparisonRecord, MetricComparison
 from inlay.evaluate.run import LEVEL, Comparison, Rows, Stage, compare, record
 from inlay.evaluate.statistics import bootstrap_interval, paired_test, weighted_mean
@@ -56,11 +57,12 @@ def log_probs(
     batch_size: int = 8,
     *,
     lines: Sequence[int] | None = None,
+    join: Join | None = None,
 ) -> list[LogProbs]:
     """Return what the model gives both answers of each pair; the errors are those of `losses`."""
     rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     twice = None if lines is None else [*lines, *lines]
-    found = losses(model, rows, batch_size, lines=twice)
+    found = losses(model, rows, batch_size, lines=twice, join=join)
     return joined(found[: len(pairs)], found[len(pairs) :])
 
 
@@ -109,6 +111,7 @@ class Limits(TypedDict, total=False):
     generate_rows: int
     max_new_tokens: int
     batch_size: int
+    seeing: Seeing | None
     on_progress: Stage | None
 
 
@@ -153,10 +156,10 @@ def both_losses(
     model: nn.Module, rows: Sequence[EncodedRow], lines: Sequence[int], limits: Limits
 ) -> tuple[list[RowLoss], list[RowLoss]]:
     """Return the losses of rows without the active adapters, and with them."""
-    size = limits.get("batch_size", 8)
-    tuned = losses(model, rows, size, lines=lines)
+    size, join = limits.get("batch_size", 8), joining(limits.get("seeing"))
+    tuned = losses(model, rows, size, lines=lines, join=join)
     with disabled(model):
-        return losses(model, rows, size, lines=lines), tuned
+        return losses(model, rows, size, lines=lines, join=join), tuned
 
 
 def with_records(

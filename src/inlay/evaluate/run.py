@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from inlay.errors import DataError
 from inlay.evaluate.generation import generate
-from inlay.evaluate.images import Seeing
+from inlay.evaluate.images import Seeing, joining
 from inlay.evaluate.losses import EncodedRow, Progress, RowLoss, losses
 from inlay.evaluate.metrics import metrics_for
 from inlay.evaluate.record import ComparisonRecord, ExampleRecord, MetricComparison, Score
@@ -217,7 +217,7 @@ def measure(
         encoded,
         batch_size,
         lines=rows.lines,
-        join=None if seeing is None else seeing.join,
+        join=joining(seeing),
         on_progress=staged("held-out loss", on_progress),
     )
     texts: list[str] = []

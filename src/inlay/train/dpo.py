@@ -11,6 +11,7 @@ from trl.trainer.dpo_config import DPOConfig
 from inlay.data.preference import Pair, side_of
 from inlay.data.rows import Rows
 from inlay.data.tokens import summarise
+from inlay.evaluate.images import joining
 from inlay.evaluate.preference import Preferences, compare_pairs, log_probs
 from inlay.evaluate.record import ComparisonRecord
 from inlay.memory.devices import Device
@@ -19,7 +20,7 @@ from inlay.model.shapes import length_multiple
 from inlay.train import planning
 from inlay.train.answers import check_answers
 from inlay.train.arguments import shared
-from inlay.train.preference_trainer import PreferenceTrainer
+from inlay.train.preference_trainer import PreferenceTrainer, preference_batch
 from inlay.train.rows import encode_pair_rows
 from inlay.train.run import Running, Tokens
 from inlay.train.trainer import AdapterLoop, HeldOut
@@ -66,9 +67,15 @@ class Stages(Running[Pair]):
             tokenizer,
             tokens.train,
             self.arguments(model, record["learning_rate"]["value"]),
+            collate=self.collate(model, tokens.train),
             held_out=self.held_out(model, tokens.validation),
             **self.watched(),
         )
+
+    def collate(self, model: PreTrainedModel, pairs: list[Pair]) -> Callable[..., Any]:
+        """Return what makes a batch of pairs: every chosen side, then every rejected one."""
+        del pairs
+        return preference_batch(length_multiple(model))
 
     def arguments(self, model: PreTrainedModel, learning_rate: float) -> TrainingArguments:
         """Return TRL's arguments; the loss is the sigmoid one of the paper."""
@@ -79,19 +86,19 @@ class Stages(Running[Pair]):
             disable_dropout=True,
             precompute_ref_log_probs=True,
             max_length=None,
-            pad_to_multiple_of=length_multiple(model),
         )
 
     def held_out(self, model: PreTrainedModel, pairs: list[Pair]) -> HeldOut | None:
         """Return what measures the loss on held-out pairs, or None when there are none."""
         if not pairs:
             return None
-        size = max(self.config.batch_size, 8)
+        size, join = max(self.config.batch_size, 8), joining(self.seeing)
         with disabled(model):
-            reference = log_probs(model, pairs, size)
+            reference = log_probs(model, pairs, size, join=join)
 
         def measure() -> Mapping[str, float]:
-            return Preferences(log_probs(model, pairs, size), reference, self.beta).means()
+            found = log_probs(model, pairs, size, join=join)
+            return Preferences(found, reference, self.beta).means()
 
         return measure
 
@@ -108,4 +115,5 @@ class Stages(Running[Pair]):
             generate_rows=self.config.generate_rows,
             max_new_tokens=self.config.generate_tokens,
             batch_size=max(self.config.batch_size, 8),
+            seeing=self.seeing,
         )

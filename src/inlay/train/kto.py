@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,8 +11,9 @@ from trl.trainer.kto_config import KTOConfig
 
 from inlay.data.labelled import Labelled, by_label, desirable_of
 from inlay.data.rows import Rows
-from inlay.data.tokens import summarise
+from inlay.data.tokens import Encoded, summarise
 from inlay.errors import DataError
+from inlay.evaluate.images import joining
 from inlay.evaluate.labelled import Judgements, Weights, compare_labelled, labelled_losses
 from inlay.evaluate.record import ComparisonRecord
 from inlay.memory.devices import Device
@@ -21,7 +22,7 @@ from inlay.model.shapes import length_multiple
 from inlay.train import planning
 from inlay.train.answers import check_answers
 from inlay.train.arguments import shared
-from inlay.train.kto_trainer import LabelledTrainer
+from inlay.train.kto_trainer import LabelledTrainer, labelled_batch
 from inlay.train.mismatched import mismatched, mismatched_in_batches
 from inlay.train.rows import RunRows, encode_labelled_rows
 from inlay.train.run import Running, Tokens
@@ -84,15 +85,24 @@ class Stages(Running[Labelled]):
     ) -> LabelledTrainer:
         """Return the trainer, nothing trained yet; the reference is measured here."""
         config, rows = self.config, tokens.train
+        others = mismatched_in_batches(rows, self.share.rows, config.seed, config.max_length)
         return LabelledTrainer(
             model,
             tokenizer,
             rows,
-            mismatched_in_batches(rows, self.share.rows, config.seed, config.max_length),
+            others,
             self.arguments(model, record["learning_rate"]["value"]),
+            collate=self.collate(model, rows, others),
             held_out=self.held_out(model, tokens.validation),
             **self.watched(),
         )
+
+    def collate(
+        self, model: PreTrainedModel, rows: list[Labelled], others: list[Encoded]
+    ) -> Callable[..., Any]:
+        """Return what makes a batch of rows, each with its own answer and another row's."""
+        del rows, others
+        return labelled_batch(length_multiple(model))
 
     def arguments(self, model: PreTrainedModel, learning_rate: float) -> KTOConfig:
         """Return TRL's arguments; the loss is the one of the paper.
@@ -111,22 +121,21 @@ class Stages(Running[Labelled]):
             precompute_ref_log_probs=True,
             train_sampling_strategy="sequential",
             max_length=None,
-            pad_to_multiple_of=length_multiple(model),
         )
 
     def held_out(self, model: PreTrainedModel, rows: list[Labelled]) -> HeldOut | None:
         """Return what measures the loss on held-out rows, or None when there are none."""
         if not rows:
             return None
-        size = max(self.config.batch_size, 8)
+        size, join = max(self.config.batch_size, 8), joining(self.seeing)
         labels, others = [row.desirable for row in rows], mismatched(rows, self.config.max_length)
         if len(set(labels)) == 1:
             self.note("the validation rows have one label: no margin or AUC is measured on them")
         with disabled(model):
-            reference = labelled_losses(model, rows, others, size)
+            reference = labelled_losses(model, rows, others, size, join=join)
 
         def measure() -> Mapping[str, float]:
-            found = labelled_losses(model, rows, others, size)
+            found = labelled_losses(model, rows, others, size, join=join)
             return Judgements(found, reference, labels, self.beta, self.weights).means()
 
         return measure
@@ -147,6 +156,7 @@ class Stages(Running[Labelled]):
             generate_rows=self.config.generate_rows,
             max_new_tokens=self.config.generate_tokens,
             batch_size=max(self.config.batch_size, 8),
+            seeing=self.seeing,
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from datasets import Dataset
@@ -11,12 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer import kto_trainer
 from trl.trainer.kto_config import KTOConfig
-from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference, KTOTrainer
 
 from inlay.data.labelled import Labelled
 from inlay.data.tokens import Encoded
+from inlay.data.vision import ImageInputs, kinds_beside
+from inlay.evaluate.losses import PADDING
 from inlay.train.order import kept_order
 from inlay.train.reference import AgainstBase, unhashed
+from inlay.train.vision_planning import pictured
 
 
 class LabelledTrainer(AgainstBase, KTOTrainer):
@@ -92,10 +96,37 @@ class LabelledTrainer(AgainstBase, KTOTrainer):
         return self.by_base(model, inputs), self.by_base(model, inputs, "KL_")
 
 
+@dataclass(frozen=True)
+class LabelledSideBySide:
+    """Gives labelled rows, and their prompts with others' answers, the images of both."""
+
+    collate: Callable[..., dict[str, Any]]
+    rows: Sequence[Labelled]
+    mismatched: Sequence[Encoded]
+    inputs: ImageInputs
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch of tokens with what the model sees, for either answer the same."""
+        batch = self.collate(items)
+        numbers = [item["row"] for item in items]
+        own = pictured([self.rows[number].answer for number in numbers])
+        others = pictured([self.mismatched[number] for number in numbers])
+        widths = [batch[f"{prefix}input_ids"].shape[1] for prefix in ("", "KL_")]
+        kinds = kinds_beside(others, widths[1])
+        beside = {f"KL_{name}": value for name, value in kinds.items()}
+        return {**batch, **self.inputs(own, width=widths[0]), **beside}
+
+
+def labelled_batch(multiple: int) -> DataCollatorForUnpairedPreference:
+    """Return TRL's collator of labelled rows that are tokenised already."""
+    return DataCollatorForUnpairedPreference(PADDING, pad_to_multiple_of=multiple)
+
+
 def columns(rows: Sequence[Labelled], mismatched: Sequence[Encoded]) -> dict[str, list[Any]]:
-    """Return labelled rows as TRL takes them when they are tokenised already."""
+    """Return labelled rows, numbered, as TRL takes them when they are tokenised already."""
     both = list(zip(rows, mismatched, strict=True))
     return {
+        "row": list(range(len(rows))),
         "prompt_ids": [row.answer.input_ids[: row.start] for row in rows],
         "completion_ids": [row.answer.input_ids[row.start :] for row in rows],
         "KL_completion_ids": [other.input_ids[row.start :] for row, other in both],

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
 from inlay.data.preference import Pair
+from inlay.evaluate.images import joining
 from inlay.evaluate.odds import compare_odds, odds_ratios
 from inlay.evaluate.record import ComparisonRecord
 from inlay.train import dpo
 from inlay.train.arguments import shared
-from inlay.train.orpo_trainer import OddsTrainer, ORPOConfig
+from inlay.train.orpo_trainer import CountingPrompts, OddsTrainer, ORPOConfig
 from inlay.train.trainer import AdapterLoop, HeldOut
 
 
@@ -21,6 +22,10 @@ class Stages(dpo.Stages):
 
     loop: ClassVar[Callable[..., AdapterLoop]] = OddsTrainer
     compare: ClassVar[Callable[..., ComparisonRecord]] = staticmethod(compare_odds)
+
+    def collate(self, model: PreTrainedModel, pairs: list[Pair]) -> Callable[..., Any]:
+        """Return what makes a batch of pairs, which knows what counts of a preferred row."""
+        return CountingPrompts(super().collate(model, pairs), pairs)
 
     def arguments(self, model: PreTrainedModel, learning_rate: float) -> ORPOConfig:
         """Return TRL's arguments; its `beta` is the paper's lambda."""
@@ -36,9 +41,9 @@ class Stages(dpo.Stages):
         """Return what measures the loss on held-out pairs, or None when there are none."""
         if not pairs:
             return None
-        size = max(self.config.batch_size, 8)
+        size, join = max(self.config.batch_size, 8), joining(self.seeing)
 
         def measure() -> Mapping[str, float]:
-            return odds_ratios(model, pairs, size, self.beta).means()
+            return odds_ratios(model, pairs, size, self.beta, join=join).means()
 
         return measure

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.import_utils import TRLExperimentalWarning
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from inlay.data.preference import Pair
-from inlay.evaluate.losses import PADDING
 from inlay.model.fast.causal_lm import IGNORED
-from inlay.model.shapes import length_multiple
 from inlay.train.preference_trainer import columns, longer_sides
-from inlay.train.reference import Telling
+from inlay.train.reference import Telling, call_of
 from inlay.train.scoring import Scoring
 
 with warnings.catch_warnings():  # that it may change; the tests hold it to its own results
@@ -45,9 +44,8 @@ class OddsTrainer(Telling, ORPOTrainer):
         args: ORPOConfig,
         **kept: Any,
     ) -> None:
-        collate = DataCollatorForPreference(PADDING, pad_to_multiple_of=length_multiple(model))
         rows = AsTheyCome.from_dict(columns(pairs))
-        super().__init__(model, tokenizer, rows, args, collate=collate, **kept)
+        super().__init__(model, tokenizer, rows, args, **kept)
         add_fused_lm_head(model)
 
     @property
@@ -67,28 +65,42 @@ class OddsTrainer(Telling, ORPOTrainer):
         The loss is that of prompt and answer, the mean over the batch's tokens; the one that
         balances a mixture's experts comes last, if there is one.
         """
-        ids, mask, answers = (
-            batch[name] for name in ("input_ids", "attention_mask", "completion_mask")
-        )
+        ids, answers = batch["input_ids"], batch["completion_mask"]
         preferred = slice(0, len(ids) // 2)
         trained = answers.clone()
-        trained[preferred] = mask[preferred]
+        trained[preferred] = batch["counted_mask"]
         labels = ids.masked_fill(trained == 0, IGNORED)
-        call = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        call = call_of(batch)
         if self.aux_loss_enabled:
             call["output_router_logits"] = True
         scores = Scoring(model)(labels=labels, fused_lm_head=True, **call)
         log_probs = scores.log_probs
         assert log_probs is not None
-        counted = mask[preferred, 1:].sum()
+        counted, rows = trained[preferred, 1:].sum(), len(ids) // 2
         if self.share.cuts > 1:  # of a part, as many as its rows have in the mean of the pass
-            counted = len(mask[preferred]) * self.mean_in_pass(int(counted), len(mask[preferred]))
+            counted = rows * self.mean_in_pass(int(counted), rows)
         loss = -log_probs[preferred].sum() / counted
         means = (log_probs * answers[:, 1:]).sum(dim=1) / answers[:, 1:].sum(dim=1)
         chosen, rejected = means.chunk(2, dim=0)
         no_logits = log_probs.new_zeros(1)
         balance = [scores.aux_loss] if self.aux_loss_enabled else []
         return chosen, rejected, no_logits, no_logits, loss, *balance
+
+
+@dataclass(frozen=True)
+class CountingPrompts:
+    """Says of a batch of pairs which tokens of every preferred row count: its prompt's, too."""
+
+    collate: Callable[..., dict[str, Any]]
+    pairs: Sequence[Pair]
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch with `counted_mask` (pairs, tokens)."""
+        batch = self.collate(items)
+        width = batch["input_ids"].shape[1]
+        counted = [self.pairs[item["row"]].whole.trained for item in items]
+        padded = [[*map(int, row), *[0] * (width - len(row))] for row in counted]
+        return {**batch, "counted_mask": torch.tensor(padded)}
 
 
 class AsTheyCome(Dataset):

@@ -43,8 +43,8 @@ from inlay.train.trainer import labels
 EPOCHS_LOOKED_AT = 10
 UNKEPT = "KL_"
 """What the inputs of a pass without a gradient begin with, as TRL's KTOTrainer names them."""
-SEEING = "inlay.train.vision"
-"""The module that plans rows with images, too."""
+SEEING = "inlay.train.vision_planning"
+"""The module that plans rows with images."""
 
 
 def same(config: RunConfig) -> RunConfig:
@@ -199,7 +199,7 @@ def rows_to_plan(config: RunConfig, encoded: Sequence[Encoded], multiple: int = 
 def pairs_to_plan(config: RunConfig, pairs: Sequence[Pair], multiple: int = 1) -> Rows:
     """Return the largest batch of pairs, every chosen side and then every rejected one."""
     largest = [pairs[i] for i in largest_batch(config, [pair.length for pair in pairs])]
-    counted = everywhere if TASKS[config.task].prompts_count else as_trained
+    counted = counted_in(config)
     both = [
         [counted(pair.chosen) for pair in part] + [pair.rejected for pair in part]
         for part in (largest, pairs)
@@ -212,14 +212,19 @@ def pairs_to_plan(config: RunConfig, pairs: Sequence[Pair], multiple: int = 1) -
     )
 
 
+def counted_in(config: RunConfig) -> Callable[[Encoded], Encoded]:
+    """Return what makes of a preferred answer's row what the task's loss counts of it."""
+    return everywhere if TASKS[config.task].prompts_count else as_trained
+
+
 def as_trained(row: Encoded) -> Encoded:
     """Return a row whose loss counts what is trained on."""
     return row
 
 
 def everywhere(row: Encoded) -> Encoded:
-    """Return a row whose loss counts every token."""
-    return replace(row, trained=[True] * len(row.trained))
+    """Return a row whose loss counts its prompt, too."""
+    return row.everywhere()
 
 
 def labelled_to_plan(config: RunConfig, rows: Sequence[Labelled], multiple: int = 1) -> Rows:
@@ -230,13 +235,19 @@ def labelled_to_plan(config: RunConfig, rows: Sequence[Labelled], multiple: int 
         [part[i] for i in largest_batch(config, [len(row.input_ids) for row in part])]
         for part in (answers, others)
     )
-    beside = {UNKEPT + name: value for name, value in collated(config, unkept, multiple).items()}
-    return Rows(
-        {**collated(config, own, multiple), **beside},
+    found = Rows(
+        collated(config, own, multiple),
         len(rows),
         sum(len(row.input_ids) for row in answers),
         sum(row.trained_tokens for row in answers),
     )
+    return with_unkept(found, collated(config, unkept, multiple))
+
+
+def with_unkept(rows: Rows, batch: Mapping[str, Tensor]) -> Rows:
+    """Return rows whose step has a pass over another batch before it, without a gradient."""
+    unkept = {UNKEPT + name: value for name, value in batch.items()}
+    return replace(rows, batch={**rows.batch, **unkept})
 
 
 def prompts_to_plan(config: RunConfig, prompts: Sequence[Encoded], multiple: int = 1) -> Rows:
@@ -331,7 +342,7 @@ def row_reader(config: RunConfig, device: Device, has_data: bool) -> Callable[[R
         source = located(config.model, config.revision) if hub else where
         tokenizer = read_tokenizer(source, trust_remote_code=False)
         rows = rows_of_run(config).train
-        if rows.kind == "images":
+        if rows.pictured:
             return import_module(SEEING).row_reader(config, rows, source, device)
         multiple = padding_multiple(config, device)
         if rows.kind == "prompt":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from datasets import Dataset
@@ -10,10 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer import dpo_trainer
 from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from inlay.data.preference import Pair
+from inlay.data.vision import ImageInputs
+from inlay.evaluate.losses import PADDING
 from inlay.train.reference import AgainstBase, unhashed
+from inlay.train.vision_planning import pictured
 
 
 class PreferenceTrainer(AgainstBase, DPOTrainer):
@@ -52,9 +56,31 @@ class PreferenceTrainer(AgainstBase, DPOTrainer):
         return chosen, rejected
 
 
-def columns(pairs: Sequence[Pair]) -> dict[str, list[list[int]]]:
-    """Return pairs as TRL takes them when they are tokenised already."""
+@dataclass(frozen=True)
+class PairsSideBySide:
+    """Gives every chosen side of a batch of pairs, and then every rejected one, its images."""
+
+    collate: Callable[..., dict[str, Any]]
+    pairs: Sequence[Pair]
+    inputs: ImageInputs
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch of tokens with what the model sees."""
+        batch = self.collate(items)
+        pairs = [self.pairs[item["row"]] for item in items]
+        rows = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
+        return {**batch, **self.inputs(pictured(rows), width=batch["input_ids"].shape[1])}
+
+
+def preference_batch(multiple: int) -> DataCollatorForPreference:
+    """Return TRL's collator of pairs that are tokenised already."""
+    return DataCollatorForPreference(PADDING, pad_to_multiple_of=multiple)
+
+
+def columns(pairs: Sequence[Pair]) -> dict[str, list[Any]]:
+    """Return pairs as TRL takes them when they are tokenised already, with their numbers."""
     return {
+        "row": list(range(len(pairs))),
         "prompt_ids": [pair.chosen.input_ids[: pair.start] for pair in pairs],
         "chosen_ids": [pair.chosen.input_ids[pair.start :] for pair in pairs],
         "rejected_ids": [pair.rejected.input_ids[pair.start :] for pair in pairs],

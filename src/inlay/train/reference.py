@@ -19,6 +19,10 @@ from inlay.train.scoring import Scoring
 from inlay.train.share import Share
 from inlay.train.trainer import AdapterLoop
 
+NOT_THE_MODELS = ("completion_mask", "counted_mask", "label")
+OTHERS = ("KL_", "ref_")
+"""What inputs of a batch are called, or begin with, that the model does not read as they are."""
+
 
 class Telling(AdapterLoop):
     """Takes into metrics.jsonl what TRL measures of a step beside its loss."""
@@ -97,9 +101,9 @@ class AgainstBase(Telling):
 
     def by_base(self, model: Any, inputs: dict[str, Any], prefix: str = "") -> Tensor:
         """Return the log-probability of each answer (n,), by the model without its adapters."""
-        ids, mask = inputs[f"{prefix}input_ids"], inputs[f"{prefix}attention_mask"]
-        labels = ids.masked_fill(inputs[f"{prefix}completion_mask"] == 0, IGNORED)
-        call = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        call = call_of(inputs, prefix)
+        answers = inputs[f"{prefix}completion_mask"]
+        labels = call["input_ids"].masked_fill(answers == 0, IGNORED)
         with torch.no_grad(), disabled(self.adapted):
             found = Scoring(model)(labels=labels, fused_lm_head=True, **call)
         assert found.log_probs is not None
@@ -120,6 +124,21 @@ class AgainstBase(Telling):
         for place, column in enumerate(self.referred):
             dataset = dataset.add_column(column, [found[i][place] for i in range(len(dataset))])
         return dataset
+
+
+def call_of(inputs: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return what a model is called with on a batch: tokens, and what it sees beside them.
+
+    With a prefix, the tokens are those of the inputs that begin with it.
+    """
+    shared = {
+        name: value
+        for name, value in inputs.items()
+        if name not in NOT_THE_MODELS and not name.startswith(OTHERS)
+    }
+    own = {n.removeprefix(prefix): x for n, x in inputs.items() if prefix and n.startswith(prefix)}
+    own.pop("completion_mask", None)
+    return {**shared, **own, "use_cache": False}
 
 
 @contextmanager

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from inlay.data.images import hold_images, normalise_shown
-from inlay.data.labelled import Labelled, encode_labelled, normalise_labelled
+from inlay.data.image_answers import normalise_shown_labelled, normalise_shown_pairs
+from inlay.data.image_columns import hold_images
+from inlay.data.images import normalise_shown
+from inlay.data.labelled import Labelled, encode_labelled
 from inlay.data.labels import normalise_labels
-from inlay.data.preference import Pair, encode_pairs, normalise_pairs
+from inlay.data.preference import Pair, encode_pairs
 from inlay.data.prompts import encode_prompts, normalise_prompts
-from inlay.data.read import first_row, read_rows
+from inlay.data.read import RawRow, first_row, read_rows
 from inlay.data.rows import Rows
 from inlay.data.similar import normalise_similar
 from inlay.data.split import split
 from inlay.data.tokens import Encoded, encode
+from inlay.errors import DataError, UsageError
 from inlay.train.config import RunConfig
 from inlay.train.judge import judge_of
-from inlay.train.tasks import TASKS
+from inlay.train.tasks import IMAGES, TASKS, seeing_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from inlay.data.processor import ImageReader
 
-NOT_SUPERVISED = {"preference": normalise_pairs, "labelled": normalise_labelled}
+    Reader = PreTrainedTokenizerBase | ImageReader
+    """What writes rows as tokens: a tokenizer, or a processor where they have images."""
+
+
+NOT_SUPERVISED = {"preference": normalise_shown_pairs, "labelled": normalise_shown_labelled}
 """What checks the rows of each kind that has fields of its own."""
+NAMED = (
+    "prompt", "completion", "text", "text_pair", "label", "anchor", "positive", "negative",
+    "score", "split_by",
+)  # fmt: skip
+"""The keys that name columns which are read as words."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,9 @@ def rows_of_run(config: RunConfig) -> RunRows:
     """
     if config.eval_data is not None:
         held_out = read(config, config.eval_data, group=None)
-        return RunRows(read(config, config.data, group=config.split_by), held_out, held_out)
+        train = read(config, config.data, group=config.split_by)
+        check_seen_alike(train, held_out)
+        return RunRows(train, held_out, held_out)
     train, validation, test = split(read(config, config.data, config.split_by), config.split)
     return RunRows(train, validation or test, test or validation)
 
@@ -61,10 +77,12 @@ def rows_of_run(config: RunConfig) -> RunRows:
 def read(config: RunConfig, source: str, group: str | None) -> Rows:
     """Read one source as the run says."""
     raw = read_rows(source)[: config.max_rows]
+    check_unseen(config.task, raw, {key: getattr(config, key) for key in NAMED})
     check = NOT_SUPERVISED.get(TASKS[config.task].rows)
     if check is not None:
         known = config.split_by if config.split_by in raw[0].values else None
-        return check(raw, group=group or known, skip_empty=config.skip_empty)
+        urls = bool(config.allow_urls)
+        return check(raw, group=group or known, skip_empty=config.skip_empty, allow_urls=urls)
     if TASKS[config.task].rows == "labels":
         return normalise_labels(
             raw,
@@ -112,30 +130,79 @@ def columns_of(config: RunConfig) -> dict[str, Any]:
 
 def have_images(config: RunConfig) -> bool:
     """Say whether a run's rows have images, by the first of them."""
-    return config.task == "sft" and hold_images(first_row(config.data), **columns_of(config))
+    sees = bool(TASKS[config.task].images)
+    return sees and hold_images(first_row(config.data), **columns_of(config))
 
 
-def encode_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
+def check_unseen(task: str, raw: Sequence[RawRow], columns: Mapping[str, Any]) -> None:
+    """Raise when rows have images and their task reads text alone.
+
+    Raises:
+        DataError: naming the row, the task and those that see.
+    """
+    if task not in TASKS or TASKS[task].images:
+        return
+    for row in raw:
+        if hold_images(row, **columns):
+            raise DataError(
+                f"{row.where}: the row has an image, and the task {task!r} reads text alone; take "
+                f"the images out, or train by a task that sees them ({', '.join(seeing_tasks())})"
+            )
+
+
+def check_seen_alike(train: Rows, held_out: Rows) -> None:
+    """Raise when the rows to train on have images and the held-out ones do not, or reversed."""
+    if train.pictured != held_out.pictured:
+        seen, blind = (train, held_out) if train.pictured else (held_out, train)
+        raise DataError(
+            f"the rows of {seen.source} have images and those of {blind.source} have none; both "
+            "must be of one kind"
+        )
+
+
+def check_image_keys(config: RunConfig) -> None:
+    """Raise for a key that only rows with images know; the run's have none."""
+    for key in IMAGES:
+        if getattr(config, key) not in (None, False, "auto"):
+            raise UsageError(
+                f"{key!r} applies to rows with images, and these have none; take it out"
+            )
+
+
+def encode_rows(rows: Rows, reader: Reader, max_length: int) -> list[Encoded]:
     """Return the rows as tokens; conversations by TRL's training template where it has one.
 
-    Of prompts alone no token is trained on.
+    Of prompts alone no token is trained on; rows with images are written by a model's processor.
     """
+    if rows.pictured:
+        from inlay.data.vision import encode_images
+
+        return list(encode_images(rows, cast("ImageReader", reader), max_length))
+    tokenizer = cast("PreTrainedTokenizerBase", reader)
     if rows.kind == "prompt":
         return encode_prompts(rows, tokenizer, max_length)
     template = training_template(tokenizer) if rows.kind == "messages" else None
     return encode(rows, tokenizer, max_length, chat_template=template)
 
 
-def encode_pair_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Pair]:
+def encode_pair_rows(rows: Rows, reader: Reader, max_length: int) -> list[Pair]:
     """Return rows of preferences as tokens; conversations by the same template as supervised."""
+    if rows.pictured:
+        from inlay.data.vision import encode_image_pairs
+
+        return encode_image_pairs(rows, cast("ImageReader", reader), max_length)
+    tokenizer = cast("PreTrainedTokenizerBase", reader)
     template = answer_template(rows, tokenizer)
     return encode_pairs(rows, tokenizer, max_length, chat_template=template)
 
 
-def encode_labelled_rows(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[Labelled]:
+def encode_labelled_rows(rows: Rows, reader: Reader, max_length: int) -> list[Labelled]:
     """Return labelled rows as tokens; conversations by the same template as supervised."""
+    if rows.pictured:
+        from inlay.data.vision import encode_image_labelled
+
+        return encode_image_labelled(rows, cast("ImageReader", reader), max_length)
+    tokenizer = cast("PreTrainedTokenizerBase", reader)
     template = answer_template(rows, tokenizer)
     return encode_labelled(rows, tokenizer, max_length, chat_template=template)
 

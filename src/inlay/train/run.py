@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from inlay.checkpoint.adapter import keep_base_description, save_adapter
 from inlay.data.rows import Rows
 from inlay.errors import ModelError, TrainingError
+from inlay.evaluate.images import Seeing
 from inlay.evaluate.record import ComparisonRecord, Run, Step
 from inlay.evaluate.report import write_report
 from inlay.memory.devices import Device, this_machine
@@ -56,7 +57,7 @@ from inlay.train.parallel import (
 from inlay.train.proposal import check_fits
 from inlay.train.recipe import LearningRate, learning_rate
 from inlay.train.recorder import Recorder, read_metrics
-from inlay.train.rows import RunRows, have_images, rows_of_run, sample
+from inlay.train.rows import RunRows, check_image_keys, have_images, rows_of_run, sample
 from inlay.train.share import Share
 from inlay.train.tasks import TASKS
 from inlay.train.trainer import AdapterLoop, left_as_it_was
@@ -129,7 +130,7 @@ def ignore(event: Event) -> None:
 
 def loop_of(config: RunConfig) -> str:
     """Return the module with the stages of a run; rows with images have their own."""
-    return "inlay.train.vision" if have_images(config) else TASKS[config.task].loop
+    return TASKS[config.task].images if have_images(config) else TASKS[config.task].loop
 
 
 @contextmanager
@@ -146,6 +147,9 @@ def quiet_libraries() -> Generator[None]:
 
 class Running(ABC, Generic[Row]):
     """One run from its rows to its report; a task says what its rows, loop and metrics are."""
+
+    seeing: Seeing | None = None
+    """What gives the model the images of rows, where they have some."""
 
     def __init__(self, config: RunConfig, method: Method, folder: RunFolder, tell: OnEvent):
         self.config, self.method, self.folder, self.tell = config, method, folder, tell
@@ -259,6 +263,8 @@ class Running(ABC, Generic[Row]):
     def tokens(self) -> tuple[Tokens[Row], RunRows]:
         """Read the rows and encode them; raise for whatever would make training on them vain."""
         rows = rows_of_run(self.config)
+        if not rows.train.pictured:
+            check_image_keys(self.config)
         for note in rows.train.notes:
             self.note(note)
         with quiet_transformers():

@@ -29,8 +29,6 @@ from inlay.train.trunk_cache import TrunkCache, cached_trunk
 
 GATE_ROWS = 64
 """Rows that the loss in 8 bits is measured on."""
-IMAGES_ALONE = ("max_pixels", "allow_urls", "cache_vision")
-"""The keys that only rows with images know."""
 TRUNK = "trunk.tmp"
 """The file that a kept trunk takes if it does not fit in memory; what a kill leaves is removed."""
 
@@ -40,11 +38,6 @@ class Stages(Running[Encoded]):
 
     def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
         """Return rows as tokens."""
-        for key in IMAGES_ALONE:
-            if getattr(self.config, key) not in (None, False, "auto"):
-                raise UsageError(
-                    f"{key!r} applies to rows with images, and these have none; take it out"
-                )
         return encode_rows(rows, tokenizer, self.config.max_length)
 
     def check_rows(self, rows: Rows, encoded: list[Encoded]) -> None:

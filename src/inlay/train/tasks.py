@@ -31,6 +31,8 @@ class Task:
     rows: Literal["supervised", "preference", "labelled", "prompt", "labels", "similar"]
     loop: str
     """The module of the run's stages, which has a class `Stages`."""
+    images: str = ""
+    """The module of the stages for rows with images, if the task takes such."""
     own: Mapping[str, object] = field(default_factory=dict[str, object])
     """The keys that this task has and others may not, with their defaults."""
     fixed: Mapping[str, Fixed] = field(default_factory=dict[str, Fixed])
@@ -67,6 +69,8 @@ def not_supervised(fields: str, padded: str) -> dict[str, Fixed]:
     }
 
 
+IMAGES: dict[str, object] = {"max_pixels": None, "allow_urls": False, "cache_vision": "auto"}
+"""The keys that rows with images alone know, and their defaults."""
 PREFERENCE = not_supervised(
     "prompt, chosen and rejected", "the two answers to a prompt are padded side by side"
 )
@@ -139,14 +143,16 @@ TASKS: dict[str, Task] = {
             "answers as the rows give them",
             "supervised",
             "inlay.train.supervised",
-            own={"max_pixels": None, "allow_urls": False, "cache_vision": "auto"},
+            images="inlay.train.vision",
+            own=IMAGES,
         ),
         Task(
             "dpo",
             "the preferred answer rather than the rejected one, by TRL's DPOTrainer",
             "preference",
             "inlay.train.dpo",
-            own={"beta": 0.1},
+            images="inlay.train.vision_pairs",
+            own={"beta": 0.1, **IMAGES},
             fixed=PREFERENCE,
             learning_rate_factor=0.1,
             check=positive_beta,
@@ -174,7 +180,8 @@ TASKS: dict[str, Task] = {
             "desirable answers rather than undesirable ones, by TRL's KTOTrainer",
             "labelled",
             "inlay.train.kto",
-            own={"beta": 0.1, "desirable_weight": "auto", "undesirable_weight": "auto"},
+            images="inlay.train.vision_labelled",
+            own={"beta": 0.1, "desirable_weight": "auto", "undesirable_weight": "auto", **IMAGES},
             fixed=LABELLED,
             learning_rate_factor=0.1,
             kept_batches=True,
@@ -188,7 +195,8 @@ TASKS: dict[str, Task] = {
             "ORPOTrainer",
             "preference",
             "inlay.train.orpo",
-            own={"beta": 0.1},
+            images="inlay.train.vision_odds",
+            own={"beta": 0.1, **IMAGES},
             fixed=PREFERENCE,
             learning_rate_factor=0.5,
             check=positive_beta,
@@ -262,6 +270,11 @@ def check_keys(name: str, given: Mapping[str, Any]) -> None:
         others = owners(key)
         if others and name not in others:
             raise UsageError(f"{key!r} belongs to the task {' and '.join(others)}, not to {name!r}")
+
+
+def seeing_tasks() -> list[str]:
+    """Return the tasks that take rows with images."""
+    return [name for name, task in TASKS.items() if task.images]
 
 
 def owners(key: str) -> list[str]:

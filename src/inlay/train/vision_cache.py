@@ -37,29 +37,34 @@ Tree = Any
 
 
 class VisionCache(ImageInputs):
-    """The features of rows, found again by their numbers, which stand in for the pixels."""
+    """The features of images, found again by their numbers, which stand in for the pixels.
+
+    Rows of the same images have one number.
+    """
 
     def __init__(self, model: PreTrainedModel, reader: ImageReader, path: Path) -> None:
         super().__init__(reader, model.dtype)
         self.model, self.path = model, path
         self.body: Any = body_of(model)
         self.own: Callable[..., Any] = getattr(self.body, FEATURES)
-        self.numbers: dict[int, int] = {}
+        self.numbers: dict[tuple[str, ...], int] = {}
+        self.rows = 0
         self.others: list[dict[str, Tensor]] = []
         self.features: list[Tree] = []
         self.room = Room(path)
 
     def __str__(self) -> str:
         return (
-            f"the vision tower and projector are frozen and ran once over {len(self.features)} "
-            f"rows; what they gave is read from now on: {self.room}"
+            f"the vision tower and projector are frozen and ran once over {self.rows} rows; what "
+            f"they gave is read from now on: {self.room}"
         )
 
     def fill(self, rows: Sequence[Pictured]) -> None:
-        """Run tower and projector once over every row."""
+        """Run tower and projector once over the images of every row."""
+        self.rows += len(rows)
         with evaluating(self.model), torch.no_grad():
-            for row in rows:
-                self.numbers[id(row)] = len(self.others)
+            for row in {row.images: row for row in rows}.values():
+                self.numbers[row.images] = len(self.others)
                 found = self.reader.of(row)
                 self.features.append(self.room.kept(self.seen(row, found)))
                 self.others.append({k: v for k, v in found.items() if k not in PIXELS})
@@ -79,7 +84,7 @@ class VisionCache(ImageInputs):
             features.append(self.own(*args, **kwargs))
             raise Seen
 
-        ids = torch.zeros(1, row.length, dtype=torch.long, device=device)
+        ids = torch.zeros(1, len(row.input_ids), dtype=torch.long, device=device)
         with replaced(self.body, noticed):
             try:
                 self.model(input_ids=ids, attention_mask=torch.ones_like(ids), **call)
@@ -88,8 +93,8 @@ class VisionCache(ImageInputs):
         raise ModelError(f"{type(self.model).__name__} does not see by {FEATURES}")
 
     def of(self, row: Pictured) -> dict[str, Tensor]:
-        """Return the inputs of one row, its number in place of its pixels."""
-        number = self.numbers[id(row)]
+        """Return the inputs of one row's images, their number in place of their pixels."""
+        number = self.numbers[row.images]
         found = dict(self.others[number])
         if self.features[number] is not None:
             found[PIXELS[0]] = torch.tensor([number])
