@@ -103,6 +103,17 @@ def test_eval_measures_what_the_run_held_out(
 
 
 @pytest.mark.slow
+def test_eval_of_some_rows_of_the_runs_own_data_reads_what_it_held_out(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["eval", "--adapter", str(runs / "run-single"), "--data", str(runs / "single.jsonl")]
+    assert main([*line, "--max-rows", "5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows_held_out_by_the_run"] is True
+    assert found["rows"] == 5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["single", "regression", "tokens", "preferences", "pairs"])
 def test_a_merged_folder_is_what_the_auto_class_reads(
     runs: Path, kind: str, capsys: pytest.CaptureFixture[str]

@@ -92,14 +92,15 @@ def test_eval_needs_only_the_folder_and_rows(
     assert all("p_value" in metric for metric in found["metrics"])
 
 
+@pytest.mark.parametrize(("flags", "rows"), [([], 20), (["--max-rows", "5"], 5)])
 def test_eval_on_the_runs_own_data_measures_only_what_it_held_out(
-    shown: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+    flags: list[str], rows: int, shown: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["eval", "--adapter", str(shown[0]), "--data", "reports", "--generate-rows", "0"]
-    assert main([*line, "--max-rows", "200", "--json"]) == 0
+    assert main([*line, *flags, "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found["rows_held_out_by_the_run"] is True
-    assert found["rows"] == 20
+    assert found["rows"] == rows
 
 
 def test_generate_continues_a_prompt_and_rows(

@@ -97,13 +97,11 @@ def run(given: dict[str, Any]) -> int:
 def measured_answers(options: EvalOptions, tuned: Tuned) -> tuple[ComparisonRecord, Rows, bool]:
     """Return the comparison of a language model on rows, and whether its run held them out."""
     from inlay.cli.compared import Comparing
-    from inlay.cli.rows import held_out, keys_for, rows_of
+    from inlay.cli.rows import keys_for, rows_or_held_out
     from inlay.cli.tuned import load_tuned
 
     keys = keys_for(tuned.run, options.model_dump(exclude_unset=True))
-    rows = rows_of(options.data, keys)
-    trained_on = rows.sha256 == tuned.trained_on
-    rows = held_out({**tuned.run, "data": options.data}) if trained_on else rows
+    rows, trained_on = rows_or_held_out(tuned, options.data, keys)
     with progress() as drawn:
         drawn.stage(f"loading {tuned.base} with {tuned.adapter}")
         model, tokenizer = load_tuned(tuned)

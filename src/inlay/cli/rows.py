@@ -92,6 +92,20 @@ def held_out(run: Mapping[str, Any]) -> Rows:
     return rows_of_run(checked_config(run, source="run.json")).test
 
 
+def rows_or_held_out(tuned: Tuned, data: str, keys: Mapping[str, Any]) -> tuple[Rows, bool]:
+    """Return the rows of data, of the run's own those that it held out, and whether it is that."""
+    most = tuned.run.get("max_rows")
+    rows = rows_of(data, {**keys, "max_rows": most})
+    if rows.sha256 == tuned.trained_on:
+        return at_most(held_out({**tuned.run, "data": data}), keys["max_rows"]), True
+    return rows if keys["max_rows"] == most else rows_of(data, keys), False
+
+
+def at_most(rows: Rows, count: int | None) -> Rows:
+    """Return the first rows, or all of them without a count."""
+    return rows if count is None else rows.take(range(min(count, len(rows))))
+
+
 def rows_for_task(
     tuned: Tuned, data: str | None, given: Mapping[str, Any]
 ) -> tuple[RunConfig, Rows, bool]:
@@ -100,12 +114,12 @@ def rows_for_task(
     Flags replace the run's keys; without data, or with the run's own, its held-out rows are meant.
     The run returned is the one whose data were trained on.
     """
-    config = run_of(tuned, given)
-    there = config if data is None else config.model_copy(update={"data": data})
-    rows = read(there, there.data, group=None)
-    if data is None or rows.sha256 == tuned.trained_on:
-        return there, rows_of_run(there).test, True
-    return config, rows, False
+    asked = {key: value for key, value in given.items() if key != "max_rows"}
+    config, most = run_of(tuned, asked), given.get("max_rows")
+    own = config if data is None else config.model_copy(update={"data": data})
+    if data is None or read(own, own.data, group=None).sha256 == tuned.trained_on:
+        return own, at_most(rows_of_run(own).test, most), True
+    return config, read(own.model_copy(update={"max_rows": most}), own.data, group=None), False
 
 
 def run_of(tuned: Tuned, given: Mapping[str, Any]) -> RunConfig:
