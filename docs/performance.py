@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def steps_section(found: dict[str, Any]) -> list[str]:
         "![speed over the stock peer](pictures/speed.svg)",
         steps_table(measured),
         *left_out(measured),
+        *unmeasured(measured),
     ]
 
 
@@ -161,6 +163,13 @@ def left_out(measured: dict[str, Any]) -> list[str]:
     if not reasons:
         return []
     return ["Left out: " + "; ".join(f"{who}: {why}" for who, why in reasons.items()) + "."]
+
+
+def unmeasured(measured: dict[str, Any]) -> list[str]:
+    """Name the cases of `speed.py --full` that were not run."""
+    asked = product(("0.5B", "1.5B"), ("bf16", "nf4"), (128, 512, 2048))
+    missing = [name for case in asked if (name := "{} {} {}".format(*case)) not in measured]
+    return [f"{NOT_YET.capitalize()}: {', '.join(missing)}."] if missing else []
 
 
 def real_section(found: dict[str, Any]) -> list[str]:
