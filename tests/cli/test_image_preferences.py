@@ -21,7 +21,7 @@ TRAIN = [
     "--gradient-accumulation", "1", "--generate-rows", "2", "--generate-tokens", "3",
     "--threads", "1",
 ]  # fmt: skip
-DATA = {"dpo": "pairs.jsonl", "orpo": "pairs.jsonl", "kto": "labelled.jsonl"}
+DATA = {"dpo": "digit_pairs.jsonl", "orpo": "digit_pairs.jsonl", "kto": "labelled_digits.jsonl"}
 MEASURED = {
     "dpo": ("accuracy", "margin", "loss", "chosen_loss"),
     "orpo": ("accuracy", "margin", "loss", "chosen_loss"),
@@ -46,7 +46,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_data_shows_both_answers_to_an_image(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["data", str(folder / "pairs.jsonl"), "--task", "dpo", "--model", str(folder / "llava")]
+    line = [
+        "data",
+        str(folder / "digit_pairs.jsonl"),
+        "--task",
+        "dpo",
+        "--model",
+        str(folder / "llava"),
+    ]
     assert main([*line, "--show", "1"]) == 0
     out = capsys.readouterr().out
     assert "rows of preferences about images" in out
@@ -147,7 +154,7 @@ def test_bad_rows_are_a_sentence_and_exit_code_2(
 def test_a_task_that_reads_text_alone_refuses_images(
     verb: str, words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = [verb, *words, "--model", "pocket", "--data", str(folder / "pairs.jsonl")]
+    line = [verb, *words, "--model", "pocket", "--data", str(folder / "digit_pairs.jsonl")]
     line += ["--method", "lora", "--output", str(folder / "none")]
     assert main(line) == 2
     err = capsys.readouterr().err
@@ -159,7 +166,15 @@ def test_a_task_that_reads_text_alone_refuses_images(
 def test_a_model_that_sees_nothing_is_refused(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["train", "--task", "dpo", "--model", "pocket", "--data", str(folder / "pairs.jsonl")]
+    line = [
+        "train",
+        "--task",
+        "dpo",
+        "--model",
+        "pocket",
+        "--data",
+        str(folder / "digit_pairs.jsonl"),
+    ]
     assert main([*line, "--output", str(folder / "none")]) == 2
     assert "is a model that sees none" in capsys.readouterr().err
 
@@ -170,7 +185,7 @@ def test_the_right_digit_becomes_the_likelier_one(tmp_path: Path) -> None:
     make_answers(tmp_path, make_digits(tmp_path, 400))
     words = [
         "train", "--task", "dpo", "--model", str(tmp_path / "qwen"), "--rank", "16",
-        "--data", str(tmp_path / "pairs.jsonl"), "--alpha", "32", "--beta", "0.5",
+        "--data", str(tmp_path / "digit_pairs.jsonl"), "--alpha", "32", "--beta", "0.5",
         "--targets", "language", "vision", "projector", "--epochs", "8", "--batch-size", "16",
         "--gradient-accumulation", "1", "--learning-rate", "4e-3", "--split", "0.8", "0", "0.2",
         "--generate-rows", "0", "--threads", "1", "--output", str(tmp_path / "run"),

@@ -333,12 +333,12 @@ def make_answers(folder: Path, digits: Path, many: int = 10) -> None:
         right = number // 2 % 2 == 0
         answer = str(digit) if right else wrong
         labelled.append({**asked, "completion": answer, "label": right})
-    for name, found in (("pairs", pairs), ("labelled", labelled)):
+    for name, found in (("digit_pairs", pairs), ("labelled_digits", labelled)):
         text = "".join(json.dumps(row) + "\n" for row in found)
         (folder / f"{name}.jsonl").write_text(text)
 
 
-DATA = {"sft": "digits.jsonl", "kto": "labelled.jsonl"}
+DATA = {"sft": "digits.jsonl", "kto": "labelled_digits.jsonl"}
 """The file of each task's rows; pairs for the others."""
 
 
@@ -357,7 +357,7 @@ def make_vision_run(
         make_answers(folder, make_digits(folder, count), many)
     run: dict[str, Any] = {
         "model": str(folder / family),
-        "data": str(folder / DATA.get(changes.get("task", "sft"), "pairs.jsonl")),
+        "data": str(folder / DATA.get(changes.get("task", "sft"), "digit_pairs.jsonl")),
         "output": str(folder / output),
         "dropout": 0.1,
         "rank": 4,
