@@ -46,14 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_data_shows_both_answers_to_an_image(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = [
-        "data",
-        str(folder / "digit_pairs.jsonl"),
-        "--task",
-        "dpo",
-        "--model",
-        str(folder / "llava"),
-    ]
+    pairs = str(folder / "digit_pairs.jsonl")
+    line = ["data", pairs, "--task", "dpo", "--model", str(folder / "llava")]
     assert main([*line, "--show", "1"]) == 0
     out = capsys.readouterr().out
     assert "rows of preferences about images" in out
@@ -166,15 +160,8 @@ def test_a_task_that_reads_text_alone_refuses_images(
 def test_a_model_that_sees_nothing_is_refused(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = [
-        "train",
-        "--task",
-        "dpo",
-        "--model",
-        "pocket",
-        "--data",
-        str(folder / "digit_pairs.jsonl"),
-    ]
+    pairs = str(folder / "digit_pairs.jsonl")
+    line = ["train", "--task", "dpo", "--model", "pocket", "--data", pairs]
     assert main([*line, "--output", str(folder / "none")]) == 2
     assert "is a model that sees none" in capsys.readouterr().err
 
