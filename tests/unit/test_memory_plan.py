@@ -17,6 +17,7 @@ from inlay.memory.heap import Heap
 from inlay.memory.optimisers import adamw, adamw_8bit
 from inlay.memory.plan import Plan, Task, plan
 from inlay.memory.policy import POLICIES
+from inlay.memory.probe import resident
 from inlay.memory.simulate import Simulation, simulate
 from inlay.memory.skeleton import config_of, skeleton
 from inlay.storage.registry import storage_class
@@ -221,6 +222,7 @@ def test_sizes_and_devices_are_read() -> None:
         bytes_from("much")
     assert device_named("2xrtx4090").memory == 48 * 10**9
     assert device_named("H100", 10**9).memory == 10**9
+    assert device_named("cpu", 10**10).memory + resident() == pytest.approx(10**10, rel=0.01)
     with pytest.raises(UsageError, match=r"no device 'h1000'.*Did you mean 'h100'"):
         device_named("h1000")
     assert available_memory() > 0

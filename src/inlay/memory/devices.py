@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from inlay.errors import UsageError, did_you_mean
+from inlay.memory.probe import resident
 
 GB = 10**9
 TERA = 10**12
@@ -97,13 +98,15 @@ def device_named(name: str | None, memory: int | None = None) -> Device:
 
     Args:
         name: a GPU of the table, several as `2xrtx4090`, `cpu`, or None.
-        memory: bytes to reckon with in place of the device's own.
+        memory: bytes to reckon with in place of the device's own; on a CPU, of the whole process.
 
     Raises:
         UsageError: there is no such device in the table.
     """
     found = known_device(name)
-    return found if memory is None else replace(found, memory=memory)
+    if memory is None:
+        return found
+    return replace(found, memory=memory - (resident() if found.kind == "cpu" else 0))
 
 
 def known_device(name: str | None) -> Device:
