@@ -98,15 +98,13 @@ def device_named(name: str | None, memory: int | None = None) -> Device:
 
     Args:
         name: a GPU of the table, several as `2xrtx4090`, `cpu`, or None.
-        memory: bytes to reckon with in place of the device's own; on a CPU, of the whole process.
+        memory: bytes to reckon with in place of the device's own.
 
     Raises:
         UsageError: there is no such device in the table.
     """
     found = known_device(name)
-    if memory is None:
-        return found
-    return replace(found, memory=memory - (resident() if found.kind == "cpu" else 0))
+    return found if memory is None else replace(found, memory=memory)
 
 
 def known_device(name: str | None) -> Device:
@@ -145,11 +143,13 @@ def this_machine() -> Device:
 
 
 def this_cpu(*, rates: bool = True) -> Device:
-    """Return this machine's CPU: memory that is free now, rates measured in about a second."""
+    """Return this machine's CPU: rates measured in about a second.
+
+    Its memory is what this process holds and what is free now.
+    """
     half, single, bandwidth = cpu_rates() if rates else (1e11, 1e11, 1e10)
-    return Device(
-        "cpu", "cpu", available_memory(), bandwidth, half, single, bandwidth, measured=True
-    )
+    memory = available_memory() + resident()
+    return Device("cpu", "cpu", memory, bandwidth, half, single, bandwidth, measured=True)
 
 
 def available_memory() -> int:

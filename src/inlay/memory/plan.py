@@ -17,7 +17,6 @@ from inlay.memory.generating import Answered, Answering, simulate_answers
 from inlay.memory.ledger import Work
 from inlay.memory.optimisers import Optimiser
 from inlay.memory.policy import POLICIES, Policy
-from inlay.memory.probe import resident
 from inlay.memory.simulate import Frozen, Simulation, fake_tensors, frozen_bytes, simulate
 
 Product = tuple[int, int, int]
@@ -113,8 +112,7 @@ def plan(
     Raises:
         ModelError: the step depends on values that only training knows.
     """
-    # What a CPU has free does not count what this process holds already.
-    room = int(ROOM * device.memory) + (resident() if device.kind == "cpu" else 0)
+    room = int(ROOM * device.memory)
     options: list[Option] = []
     trained, frozen = 0, Frozen(0, 0, 0)
     answered = task.answering and simulate_answers(task.build, task.answering, device.kind)
