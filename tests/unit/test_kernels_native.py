@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from inlay.errors import DataError, UsageError
 from inlay.kernels import native
-from inlay.kernels.epilogue import Epilogue
+from inlay.kernels.epilogue import Epilogue, LowRank
 from inlay.kernels.frozen import dense
 from inlay.kernels.native import build, reference
 from inlay.storage import nf4
@@ -175,14 +175,14 @@ def test_product_ends_with_a_low_rank_term_and_a_bias(
     left, bias = drawn(m, rank, seed=2), drawn(n, 1, seed=4).flatten()
     right = drawn(n, rank, seed=3).t() if turned[1] else drawn(rank, n, seed=3)
     stored = weight.t().contiguous() if turned[0] else weight
-    term = (left, right) if rank else (None, None)
+    term = LowRank(left, right, scale) if rank else None
     expected = x.double() @ weight.double() + scale * left.double() @ right.double() + bias
     sizes = (
         x.double().abs() @ weight.double().abs()
         + scale * left.double().abs() @ right.abs().double()
     )
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        end = Epilogue(dtype, *term, scale, bias)
+        end = Epilogue(dtype, term, bias)
         y = native.product(x, stored, turned[0], end)
         assert (y is not None) == native.multiplies()
         if y is None:
@@ -212,7 +212,9 @@ def test_product_refuses_a_term_that_it_cannot_read() -> None:
     x, weight = drawn(5, 40), drawn(40, 30, dtype=torch.bfloat16)
     left, right = drawn(5, 8), drawn(8, 60)[:, ::2]
     for term in [(left.double(), right.contiguous()), (left, right), (left.bfloat16(), right)]:
-        assert native.product(x, weight, False, Epilogue(torch.float32, *term)) is None
+        assert (
+            native.product(x, weight, False, Epilogue(torch.float32, LowRank(*term, 1.0))) is None
+        )
 
 
 def test_product_keeps_what_is_not_finite() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,23 +11,27 @@ from torch import Tensor
 from inlay.kernels.scratch import cast
 
 
+class LowRank(NamedTuple):
+    """`scale * left @ right`; left: (n, r), right: (r, width), in the dtype of the product."""
+
+    left: Tensor
+    right: Tensor
+    scale: float
+
+
 @dataclass(frozen=True, slots=True)
 class Epilogue:
-    """`y + scale * left @ right + bias`, then rounded to `dtype`; y: (n, width), a product."""
+    """`y + term + bias`, then rounded to `dtype`; y: (n, width), a product."""
 
     dtype: torch.dtype
-    left: Tensor | None = None
-    """(n, r), in the dtype of the product."""
-    right: Tensor | None = None
-    """(r, width), in the dtype of the product."""
-    scale: float = 1.0
+    term: LowRank | None = None
     bias: Tensor | None = None
     """(width,)."""
 
     def applied(self, y: Tensor) -> Tensor:
         """Return what becomes of y, which is overwritten."""
-        if self.left is not None and self.right is not None:
-            y.addmm_(self.left, self.right, alpha=self.scale)
+        if self.term is not None:
+            y.addmm_(self.term.left, self.term.right, alpha=self.term.scale)
         if self.bias is not None:
             y = cast(y, torch.promote_types(y.dtype, self.dtype))
             y += self.bias

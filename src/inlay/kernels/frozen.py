@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inlay.kernels import native
-from inlay.kernels.epilogue import Epilogue
+from inlay.kernels.epilogue import Epilogue, LowRank
 from inlay.kernels.opaque import operator
 from inlay.kernels.scratch import cast, product_dtype, scratch, tile_rows, tiles
 
@@ -257,7 +257,8 @@ def low_rank_linear(
     matrix = matrix_of(parts, packing, rows, columns, x)
     flat = matrix.flat(x, columns)
     inner = matrix.narrow(flat, cast(a, matrix.dtype).t())
-    y = matrix.times(flat, Epilogue(x.dtype, inner, cast(b, matrix.dtype).t(), scale, bias))
+    term = LowRank(inner, cast(b, matrix.dtype).t(), scale)
+    y = matrix.times(flat, Epilogue(x.dtype, term, bias))
     return y.view(*x.shape[:-1], rows)
 
 
@@ -284,7 +285,7 @@ def low_rank_linear_backward(
     to_a, to_b = cast(to_a, a.dtype), cast(to_b.t().contiguous(), b.dtype)
     if not to_x:
         return x.new_empty(0), to_a, to_b
-    back = matrix.times_t(grad, Epilogue(x.dtype, through, inner, scale))
+    back = matrix.times_t(grad, Epilogue(x.dtype, LowRank(through, inner, scale)))
     return back.view(x.shape), to_a, to_b
 
 

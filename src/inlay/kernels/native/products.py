@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from inlay.kernels.epilogue import Epilogue
+from inlay.kernels.epilogue import Epilogue, LowRank
 from inlay.kernels.native.build import library, loaded
 from inlay.kernels.native.calls import (
     BLOCK,
@@ -23,11 +23,11 @@ from inlay.kernels.native.calls import (
 from inlay.kernels.scratch import cast
 
 STRIP = 32
-"""Columns that a product packs at once."""
+"""Columns that a product packs at once: WIDTH in product.h."""
 DEPTH = 384
-"""Rows of the weight that are multiplied before sums are written."""
+"""Rows of the weight that are multiplied before sums are written, as in product.h."""
 NF4, INT8 = 2, 3
-"""Kinds of weights beside the codes of fp32 and bfloat16."""
+"""Kinds of weights beside the codes of fp32 and bfloat16, as in product.h."""
 WIDE = (torch.float32,)
 
 
@@ -108,7 +108,7 @@ def multiplied(
     if not (takes(OUTPUTS, x) and multiplies() and x.numel() and width):
         return None
     a.m, a.k, a.n = *x.shape, width
-    if not add_term(a, end):
+    if end.term is not None and not add_term(a, end.term):
         return None
     y = x.new_empty(a.m, width, dtype=end.dtype if end.dtype in OUTPUTS else torch.float32)
     a.x, a.y, a.sums, a.transposed = x.data_ptr(), y.data_ptr(), y.data_ptr(), transposed
@@ -123,11 +123,9 @@ def multiplied(
     return cast(y, end.dtype) if called("inlay_product", ctypes.byref(a)) else None
 
 
-def add_term(a: ProductArguments, end: Epilogue) -> bool:
-    """Write the epilogue's low-rank term into the arguments; say whether C can read it."""
-    if end.left is None or end.right is None:
-        return True
-    right, transposed = as_stored(end.right, False)
-    a.left, a.right, a.right_transposed = end.left.data_ptr(), right.data_ptr(), transposed
-    a.scale, a.rank = end.scale, end.left.shape[1]
-    return takes(WIDE, end.left, right)
+def add_term(a: ProductArguments, term: LowRank) -> bool:
+    """Write a low-rank term into the arguments; say whether C can read it."""
+    right, transposed = as_stored(term.right, False)
+    a.left, a.right, a.right_transposed = term.left.data_ptr(), right.data_ptr(), transposed
+    a.scale, a.rank = term.scale, term.left.shape[1]
+    return takes(WIDE, term.left, right)
