@@ -16,10 +16,11 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from cases import FULL, QUICK, SMOKE, Case
 from contestants import CONTESTANTS, Contestant
 from machine import THREADS, spread, write
 from shapes import (
@@ -37,34 +38,6 @@ from turns import SkippedError, Worker
 LEARNING_RATE = 1e-3
 WARM_UP = 2
 """Steps of each contestant before anything is measured."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One comparison: a shape, a storage of the frozen weights, and a length."""
-
-    shape: str
-    storage: str
-    tokens: int
-    layers: int | None = None
-    vocab: int | None = None
-
-    @property
-    def name(self) -> str:
-        """As it stands in the results."""
-        return f"{self.shape} {self.storage} {self.tokens}"
-
-
-QUICK = [Case("0.5B", storage, 512) for storage in ("bf16", "nf4")]
-FULL = [
-    *QUICK,
-    *(Case("0.5B", storage, 128) for storage in ("bf16", "nf4")),
-    *(Case("1.5B", s, tokens, layers=7) for tokens in (128, 512) for s in ("bf16", "nf4")),
-    *(Case("0.5B", storage, 2048) for storage in ("bf16", "nf4")),
-    *(Case("1.5B", storage, 2048, layers=7) for storage in ("bf16", "nf4")),
-]
-"""A quarter of the 1.5B shape's layers stand for all, so that four contestants fit in memory."""
-SMOKE = [Case("tiny", storage, 32) for storage in ("bf16", "nf4")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

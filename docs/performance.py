@@ -8,8 +8,8 @@ A figure whose measurement is not there is "not yet measured", and nothing else.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ from goals import (
 )
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from cases import FULL  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs" / "pictures"
 START, END = "<!-- performance: docs/performance.py -->", "<!-- end of performance -->"
@@ -167,8 +171,7 @@ def left_out(measured: dict[str, Any]) -> list[str]:
 
 def unmeasured(measured: dict[str, Any]) -> list[str]:
     """Name the cases of `speed.py --full` that were not run."""
-    asked = product(("0.5B", "1.5B"), ("bf16", "nf4"), (128, 512, 2048))
-    missing = [name for case in asked if (name := "{} {} {}".format(*case)) not in measured]
+    missing = [case.name for case in FULL if case.name not in measured]
     return [f"{NOT_YET.capitalize()}: {', '.join(missing)}."] if missing else []
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from train_tiny import adapter_hash, broken_at, losses_of, make_model
-from vision_tiny import FAMILIES, make_vision_run, silence_projector
+from vision_tiny import FAMILIES, check_kept_features, make_vision_run, notes_of, silence_projector
 
 from inlay.data.processor import image_reader
 from inlay.data.vision import ImageInputs, encode_images
@@ -20,17 +19,10 @@ from inlay.model.attach import attach
 from inlay.model.load import load
 from inlay.train import checkpoints, vision_cache
 from inlay.train.config import load_config
-from inlay.train.events import Event
 from inlay.train.rows import rows_of_run
 from inlay.train.run import train
 from inlay.train.vision import PicturedTrainer
 from inlay.train.vision_cache import VisionCache, cached_vision
-
-
-def notes_of(config: Any) -> tuple[Any, str]:
-    told: list[Event] = []
-    result = train(config, on_event=told.append)
-    return result, "\n".join(str(event.message) for event in told)
 
 
 def test_a_run_leaves_what_one_on_text_does(tmp_path: Path):
@@ -64,19 +56,11 @@ def test_only_the_language_part_is_adapted_unless_the_run_says_so(tmp_path: Path
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kept_features_train_the_same(tmp_path: Path, family: str):
-    runs = {}
-    for name, wanted in (("kept", "auto"), ("seen", False)):
-        config = make_vision_run(
-            tmp_path, family, name, targets=["language"], cache_vision=wanted, evaluate=False
-        )
-        _, told = notes_of(config)
-        assert ("ran once over 27 rows" in told) == (name == "kept")
-        runs[name] = load_file(Path(config.output) / "adapter/adapter_model.safetensors")
-        assert not list(Path(config.output).rglob("*.tmp"))
-    for key, tensor in runs["seen"].items():
-        torch.testing.assert_close(runs["kept"][key], tensor, rtol=1e-3, atol=1e-4)
-    losses = [[x.get("loss", x.get("eval_loss")) for x in losses_of(tmp_path / n)] for n in runs]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    def make(name: str, wanted: Any) -> Any:
+        keys = {"targets": ["language"], "cache_vision": wanted, "evaluate": False}
+        return make_vision_run(tmp_path, family, name, **keys)
+
+    check_kept_features(make, "ran once over 27 rows")
 
 
 def test_kept_features_are_read_and_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from train_tiny import adapter_hash, broken_at, losses_of, one_model, what_is_left
 from trl.trainer import dpo_trainer
-from vision_tiny import FAMILIES, make_vision_run, silence_projector
+from vision_tiny import FAMILIES, check_kept_features, make_vision_run, notes_of, silence_projector
 
 from inlay.data.processor import ImageReader
 from inlay.errors import DataError, TrainingError, UsageError
@@ -23,7 +22,6 @@ from inlay.methods.catalog import build_method
 from inlay.model.attach import adapter_places, disabled
 from inlay.train import checkpoints
 from inlay.train.config import RunConfig, load_config
-from inlay.train.events import Event
 from inlay.train.folder import RunFolder
 from inlay.train.kto_trainer import LabelledTrainer
 from inlay.train.orpo_trainer import OddsTrainer
@@ -44,12 +42,6 @@ def make_judged(folder: Path, task: str = "dpo", output: str = "out", **changes:
     keys: dict[str, Any] = {"task": task, "count": 200, "many": 2, "beta": 1.0, "warmup": 0}
     keys |= {"split": [0.6, 0.2, 0.2], "targets": ["language"], "generate_rows": 0}
     return make_vision_run(folder, output=output, **{**keys, **changes})
-
-
-def notes_of(config: RunConfig) -> tuple[TrainResult, str]:
-    told: list[Event] = []
-    result = train(config, on_event=told.append)
-    return result, "\n".join(str(event.message) for event in told)
 
 
 @pytest.fixture(scope="module")
@@ -144,17 +136,11 @@ def test_loss_and_gradient_are_the_papers_written_out(tmp_path: Path, family: st
 
 @quick_for_dpo
 def test_kept_features_train_the_same(tmp_path: Path, task: str):
-    runs = {}
-    for name, wanted in (("kept", "auto"), ("seen", False)):
-        config = make_judged(tmp_path, task, name, cache_vision=wanted, evaluate=False, epochs=1.0)
-        _, told = notes_of(config)
-        assert ("ran once over" in told) == (name == "kept")
-        runs[name] = load_file(Path(config.output) / "adapter/adapter_model.safetensors")
-        assert not list(Path(config.output).rglob("*.tmp"))
-    for key, tensor in runs["seen"].items():
-        torch.testing.assert_close(runs["kept"][key], tensor, rtol=1e-3, atol=1e-4)
-    losses = [[x.get("loss", x.get("eval_loss")) for x in losses_of(tmp_path / n)] for n in runs]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    def make(name: str, wanted: Any) -> RunConfig:
+        keys = {"cache_vision": wanted, "evaluate": False, "epochs": 1.0}
+        return make_judged(tmp_path, task, name, **keys)
+
+    check_kept_features(make, "ran once over")
 
 
 OF_TASK = {"orpo": ("eval_accuracy", "accuracy"), "kto": ("eval_reward_auc", "auc")}

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from train_tiny import losses_of
 from transformers import (
     BaseImageProcessor,
     CLIPVisionConfig,
@@ -38,6 +40,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from inlay.train.config import RunConfig, load_config
+from inlay.train.events import Event
+from inlay.train.run import TrainResult, train
 
 END, USER, ASSISTANT, PAD = "<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"
 IMAGE = {
@@ -376,3 +380,29 @@ def make_vision_run(
         run["targets"] = ["language", "vision"]
     run |= changes
     return load_config(None, {key: value for key, value in run.items() if value is not None})
+
+
+def notes_of(config: RunConfig) -> tuple[TrainResult, str]:
+    """Train; return the run's result and all that it told."""
+    told: list[Event] = []
+    result = train(config, on_event=told.append)
+    return result, "\n".join(str(event.message) for event in told)
+
+
+def check_kept_features(make: Callable[[str, Any], RunConfig], phrase: str) -> None:
+    """Raise unless runs with the tower's output kept and seen anew train the same.
+
+    make: `(output, cache_vision)` -> a run; phrase: what the first of them tells of what it kept.
+    """
+    runs: dict[str, dict[str, torch.Tensor]] = {}
+    losses: list[list[Any]] = []
+    for name, wanted in (("kept", "auto"), ("seen", False)):
+        config = make(name, wanted)
+        _, told = notes_of(config)
+        assert (phrase in told) == (name == "kept")
+        runs[name] = load_file(Path(config.output) / "adapter/adapter_model.safetensors")
+        assert not list(Path(config.output).rglob("*.tmp"))
+        losses.append([x.get("loss", x.get("eval_loss")) for x in losses_of(config.output)])
+    for key, tensor in runs["seen"].items():
+        torch.testing.assert_close(runs["kept"][key], tensor, rtol=1e-3, atol=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
