@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,19 @@ def write(name: str, result: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
     return path
+
+
+def cases_before(name: str, measured_now: Collection[str]) -> list[dict[str, Any]]:
+    """Return the cases that an earlier run on this machine measured, and this one does not."""
+    path = RESULTS / f"{name}.json"
+    before = json.loads(path.read_text()) if path.is_file() else {"cases": []}
+    kept = [case for case in before["cases"] if case["case"] not in measured_now]
+    if kept and before["machine"] != machine():
+        raise SystemExit(
+            f"{path} holds {len(kept)} cases of another machine or other versions: measure all "
+            "of them here, or give --output another name."
+        )
+    return kept
 
 
 def spread(values: Sequence[float], digits: int = 4) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from cases import FULL, QUICK, SMOKE, Case
 from contestants import CONTESTANTS, Contestant
-from machine import THREADS, spread, write
+from machine import THREADS, cases_before, spread, write
 from shapes import (
     ALPHA,
     RANK,
@@ -41,17 +41,18 @@ WARM_UP = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every case; the results are written after each."""
+    """Measure every case asked for; the results are written after each, beside those of others."""
     options = parsed(arguments)
     cases = {"quick": QUICK, "full": FULL, "smoke": SMOKE}[options.size]
     if options.layers:
         cases = [replace(case, layers=options.layers) for case in cases]
-    results: list[dict[str, Any]] = []
+    cases = [case for case in cases if any(part in case.name for part in options.only)]
+    output = options.output or f"speed_{options.size}"
+    results = cases_before(output, {case.name for case in cases})
     for case in cases:
-        if any(part in case.name for part in options.only):
-            results.append(measured(case, options.alternations, options.steps))
-            print(shown(results[-1]), flush=True)
-            print(write(options.output or f"speed_{options.size}", {"cases": results}), flush=True)
+        results.append(measured(case, options.alternations, options.steps))
+        print(shown(results[-1]), flush=True)
+        print(write(output, {"cases": results}), flush=True)
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
