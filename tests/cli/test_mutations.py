@@ -36,7 +36,6 @@ CONFIGS, DATA_FILES, ADAPTERS = 550, 300, 250
 """How many of each are tried; together over a thousand."""
 SEEDS = st.integers(0, 2**32 - 1).map(random.Random)
 BUT = settings(
-    deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -54,7 +54,7 @@ def reference_values(packed: Tensor, state: object) -> Tensor:
     return plain(packed.reshape(-1), absmax, state.code, 64, state.shape, state.dtype)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     rows=st.integers(1, 130),
     columns=st.integers(1, 300),

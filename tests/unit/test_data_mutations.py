@@ -63,7 +63,6 @@ def rows_or_sentence(path: Path, skip_empty: bool) -> Rows | str:
 @pytest.mark.parametrize("name", FILES)
 @settings(
     max_examples=150,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())

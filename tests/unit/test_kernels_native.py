@@ -309,7 +309,7 @@ def test_rows_are_dequantised_as_torch_does(level: str, columns: int, double_qua
             assert bool((guarded[0] == 7).all() and (guarded[-1] == 7).all())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 50), columns=st.integers(1, 150), first=st.integers(0, 49))
 def test_any_row_range(rows: int, columns: int, first: int) -> None:
     first = min(first, rows - 1)

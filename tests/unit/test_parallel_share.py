@@ -31,7 +31,7 @@ divisible = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 8)).f
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(divisible, st.integers(1, 60))
 def test_every_row_counts_as_it_does_in_one_process(shape: tuple[int, int, int], count: int):
     rows, accumulation, size = shape
@@ -74,7 +74,7 @@ def test_seeds_of_passes_do_not_depend_on_the_number_of_processes():
     assert seeds(2) == seeds(4) == set(range(12))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(divisible, st.integers(1, 60))
 def test_the_parts_of_a_pass_are_run_at_once_by_companions(shape: tuple[int, int, int], count: int):
     rows, accumulation, size = shape

@@ -28,7 +28,7 @@ def layer_of(
 
 
 @every
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=st.integers(1, 90), columns=st.integers(1, 140), lead=st.lists(st.integers(0, 3)))
 def test_products_and_gradient_equal_dense(
     storage: str, double_quant: bool, rows: int, columns: int, lead: list[int]

@@ -11,15 +11,10 @@ from hypothesis import strategies as st
 
 from inlay.errors import UsageError
 from inlay.methods.catalog import catalog
-from inlay.train.config import (
-    SYNONYMS,
-    RunConfig,
-    checked_config,
-    flags,
-    load_config,
-    method_flags,
-)
+from inlay.train.config import RunConfig, checked_config, flags, load_config
+from inlay.train.hyperparameters import method_flags
 from inlay.train.run_file import read_yaml
+from inlay.train.synonyms import SYNONYMS
 
 NEEDED = {"model": "pocket", "data": "reports", "output": "out"}
 

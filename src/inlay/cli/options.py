@@ -9,8 +9,9 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel
 
 from inlay.errors import UsageError, did_you_mean
-from inlay.train.config import SYNONYMS, RunConfig
+from inlay.train.config import RunConfig
 from inlay.train.flags import Flag, flags_of, from_text
+from inlay.train.synonyms import SYNONYMS
 from inlay.train.wording import validated
 
 Options = TypeVar("Options", bound=BaseModel)

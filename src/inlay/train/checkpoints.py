@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -60,3 +61,9 @@ def remove_leftovers(parent: Path) -> None:
                 remove(path)
             else:
                 path.unlink()
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step a checkpoint was written after."""
+    state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+    return int(state["global_step"])

@@ -20,7 +20,7 @@ from inlay.train.arguments import shared
 from inlay.train.head_trainer import HeadTrainer
 from inlay.train.labels import Labelling, labelling, rows_to_plan
 from inlay.train.rows import RunRows
-from inlay.train.run import Running, Tokens
+from inlay.train.running import Running, Tokens
 from inlay.train.trainer import HeldOut
 
 CLASSES_SHOWN = 12

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    StringConstraints,
-    create_model,
-)
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
 
-from inlay.errors import UsageError, did_you_mean
-from inlay.methods.catalog import REQUIRED, MethodSpec, catalog
+from inlay.errors import UsageError
+from inlay.methods.catalog import catalog
 from inlay.train.flags import Flag, flags_of, from_text
+from inlay.train.hyperparameters import checked_hyperparameters, method_flags, method_of
 from inlay.train.run_file import read_yaml
 from inlay.train.tasks import TASKS, task_problems
 from inlay.train.wording import located, validated, wrong
@@ -252,70 +245,9 @@ class RunConfig(BaseModel):
     overwrite: bool = Field(False, description="replace a run that already lies in `output`")
 
 
-SYNONYMS = {
-    "lr": "learning_rate",
-    "num_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "micro_batch_size": "batch_size",
-    "grad_accum": "gradient_accumulation",
-    "gradient_accumulation_steps": "gradient_accumulation",
-    "model_name_or_path": "model",
-    "model_id": "model",
-    "base_model": "model",
-    "dataset": "data",
-    "train_data": "data",
-    "train_file": "data",
-    "validation_data": "eval_data",
-    "output_dir": "output",
-    "out": "output",
-    "target_modules": "targets",
-    "exclude_modules": "exclude",
-    "layers_to_transform": "layers",
-    "peft_type": "method",
-    "adapter": "method",
-    "quantization": "storage",
-    "load_in_4bit": "storage",
-    "max_seq_length": "max_length",
-    "lr_scheduler_type": "scheduler",
-    "optim": "optimizer",
-    "gradient_checkpointing": "activations",
-    "activation_checkpointing": "activations",
-    "warmup_steps": "warmup",
-    "warmup_ratio": "warmup",
-    "logging_steps": "log_every",
-    "save_steps": "save_every",
-    "save_total_limit": "keep_checkpoints",
-    "resume_from_checkpoint": "resume",
-    "r": "rank",
-    "lora_r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "use_rslora": "rslora",
-    "stage": "task",
-    "dpo_beta": "beta",
-    "kto_chosen_weight": "desirable_weight",
-    "kto_rejected_weight": "undesirable_weight",
-    "orpo_alpha": "beta",
-    "reward_funcs": "rewards",
-    "max_completion_length": "max_completion_tokens",
-    "group_size": "num_generations",
-}
-"""Names that other tools use -> ours, for `Did you mean`."""
-
-
 def flags() -> list[Flag]:
     """Return a flag for every key of `RunConfig` but `hyperparameters`, in order."""
     return [flag for flag in flags_of(RunConfig) if flag.key != "hyperparameters"]
-
-
-def method_flags(method: str) -> list[Flag]:
-    """Return a flag for every hyperparameter of the method of this name.
-
-    Raises:
-        UsageError: there is no such method.
-    """
-    return flags_of(hyperparameter_model(method))
 
 
 def load_config(
@@ -348,7 +280,7 @@ def checked_config(
     """
     own = {k: v for k, v in values.items() if k in RunConfig.model_fields}
     rest = {k: v for k, v in values.items() if k not in RunConfig.model_fields}
-    method, problems = method_of(own)
+    method, problems = method_of(own.get("method", RunConfig.model_fields["method"].default))
     nested = own.pop("hyperparameters", {})
     if not isinstance(nested, dict) or not all(isinstance(k, str) for k in nested):
         problems["hyperparameters"] = wrong(
@@ -358,7 +290,7 @@ def checked_config(
     for key in nested.keys() & rest.keys():
         problems[key] = f"{key!r} is given twice, by itself and in 'hyperparameters'"
     if method:
-        hyper, found = checked_hyperparameters(method, {**nested, **rest})
+        hyper, found = checked_hyperparameters(method, {**nested, **rest}, RunConfig.model_fields)
         own["hyperparameters"] = hyper
         problems |= found
     config, found = validated(RunConfig, own)
@@ -368,68 +300,6 @@ def checked_config(
     if problems or not isinstance(config, RunConfig):
         raise UsageError("\n".join(located(problems, source, lines or {})))
     return config.model_copy(update=TASKS[config.task].settled(config.model_dump()))
-
-
-def method_of(values: Mapping[str, object]) -> tuple[str | None, dict[str, str]]:
-    """Return the method's name when there is such a method, and the problem when not."""
-    name = values.get("method", RunConfig.model_fields["method"].default)
-    if isinstance(name, str) and name in catalog():
-        return name, {}
-    if not isinstance(name, str):
-        return None, {"method": wrong("method", name, "the name of a method")}
-    known = ", ".join(catalog())
-    hint = did_you_mean(name, catalog())
-    return None, {"method": f"there is no method {name!r}; there are {known}.{hint}"}
-
-
-@cache
-def hyperparameter_model(method: str) -> type[BaseModel]:
-    """Return a pydantic model with the method's hyperparameters as fields."""
-    spec = spec_of(method)
-    fields: dict[str, Any] = {
-        name: (field.type, Field(field.default, description=described(method, field.default)))
-        for name, field in spec.fields.items()
-    }
-    strict = ConfigDict(extra="forbid", strict=True)
-    return create_model(spec.class_name, __config__=strict, __module__=__name__, **fields)
-
-
-def described(method: str, default: object) -> str:
-    """Return the help text of a method's hyperparameter."""
-    return f"{method}; required" if default is REQUIRED else f"{method}; default {default!r}"
-
-
-def spec_of(method: str) -> MethodSpec:
-    """Return what the catalogue knows of a method; raise when it has none of this name."""
-    if method not in catalog():
-        raise UsageError(
-            f"there is no method {method!r}; there are {', '.join(catalog())}."
-            + did_you_mean(method, catalog())
-        )
-    return catalog()[method]
-
-
-def checked_hyperparameters(
-    method: str, values: Mapping[str, object]
-) -> tuple[dict[str, object], dict[str, str]]:
-    """Return the method's hyperparameters among these values, and the problems by key."""
-    model = hyperparameter_model(method)
-    unknown = {k for k in values if k not in model.model_fields}
-    problems = {key: unknown_key(key, method) for key in unknown}
-    given = {k: v for k, v in values.items() if k not in unknown}
-    _, found = validated(model, given)
-    return given, problems | found
-
-
-def unknown_key(key: str, method: str) -> str:
-    """Return the sentence for a key that neither the run nor the method has."""
-    others = [name for name, spec in catalog().items() if key in spec.fields]
-    known = [*RunConfig.model_fields, *spec_of(method).fields]
-    if others:
-        return f"{key!r} belongs to the method {' and '.join(others)}, not to {method!r}"
-    if SYNONYMS.get(str(key)) in known:
-        return f"there is no key {key!r}. Did you mean {SYNONYMS[str(key)]!r}?"
-    return f"there is no key {key!r}.{did_you_mean(str(key), known)}"
 
 
 def contradictions(config: RunConfig) -> dict[str, str]:

@@ -22,7 +22,7 @@ from inlay.train.answers import check_answers
 from inlay.train.arguments import shared
 from inlay.train.preference_trainer import PreferenceTrainer, preference_batch
 from inlay.train.rows import encode_pair_rows
-from inlay.train.run import Running, Tokens
+from inlay.train.running import Running, Tokens
 from inlay.train.trainer import AdapterLoop, HeldOut
 
 

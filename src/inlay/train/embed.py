@@ -25,7 +25,7 @@ from inlay.train.arguments import shared
 from inlay.train.embedder import Embedder, check_installed, embedder, prompts_in
 from inlay.train.guard import FAR_TOO_HIGH
 from inlay.train.rows import RunRows
-from inlay.train.run import Running, Tokens
+from inlay.train.running import Running, Tokens
 from inlay.train.share import ranges
 from inlay.train.similar import (
     HIDDEN,

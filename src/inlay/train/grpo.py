@@ -25,7 +25,7 @@ from inlay.train.arguments import shared
 from inlay.train.judge import Judge, judge_of
 from inlay.train.judging import judging
 from inlay.train.reward_trainer import RewardGuard, RewardTrainer
-from inlay.train.run import Running, Tokens
+from inlay.train.running import Running, Tokens
 from inlay.train.trainer import HeldOut
 
 

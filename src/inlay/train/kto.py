@@ -25,7 +25,7 @@ from inlay.train.arguments import shared
 from inlay.train.kto_trainer import LabelledTrainer, labelled_batch
 from inlay.train.mismatched import mismatched, mismatched_in_batches
 from inlay.train.rows import RunRows, encode_labelled_rows
-from inlay.train.run import Running, Tokens
+from inlay.train.running import Running, Tokens
 from inlay.train.trainer import HeldOut
 from inlay.train.weights import advised, weights_of
 

@@ -17,7 +17,7 @@ from inlay.evaluate.images import Seeing
 from inlay.evaluate.record import ComparisonRecord
 from inlay.memory.plan import Plan
 from inlay.train.config import RunConfig
-from inlay.train.run import Running, Tokens
+from inlay.train.running import Running, Tokens
 from inlay.train.share import Share
 from inlay.train.trainer import AdapterLoop
 from inlay.train.vision_cache import VisionCache, cached_vision

@@ -22,7 +22,7 @@ from inlay.train.head_planning import longest_row
 from inlay.train.reference import Telling
 from inlay.train.reward_pairs import RewardPair, encode_reward_pairs, pairs_to_plan, reward_head
 from inlay.train.rows import RunRows
-from inlay.train.run import Running, Tokens
+from inlay.train.running import Running, Tokens
 from inlay.train.trainer import HeldOut
 
 

@@ -23,7 +23,7 @@ from inlay.train import planning
 from inlay.train.arguments import arguments
 from inlay.train.collate import Concatenate
 from inlay.train.rows import encode_rows
-from inlay.train.run import Running, Tokens
+from inlay.train.running import Running, Tokens
 from inlay.train.trainer import AdapterTrainer, HeldOut
 from inlay.train.trunk_cache import TrunkCache, cached_trunk
 

@@ -24,7 +24,7 @@ from inlay.train import planning
 from inlay.train.arguments import arguments
 from inlay.train.pictured import Pictures
 from inlay.train.rows import encode_rows
-from inlay.train.run import Tokens
+from inlay.train.running import Tokens
 from inlay.train.supervised import check_ends
 from inlay.train.trainer import AdapterTrainer, HeldOut, dataset
 from inlay.train.vision_planning import pictured, rows_to_plan, side_by_side

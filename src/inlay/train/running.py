@@ -1,0 +1,436 @@
+"""The stages of a run, from its rows to its report, and what a task decides in them."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from inlay.checkpoint.adapter import keep_base_description, save_adapter
+from inlay.data.rows import Rows
+from inlay.errors import ModelError, TrainingError
+from inlay.evaluate.images import Seeing
+from inlay.evaluate.record import ComparisonRecord, Run, Step
+from inlay.evaluate.report import write_report
+from inlay.memory.devices import Device, this_machine
+from inlay.memory.plan import Plan
+from inlay.memory.policy import applied
+from inlay.methods.base import Method
+from inlay.model.attach import attach
+from inlay.model.folder import located
+from inlay.model.heads import Head, not_adapted, to_train
+from inlay.model.libraries import quiet_transformers
+from inlay.model.load import load
+from inlay.model.report import report
+from inlay.model.shard import let_go, resident_bytes, shard
+from inlay.model.tokenizer import read_tokenizer
+from inlay.model.vision import tokenizer_in
+from inlay.train import checkpoints, planning, provenance
+from inlay.train.arguments import check_optimizer
+from inlay.train.config import RunConfig
+from inlay.train.events import Event, OnEvent
+from inlay.train.files import saving
+from inlay.train.folder import RunFolder, check_same_inputs
+from inlay.train.guard import Guard, check_changed, fingerprints
+from inlay.train.parallel import (
+    FollowedFolder,
+    FollowingRecorder,
+    groups,
+    mesh_of,
+    planned_division,
+)
+from inlay.train.proposal import check_fits
+from inlay.train.recipe import LearningRate, learning_rate
+from inlay.train.recorder import Recorder, read_metrics
+from inlay.train.rows import RunRows, check_image_keys, rows_of_run, sample
+from inlay.train.run_record import begun_record, ended_record, planned_record
+from inlay.train.share import Share
+from inlay.train.trainer import AdapterLoop, left_as_it_was
+
+Row = TypeVar("Row")
+LINES_NAMED = 5
+TOLERATED = 0.05
+"""How far the probed memory may be from the planned one without a word."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind; model and tokenizer are None when it had ended before."""
+
+    folder: RunFolder
+    run: dict[str, Any]
+    """The contents of run.json; `comparison` holds base against tuned, or None."""
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    leads: bool = True
+    """Whether this is the process that wrote the folder; the others of a run have no comparison."""
+
+
+@dataclass(frozen=True)
+class Tokens(Generic[Row]):
+    """A run's rows as tokens; the held-out ones cut down to what is measured."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+    train_rows: Rows
+    validation_rows: Rows
+    test_rows: Rows
+
+
+class Running(ABC, Generic[Row]):
+    """One run from its rows to its report; a task says what its rows, loop and metrics are."""
+
+    seeing: Seeing | None = None
+    """What gives the model the images of rows, where they have some."""
+
+    def __init__(self, config: RunConfig, method: Method, folder: RunFolder, tell: OnEvent):
+        self.config, self.method, self.folder, self.tell = config, method, folder, tell
+        self.started = datetime.now(UTC)
+        self.divide(config, Share(config.batch_size, config.gradient_accumulation))
+
+    def divide(self, asked: RunConfig, share: Share) -> None:
+        """Take this process's part of a run; `config` is that part's, `asked` the user's own."""
+        self.asked, self.share, self.world = asked, share, share.world
+        self.shards = groups(asked, self.world)[0]
+        """The processes that divide the frozen weights; 1 where each holds them all."""
+        if not self.world.leads:
+            self.folder = FollowedFolder(self.folder.path)
+
+    def result(self) -> TrainResult:
+        """Go through the stages of the run, the cheap checks first."""
+        self.stage("reading the data")
+        tokens, rows = self.tokens()
+        planned, self.shards = self.world.from_leader(lambda: (self.planned(tokens), self.shards))
+        self.stage("loading the model")
+        model, tokenizer = self.loaded()
+        record = self.begin(model, rows)
+        self.prepare(model, tokens, record)
+        record["memory"] = planned_record(planned)
+        check_optimizer(self.config.optimizer, model.device.type)
+        with (
+            self.stopping(record),
+            self.world.together(),
+            left_as_it_was(model),
+            self.keeping(model, planned),
+        ):
+            trainer = self.trainer(model, tokenizer, tokens, record)
+            self.try_largest(trainer, planned)
+            with self.around(model, tokens):
+                self.fit(trainer)
+        self.save(model, trainer)
+        record["comparison"] = self.compared(model, tokenizer, tokens)
+        let_go(model)
+        self.finish(model, trainer, record)
+        return TrainResult(self.folder, record, model, tokenizer, self.world.leads)
+
+    def stage(self, message: str) -> None:
+        """Tell that a part of the run begins."""
+        self.tell(Event("stage", message))
+
+    def note(self, message: str) -> None:
+        """Tell something worth knowing."""
+        self.tell(Event("note", message))
+
+    # What a task decides
+
+    @property
+    def head(self) -> Head | None:
+        """What the model gives in place of its checkpoint's own output, and trains whole."""
+        return None
+
+    def look_at(self, rows: RunRows, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Learn of all the rows what their encoding needs; raise where the parts do not fit."""
+
+    @abstractmethod
+    def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+        """Return rows as tokens."""
+
+    @abstractmethod
+    def check_rows(self, rows: Rows, encoded: list[Row]) -> None:
+        """Raise for what would make training on these rows vain; tell of what is worth knowing."""
+
+    @abstractmethod
+    def largest(self, encoded: list[Row], device: Device) -> planning.Rows:
+        """Return the largest batch, which the plan is made for."""
+
+    @abstractmethod
+    def trainer(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens: Tokens[Row],
+        record: dict[str, Any],
+    ) -> AdapterLoop:
+        """Return the trainer, nothing trained yet."""
+
+    @abstractmethod
+    def measured(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tokens[Row]
+    ) -> ComparisonRecord:
+        """Return base against tuned on the test rows."""
+
+    def reader(self, folder: Path) -> Any:
+        """Return what writes rows as tokens: the tokenizer in the model's folder."""
+        return read_tokenizer(folder, trust_remote_code=False)
+
+    @property
+    def targets(self) -> str | list[str] | None:
+        """The layers to adapt; None stands for the method's own."""
+        return self.config.targets
+
+    def prepare(self, model: PreTrainedModel, tokens: Tokens[Row], record: dict[str, Any]) -> None:
+        """Make the loaded model ready in the task's own way."""
+
+    def around(self, model: PreTrainedModel, tokens: Tokens[Row]) -> AbstractContextManager[None]:
+        """Return the context that the steps are taken in."""
+        del model, tokens
+        return nullcontext()
+
+    def inputs(self) -> dict[str, str]:
+        """Return hashes of what else the task reads, which a resumed run must find the same."""
+        return {}
+
+    # Before the model
+
+    def tokens(self) -> tuple[Tokens[Row], RunRows]:
+        """Read the rows and encode them; raise for whatever would make training on them vain."""
+        rows = rows_of_run(self.config)
+        if not rows.train.pictured:
+            check_image_keys(self.config)
+        for note in rows.train.notes:
+            self.note(note)
+        with quiet_transformers():
+            tokenizer = self.reader(located(self.config.model, self.config.revision))
+        self.look_at(rows, tokenizer)
+        encoded = self.encode(rows.train, tokenizer)
+        self.check_rows(rows.train, encoded)
+        validation = sample(rows.validation, self.config.eval_rows)
+        test = sample(rows.test, self.config.eval_rows)
+        return Tokens(
+            train=encoded,
+            validation=self.encode(validation, tokenizer) if validation else [],
+            test=self.encode(test, tokenizer) if test else [],
+            train_rows=rows.train,
+            validation_rows=validation,
+            test_rows=test,
+        ), rows
+
+    def rows_come_again(self, rows: int) -> bool:
+        """Say whether the run passes over so many rows more than once."""
+        config = self.config
+        steps = config.max_steps or math.inf
+        passes = steps * config.batch_size * config.gradient_accumulation / rows
+        return min(passes, config.epochs) > 1
+
+    def note_lines(self, lines: Sequence[int], what: str) -> None:
+        """Tell what holds of some rows, if of any."""
+        if lines:
+            shown = ", ".join(map(str, lines[:LINES_NAMED]))
+            more = ", ..." if len(lines) > LINES_NAMED else ""
+            self.note(f"{len(lines)} rows {what} (lines {shown}{more})")
+
+    def planned(self, tokens: Tokens[Row]) -> Plan | None:
+        """Plan the largest batch's step; raise when it cannot fit. None when it cannot be planned.
+
+        Raises:
+            TrainingError: no activation policy that the run allows fits.
+        """
+        device = this_machine()
+        try:
+            rows = self.largest(tokens.train, device)
+            choices = groups(self.asked, self.world)
+            plan = partial(planning.planned_run, self.config, rows)
+            found, self.shards = planned_division(plan, device, choices, self.world)
+        except ModelError as error:
+            self.note(f"memory is not planned: {error}")
+            return None
+        check_fits(found, self.config)
+        best = found.best
+        self.note(
+            f"memory planned: {best.total / 1e9:.2f} GB of {found.limit / 1e9:.2f} GB, "
+            f"activations {best.policy}"
+        )
+        return found
+
+    # The model and its adapter
+
+    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load the base, put the adapter on it and keep this process's part of the weights."""
+        mesh = mesh_of(self.world, self.shards)
+        if mesh is None:
+            return self.built(None)
+        with self.world.in_turn():
+            model, tokenizer = self.built("cpu")
+            keep_base_description(model)
+            shard(model, mesh)
+        return model, tokenizer
+
+    def built(self, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load the base and put the adapter on it."""
+        config = self.config
+        model, reader = load(
+            config.model,
+            config.storage,
+            double_quant=config.double_quant,
+            head_storage=config.head_storage,
+            embedding_storage=config.embedding_storage,
+            dtype=config.dtype,
+            device=device,
+            stream=config.stream,
+            revision=config.revision,
+            head=self.head,
+        )
+        attach(
+            model,
+            self.method,
+            targets=self.targets,
+            exclude=[*config.exclude, *not_adapted(model)],
+            layers=config.layers,
+            modules_to_save=[*config.modules_to_save, *to_train(model)],
+            seed=config.seed,
+        )
+        return model, tokenizer_in(reader)
+
+    def begin(self, model: PreTrainedModel, rows: RunRows) -> dict[str, Any]:
+        """Write run.json before anything is trained; return its contents."""
+        found = report(model)
+        base = provenance.base_files(self.config.model, self.config.revision)
+        inputs = {**provenance.describe_base(base), "data_sha256": rows.sha256, **self.inputs()}
+        begun = self.folder.record() if self.folder.state == "interrupted" else None
+        if begun is not None:
+            check_same_inputs(begun, inputs, self.folder)
+        rate = self.rate(model)
+        record = begun_record(
+            self.asked,
+            self.method,
+            found,
+            rate,
+            rows={part: len(getattr(rows, part)) for part in ("train", "validation", "test")},
+            started=(begun or {}).get("started") or self.started.isoformat(timespec="seconds"),
+            device=model.device,
+            parallel=self.division(model),
+            inputs=inputs,
+        )
+        self.folder.write_record(record)
+        self.note(str(found))
+        self.note(f"learning rate {rate.value:.3g}: {rate.reason}")
+        return record
+
+    def division(self, model: PreTrainedModel) -> dict[str, int]:
+        """Return what run.json says of how the run is divided."""
+        return {
+            "processes": self.world.size,
+            "weights_divided_by": self.shards,
+            "frozen_bytes": resident_bytes(model),
+        }
+
+    def rate(self, model: PreTrainedModel) -> LearningRate:
+        """Return the run's learning rate."""
+        shape: Any = model.config.get_text_config()
+        factor = type(self.method).learning_rate_factor
+        return learning_rate(self.config, int(shape.hidden_size), str(shape.model_type), factor)
+
+    # Training
+
+    def watched(self) -> dict[str, Any]:
+        """Return what every task's trainer is watched and kept by; checkpoints have a folder."""
+        with saving("the run", self.folder.path):
+            self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        recorder = Recorder if self.world.leads else FollowingRecorder
+        return {
+            "recorder": recorder(self.folder.metrics, self.config.log_every, self.tell),
+            "guard": Guard(),
+            "share": self.share,
+            "warmup": self.config.warmup,
+            "keep_checkpoints": self.config.keep_checkpoints,
+        }
+
+    def keeping(self, model: PreTrainedModel, planned: Plan | None) -> AbstractContextManager[Any]:
+        """Make the model keep the activations that were planned; without a plan, all or few."""
+        if planned is not None:
+            return applied(model, planned.best.policy)
+        if self.config.activations != "auto":
+            return applied(model, self.config.activations)
+        on_gpu = model.device.type == "cuda" and model.supports_gradient_checkpointing
+        return applied(model, "layer-inputs" if on_gpu else "keep-all")
+
+    def try_largest(self, trainer: AdapterLoop, planned: Plan | None) -> None:
+        """Run the largest batch once, without a step; tell when its memory was planned wrongly."""
+        if planned is None:
+            return
+        measured = trainer.peak_of(planning.largest_batch(self.config, trainer.lengths))
+        expected = planned.best.passes
+        if measured is not None and abs(measured / expected - 1) > TOLERATED:
+            self.note(
+                f"the largest batch took {measured / 1e9:.2f} GB, planned were "
+                f"{expected / 1e9:.2f} GB ({measured / expected - 1:+.0%})"
+            )
+
+    def fit(self, trainer: AdapterLoop) -> None:
+        """Train from the start, or from the last complete checkpoint."""
+        before = fingerprints(trainer.adapted, trainer.adapter)
+        last = self.world.from_leader(lambda: checkpoints.latest(self.folder.checkpoints))
+        if last is None:
+            self.stage("training")
+            trainer.train()
+        elif checkpoints.step_of(last) < trainer.total_steps:
+            self.stage(f"training on from {last.name}")
+            trainer.train(resume_from_checkpoint=str(last))
+        else:
+            trainer.restore(last)
+        check_changed(before, trainer.adapted, trainer.adapter)
+        trainer.check_agreement()
+
+    @contextmanager
+    def stopping(self, record: dict[str, Any]) -> Generator[None]:
+        """Write into run.json why a run stopped, and say where the last good state lies."""
+        try:
+            yield
+        except TrainingError as error:
+            last = checkpoints.latest(self.folder.checkpoints)
+            where = f"; the last good state is {last}" if last else ""
+            self.folder.write_record({**record, "stopped": str(error)})
+            raise TrainingError(f"{error}{where}") from None
+
+    # Afterwards
+
+    def compared(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tokens[Row]
+    ) -> ComparisonRecord | None:
+        """Return base against tuned on held-out rows, if there are any and the run says so.
+
+        Where weights are divided every process takes part, else the first one alone.
+        """
+        if self.shards == 1 and not self.world.leads:
+            return None
+        if not self.config.evaluate or not tokens.test:
+            return None
+        self.stage("comparing base and tuned on held-out rows")
+        return self.measured(model, tokenizer, tokens)
+
+    def save(self, model: PreTrainedModel, trainer: AdapterLoop) -> None:
+        """Write the trained adapter."""
+        model.eval()
+        if not self.world.leads:
+            return
+        with saving("the adapter", self.folder.adapter):
+            save_adapter(model, self.folder.adapter, trainer.adapter)
+
+    def finish(self, model: PreTrainedModel, trainer: AdapterLoop, record: dict[str, Any]) -> None:
+        """Write the report, and run.json with all that is known at the end."""
+        if not self.world.leads:
+            return
+        record |= ended_record(model, trainer, self.folder)
+        metrics = cast("list[Step]", read_metrics(self.folder.metrics))
+        write_report(self.folder.report, cast("Run", record), metrics, record["comparison"])
+        self.folder.write_record(record)
+        self.stage(f"done: {self.folder.path}")
