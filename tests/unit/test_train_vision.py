@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from train_tiny import adapter_hash, broken_at, losses_of, make_model
 from vision_tiny import FAMILIES, check_kept_features, make_vision_run, notes_of, silence_projector
 
@@ -37,7 +40,14 @@ def test_a_run_leaves_what_one_on_text_does(tmp_path: Path):
     assert run["finished"]
     assert run["rows"] == {"train": 24, "validation": 3, "test": 3}
     assert run["comparison"]["generated_rows"] == 2
-    assert run["comparison"]["examples"][0]["prompt"] == "Which digit is this?"
+    first = run["comparison"]["examples"][0]
+    assert first["prompt"] == "Which digit is this?"
+    row = json.loads(Path(config.data).read_text().splitlines()[first["line"] - 1])
+    scan = Image.open(Path(config.data).parent / row["image"]).convert("RGB")
+    [address] = first["images"]
+    drawn = Image.open(BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
+    assert drawn.tobytes() == scan.tobytes()
+    assert f'<img src="{address}"' in (output / "report.html").read_text()
     assert {m["name"] for m in run["comparison"]["metrics"]} >= {"loss", "exact_match"}
     assert "memory planned: " in told
     held = [line["eval_loss"] for line in losses_of(config.output) if "eval_loss" in line]

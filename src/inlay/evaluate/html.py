@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from inlay.evaluate.record import Score
@@ -39,6 +39,17 @@ def text(name: str, style: str, content: str) -> str:
     shown = escape(content) or '<span class="soft">(nothing)</span>'
     caption = f"<figcaption>{escape(name)}</figcaption>"
     return f'<figure class="{style}">{caption}<pre>{shown}</pre></figure>'
+
+
+def pictures(addresses: Sequence[str]) -> str:
+    """Images side by side, each a data: address; nothing where there are none."""
+    if not addresses:
+        return ""
+    shown = (
+        f'<img src="{escape(address)}" alt="image {number}">'
+        for number, address in enumerate(addresses, start=1)
+    )
+    return f'<div class="pictures">{"".join(shown)}</div>'
 
 
 def plain(values: Mapping[str, object]) -> dict[str, str]:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from inlay.data.picture import Picture
 from inlay.data.vision import ImageInputs
 from inlay.evaluate.generation import Fill
 from inlay.evaluate.losses import Batch, Join, padded
+
+THUMBNAIL = 160
+"""Pixels of the longer side of an image in a report at most."""
 
 
 def joining(seeing: Seeing | None) -> Join | None:
     """Return what joins rows with their images, or None where they have none."""
     return None if seeing is None else seeing.join
+
+
+def thumbnail(picture: Picture) -> str:
+    """Return an image as a data: address, its longer side at most `THUMBNAIL` pixels."""
+    small, written = picture.open(), BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(written, "PNG")
+    return f"data:image/png;base64,{b64encode(written.getvalue()).decode()}"
 
 
 class Sampled(Protocol):

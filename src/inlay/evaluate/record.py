@@ -73,6 +73,8 @@ class ExampleRecord(TypedDict):
     reference: str
     base: str
     tuned: str
+    images: NotRequired[list[str]]
+    """What the row shows, small, as data: addresses; absent where rows have no images."""
 
 
 class BaselineRecord(TypedDict):

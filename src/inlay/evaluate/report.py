@@ -20,6 +20,7 @@ from inlay.evaluate.html import (
     figure,
     interval,
     p_text,
+    pictures,
     plain,
     section,
     size,
@@ -349,7 +350,8 @@ def example(e: ExampleRecord) -> str:
         + text("Reference", "", e["reference"])
     )
     prompt = text(f"Prompt (line {e['line']})", "", e["prompt"])
-    return f'<div class="example">{prompt}<div class="texts">{texts}</div></div>'
+    shown = pictures(e.get("images", []))
+    return f'<div class="example">{shown}{prompt}<div class="texts">{texts}</div></div>'
 
 
 def details(run: Run) -> str:

@@ -12,9 +12,10 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from inlay.data.picture import Picture
 from inlay.errors import DataError
 from inlay.evaluate.generation import generate
-from inlay.evaluate.images import Seeing, joining
+from inlay.evaluate.images import Seeing, joining, thumbnail
 from inlay.evaluate.losses import EncodedRow, Progress, RowLoss, losses
 from inlay.evaluate.metrics import metrics_for
 from inlay.evaluate.record import ComparisonRecord, ExampleRecord, MetricComparison, Score
@@ -65,6 +66,7 @@ class Sample:
     line: int
     prompt: tuple[int, ...]
     reference: str
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,7 @@ class Comparison:
             "level": LEVEL,
             "metrics": [*loss_records(self), *(score_record(self, n) for n in self.base.scores)],
             "examples": [
-                ExampleRecord(
-                    line=sample.line,
-                    prompt=prompt,
-                    reference=sample.reference,
-                    base=base,
-                    tuned=tuned,
-                )
+                example_record(sample, prompt, base, tuned)
                 for sample, prompt, base, tuned in zip(
                     self.samples[:EXAMPLES],
                     self.prompts[:EXAMPLES],
@@ -121,6 +117,16 @@ class Comparison:
                 )
             ],
         }
+
+
+def example_record(sample: Sample, prompt: str, base: str, tuned: str) -> ExampleRecord:
+    """Return one sample with what both models wrote, and what it shows, if it shows something."""
+    record = ExampleRecord(
+        line=sample.line, prompt=prompt, reference=sample.reference, base=base, tuned=tuned
+    )
+    if sample.pictures:
+        record["images"] = [thumbnail(picture) for picture in sample.pictures]
+    return record
 
 
 def compare(
@@ -276,11 +282,13 @@ def choose_samples(rows: Rows, encoded: Sequence[EncodedRow], count: int) -> tup
 
 def as_sample(rows: Rows, encoded: EncodedRow, number: int) -> Sample | None:
     """Return a row's prompt, token for token as in training, and its reference; None for text."""
-    reference, start = own_completion(rows.rows[number]), completion_start(encoded)
+    row = rows.rows[number]
+    reference, start = own_completion(row), completion_start(encoded)
     if reference is None or start == 0:
         return None
     prompt = tuple(encoded.input_ids[:start])
-    return Sample(number, rows.lines[number], prompt, reference.strip())
+    pictures = tuple(row.get("images", ()))
+    return Sample(number, rows.lines[number], prompt, reference.strip(), pictures)
 
 
 def completion_start(row: EncodedRow) -> int:
