@@ -211,12 +211,14 @@ def growth_goals(found: dict[str, Any]) -> list[Goal]:
 
 
 def cases(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the measured steps by name; the quick run's own stand before the full run's."""
-    return {
+    """Return the measured steps by name, the small ones first; the quick run's own count."""
+    measured = {
         case["case"]: case
         for run in ("speed_full", "speed_quick")
         for case in found.get(run, {}).get("cases", [])
     }
+    in_order = sorted(measured.values(), key=lambda c: (c["shape"], c["tokens"], c["storage"]))
+    return {case["case"]: case for case in in_order}
 
 
 def real_cases(found: dict[str, Any]) -> dict[str, Any]:
