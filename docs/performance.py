@@ -36,7 +36,8 @@ PICTURES = ROOT / "docs" / "pictures"
 START, END = "<!-- performance: docs/performance.py -->", "<!-- end of performance -->"
 MIB = 2**20
 ON_THIS_PAGE = (
-    "speed_", "real_data_", "nf4_speed", "growth", "plan_table", "streaming", "trunk_cache", "gpu"
+    "speed_", "real_data_", "nf4_speed", "native_kernels", "growth", "plan_table", "streaming",
+    "trunk_cache", "gpu",
 )  # fmt: skip
 """How the names begin of the results that are shown here."""
 
@@ -56,6 +57,7 @@ def main() -> None:
         *steps_section(found),
         *real_section(found),
         *nf4_section(found),
+        *kernels_section(found),
         *growth_section(found),
         *plan_section(found),
         *gpu_section(found),
@@ -224,6 +226,49 @@ def nf4_section(found: dict[str, Any]) -> list[str]:
         f"{u['unpacking_seconds']['median'] * 1e3:.0f} ms of a step of "
         f"{u['step_seconds']['median']:.2f} s at {u['tokens']} tokens.",
     ]
+
+
+def kernels_section(found: dict[str, Any]) -> list[str]:
+    """Describe the C kernels by themselves, each against others' code for the same values."""
+    if "native_kernels" not in found:
+        return []
+    kernels = found["native_kernels"]
+    rows = [
+        f"| {name} | {contest[ours]['median_ms']:.2f} | {against(contest, ours)} |"
+        for name, contest in kernels.items()
+        if isinstance(contest, dict)
+        for ours in [next(iter(contest))]
+        if ours.startswith("inlay")
+    ]
+    return [
+        "## C kernels",
+        f"`benchmarks/native_kernels.py`, {kernels['native']}, {kernels['threads']} threads, "
+        f"{kernels['rounds']} rounds in turns: medians, and the ratio's range. A product's weight "
+        "is bfloat16; *tile by tile* is ours without the kernel, *a float32 weight* is torch's "
+        "product with one of twice the bytes.",
+        "\n".join(
+            [
+                "| what | ours, ms | others, ms, and theirs over ours |",
+                "|---|---|---|",
+                *rows,
+            ]
+        ),
+    ]
+
+
+def against(contest: dict[str, Any], ours: str) -> str:
+    """Return the others of a contest: their time, and its ratio to ours with the range."""
+    ratios = {
+        other: value
+        for pair, value in contest.items()
+        for other, _, over in [pair.partition(" / ")]
+        if over == ours and not other.startswith("inlay")
+    }
+    return "; ".join(
+        f"{other} {contest[other]['median_ms']:.2f}, {value['median']:.2f}x "
+        f"({value['range'][0]:.2f}-{value['range'][1]:.2f})"
+        for other, value in ratios.items()
+    )
 
 
 def growth_section(found: dict[str, Any]) -> list[str]:
