@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 LARGEST_KNOWN = 1 << 26
 """Integer and boolean tensors of at most this many elements are followed with their values."""
@@ -112,4 +113,10 @@ def as_integers(index: Tensor | None, known: bool) -> list[Tensor | None]:
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """Return the tensors of nested arguments or results."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = cast("dict[Any, Any]", tree).values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [leaf for branch in cast("Iterable[Any]", tree) for leaf in tensors_in(branch)]
