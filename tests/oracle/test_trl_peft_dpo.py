@@ -18,7 +18,7 @@ PAIRS = 8
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own, on its arguments' names
 def test_loss_and_margin_agree_with_trl_and_peft(tmp_path: Path) -> None:
-    config = run_file(tmp_path, pairs(PAIRS, "findings"), task="dpo", beta=0.2)
+    config = run_file(tmp_path, pairs(PAIRS, "impression"), task="dpo", beta=0.2)
     train(config)
     mine = own_curve(config)
     peers = peers_curve(

@@ -18,9 +18,7 @@ PAIRS = 6
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own, on its arguments' names
-@pytest.mark.parametrize(
-    "method", [{}, {"method": "ia3", "learning_rate": 1e-2}, {"method": "dora"}], ids=str
-)
+@pytest.mark.parametrize("method", [{}, {"method": "dora"}], ids=str)
 def test_loss_and_odds_agree_with_trl_and_peft(tmp_path: Path, method: dict[str, Any]) -> None:
     config = run_file(tmp_path, pairs(PAIRS, "impression"), task="orpo", beta=0.2, **method)
     train(config)

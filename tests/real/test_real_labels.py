@@ -73,7 +73,7 @@ def test_reports_are_told_normal_from_other(tmp_path: Path) -> None:
 def test_findings_find_their_impression(tmp_path: Path) -> None:
     run = trained(
         tmp_path, "embed", "--anchor", "findings", "--positive", "impression",
-        "--batch-size", "32", "--max-steps", "30",
+        "--batch-size", "32", "--max-steps", "20",
     )  # fmt: skip
     metrics = {m["name"]: m for m in run["comparison"]["metrics"]}
     for name in ("recall_at_10", "mrr"):
