@@ -81,9 +81,9 @@ def merge(
         if isinstance(module, AdaptedLayer) and module.here():
             plan.layer(model, name, module)
     check_survival(plan, storage, minimum_survival)
-    plan.apply()
-    plan.make_uniform(model)
     try:
+        plan.apply()
+        plan.make_uniform(model)
         with disabled(model):
             after = logits_of(model, batches)
         fidelity = compared(before, after)
@@ -208,7 +208,7 @@ def trained_copy(layer: AdaptedLayer, name: str) -> nn.Parameter | None:
 
 def held(base: FrozenLinear, w: Tensor, bias: Tensor | None, storage: str) -> nn.Module:
     """Return a plain layer that holds the merged weight."""
-    if storage == "keep" or base.storage == "dense":
+    if storage == "keep" or base.storage == "dense" or base.layer_kind == "embedding":
         return base.requantized(w, bias)
     out, width = base.shape
     dense = nn.Linear(width, out, bias=bias is not None, device="meta")
