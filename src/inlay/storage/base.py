@@ -52,6 +52,11 @@ class FrozenLinear(ABC):
     def bias(self) -> Tensor | None:
         """The bias, (out,), or None."""
 
+    @property
+    def padding(self) -> int | None:
+        """The id whose row has no gradient; None where it is no embedding, or has none such."""
+        return None
+
     @abstractmethod
     def matmul(self, x: Tensor) -> Tensor:
         """`x @ W.T` without the bias; x: (*b, in) -> (*b, out)."""
