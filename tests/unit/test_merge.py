@@ -167,6 +167,19 @@ def test_conv1d_and_short_contexts() -> None:
     torch.testing.assert_close(logits(model), output, atol=1e-5, rtol=1e-5)
 
 
+def test_a_quantised_conv1d_merged_dense_is_one_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=61, n_embd=32, n_layer=1, n_head=4, n_positions=32, initializer_range=0.15,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = adapted(quantize(GPT2LMHeadModel(config).eval(), "nf4"), 0.1)
+    merge(model)
+    model.save_pretrained(tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
 def test_a_quantised_base_merged_dense_is_a_plain_transformers_model(tmp_path: Path) -> None:
     model = adapted(quantize(llama(), "nf4"), scale=0.05)
     with torch.no_grad():

@@ -94,13 +94,20 @@ def gpt2() -> Any:
     return GPT2LMHeadModel(config).eval()
 
 
+def packed_gpt2() -> Any:
+    return inlay.quantize(gpt2(), "nf4")
+
+
 @pytest.mark.parametrize(
     ("make", "targets"),
-    [(gpt2, "all-linear"), (gpt2, ["wte", "c_proj"]), (plain, ["embed_tokens", "q_proj"])],
-    ids=["conv1d", "embedding-conv1d", "embedding"],
-)
+    [
+        (gpt2, "all-linear"), (packed_gpt2, "c_attn"), (gpt2, ["wte", "c_proj"]),
+        (plain, ["embed_tokens", "q_proj"]),
+    ],
+    ids=["conv1d", "packed-conv1d", "embedding-conv1d", "embedding"],
+)  # fmt: skip
 def test_weights_lie_as_the_plain_model_has_them(make: Any, targets: Any) -> None:
-    model, other = make(), make()
+    model, other = make(), gpt2() if make is packed_gpt2 else make()
     inlay.attach(model, inlay.LoRA(rank=2), targets=targets)
     moved(model)
     with torch.no_grad():

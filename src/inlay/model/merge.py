@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from inlay.errors import MergeError
 from inlay.methods.base import evaluating
@@ -211,11 +212,10 @@ def held(base: FrozenLinear, w: Tensor, bias: Tensor | None, storage: str) -> nn
     if storage == "keep" or base.storage == "dense" or base.layer_kind == "embedding":
         return base.requantized(w, bias)
     out, width = base.shape
-    dense = nn.Linear(width, out, bias=bias is not None, device="meta")
-    dense.weight = nn.Parameter(w.to(base.dtype), requires_grad=False)
-    if bias is not None:
-        dense.bias = nn.Parameter(bias.detach().to(base.dtype), requires_grad=False)
-    return dense
+    with torch.device("meta"):
+        conv1d = base.stands_for == "conv1d"
+        plain = Conv1D(out, width) if conv1d else nn.Linear(width, out, bias is not None)
+    return frozen(plain.to(base.dtype)).requantized(w, bias)
 
 
 def check_mergeable(model: nn.Module) -> None:

@@ -55,7 +55,7 @@ def laid_out(base: FrozenLinear, w: Tensor) -> Tensor:
     """Return an (out, in) matrix as the plain layer holds it."""
     if isinstance(base, DenseView):
         return base.turned(w)
-    return w.T if base.layer_kind == "embedding" else w
+    return w.T if base.layer_kind == "embedding" or base.stands_for == "conv1d" else w
 
 
 def named(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[str, Tensor]]:

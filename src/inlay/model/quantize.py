@@ -80,6 +80,7 @@ def replace(
     view = dense_view(model.get_submodule(name))
     try:
         layer = held_as.quantized(view.matrix(), view.bias, double_quant=double_quant)
+        layer.stands_for = kind(view.layer) or "linear"
     except StorageError as error:
         raise StorageError(f"{name}: {error}") from None
     model.set_submodule(name, layer.train(view.layer.training))

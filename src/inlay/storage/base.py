@@ -31,6 +31,8 @@ class FrozenLinear(ABC):
     """The name users type: `dense`, `nf4`, `int8`."""
     layer_kind: ClassVar[Kind] = "linear"
     """Which kind of layer a module that is itself a storage is to a method."""
+    stands_for: Kind = "linear"
+    """The kind of the dense layer in whose place it is; Conv1D's weight lies as (in, out)."""
 
     @property
     @abstractmethod
