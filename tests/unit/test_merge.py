@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -213,3 +213,9 @@ def test_a_merge_that_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(MemoryError):
         merge(model)
     assert_untouched(model, before, output)
+
+
+def test_a_model_that_is_the_layer_says_so() -> None:
+    model = attach(nn.Linear(4, 4), LoRA(rank=2))
+    with pytest.raises(MergeError, match="put it in a module"):
+        merge(model, inputs=[{"input": torch.randn(2, 4)}])

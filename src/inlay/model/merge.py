@@ -155,6 +155,11 @@ class Plan(Update):
                 self.places.append((layer, parameter, rounded))
                 self.note_dtype(own.dtype)
             return
+        if not name:
+            raise MergeError(
+                f"the model is itself the {type(layer).__name__} to merge into, which is replaced "
+                "by another; put it in a module, such as nn.Sequential, before attach"
+            )
         base = layer.base
         assert base is not None
         w, bias = layer.adapted_weight()
