@@ -12,12 +12,20 @@ import torch
 from law_cases import STORED, far, randomise_adapter, seeded
 from torch import Tensor
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -277,3 +285,62 @@ def test_a_gated_product_is_not_kept() -> None:
     with plain("gates"):
         kept = model(**batch("dense"), use_cache=False).loss
     assert torch.equal(loss, kept)
+
+
+HEADS = {"head_dim": 10, "pad_token_id": 0}
+OTHERWISE: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "positions from the mask": (
+        lambda: OPTForCausalLM(
+            OPTConfig(
+                hidden_size=40, ffn_dim=72, num_hidden_layers=2, num_attention_heads=4,
+                vocab_size=61, word_embed_proj_dim=40, dropout=0.0, init_std=0.15,
+            )
+        ),
+        "q_proj",
+    ),
+    "an attention of its own": (
+        lambda: FalconForCausalLM(
+            FalconConfig(
+                hidden_size=40, num_hidden_layers=2, num_attention_heads=4, vocab_size=61,
+                initializer_range=0.15,
+            )
+        ),
+        "lm_head",
+    ),
+    "a decoder that sees both ways": (
+        lambda: Gemma3ForCausalLM(
+            Gemma3TextConfig(**SMALL, **HEADS, use_bidirectional_attention=True)
+        ),
+        "q_proj",
+    ),
+    "a decoder made an encoder": (
+        lambda: LlamaForCausalLM(LlamaConfig(**SMALL, is_causal=False)),
+        "q_proj",
+    ),
+    "chunks": (
+        lambda: Llama4ForCausalLM(
+            Llama4TextConfig(
+                **SMALL, **HEADS, intermediate_size_mlp=72, attention_chunk_size=3,
+                num_local_experts=2,
+            )
+        ),
+        "q_proj",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", ["dense", "right"])
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_a_mask_that_segments_do_not_say_stays(name: str, shape: str) -> None:
+    """Training and evaluation are plain transformers', whose mask says more than segments do."""
+    torch.manual_seed(0)
+    make, target = OTHERWISE[name]
+    model: Any = make().eval()
+    inputs = batch(shape)
+    with torch.no_grad():
+        before = model(**inputs).logits
+    inlay.attach(model, inlay.LoRA(rank=4), targets=target)
+    with torch.no_grad():
+        assert far(model(**inputs).logits, before) < 1e-5
+    randomise_adapter(model)
+    assert_same_step(model.train(), inputs, 1e-5)

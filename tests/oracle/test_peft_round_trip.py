@@ -25,6 +25,7 @@ from inlay.methods.prefix import PrefixTuning
 from inlay.methods.prompt import PromptTuning
 from inlay.model.attach import adapters, attach
 from inlay.model.merge import merge
+from inlay.model.stream import embedding_on_host
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")
@@ -388,3 +389,26 @@ def test_merged_models_load_in_plain_transformers(name: str, tmp_path: Path) -> 
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(plain) is type(copy.deepcopy(model))
     assert largest_difference(logits(plain), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_that_no_layer_has_are_none(bias: str, tmp_path: Path) -> None:
+    """HF PEFT takes the option where there is nothing to train."""
+    case = Case("llama", LoRA(), lora(target_modules=["q_proj"], bias=bias))
+    theirs = adapted_by_peft(case)
+    ours = load_adapter(llama(), saved_by_peft(theirs, tmp_path))
+    assert largest_difference(logits(ours), logits(theirs)) < 1e-5
+
+
+def test_a_copy_of_an_embedding_is_held_against_one_on_the_host(tmp_path: Path) -> None:
+    """HF PEFT writes the embedding beside an adapter that targets it."""
+
+    def base() -> torch.nn.Module:
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**{**SIZES, "tie_word_embeddings": False})
+        return transformers.LlamaForCausalLM(config).eval()
+
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False)
+    theirs = peft.get_peft_model(base(), config).eval()
+    ours = load_adapter(embedding_on_host(base(), "cpu"), saved_by_peft(theirs, tmp_path))
+    assert largest_difference(logits(ours), logits(theirs)) < 1e-5

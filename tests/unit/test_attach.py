@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
+from inlay.checkpoint.adapter import save_adapter
 from inlay.errors import AdapterError, TargetError, UsageError
 from inlay.methods.bitfit import BitFit
 from inlay.methods.bottleneck import Bottleneck
+from inlay.methods.dora import DoRA
 from inlay.methods.full import Full
 from inlay.methods.ia3 import IA3
 from inlay.methods.lora import LoRA
@@ -284,3 +292,89 @@ def test_attaching_and_using_one_adapter_does_not_walk_the_others() -> None:
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained
     assert all(".a7." in name for name in trained)
+
+
+@pytest.mark.parametrize("exclude", ["mlp", r"model\.layers\.\d+\.mlp", ["mlp", "o_proj"]])
+def test_what_lies_below_an_excluded_module_is_left_out(llama: Any, exclude: Any) -> None:
+    attach(llama, LoRA(rank=2), exclude=exclude)
+    assert found(llama)
+    assert not [n for n in found(llama) if ".mlp." in n]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
+def test_no_method_goes_to_what_trains_whole(tmp_path: Path) -> None:
+    """As in HF PEFT, which would not read an adapter there."""
+    torch.manual_seed(0)
+    config = RobertaConfig(**SIZES, num_labels=3, max_position_embeddings=40, pad_token_id=0)
+    model = RobertaForSequenceClassification(config).eval()
+    base = copy.deepcopy(model)
+    attach(model, LoRA(rank=2), targets=["query", "dense"], modules_to_save=["classifier"])
+    assert found(model)
+    assert not [n for n in found(model) if n.startswith("classifier")]
+    randomise(model)
+    save_adapter(model, tmp_path)
+    theirs = PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(logits(theirs), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (PromptTuning(tokens=2, start="ids", ids=(61,)), "ids must lie in the vocabulary"),
+        (PrefixTuning(tokens=2), "takes no past_key_values"),
+    ],
+)
+def test_a_prompt_that_does_not_fit_leaves_no_trace(llama: Any, method: Any, message: str) -> None:
+    model = llama if isinstance(method, PromptTuning) else bert()
+    before = [(type(m), set(vars(m))) for m in model.modules()]
+    with pytest.raises(AdapterError, match=message):
+        attach(model, method)
+    assert [(type(m), set(vars(m))) for m in model.modules()] == before
+    assert not model._forward_pre_hooks
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_reads_the_base_stands_on_no_trained_copy_of_it(llama: Any) -> None:
+    attach(llama, DoRA(rank=2), targets=["q_proj"], name="dora")
+    attach(llama, Full(), targets=["q_proj"], name="full")
+    with pytest.raises(AdapterError, match="'full' has a trained copy of that weight"):
+        use(llama, "dora", "full")
+    assert active(llama) == ("dora",)
+
+
+def test_torchs_encoder_does_not_read_past_an_adapter() -> None:
+    """Its layers have a fast way in evaluation, with the weights of the layers below them."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    model = attach(nn.TransformerEncoder(layer, 2), LoRA(rank=2), targets=["linear1", "linear2"])
+    randomise(model)
+    x = torch.randn(2, 5, 16)
+    trained = model.train()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), trained)
+
+
+def test_running_statistics_are_not_lost() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    with pytest.raises(AdapterError, match="1 is a BatchNorm1d, whose running statistics"):
+        attach(model, LoRA(rank=2), targets=["0"], modules_to_save=["1", "2"])
+    assert not adapters(model)
+
+
+def test_a_prompt_starts_as_the_model_reads_its_tokens() -> None:
+    """Gemma 3 scales its embeddings."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    model: Any = Gemma3ForCausalLM(config)
+    attach(model, PromptTuning(tokens=3, start="ids", ids=(4, 5, 6)))
+    _, params = next(adapter_places(model, "default"))
+    wanted = model.get_input_embeddings()(torch.tensor([4, 5, 6]))
+    torch.testing.assert_close(params.embeddings, wanted)
+
+
+def test_one_row_without_a_batch_trains_its_biases() -> None:
+    model = attach(nn.Sequential(nn.Linear(4, 3)), LoRA(rank=2, bias_training="lora_only"))
+    x = torch.randn(4)
+    wanted = [p.shape for p in model.parameters() if p.requires_grad]
+    model(x).sum().backward()
+    assert [p.grad.shape for p in model.parameters() if p.grad is not None] == wanted

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -23,9 +23,11 @@ from inlay.methods.norms import NormTuning
 from inlay.methods.prefix import PrefixTuning
 from inlay.methods.prompt import PromptTuning
 from inlay.model.attach import adapter_places, adapters, attach, use
-from inlay.model.merge import merge
+from inlay.model.merge import Plan, merge
 from inlay.model.quantize import quantize
+from inlay.model.stream import embedding_on_host
 from inlay.storage.nf4 import NF4Linear
+from inlay.storage.streamed import StreamedEmbedding
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -41,6 +43,10 @@ def llama(dtype: torch.dtype = torch.float32) -> Any:
 
 def adapted(model: Any, scale: float, method: Any = None) -> Any:
     attach(model, method or LoRA(rank=4, alpha=4))
+    return moved(model, scale)
+
+
+def moved(model: Any, scale: float) -> Any:
     torch.manual_seed(1)
     with torch.no_grad():
         for _, params in adapter_places(model, "default"):
@@ -161,6 +167,19 @@ def test_conv1d_and_short_contexts() -> None:
     torch.testing.assert_close(logits(model), output, atol=1e-5, rtol=1e-5)
 
 
+def test_a_quantised_conv1d_merged_dense_is_one_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=61, n_embd=32, n_layer=1, n_head=4, n_positions=32, initializer_range=0.15,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = adapted(quantize(GPT2LMHeadModel(config).eval(), "nf4"), 0.1)
+    merge(model)
+    model.save_pretrained(tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
 def test_a_quantised_base_merged_dense_is_a_plain_transformers_model(tmp_path: Path) -> None:
     model = adapted(quantize(llama(), "nf4"), scale=0.05)
     with torch.no_grad():
@@ -171,3 +190,32 @@ def test_a_quantised_base_merged_dense_is_a_plain_transformers_model(tmp_path: P
     assert type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
     with torch.no_grad():
         torch.testing.assert_close(plain(IDS).logits, before, atol=1e-3, rtol=1e-3)
+
+
+def test_an_embedding_on_the_host_merges() -> None:
+    model = embedding_on_host(llama(), "cpu")
+    attach(model, LoRA(rank=4, alpha=4), targets=["embed_tokens", "q_proj"])
+    moved(model, 0.1)
+    before = logits(model)
+    merge(model)
+    assert isinstance(model.get_submodule("model.embed_tokens"), StreamedEmbedding)
+    torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
+
+
+def test_a_merge_that_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(llama(), 0.1)
+    before, output = state(model), logits(model)
+
+    def fail(self: Plan, model: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Plan, "make_uniform", fail)
+    with pytest.raises(MemoryError):
+        merge(model)
+    assert_untouched(model, before, output)
+
+
+def test_a_model_that_is_the_layer_says_so() -> None:
+    model = attach(nn.Linear(4, 4), LoRA(rank=2))
+    with pytest.raises(MergeError, match="put it in a module"):
+        merge(model, inputs=[{"input": torch.randn(2, 4)}])

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import inlay
 from inlay.errors import MergeError
 from inlay.methods.base import Method
 from inlay.model.attach import adapter_places
 from inlay.model.merged_weights import merged_weights
+from inlay.model.stream import embedding_on_host
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 30]])
 
@@ -32,11 +33,16 @@ def adapted(method: Method, storage: str | None, tied: bool, **options: Any) -> 
     model: Any = plain(tied)
     model = inlay.quantize(model, storage) if storage else model
     inlay.attach(model, method, **options)
+    return moved(model).eval()
+
+
+def moved(model: Any) -> Any:
+    """The model, its adapter away from where it started."""
     torch.manual_seed(1)
     for _, params in adapter_places(model, "default"):
         for parameter in params.parameters():
             torch.nn.init.normal_(parameter, mean=0.5, std=0.2)
-    return model.eval()
+    return model
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -77,3 +83,43 @@ def test_what_cannot_merge_is_a_sentence() -> None:
     model = inlay.attach(plain(), inlay.PrefixTuning(tokens=2))
     with pytest.raises(MergeError, match="cannot merge"):
         next(merged_weights(model))
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def packed_gpt2() -> Any:
+    return inlay.quantize(gpt2(), "nf4")
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [
+        (gpt2, "all-linear"), (packed_gpt2, "c_attn"), (gpt2, ["wte", "c_proj"]),
+        (plain, ["embed_tokens", "q_proj"]),
+    ],
+    ids=["conv1d", "packed-conv1d", "embedding-conv1d", "embedding"],
+)  # fmt: skip
+def test_weights_lie_as_the_plain_model_has_them(make: Any, targets: Any) -> None:
+    model, other = make(), gpt2() if make is packed_gpt2 else make()
+    inlay.attach(model, inlay.LoRA(rank=2), targets=targets)
+    moved(model)
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        found = dict(merged_weights(model))
+        other.lm_head.weight = torch.nn.Parameter(other.lm_head.weight.clone())  # tied no more
+        other.load_state_dict(found, strict=False)
+        torch.testing.assert_close(other(IDS).logits, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_an_embedding_on_the_host_keeps_its_layout() -> None:
+    model = embedding_on_host(plain(), "cpu")
+    inlay.attach(model, inlay.LoRA(rank=2), targets=["q_proj"])
+    own = plain().get_input_embeddings().weight
+    assert torch.equal(dict(merged_weights(model))["model.embed_tokens.weight"], own)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
+from collections import OrderedDict
 from typing import Any
 
 import peft
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from inlay.checkpoint.adapter import load_adapter
 from inlay.methods.base import Method
 from inlay.methods.dora import DoRA
 from inlay.methods.ia3 import IA3
+from inlay.methods.lora import LoRA
 from inlay.methods.norms import NormTuning
 from inlay.methods.prefix import PrefixTuning
 from inlay.methods.prompt import PromptTuning
@@ -172,3 +177,55 @@ def test_ia3_written_for_peft_names_the_same_layers() -> None:
         assert again.for_layer(name).scales_input
     for name in ("layers.0.self_attn.v_proj", "layer.0.attention.output.dense"):
         assert not again.for_layer(name).scales_input
+
+
+def test_ia3_takes_a_word_for_any_ending_as_peft_does() -> None:
+    """HF PEFT's feed-forward words end a name, within a component too."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        named = {"k_proj": nn.Linear(8, 8), "up_proj": nn.Linear(8, 8), "proj": nn.Linear(8, 8)}
+        return nn.Sequential(OrderedDict(named))
+
+    config = peft.IA3Config(
+        target_modules=["k_proj", "up_proj", "proj"], feedforward_modules=["proj"]
+    )
+    x = torch.randn(3, 8)
+    theirs = peft_model(base(), config)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = load_adapter(base(), folder)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_dora_leaves_a_row_of_zeros_one() -> None:
+    """Pruned and padded rows have no direction: the weight and the forward pass agree on them."""
+    layer = nn.Linear(4, 4, bias=False)
+    layer.weight.data[1] = 0
+    model: Any = attach(nn.Sequential(layer), DoRA(rank=2))
+    x = torch.randn(3, 4)
+    weight, _ = model[0].adapted_weight()
+    torch.testing.assert_close(model(x), x @ weight.T)
+    torch.testing.assert_close(weight, layer.weight)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_padding_token_gets_no_gradient_as_in_peft(dora: bool) -> None:
+    base = nn.Sequential(nn.Embedding(9, 6, padding_idx=2))
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["0"], use_dora=dora)
+    theirs = peft_model(copy.deepcopy(base), config)
+    method = (DoRA if dora else LoRA)(rank=2, alpha=4)
+    attach(base, method, targets=["0"])
+    (_, params), state = next(adapter_places(base, "default")), dict(theirs.named_parameters())
+    for ours, key in {"A": "lora_embedding_A", "B": "lora_embedding_B"}.items():
+        own = next(p for name, p in state.items() if key in name)
+        getattr(params, ours).data.copy_(own)
+    ids = torch.tensor([[1, 2, 8, 2]])
+    for model in (base, theirs):
+        model(ids).square().sum().backward()
+    own = next(p for name, p in state.items() if "lora_embedding_A" in name)
+    assert params.A.grad is not None
+    assert not params.A.grad[:, 2].any()
+    assert params.A.grad.any()
+    if not dora:
+        torch.testing.assert_close(params.A.grad, own.grad)

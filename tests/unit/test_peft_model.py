@@ -615,3 +615,13 @@ def test_without_peft_the_import_says_what_to_install() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "pip install 'inlay[peft]'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
+def test_what_is_excluded_from_all_linear_is_left_out() -> None:
+    options: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": ["q_proj"]}
+    theirs = peft.get_peft_model(llama(), lora(**options))
+    ours = get_peft_model(llama(), lora(**options))
+    assert set(inlay.peft.get_peft_model_state_dict(ours)) == set(
+        peft.get_peft_model_state_dict(theirs)
+    )

@@ -8,7 +8,14 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from inlay.errors import ModelError, StorageError
 from inlay.model.quantize import describe_quantization, quantize
@@ -118,3 +125,21 @@ def test_the_configuration_says_how_the_layers_are_held() -> None:
         model.set_submodule(name, nn.Linear(1, 1))
     describe_quantization(model)
     assert "quantization_config" not in vars(model.config)
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_what_a_model_keeps_in_full_precision_stays_dense(storage: str) -> None:
+    """T5 casts to the dtype of `wo`, which of a packed weight is that of bytes."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=61, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config).eval()
+    ids = torch.arange(8).view(2, 4)
+    before = model(input_ids=ids, labels=ids).logits
+    quantize(model, storage)
+    assert packed(model)
+    assert not [name for name in packed(model) if name.endswith(".wo")]
+    after = model(input_ids=ids, labels=ids).logits
+    assert (after - before).norm() / before.norm() < 0.2

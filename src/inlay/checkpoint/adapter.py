@@ -29,11 +29,21 @@ from inlay.checkpoint.folder import (
     write_folder,
 )
 from inlay.checkpoint.options import WITHOUT_EFFECT, method_in, recorded_method, shortened
-from inlay.checkpoint.placement import described, placement_in
+from inlay.checkpoint.placement import described, names_of, placement_in
 from inlay.checkpoint.tensors import PREFIX, fill, slots, write_tensors
 from inlay.errors import CheckpointError, TargetError
-from inlay.methods.base import HiddenMethod, Kind, Method, PromptMethod, SelectMethod, WeightMethod
+from inlay.methods.base import (
+    HiddenMethod,
+    Kind,
+    LowRank,
+    Method,
+    PromptMethod,
+    SelectMethod,
+    WeightMethod,
+    replaced,
+)
 from inlay.model.attach import Attached, adapters, attach, detach, shape_and_place
+from inlay.model.selected import own_parameters
 from inlay.model.targets import find_targets
 from inlay.storage.registry import frozen, kind
 
@@ -163,7 +173,7 @@ def attach_from(model: nn.Module, file: AdapterFile, name: str, seed: int) -> No
     try:
         asked = recorded_placement(file) or peft_placement_in(model, file, where)
         check_size(model, file, asked)
-        attach(model, file.method, name=name, seed=seed, **asked)
+        attach(model, method_here(model, file, asked), name=name, seed=seed, **asked)
     except TargetError as error:
         raise CheckpointError(
             f"{where} does not fit this {described(model)}, it was made for "
@@ -171,6 +181,17 @@ def attach_from(model: nn.Module, file: AdapterFile, name: str, seed: int) -> No
         ) from None
     except re.error as error:
         raise CheckpointError(f"{where} holds an invalid regular expression: {error}") from None
+
+
+def method_here(model: nn.Module, file: AdapterFile, asked: Mapping[str, Any]) -> Method:
+    """Return the method, without biases where HF PEFT was to train some and there are none."""
+    method = file.method
+    if not isinstance(method, LowRank) or any(k.endswith("bias") for k in file.folder.tensors):
+        return method
+    found = find_targets(model, asked["targets"], kinds=method.kinds)
+    layers = {"lora_only": found.names, "all": names_of(model)}.get(method.bias_training, ())
+    biased = any("bias" in dict(own_parameters(model.get_submodule(n))) for n in layers)
+    return method if biased else replaced(method, bias_training="none")
 
 
 def check_size(model: nn.Module, file: AdapterFile, asked: Mapping[str, Any]) -> None:

@@ -198,9 +198,12 @@ def checked(spec: MethodSpec, mine: str, theirs: str, value: Any, where: str) ->
 
 
 def patterns(config: Mapping[str, Any], key: str, where: str) -> str | list[str]:
-    """Return an option that names modules as a pattern, or as a list of patterns."""
+    """Return an option that names modules as a pattern, or as a list of patterns.
+
+    HF PEFT takes a word of such a list for any ending of a name, within a component too.
+    """
     found = words(config, key, where)
-    return found if isinstance(found, str) else [re.escape(word) for word in found]
+    return found if isinstance(found, str) else [f".*{re.escape(word)}" for word in found]
 
 
 def words(config: Mapping[str, Any], key: str, where: str) -> str | list[str]:

@@ -15,7 +15,7 @@ from inlay.methods.base import Method, PromptMethod, attention_shape
 from inlay.model.attach import Attached
 from inlay.model.layer import own_modules
 from inlay.model.selected import own_parameters
-from inlay.model.targets import matches
+from inlay.model.targets import find_targets, matches
 
 AUTOMATIC = ("classifier", "score", "qa_outputs")
 """Heads that HF PEFT adds to `modules_to_save` by itself, whether the model has them or not."""
@@ -70,7 +70,9 @@ def placement_in(
         check_dimensions(model, method, config, where)
         return {"modules_to_save": saved}
     if config.get("target_modules") == "all-linear":
-        return {"targets": "all-linear", "modules_to_save": saved}
+        if not config.get("exclude_modules"):
+            return {"targets": "all-linear", "modules_to_save": saved}
+        config = {**config, "target_modules": list(find_targets(model, "all-linear").names)}
     found = peft_targets(config, names, where)
     if config.get("ensure_weight_tying"):
         found, saved = with_tied(model, found), with_tied(model, saved)

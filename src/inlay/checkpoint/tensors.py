@@ -17,6 +17,7 @@ from inlay.errors import CheckpointError
 from inlay.methods.base import Kind, Method, Params, PromptMethod, SelectMethod
 from inlay.model.attach import Attached, adapter_tensors, adapters, check_known, required_registry
 from inlay.model.selected import own_parameters
+from inlay.storage.streamed import StreamedEmbedding
 
 PREFIX = "base_model.model."
 DTYPES = {
@@ -178,7 +179,10 @@ def base_of(modules: Mapping[str, nn.Module], key: str) -> Iterator[Tensor]:
     module_name, _, parameter = key.removeprefix(PREFIX).rpartition(".")
     module_name = module_name.removesuffix(".base_layer")
     if key.startswith(PREFIX) and module_name in modules:
-        yield from (p for n, p in own_parameters(modules[module_name]) if n == parameter)
+        module = modules[module_name]
+        if isinstance(module, StreamedEmbedding) and parameter == "weight":
+            yield module.dequantize().T
+        yield from (p for n, p in own_parameters(module) if n == parameter)
 
 
 def differs(value: Tensor, base: Tensor) -> bool:

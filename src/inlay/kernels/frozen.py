@@ -334,7 +334,8 @@ def low_rank_gradient(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     to_x = bool(ctx.needs_input_grad[0])
     shape = (ctx.packing, ctx.rows, ctx.columns, to_x)
     back, to_a, to_b = low_rank_linear_backward(g, x, a, b, ctx.scale, parts, *shape)
-    to_bias = g.flatten(0, -2).sum(0) if ctx.biased and ctx.needs_input_grad[3] else None
+    biased = ctx.biased and ctx.needs_input_grad[3]
+    to_bias = g.reshape(-1, ctx.rows).sum(0) if biased else None
     return back if to_x else None, to_a, to_b, to_bias, None, [None] * len(parts), *[None] * 3
 
 

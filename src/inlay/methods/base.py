@@ -299,11 +299,14 @@ def zeros(base: FrozenLinear | Tensor, *shape: int) -> Tensor:
     return stored(base, *shape).zero_()
 
 
-def project(x: Tensor, a: Tensor) -> Tensor:
-    """`x @ a.T` in x's dtype; integer x are ids, which read columns of `a`; a: (r, in)."""
+def project(x: Tensor, a: Tensor, padding: int | None = None) -> Tensor:
+    """`x @ a.T` in x's dtype; integer x are ids, which read columns of `a`; a: (r, in).
+
+    The column of the id `padding` gets no gradient, as in nn.Embedding.
+    """
     if x.is_floating_point():
         return F.linear(x, a.to(x.dtype))
-    return F.embedding(x, a.T)
+    return F.embedding(x, a.T, padding)
 
 
 def checked_probability(value: float, field: str) -> None:
@@ -345,10 +348,9 @@ def input_embedding(model: Any) -> nn.Embedding:
 
 
 def token_rows(embedding: nn.Embedding, ids: Tensor) -> Tensor:
-    """Return (n, width) rows of a token embedding's table, wherever it lies."""
-    if isinstance(embedding, FrozenLinear):
-        return embedding.matmul(ids)
-    return embedding.weight.detach()[ids.to(embedding.weight.device)]
+    """Return (n, width) embeddings of tokens as the model reads them, scaled where it scales."""
+    with torch.no_grad():
+        return embedding(ids.to(table_of(embedding).device))
 
 
 def table_of(embedding: nn.Embedding) -> FrozenLinear | Tensor:

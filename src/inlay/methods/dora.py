@@ -49,6 +49,7 @@ class DoRA(LowRank):
         v = w + self.scale * (p.B @ p.A).to(w.dtype)
         wide = torch.promote_types(p.A.dtype, v.dtype)
         norms = torch.linalg.vector_norm(v.detach(), dim=1, dtype=wide)
+        norms = norms.clamp_min(torch.finfo(wide).tiny ** 0.5)  # a row of zeros stays one
         return (p.magnitude / norms).to(w.dtype)[:, None] * v
 
     def forward(self, p: Params, x: Tensor, base: FrozenLinear, training: bool) -> Tensor:
@@ -60,7 +61,8 @@ class DoRA(LowRank):
             low_rank = F.linear(project(dropped, p.A), scaled.to(wx.dtype))
             y = wx + (factor - 1) * base.matmul(dropped) + factor * low_rank
         else:
-            y = factor * (wx + F.linear(project(x, p.A).to(wx.dtype), scaled.to(wx.dtype)))
+            inner = project(x, p.A, base.padding).to(wx.dtype)
+            y = factor * (wx + F.linear(inner, scaled.to(wx.dtype)))
         return y if base.bias is None else y + base.bias.to(y.dtype)
 
     @torch.no_grad()

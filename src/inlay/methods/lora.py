@@ -47,4 +47,5 @@ class LoRA(LowRank):
             return base.low_rank_linear(x, p.A, p.B, self.scale)
         y = base.linear(x)
         dropped = F.dropout(x, self.dropout, training) if self.drops(x) else x
-        return y + F.linear(project(dropped, p.A).to(y.dtype), (self.scale * p.B).to(y.dtype))
+        inner = project(dropped, p.A, base.padding)
+        return y + F.linear(inner.to(y.dtype), (self.scale * p.B).to(y.dtype))

@@ -23,7 +23,7 @@ from inlay.model.fast.install import install, uninstall
 from inlay.model.layer import AdaptedLayer, become_adapted, become_original, own_modules
 from inlay.model.prompt import PromptHook
 from inlay.model.selected import selected_copies, trained_modules
-from inlay.model.targets import Found, find_targets
+from inlay.model.targets import Found, entries, find_targets
 from inlay.model.trunk import keep_trunk_free_of_gradients
 from inlay.storage.registry import frozen, kind
 
@@ -71,9 +71,10 @@ def attach(
         model: any module whose layers are linear, embedding or transformers Conv1D.
         method: what to train, for example `LoRA(rank=16)`.
         targets: the method's default when None; `all-linear`, a group, names, suffixes, regexes.
-        exclude: names, suffixes or regexes to leave out.
+        exclude: names, suffixes or regexes to leave out, with all that lies below them.
         layers: Transformer block numbers, as integers or as `0-3,8`.
-        modules_to_save: modules trained whole beside the adapter, such as a new classifier.
+        modules_to_save: modules trained whole beside the adapter, such as a new classifier; the
+            method does not go to them.
         name: the adapter's name on this model.
         seed: the seed of the adapter's initial values.
 
@@ -89,20 +90,22 @@ def attach(
     registry = registry_of(model) or Registry()
     check_name(name, registry)
     wanted = tuple(layers) if layers is not None and not isinstance(layers, str) else layers
+    saved = trained_modules(model, modules_to_save)
     with disabled(model) if registry.adapters else nullcontext():
-        places, found = places_for(model, method, targets, exclude, wanted, seed)
-    for module_name, copies in trained_modules(model, modules_to_save).items():
+        places, found = places_for(model, method, targets, exclude, wanted, modules_to_save, seed)
+    for module_name, copies in saved.items():
         places.setdefault(module_name, Place(None, Params({}))).add(copies)
+    if isinstance(method, PromptMethod):
+        hook = registry.prompt or PromptHook(model)
+        with disabled(model) if registry.adapters else nullcontext():
+            params = method.init(model, torch.Generator().manual_seed(seed))
+        hook.add(name, method, params)
+        registry.prompt = hook
     if not registry.adapters:
         registry.required_grad = {n: p.requires_grad for n, p in model.named_parameters()}
         install(model)
     for module_name, place in places.items():
         put(model.get_submodule(module_name), place, name)
-    if isinstance(method, PromptMethod):
-        registry.prompt = registry.prompt or PromptHook(model)
-        with disabled(model) if registry.adapters else nullcontext():
-            params = method.init(model, torch.Generator().manual_seed(seed))
-        registry.prompt.add(name, method, params)
     registry.adapters[name] = Attached(
         name=name,
         method=method,
@@ -137,6 +140,7 @@ def places_for(
     targets: str | Sequence[str] | None,
     exclude: str | Sequence[str],
     layers: str | tuple[int, ...] | None,
+    saved: Sequence[str],
     seed: int,
 ) -> tuple[dict[str, Place], Found]:
     """Create the tensors of a method at every module it goes to."""
@@ -151,7 +155,7 @@ def places_for(
     found = find_targets(
         model,
         method.own_targets if targets is None else targets,
-        exclude=exclude,
+        exclude=(*entries(exclude), *saved),
         layers=layers,
         kinds=method.kinds,
     )
@@ -364,13 +368,26 @@ def check_order(model: nn.Module, names: tuple[str, ...]) -> None:
         raise AdapterError(f"only one prompt adapter can act at a time, not {', '.join(prompts)}")
     for layer in adapted_layers(model):
         here = [n for n in names if isinstance(layer.methods.get(n), WeightMethod)]
-        for name in here[1:]:
+        held = {n: layer.params(n) for n in names if n in layer.adapters}
+        copied = [n for n, params in held.items() if "weight" in params._parameters]
+        for name in here:
             method = layer.methods[name]
             if isinstance(method, WeightMethod) and method.reads_base:
-                raise AdapterError(
-                    f"adapter {name!r} ({method.name}) was computed from the base weight and must "
-                    f"come first: write use(model, {name!r}, {here[0]!r})"
-                )
+                check_reads_base(name, method, here[0], copied)
+
+
+def check_reads_base(name: str, method: Method, first: str, copied: Sequence[str]) -> None:
+    """Raise when what an adapter was computed from is not the weight that it acts on."""
+    if copied:
+        raise AdapterError(
+            f"adapter {name!r} ({method.name}) was computed from the base weight, and "
+            f"{copied[0]!r} has a trained copy of that weight: they cannot act together"
+        )
+    if name != first:
+        raise AdapterError(
+            f"adapter {name!r} ({method.name}) was computed from the base weight and must "
+            f"come first: write use(model, {name!r}, {first!r})"
+        )
 
 
 def described(targets: str | Sequence[str]) -> str | tuple[str, ...]:

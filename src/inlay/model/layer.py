@@ -115,6 +115,10 @@ class Composed(FrozenLinear):
         return self.base.device
 
     @property
+    def padding(self) -> int | None:
+        return self.base.padding
+
+    @property
     def bias(self) -> Tensor | None:
         return self.pair[0].bias(self.pair[1], self.base.bias) if self.pair else self.base.bias
 

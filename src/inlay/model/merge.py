@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from inlay.errors import MergeError
 from inlay.methods.base import evaluating
@@ -81,9 +82,9 @@ def merge(
         if isinstance(module, AdaptedLayer) and module.here():
             plan.layer(model, name, module)
     check_survival(plan, storage, minimum_survival)
-    plan.apply()
-    plan.make_uniform(model)
     try:
+        plan.apply()
+        plan.make_uniform(model)
         with disabled(model):
             after = logits_of(model, batches)
         fidelity = compared(before, after)
@@ -154,6 +155,11 @@ class Plan(Update):
                 self.places.append((layer, parameter, rounded))
                 self.note_dtype(own.dtype)
             return
+        if not name:
+            raise MergeError(
+                f"the model is itself the {type(layer).__name__} to merge into, which is replaced "
+                "by another; put it in a module, such as nn.Sequential, before attach"
+            )
         base = layer.base
         assert base is not None
         w, bias = layer.adapted_weight()
@@ -208,14 +214,13 @@ def trained_copy(layer: AdaptedLayer, name: str) -> nn.Parameter | None:
 
 def held(base: FrozenLinear, w: Tensor, bias: Tensor | None, storage: str) -> nn.Module:
     """Return a plain layer that holds the merged weight."""
-    if storage == "keep" or base.storage == "dense":
+    if storage == "keep" or base.storage == "dense" or base.layer_kind == "embedding":
         return base.requantized(w, bias)
     out, width = base.shape
-    dense = nn.Linear(width, out, bias=bias is not None, device="meta")
-    dense.weight = nn.Parameter(w.to(base.dtype), requires_grad=False)
-    if bias is not None:
-        dense.bias = nn.Parameter(bias.detach().to(base.dtype), requires_grad=False)
-    return dense
+    with torch.device("meta"):
+        conv1d = base.stands_for == "conv1d"
+        plain = Conv1D(out, width) if conv1d else nn.Linear(width, out, bias is not None)
+    return frozen(plain.to(base.dtype)).requantized(w, bias)
 
 
 def check_mergeable(model: nn.Module) -> None:

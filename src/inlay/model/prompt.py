@@ -30,11 +30,13 @@ class PromptHook:
         self.methods: dict[str, PromptMethod] = {}
         self.active: str | None = None
         self.model = model
-        model.adapters = nn.ModuleDict()
-        self.handle = model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
 
     def add(self, name: str, method: PromptMethod, params: Params) -> None:
-        """Add one adapter, not yet active."""
+        """Add one adapter, not yet active; the hook is put on with the first."""
+        if not self.methods:
+            self.model.adapters = nn.ModuleDict()
+            before = self.before_forward
+            self.handle = self.model.register_forward_pre_hook(before, with_kwargs=True)
         self.methods[name] = method
         self.table[name] = params
 

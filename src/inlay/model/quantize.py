@@ -80,6 +80,7 @@ def replace(
     view = dense_view(model.get_submodule(name))
     try:
         layer = held_as.quantized(view.matrix(), view.bias, double_quant=double_quant)
+        layer.stands_for = kind(view.layer) or "linear"
     except StorageError as error:
         raise StorageError(f"{name}: {error}") from None
     model.set_submodule(name, layer.train(view.layer.training))
@@ -153,13 +154,18 @@ def quantizable(model: nn.Module, skip: Sequence[str] | None = None) -> list[str
 
 
 def kept_by_default(model: nn.Module) -> set[str]:
-    """Return the layers left dense: output head, task head, tied weights, and what sees images."""
+    """Return the layers left dense: output head, task head, tied weights, and what sees images.
+
+    And those that the model keeps in full precision, whose weight's dtype it may read (T5's `wo`).
+    """
     if not isinstance(model, PreTrainedModel):
         return set()
     heads = head_modules(model)
     in_head = {n for n, _ in model.named_modules() if n.split(".")[0] in heads}
     seeing = {name for name, part in parts_of(model).items() if part != "language"}
-    return set(get_keys_to_not_convert(model)) | in_head | seeing
+    full = [f".{part}." for part in model._keep_in_fp32_modules or ()]
+    in_full = {n for n, _ in model.named_modules() if any(part in f".{n}." for part in full)}
+    return set(get_keys_to_not_convert(model)) | in_head | seeing | in_full
 
 
 def matching(names: Sequence[str], entries: Sequence[str]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from inlay.errors import InlayError, ModelError, StorageError
 from inlay.model.quantize import dense_view, head_of, storages
 from inlay.storage.quantized import QuantizedLinear
-from inlay.storage.registry import STORAGES, storage_class
+from inlay.storage.registry import STORAGES, kind, storage_class
 
 
 class Stopped(BaseException):
@@ -96,7 +96,9 @@ class ReadingQuantizer(HfQuantizer):
 
     def replace(self, model: nn.Module, name: str, layer: QuantizedLinear) -> Tensor:
         """Put a packed layer in an empty one's place, with its bias; return its weight."""
-        layer._parameters["bias"] = model.get_submodule(name)._parameters["bias"]
+        empty = model.get_submodule(name)
+        layer._parameters["bias"] = empty._parameters["bias"]
+        layer.stands_for = kind(empty) or "linear"
         model.set_submodule(name, layer)
         self.storages[name] = layer.storage
         layer._is_hf_initialized = True  # pyright: ignore[reportArgumentType]

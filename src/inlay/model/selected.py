@@ -72,6 +72,7 @@ class Copies:
     def all_of(self, module: nn.Module, name: str) -> dict[str, Tensor]:
         """Copy every parameter of one module."""
         check_held(module, name)
+        check_no_statistics(module, name)
         return {n: self.copy(module, n, p, name) for n, p in own_parameters(module)}
 
     def copy(self, module: nn.Module, name: str, p: nn.Parameter, where: str) -> nn.Parameter:
@@ -94,6 +95,16 @@ def check_held(module: nn.Module, where: str) -> None:
         raise AdapterError(
             f"{where}.weight is {module.storage} and cannot train; load the model without "
             "streaming, or choose a method that adds parameters, such as LoRA"
+        )
+
+
+def check_no_statistics(module: nn.Module, where: str) -> None:
+    """Raise when a module keeps running statistics, which train too and which no adapter holds."""
+    if module._buffers.get("running_mean") is not None:
+        raise AdapterError(
+            f"{where} is a {type(module).__name__}, whose running statistics change in training, "
+            "and an adapter holds parameters alone; leave it out, or replace it by a norm without "
+            "running statistics"
         )
 
 

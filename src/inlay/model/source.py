@@ -54,3 +54,33 @@ def assigned(cls: type[nn.Module], name: str) -> frozenset[str]:
         elif isinstance(node, ast.AugAssign | ast.AnnAssign) and ast.unparse(node.target) == name:
             found.add(ast.unparse(node))
     return frozenset(found)
+
+
+@cache
+def uses(cls: type[nn.Module], name: str) -> frozenset[str]:
+    """Return what a class's `forward` does with a variable that it reads.
+
+    That is the function it goes to, with `name=` where it goes there by that keyword, or the kind
+    of expression that it stands in.
+    """
+    found: set[str] = set()
+    for node in ast.walk(ast.Module(list(statements(cls)), [])):
+        if isinstance(node, ast.Call):
+            given = [*node.args, *(k.value for k in node.keywords if k.arg != name)]
+            function = ast.unparse(node.func)
+            found |= {function for value in given if is_variable(value, name)}
+            found |= {f"{function}({name}=)" for k in node.keywords if passes(k, name)}
+        elif not isinstance(node, ast.keyword):
+            read = any(is_variable(child, name) for child in ast.iter_child_nodes(node))
+            found |= {type(node).__name__} if read else set()
+    return frozenset(found)
+
+
+def passes(keyword: ast.keyword, name: str) -> bool:
+    """Say whether a call gives a variable by a keyword of its own name."""
+    return keyword.arg == name and is_variable(keyword.value, name)
+
+
+def is_variable(node: ast.AST, name: str) -> bool:
+    """Say whether an expression is a variable that is read."""
+    return isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)

@@ -61,7 +61,8 @@ def find_targets(
         targets: `all-linear`, a group (`residual`, `mlp-out`, `key-value`), a part of a model
             that sees images (`language`, `vision`, `projector`: its linear layers), or names,
             dotted suffixes or whole-name regexes; each of several must match.
-        exclude: names, suffixes or regexes to leave out; each must match something.
+        exclude: names, suffixes or regexes to leave out, with all that lies below them; each must
+            match something.
         layers: block numbers, as integers or as text such as `0-3,8`.
         kinds: the layer kinds the method can adapt.
 
@@ -84,7 +85,7 @@ def find_targets(
         dropped = {n for n in modules if matches(entry, n)}
         if not dropped:
             raise TargetError(f"exclude {entry!r} matches no layer{nearest(entry, modules)}")
-        chosen -= dropped
+        chosen = {n for n in chosen if not any(is_within(n, of) for of in dropped)}
     chosen = in_layers(chosen, layers)
     if not chosen:
         raise TargetError(

@@ -31,6 +31,8 @@ class FrozenLinear(ABC):
     """The name users type: `dense`, `nf4`, `int8`."""
     layer_kind: ClassVar[Kind] = "linear"
     """Which kind of layer a module that is itself a storage is to a method."""
+    stands_for: Kind = "linear"
+    """The kind of the dense layer in whose place it is; Conv1D's weight lies as (in, out)."""
 
     @property
     @abstractmethod
@@ -51,6 +53,11 @@ class FrozenLinear(ABC):
     @abstractmethod
     def bias(self) -> Tensor | None:
         """The bias, (out,), or None."""
+
+    @property
+    def padding(self) -> int | None:
+        """The id whose row has no gradient; None where it is no embedding, or has none such."""
+        return None
 
     @abstractmethod
     def matmul(self, x: Tensor) -> Tensor:

@@ -137,7 +137,6 @@ class DenseEmbedding(DenseView):
 
     @property
     def padding(self) -> int | None:
-        """The id whose row has no gradient."""
         layer: Any = self.layer
         return layer.padding_idx
 

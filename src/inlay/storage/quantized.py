@@ -179,9 +179,16 @@ class QuantizedLinear(nn.Module, FrozenLinear):
             return dense(self.parts(), self.storage, *self.shape, self.dtype)
         return self.dequantized_rows(torch.arange(self.out_features, device=self.device)[rows])
 
+    def as_plain(self) -> Tensor:
+        """Return the dense matrix as the layer that this one stands for holds it."""
+        w = self.dequantize()
+        return w.T.contiguous() if self.stands_for == "conv1d" else w
+
     def requantized(self, w: Tensor, bias: Tensor | None) -> QuantizedLinear:
         plain = QuantizedLinear.formats[self.storage]
-        return plain.quantized(w, bias, self.dtype, **self.options())
+        layer = plain.quantized(w, bias, self.dtype, **self.options())
+        layer.stands_for = self.stands_for
+        return layer
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.Linear` does."""
@@ -205,7 +212,7 @@ class QuantizedLinear(nn.Module, FrozenLinear):
         self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
     ) -> None:
         del keep_vars
-        held = {"weight": self.dequantize()} if self.saved_dense else self.serialized()
+        held = {"weight": self.as_plain()} if self.saved_dense else self.serialized()
         for name, tensor in held.items():
             destination[prefix + name] = tensor
         if self.bias is not None:

@@ -277,6 +277,10 @@ class StreamedEmbedding(nn.Embedding, FrozenLinear):
     def bias(self) -> Tensor | None:
         return None
 
+    @property
+    def padding(self) -> int | None:
+        return self.padding_idx
+
     def forward(self, input: Tensor) -> Tensor:
         """Return (*ids, width) rows of the table."""
         return self.matmul(input)
@@ -292,6 +296,12 @@ class StreamedEmbedding(nn.Embedding, FrozenLinear):
     def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
         table = self.source.table.load().to(self.device, self.dtype).T
         return table if rows is None else table[rows]
+
+    def requantized(self, w: Tensor, bias: Tensor | None) -> nn.Module:
+        table = HostTensor(w.detach().T.to("cpu", self.dtype).contiguous())
+        rows, width = table.shape
+        like = nn.Embedding(rows, width, self.padding_idx, dtype=self.dtype, device="meta")
+        return StreamedEmbedding(Rows(table, self.device), like).train(self.training)
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.Embedding` does."""

@@ -40,6 +40,7 @@ class FastBackbone(Fast):
             torch.compiler.is_compiling()
             or not is_on("attention")
             or self.config._attn_implementation != ATTENTION
+            or sees_both_ways(self.config)
             or not isinstance(given, Tensor)
             or call.get("past_key_values") is not None
             or not self.training
@@ -54,6 +55,12 @@ class FastBackbone(Fast):
         )
         found = segments_of(positions, mask, *given.shape[:2]) if readable else None
         return None if found is None else found[None, None]
+
+
+def sees_both_ways(config: Any) -> bool:
+    """Say whether a configuration turns a decoder into an encoder, whose tokens see later ones."""
+    causal = getattr(config, "is_causal", True)
+    return not causal or bool(getattr(config, "use_bidirectional_attention", None))
 
 
 def attention(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import (
@@ -19,26 +21,40 @@ from inlay.model.fast.attention import ATTENTION, FastBackbone
 from inlay.model.fast.base import Fast, fast_class
 from inlay.model.fast.causal_lm import FastCausalLM
 from inlay.model.fast.layers import FastGate, FastLastBlock, FastLinear, FastNorm
-from inlay.model.source import assigned, computes_as, text, variables
+from inlay.model.source import assigned, computes_as, text, uses, variables
 
+LAYER = re.compile(r"\w*(layer|block)\w*\(attention_mask=\)")
+"""A layer that is given the mask."""
 SLICED = "slice_logits_to_keep(hidden_states, logits_to_keep)"
 OUTPUT = frozenset({"outputs", "hidden_states", "logits", "loss"})
 """All that the forward of a head on `outputs[0]` may assign: it passes on what it is given."""
+OTHER_MASKS = ("block_sequence_ids", "and_mask_function", "create_chunked_causal_mask")
+"""What stands in a forward whose masks say more than segments do."""
+READS = frozenset({
+    "create_causal_mask(attention_mask=)", "create_sliding_window_causal_mask(attention_mask=)",
+    "mask_function(attention_mask=)", "self.warn_if_padding_and_no_attention_mask",
+    "Dict", "NamedExpr", "Compare",
+})  # fmt: skip
+"""What a decoder may do with its mask so that segments can stand in its place."""
 
 
 def install(model: nn.Module) -> None:
     """Put the fast paths on a model's modules, in place; on a fast model nothing changes.
 
-    On a CPU the process keeps freed memory from now on, for the steps to come.
+    On a CPU the process keeps freed memory from now on, for the steps to come. Where the model has
+    torch's own encoder layers, the process calls such layers' modules one by one from now on.
     """
     if is_on("memory") and all(p.device.type == "cpu" for p in model.parameters()):
         keep_memory()
+    if any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules()):
+        torch.backends.mha.set_fastpath_enabled(False)  # it reads weights past the layers' adapters
     for module, fast in list(fitting(model)):
         if not isinstance(module, Fast):
             module.__class__ = fast_class(type(module), fast)
     config: Any = getattr(model, "config", None)
     has_segments = any(isinstance(m, FastBackbone) for m in model.modules())
-    if has_segments and config._attn_implementation == "sdpa":
+    by_name = any("'sdpa'" in text(type(m)) for m in model.modules())
+    if has_segments and not by_name and config._attn_implementation == "sdpa":
         config._attn_implementation = ATTENTION
 
 
@@ -64,7 +80,7 @@ def fitting(model: nn.Module) -> Iterator[tuple[nn.Module, type[Fast]]]:
             yield module, FastGate
         elif isinstance(module, PreTrainedModel) and is_plain_head(cls, type(module.base_model)):
             yield module, FastCausalLM
-        elif isinstance(module, PreTrainedModel) and "create_causal_mask" in text(cls):
+        elif isinstance(module, PreTrainedModel) and takes_segments(cls):
             yield module, FastBackbone
             layers: Any = getattr(module, "layers", None)
             if layers and computes_as(type(layers[-1]), LlamaDecoderLayer):
@@ -91,3 +107,19 @@ def passes_on(cls: type[nn.Module], body: type[nn.Module]) -> bool:
         and calls[0].startswith("self.model(")
         and not ("labels" in calls[0] and "labels" in text(body))
     )
+
+
+def takes_segments(decoder: type[nn.Module]) -> bool:
+    """Say whether a decoder's forward reads its mask for plain causal masks alone.
+
+    Not where positions or biases come from the mask (OPT, Falcon), or it is joined with another
+    (images seen both ways, chunks).
+    """
+    source = text(decoder)
+    if "create_causal_mask" not in source or any(word in source for word in OTHER_MASKS):
+        return False
+    made = any("create_causal_mask(" in value for value in assigned(decoder, "attention_mask"))
+    reads = uses(decoder, "attention_mask") - READS
+    if made:
+        reads = {use for use in reads if not LAYER.fullmatch(use)}
+    return reads <= ({"Attribute"} if "attention_mask.ndim < 4" in source else frozenset())
