@@ -18,6 +18,7 @@ Metric = Callable[[str, str], float]
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
+WORD = re.compile(r"[^\W_]+")
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?")
 ANSWER = "####"
 
@@ -96,7 +97,7 @@ class Words(Tokenizer):
     def tokenize(self, text: str) -> list[str]:
         """Split a text into lower-case words; a mark, such as a vowel's sign, belongs to one."""
         kept = (c if c.isalnum() or category(c)[0] == "M" else " " for c in text.lower())
-        return [word for word in "".join(kept).split() if any(map(str.isalnum, word))]
+        return [word for word in "".join(kept).split() if WORD.search(word)]
 
 
 @cache
