@@ -147,8 +147,12 @@ def test_eval_measures_the_rows_the_run_held_out(
 def test_generate_and_merge_take_the_desirable_answers(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = [row["completion"] for row in rows_of(4) if row["label"]]
-    assert [row["expected"] for row in generated(run, 4, capsys)] == good
+    good = [row["completion"] for row in rows_of(45) if row["label"]]
+    assert [row["expected"] for row in generated(run, 4, capsys)] == good[:4]
+    parted = write(run / "parted.jsonl", sorted(rows_of(9), key=lambda row: row["label"]))
+    line = ["generate", "--adapter", str(run / "run"), "--generate-tokens", "3", "--json"]
+    assert main([*line, "--data", str(parted), "--max-rows", "1"]) == 0
+    assert [row["expected"] for row in json.loads(capsys.readouterr().out)] == good[:1]
     check_merges(run, capsys)
 
 

@@ -122,6 +122,18 @@ def test_eval_measures_the_pairs_the_run_held_out(
 
 
 @pytest.mark.slow
+def test_eval_on_the_runs_own_data_needs_rows_that_it_held_out(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, whole = str(run / "rows.jsonl"), str(run / "whole")
+    words = ["--task", "dpo", "--data", data, "--output", whole, "--split", "1", "0", "0"]
+    assert main([*TRAIN, *words]) == 0
+    capsys.readouterr()
+    assert main(["eval", "--adapter", whole, "--data", data]) == 2
+    assert "trained on all rows of" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_generate_and_merge_take_the_preferred_answers(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,8 +45,9 @@ def test_a_plain_table_is_aligned() -> None:
 
 def test_a_terminal_gets_the_same_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = on_terminal(monkeypatch)
-    show.table(("metric", "base"), [["loss [1, 2]", "3.2"]])
+    show.table(("metric", "[/base]"), [["loss [1, 2]", "3.2"]])
     assert "loss [1, 2]" in terminal.getvalue()
+    assert "[/base]" in terminal.getvalue()
 
 
 def test_without_colour_the_trained_tokens_stand_in_brackets() -> None:

@@ -103,6 +103,37 @@ def test_eval_on_the_runs_own_data_measures_only_what_it_held_out(
     assert found["rows"] == rows
 
 
+def test_eval_on_the_runs_own_data_takes_no_columns_that_divide_it_otherwise(
+    shown: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["eval", "--adapter", str(shown[0]), "--data", "reports", "--generate-rows", "0"]
+    assert main([*line, "--prompt", "Say: {findings}", "--completion", "impression"]) == 2
+    assert "leave --prompt and --completion out" in capsys.readouterr().err
+
+
+def test_eval_tells_of_rows_that_are_left_out_and_where_its_example_stands(
+    shown: tuple[Path, str], rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = rows.with_name("some.jsonl")
+    empty = json.dumps({"prompt": "Findings: none.", "completion": ""})
+    some.write_text(empty + "\n" + rows.read_text())
+    line = ["eval", "--adapter", str(shown[0]), "--data", str(some), "--generate-rows", "1"]
+    assert main([*line, "--generate-tokens", "2", "--skip-empty"]) == 0
+    out = capsys.readouterr().out
+    assert "left out for an empty field: 1 (line 1)" in out
+    assert f"{some}, line 2, before and after" in out
+
+
+def test_data_shows_each_row_of_a_list_that_stands_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"prompt": f"number {i}", "completion": "a"} for i in range(3)]))
+    assert main(["data", str(path), "--split", "1", "0", "0"]) == 0
+    out = capsys.readouterr().out
+    assert [out.count(f"number {i}[ a") for i in range(3)] == [1, 1, 1]
+
+
 def test_generate_continues_a_prompt_and_rows(
     shown: tuple[Path, str], rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,7 +192,12 @@ def test_a_run_that_held_no_row_out_is_merged_on_random_tokens(
     line += ["--split", "1", "0", "0", "--max-steps", "1", "--batch-size", "1", "--rank", "2"]
     assert main(line) == 0
     capsys.readouterr()
-    assert main(["merge", "--adapter", str(run), "--output", str(output), "--json"]) == 0
+    merging = ["merge", "--adapter", str(run), "--output", str(output), "--json"]
+    moved = rows.rename(rows.with_name("moved.jsonl"))
+    assert main(merging) == 2
+    assert "name others with --data" in capsys.readouterr().err
+    moved.rename(rows)
+    assert main(merging) == 0
     assert json.loads(capsys.readouterr().out)["inputs"] == "random token ids"
 
 

@@ -59,14 +59,14 @@ def test_texts_meet_at_a_tokens_boundary_as_supervised_rows_do(tmp_path: Path):
     ]
 
 
-@pytest.mark.parametrize("ending", ["csv", "tsv", "json", "jsonl", "parquet"])
+@pytest.mark.parametrize("ending", ["csv", "tsv", "CSV", "json", "jsonl", "parquet"])
 def test_every_format_holds_labels(tmp_path: Path, ending: str):
     path = tmp_path / f"rows.{ending}"
     if ending == "parquet":
         table = pyarrow.Table.from_pylist([GOOD, BAD])
         pyarrow.parquet.write_table(table, path)
-    elif ending in ("csv", "tsv"):
-        comma = "," if ending == "csv" else "\t"
+    elif ending.lower() in ("csv", "tsv"):
+        comma = "\t" if ending == "tsv" else ","
         lines = [GOOD.keys(), ("Say a colour:", "red", "True"), ("Say a colour:", "no", " false")]
         path.write_text("".join(comma.join(line) + "\n" for line in lines))
     elif ending == "json":

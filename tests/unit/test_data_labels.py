@@ -130,6 +130,8 @@ def test_no_column_of_labels_at_all(tmp_path: Path):
 def test_classes_are_ordered_as_numbers_or_words(tmp_path: Path):
     numbers = read(tmp_path, [{"text": f"t{i}", "label": i} for i in (10, 9, 2)])
     assert classes_of(numbers) == ("2", "9", "10")
+    signs = read(tmp_path, [{"text": label, "label": label} for label in ("--1", "-1")])
+    assert classes_of(signs) == ("--1", "-1")
     tags = read(tmp_path, [{"tokens": ["a", "b", "c"], "tags": ["I-x", "O", "B-x"]}])
     assert classes_of(tags) == ("O", "B-x", "I-x")
     with pytest.raises(DataError, match="only the class 'a', so that there is nothing to tell"):

@@ -188,4 +188,4 @@ def test_a_side_is_a_supervised_row(tmp_path: Path):
         {"prompt": "Say a colour:", "completion": " blue and green"}
     ]
     talk = read(tmp_path, {"prompt": ASKED, "chosen": [said("a")], "rejected": [said("b")]})
-    assert side_of(talk, "chosen").rows == [{"messages": [*ASKED, said("a")]}]
+    assert side_of(talk, "chosen").rows == [{"messages": [*ASKED, said("a")], "completion": "a"}]

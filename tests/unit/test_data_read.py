@@ -70,6 +70,13 @@ def test_lines_are_where_the_rows_start(tmp_path: Path) -> None:
     assert [r.line for r in read_rows(written(tmp_path / "a.jsonl", text))] == [1, 3]
 
 
+@pytest.mark.parametrize("name", ["A.CSV", "A.Json"])
+def test_an_ending_in_capitals_is_the_same_format(tmp_path: Path, name: str) -> None:
+    rows = read_rows(written(tmp_path / name, FILES[f"a.{name[2:].lower()}"]))
+    assert values(rows) == ROWS
+    assert f"{name}, line 2" in rows[0].where
+
+
 def test_a_field_of_a_csv_may_be_long(tmp_path: Path) -> None:
     path = written(tmp_path / "a.csv", "a\n" + "x" * 200_000 + "\n")
     assert len(read_rows(path)[0].values["a"]) == 200_000

@@ -129,7 +129,7 @@ def test_wrong_columns_and_templates() -> None:
         normalise(data, prompt="finding", completion="impression")
     with pytest.raises(DataError, match=r"no field 'finding'.*Did you mean 'findings'"):
         normalise(data, prompt="F: {finding}", completion="impression")
-    for template in ("{findings", "{}", "{findings!r}", "{findings:>3}"):
+    for template in ("{{findings}}", "{findings", "{}", "{findings!r}", "{findings:>3}"):
         with pytest.raises(DataError, match="the template"):
             normalise(data, prompt=template, completion="impression")
     with pytest.raises(DataError, match="name the completion column too"):

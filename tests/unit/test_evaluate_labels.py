@@ -52,8 +52,9 @@ def test_several_classes_a_row_are_measured_as_scikit_learn_does():
     assert found["exact_labels"] == sklearn_metrics.accuracy_score(expected, chosen)
 
 
-def test_numbers_are_measured_as_scikit_learn_and_scipy_do():
-    given, expected = drawn(4, 30, 1), drawn(5, 30)
+@pytest.mark.parametrize("scale", [1.0, 1e-8])
+def test_numbers_are_measured_as_scikit_learn_and_scipy_do(scale: float):
+    given, expected = drawn(4, 30, 1) * scale, drawn(5, 30) * scale
     found = values("regression", (), given, expected.tolist())
     flat = given[:, 0]
     assert found["rmse"] == pytest.approx(

@@ -58,6 +58,8 @@ def test_token_f1(prediction: str, reference: str, expected: float):
         ("", "a", 0.0),
         ("сердце в норме", "Сердце в норме.", 1.0),
         ("größer", "größe", 0.0),
+        ("हृदय सामान्य है", "हृदय सामन्य है", 2 / 3),  # a vowel's sign is part of its word
+        ("normal \u2764\ufe0f", "normal", 1.0),
     ],
 )
 def test_rouge_l(prediction: str, reference: str, expected: float):

@@ -19,7 +19,7 @@ from transformers import (
 
 from inlay.errors import DataError, ModelError
 from inlay.evaluate.losses import logits_at
-from inlay.evaluate.run import compare, evaluate, generate, losses
+from inlay.evaluate.run import choose_samples, compare, evaluate, generate, losses
 from inlay.methods.base import Params, PromptMethod
 from inlay.methods.lora import LoRA
 from inlay.model.attach import attach, use
@@ -197,6 +197,10 @@ def test_only_the_logits_of_trained_positions_are_made(model: LlamaForCausalLM):
     model.lm_head.register_forward_hook(lambda _m, _a, out: made.append(out.shape[1]))
     losses(model, [Row([5] * 30, [False] * 28 + [True] * 2)])
     assert made == [2]
+
+
+def test_no_rows_have_no_losses(model: LlamaForCausalLM):
+    assert losses(model, []) == []
 
 
 def test_the_models_mode_is_what_it_was(model: LlamaForCausalLM):
@@ -379,6 +383,34 @@ def test_the_last_answer_of_a_conversation_is_the_reference(
     )
     assert comparison.samples[0].prompt == (5, 6, 7, 8, 9)
     assert comparison.samples[0].reference == "w10 w11 w12"
+
+
+@pytest.mark.parametrize(
+    ("roles", "reference"),
+    [("uaua", "w4"), ("uau", "w2"), ("uauaua", "w4")],  # the last: its third answer is cut off
+)
+def test_the_reference_is_the_answer_that_is_left(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, roles: str, reference: str
+):
+    trained = [False, True, True, False, False, True, True][: 3 + 4 * (len(roles) > 3)]
+    encoded = [Row([5, 6, 7, 8, 9, 10, 0][: len(trained)], trained)]
+    names = {"u": "user", "a": "assistant"}
+    turns = [{"role": names[role], "content": f"w{i}"} for i, role in enumerate(roles, start=1)]
+    found = evaluate(model, tokenizer, Rows([{"messages": turns}]), encoded, max_new_tokens=3)
+    assert found.scores["exact_match"] == (float(found.texts[0] == reference),)
+    (sample,) = choose_samples(Rows([{"messages": turns}]), encoded, 1)
+    assert sample.reference == reference
+
+
+def test_a_prompt_that_fills_the_context_has_a_loss_and_no_answer(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast
+):
+    lengths = (63, 64, 5)
+    encoded = [Row([7] * n + [8], [False] * n + [True]) for n in lengths]
+    rows = Rows([{"prompt": "w7", "completion": "w8"}] * len(lengths))
+    record = compare(trained_lora(model), tokenizer, rows, encoded, max_new_tokens=2).to_dict()
+    assert (record["rows"], record["generated_rows"]) == (3, 2)
+    assert [each["line"] for each in record["examples"]] == [1, 3]
 
 
 def test_plain_text_has_a_loss_and_nothing_to_generate(

@@ -22,6 +22,7 @@ def test_a_split_depends_on_the_rows_and_not_on_the_seed(tmp_path: Path):
     data = make_data(tmp_path / "d.jsonl", rows=40)
     one, other = (rows_of_run(run(data, seed=seed)) for seed in (0, 1))
     assert one == other
+    assert "not of the split" in str(RunConfig.model_fields["seed"].description)
     assert len(one.train) + len(one.validation) + len(one.test) == 40
     assert one.validation.lines != one.test.lines
 
@@ -39,6 +40,44 @@ def test_held_out_data_of_its_own(tmp_path: Path):
     found = rows_of_run(run(data, eval_data=str(held_out)))
     assert (len(found.train), len(found.validation), len(found.test)) == (9, 5, 5)
     assert len(found.sha256) == 64 + 1 + 64
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_what_is_to_be_known_of_held_out_data_is_told(tmp_path: Path):
+    rows: list[dict[str, object]] = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(9)]
+    data = write(tmp_path / "d.jsonl", rows)
+    other = [{"prompt": "q", "completion": "c"}, {"prompt": "q", "completion": ""}, *rows[3:5]]
+    held_out = write(tmp_path / "e.jsonl", other)
+    found = rows_of_run(run(Path(data), eval_data=held_out, skip_empty=True))
+    assert found.train.notes == [
+        f"1 rows of {held_out} left out: a field is empty (lines 2)",
+        f"2 rows of {held_out} are training rows, too, so that nothing new is measured on (lines "
+        "3, 4)",
+    ]
+    assert rows_of_run(run(Path(data))).train.notes == []
+
+
+def test_held_out_labels_are_of_the_kind_of_the_training_rows(tmp_path: Path):
+    numbers = [1.5, 2.0, 3.0]
+    train = write(tmp_path / "d.jsonl", [{"text": f"t{x}", "label": x} for x in numbers])
+    held_out = write(tmp_path / "e.jsonl", [{"text": f"s{x}", "label": x} for x in (1, 2)])
+    found = rows_of_run(run(Path(train), task="classify", eval_data=held_out))
+    assert (found.train.kind, found.test.kind) == ("number", "number")
+    with pytest.raises(DataError, match=r"line 1: 'label' is 1\.5, which names no class"):
+        rows_of_run(run(Path(held_out), task="classify", eval_data=train))
+
+
+def test_held_out_pairs_have_scores_where_the_training_pairs_do(tmp_path: Path):
+    pairs = [{"anchor": f"a{i}", "positive": f"p{i}"} for i in range(3)]
+    plain = write(tmp_path / "d.jsonl", [dict(pair) for pair in pairs])
+    scored = write(tmp_path / "e.jsonl", [{**p, "score": i} for i, p in enumerate(pairs)])
+    for data, held_out in ((plain, scored), (scored, plain)):
+        with pytest.raises(DataError, match=r"e\.jsonl have scores and those of .*d\.jsonl have"):
+            rows_of_run(run(Path(data), task="embed", eval_data=held_out))
 
 
 def test_max_rows_and_columns(tmp_path: Path):

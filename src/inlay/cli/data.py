@@ -128,7 +128,8 @@ def as_record(config: RunConfig, rows: RunRows, summaries: Mapping[str, Summary]
 def show_overview(config: RunConfig, rows: RunRows, found: Overview, as_json: bool) -> None:
     """Write the rows of a task on labels or similar texts."""
     if as_json:
-        about = {"data": config.data, "model": config.model, "sha256": rows.sha256}
+        about: dict[str, Any] = {"data": config.data, "model": config.model}
+        about |= {"sha256": rows.sha256, "notes": rows.train.notes}
         show.as_json(about | asdict(found))
         return
     show.heading(f"{config.data}: rows of kind {found.kind}, cut at {found.longest} tokens")
@@ -139,7 +140,7 @@ def show_overview(config: RunConfig, rows: RunRows, found: Overview, as_json: bo
         for name, numbers in counts.items()
     ]
     show.table(columns, cells)
-    tell_skipped(rows)
+    tell_notes(rows)
     labels = {name: part.labels for name, part in found.parts.items() if part.labels}
     if labels:
         show.heading("labels")
@@ -159,10 +160,11 @@ def show_row(rows: Rows, index: int, encoded: Sides, reader: Any) -> None:
     """Write each side of a row; of a prompt alone, the columns beside it."""
     alone = rows.kind == "prompt"
     show.heading(rows.where(index) + ("" if alone else f", {legend()}"))
-    line = rows.lines[index]
+    row = rows.rows[index]
     for side, (part, found) in encoded.items():
-        if line in part.lines:
-            show_side(side, drawn(found[part.lines.index(line)], reader))
+        for own, tokens in zip(part.rows, found, strict=True):
+            if own is row:
+                show_side(side, drawn(tokens, reader))
     if alone:
         columns = rows.rows[index].items()
         show.facts([(name, str(value)) for name, value in columns if name != "prompt"])
@@ -236,9 +238,7 @@ def describe(config: RunConfig, rows: RunRows, summaries: Mapping[str, Summary])
     show.heading(f"{config.data}: rows of {kind}, {limit} {config.max_length} tokens")
     columns = ("part", "rows", "tokens", "trained on", "median", "95%", "longest", "cut")
     show.table(columns, [cells(name, found) for name, found in summaries.items()])
-    for note in rows.train.notes:
-        print(f"  {note}")
-    tell_skipped(rows)
+    tell_notes(rows)
     from inlay.train.judge import judge_of
 
     for reward in judge_of(config.rewards or []).rewards:
@@ -249,8 +249,10 @@ def describe(config: RunConfig, rows: RunRows, summaries: Mapping[str, Summary])
             print(f"  {name}: {sentence}")
 
 
-def tell_skipped(rows: RunRows) -> None:
-    """Write which rows were left out, if any were."""
+def tell_notes(rows: RunRows) -> None:
+    """Write what is worth knowing of how the rows were read, and which were left out."""
+    for note in rows.train.notes:
+        print(f"  {note}")
     if rows.train.skipped:
         print(f"  left out for an empty field: {listed(rows.train.skipped)}")
 

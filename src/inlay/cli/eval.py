@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from inlay.cli import show, summary
+from inlay.cli.data import listed
 from inlay.cli.options import Parser, checked, same
 from inlay.cli.progress import progress
+from inlay.data.read import place
 from inlay.data.rows import Format
 from inlay.train.config import Text
 from inlay.train.flags import flags_of
@@ -81,16 +83,19 @@ def run(given: dict[str, Any]) -> int:
     measured = measured_rows if TASKS[tuned.task].verbs else measured_answers
     found, rows, trained_on = measured(options, tuned)
     if as_json:
-        about = {"base": tuned.base, "adapter": str(tuned.adapter), "data": options.data}
-        about |= {"rows_held_out_by_the_run": trained_on}
+        about: dict[str, Any] = {"base": tuned.base, "adapter": str(tuned.adapter)}
+        about |= {"data": options.data, "rows_held_out_by_the_run": trained_on}
+        about |= {"skipped": rows.skipped}
         show.as_json({**about, "data_sha256": rows.sha256, **found})
         return 0
     summary.comparison(found, "held-out rows" if trained_on else "rows")
     summary.classes(found)
     if trained_on:
-        print(f"  The run trained on {options.data}: these are the rows that it held out.")
+        print(f"  The run trained on {options.data}: these rows of {rows.source} it held out.")
+    elif rows.skipped:
+        print(f"  left out for an empty field: {listed(rows.skipped)}")
     for example in found["examples"][:1]:
-        summary.example(example, f"{options.data}, row of line {example['line']}")
+        summary.example(example, place(rows.source, example["line"]))
     return 0
 
 

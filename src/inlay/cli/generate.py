@@ -13,6 +13,7 @@ from inlay.cli.options import Parser, checked, same
 from inlay.errors import UsageError
 from inlay.train.config import Text
 from inlay.train.flags import flags_of
+from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,14 +97,19 @@ def run(given: dict[str, Any]) -> int:
 
 
 def rows_to_continue(options: GenerateOptions, tuned: Tuned | None) -> Rows | None:
-    """Return the rows of the file, or None when the prompt is given as text."""
+    """Return the rows of the file, or None when the prompt is given as text.
+
+    Labelled ones are all read: the first of them may have one label, or be the undesirable ones.
+    """
     if options.data is None:
         return None
-    from inlay.cli.rows import answers, keys_for, rows_of
+    from inlay.cli.rows import answers, at_most, keys_for, rows_of
 
-    given = options.model_dump(exclude_unset=True, exclude={"prompt", "image"})
-    keys = keys_for(tuned.run if tuned else {}, given | {"max_rows": options.max_rows})
-    return answers(rows_of(options.data, keys))
+    given = options.model_dump(exclude_unset=True, exclude={"prompt", "image", "max_rows"})
+    keys = keys_for(tuned.run if tuned else {}, given)
+    if tuned is None or TASKS[tuned.task].rows != "labelled":
+        keys["max_rows"] = options.max_rows
+    return at_most(answers(rows_of(options.data, keys)), options.max_rows)
 
 
 def loaded(

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from inlay.cli import show, summary
 from inlay.cli.options import Parser, checked, same
 from inlay.data.rows import Format
-from inlay.errors import UsageError
+from inlay.errors import DataError, UsageError
 from inlay.train.config import Text
 from inlay.train.flags import flags_of
 from inlay.train.tasks import TASKS
@@ -148,7 +148,23 @@ def rows_to_check(options: MergeOptions, tuned: Tuned) -> tuple[Rows | None, dic
     """Return some of the rows named, else of those the run held out, and their keys.
 
     None where the run held none out, or there is no run: random tokens do then.
+
+    Raises:
+        DataError: the rows cannot be read.
     """
+    try:
+        return rows_named(options, tuned)
+    except DataError as error:
+        if options.data is not None:
+            raise
+        raise DataError(
+            f"the rows that the run held out cannot be read, to check the merge on them: {error} "
+            "Bring them back, or name others with --data"
+        ) from None
+
+
+def rows_named(options: MergeOptions, tuned: Tuned) -> tuple[Rows | None, dict[str, Any]]:
+    """Return the rows to check on, and their keys, as `rows_to_check` does."""
     from inlay.cli.rows import answers, held_out, keys_for, rows_for_task, rows_of
     from inlay.train.rows import sample
 

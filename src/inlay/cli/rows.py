@@ -11,6 +11,7 @@ from inlay.data.preference import are_pairs, side_of
 from inlay.data.prompts import are_prompts, normalise_prompts
 from inlay.data.read import RawRow, read_rows
 from inlay.data.rows import Rows
+from inlay.errors import DataError, UsageError
 from inlay.train.config import RunConfig, checked_config
 from inlay.train.judge import judge_of
 from inlay.train.rows import NOT_SUPERVISED, check_unseen, read, rows_of_run
@@ -27,6 +28,8 @@ KINDS = {
     "regression": "regression",
 }
 """What transformers calls a problem -> the kind of label."""
+DIVIDING = (*COLUMNS, "text_pair", "anchor")
+"""The keys of columns whose content decides how rows are divided, where no other column does."""
 READING = ("max_length", "max_rows", "skip_empty", "max_pixels", "allow_urls")
 """The keys that say which rows are used, and how much of them."""
 
@@ -93,12 +96,46 @@ def held_out(run: Mapping[str, Any]) -> Rows:
 
 
 def rows_or_held_out(tuned: Tuned, data: str, keys: Mapping[str, Any]) -> tuple[Rows, bool]:
-    """Return the rows of data, of the run's own those that it held out, and whether it is that."""
+    """Return the rows of data, of the run's own those that it held out, and whether it is that.
+
+    Raises:
+        UsageError: as `divided_alike`.
+        DataError: as `rows_of`, or the run held no row out.
+    """
     most = tuned.run.get("max_rows")
     rows = rows_of(data, {**keys, "max_rows": most})
     if rows.sha256 == tuned.trained_on:
-        return at_most(held_out({**tuned.run, "data": data}), keys["max_rows"]), True
+        asked = {key: keys[key] for key in COLUMNS}
+        divided_alike(tuned.run, asked, data)
+        kept = held_out({**tuned.run, **asked, "data": data})
+        return some_of(kept, keys["max_rows"], data), True
     return rows if keys["max_rows"] == most else rows_of(data, keys), False
+
+
+def divided_alike(run: Mapping[str, Any], asked: Mapping[str, Any], data: str) -> None:
+    """Raise where other columns would divide a run's data otherwise than the run did.
+
+    Raises:
+        UsageError: naming the columns.
+    """
+    other = [k for k in DIVIDING if k in asked and asked[k] != run.get(k)]
+    if other and not run.get("split_by") and not run.get("eval_data"):
+        flags = " and ".join("--" + key.replace("_", "-") for key in other)
+        raise UsageError(
+            f"the run trained on {data}, and which rows it held out is told by its own columns; "
+            f"leave {flags} out, or give rows of another file"
+        )
+
+
+def some_of(kept: Rows, count: int | None, data: str) -> Rows:
+    """Return the first of the rows that a run held out.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not len(kept):
+        raise DataError(f"the run trained on all rows of {data} and held none out; give other rows")
+    return at_most(kept, count)
 
 
 def at_most(rows: Rows, count: int | None) -> Rows:
@@ -113,12 +150,19 @@ def rows_for_task(
 
     Flags replace the run's keys; without data, or with the run's own, its held-out rows are meant.
     The run returned is the one whose data were trained on.
+
+    Raises:
+        UsageError: as `divided_alike`.
+        DataError: the rows are not there or malformed, or data are given and none was held out.
     """
     asked = {key: value for key, value in given.items() if key != "max_rows"}
     config, most = run_of(tuned, asked), given.get("max_rows")
     own = config if data is None else config.model_copy(update={"data": data})
-    if data is None or read(own, own.data, group=None).sha256 == tuned.trained_on:
+    if data is None:
         return own, at_most(rows_of_run(own).test, most), True
+    if read(own, data, group=None).sha256 == tuned.trained_on:
+        divided_alike(tuned.run, asked, data)
+        return own, some_of(rows_of_run(own).test, most, data), True
     return config, read(own.model_copy(update={"max_rows": most}), own.data, group=None), False
 
 

@@ -71,7 +71,7 @@ def rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if number == 0 else "right")
+        drawn.add_column(Text(column), justify="left" if number == 0 else "right")
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
     console().print(drawn)

@@ -63,10 +63,19 @@ def text_field(row: RawRow, name: str) -> str:
 
 
 def filled(row: RawRow, spec: str, first: RawRow) -> str:
-    """Return the column of that name, or the template of that text with its columns filled in."""
+    """Return the column of that name, or the template of that text with its columns filled in.
+
+    Raises:
+        DataError: a column is not there or empty, or the template has none.
+    """
     if spec in first.values or "{" not in spec:
         return text_field(row, spec)
     parts = template_parts(spec)
+    if all(name is None for _, name in parts):
+        raise DataError(
+            f"the template {spec!r} has no column in it, so that every row would say the same; "
+            "write columns in single braces, such as {findings}"
+        )
     return "".join(
         literal + ("" if name is None else text_field(row, name)) for literal, name in parts
     )

@@ -70,7 +70,7 @@ def are_labelled(row: RawRow) -> bool:
 def worded(row: RawRow) -> Any:
     """Return a row's label, in a table for the word that it holds."""
     value = present(row, "label")
-    if isinstance(value, str) and row.source.endswith(TABLES):
+    if isinstance(value, str) and row.source.lower().endswith(TABLES):
         return WORDS.get(value.strip().lower(), value)
     return value
 

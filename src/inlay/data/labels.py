@@ -265,7 +265,7 @@ def classes_of(rows: Rows) -> tuple[str, ...]:
             f"{rows.source}: the {len(rows)} training rows name {only}, so that there is nothing "
             "to tell apart; give rows of other classes, or another label column"
         )
-    if all(label.lstrip("-").isdecimal() for label in counts):
+    if all(label.removeprefix("-").isdecimal() for label in counts):
         return tuple(sorted(counts, key=int))
     return tuple(sorted(counts, key=lambda label: (label != OUTSIDE, label)))
 

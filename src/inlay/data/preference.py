@@ -280,7 +280,10 @@ def side_of(rows: Rows, side: Literal[Side, "completion"]) -> Rows:
     if isinstance(rows.rows[0]["prompt"], str):
         found = [{"prompt": row["prompt"], "completion": row[side]} for row in rows.rows]
         return replace(rows, kind="prompt_completion", rows=found)
-    found = [{"messages": [*row["prompt"], said(row[side])]} for row in rows.rows]
+    found = [
+        {"messages": [*row["prompt"], said(row[side])], "completion": row[side]}
+        for row in rows.rows
+    ]
     return replace(rows, kind="messages", rows=found)
 
 

@@ -41,7 +41,7 @@ class RawRow:
 
 def place(source: str, line: int) -> str:
     """Return `data.csv, line 3`, or `row 3` where the source has no lines."""
-    return f"{source}, {'line' if source.endswith(TEXT_FORMATS) else 'row'} {line}"
+    return f"{source}, {'line' if source.lower().endswith(TEXT_FORMATS) else 'row'} {line}"
 
 
 def read_rows(source: str | Path, *, split: str | None = None) -> list[RawRow]:

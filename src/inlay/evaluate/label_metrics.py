@@ -173,8 +173,9 @@ def pearson(rows: Floats) -> Floats:
     """Return the correlation of expected and predicted; 0 where one of them does not vary."""
     centred = rows - rows.mean(axis=-2, keepdims=True)
     product = (centred[..., 0] * centred[..., 1]).sum(axis=-1)
-    norms = np.sqrt((centred**2).sum(axis=-2)).prod(axis=-1)
-    return np.where(norms > 1e-12, product / np.maximum(norms, 1e-12), 0.0)
+    spread, size = (np.sqrt((x**2).sum(axis=-2)) for x in (centred, rows))
+    varies = (spread > 1e-12 * size).all(axis=-1)
+    return np.where(varies, product / np.where(varies, spread.prod(axis=-1), 1.0), 0.0)
 
 
 def spearman(rows: Floats) -> Floats:

@@ -75,6 +75,8 @@ def losses(
         DataError: a row has no token to measure.
         ModelError: a row's loss is not finite.
     """
+    if not encoded:
+        return []
     named = list(lines) if lines is not None else list(range(1, len(encoded) + 1))
     check_measurable(encoded, named)
     found: dict[int, RowLoss] = {}

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from functools import cache
+from unicodedata import category
 
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
@@ -94,8 +95,9 @@ class Words(Tokenizer):
     """The rouge-score package's tokenizer, with the letters of every script."""
 
     def tokenize(self, text: str) -> list[str]:
-        """Split a text into lower-case words."""
-        return WORD.findall(text.lower())
+        """Split a text into lower-case words; a mark, such as a vowel's sign, belongs to one."""
+        kept = (c if c.isalnum() or category(c)[0] == "M" else " " for c in text.lower())
+        return [word for word in "".join(kept).split() if WORD.search(word)]
 
 
 @cache

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from inlay.data.picture import Picture
 from inlay.errors import DataError
-from inlay.evaluate.generation import generate
+from inlay.evaluate.generation import context_length, generate
 from inlay.evaluate.images import Seeing, joining, thumbnail
 from inlay.evaluate.losses import EncodedRow, Progress, RowLoss, losses
 from inlay.evaluate.metrics import metrics_for
@@ -148,7 +149,8 @@ def compare(
         tokenizer: the model's tokenizer.
         rows: the held-out rows.
         encoded: the same rows as tokens, one for one.
-        generate_rows: how many rows to generate for, spread evenly over those with a prompt.
+        generate_rows: how many rows to generate for, spread evenly over those with a prompt that
+            leaves room for an answer in the model's context.
         max_new_tokens: tokens to generate for a row, at most.
         batch_size: rows in one forward pass.
         seeing: gives what the model sees of rows with images.
@@ -158,7 +160,7 @@ def compare(
         DataError: there are no rows, or one has no token to measure.
         ModelError: a loss is not finite, or the model cannot generate text.
     """
-    samples = choose_samples(rows, encoded, generate_rows)
+    samples = choose_samples(rows, encoded, generate_rows, context_length(model))
     measured = partial(
         measure,
         model,
@@ -190,7 +192,7 @@ def evaluate(
     on_progress: Stage | None = None,
 ) -> Evaluation:
     """Measure the model as it is; the arguments and errors are those of `compare`."""
-    samples = choose_samples(rows, encoded, generate_rows)
+    samples = choose_samples(rows, encoded, generate_rows, context_length(model))
     return measure(
         model,
         tokenizer,
@@ -268,13 +270,19 @@ def check_same_rows(rows: Rows, encoded: Sequence[EncodedRow]) -> None:
         )
 
 
-def choose_samples(rows: Rows, encoded: Sequence[EncodedRow], count: int) -> tuple[Sample, ...]:
-    """Return up to `count` rows that have a prompt and a completion, spread evenly over all."""
+def choose_samples(
+    rows: Rows, encoded: Sequence[EncodedRow], count: int, room: int | None = None
+) -> tuple[Sample, ...]:
+    """Return up to `count` rows that have a prompt and a completion, spread evenly over all.
+
+    With `room`, only prompts of fewer tokens.
+    """
     check_same_rows(rows, encoded)
     possible = [
         sample
         for number in range(len(encoded))
         if (sample := as_sample(rows, encoded[number], number)) is not None
+        and (room is None or len(sample.prompt) < room)
     ]
     places = np.linspace(0, len(possible) - 1, min(count, len(possible))).round().astype(int)
     return tuple(possible[place] for place in places.tolist())
@@ -283,7 +291,7 @@ def choose_samples(rows: Rows, encoded: Sequence[EncodedRow], count: int) -> tup
 def as_sample(rows: Rows, encoded: EncodedRow, number: int) -> Sample | None:
     """Return a row's prompt, token for token as in training, and its reference; None for text."""
     row = rows.rows[number]
-    reference, start = own_completion(row), completion_start(encoded)
+    reference, start = own_completion(row, encoded), completion_start(encoded)
     if reference is None or start == 0:
         return None
     prompt = tuple(encoded.input_ids[:start])
@@ -299,12 +307,16 @@ def completion_start(row: EncodedRow) -> int:
     return start
 
 
-def own_completion(row: Mapping[str, Any]) -> str | None:
-    """Return the completion as the row gives it, whole even where its tokens were cut."""
-    completion = row.get("completion", row.get("messages"))
-    if isinstance(completion, Sequence) and not isinstance(completion, str) and completion:
-        completion = completion[-1].get("content")
-    return completion if isinstance(completion, str) else None
+def own_completion(row: Mapping[str, Any], encoded: EncodedRow) -> str | None:
+    """Return the last completion of which tokens are left, whole even where some were cut.
+
+    Of messages it is the assistant's last, or an earlier one where the last ones were cut off.
+    """
+    if "completion" in row:
+        return row["completion"]
+    said = [turn["content"] for turn in row.get("messages", ()) if turn["role"] == "assistant"]
+    starts = sum(trained and not before for before, trained in pairwise([False, *encoded.trained]))
+    return said[min(starts, len(said)) - 1] if said else None
 
 
 def loss_records(comparison: Comparison) -> list[MetricComparison]:

@@ -224,7 +224,10 @@ class RunConfig(BaseModel):
         "keep what they give; default auto: over several epochs",
     )
     seed: int = Field(
-        0, ge=0, le=2**32 - 1, description="seed of the split, the order and the adapter"
+        0,
+        ge=0,
+        le=2**32 - 1,
+        description="seed of the rows' order, the adapter and drawn answers; not of the split",
     )
     threads: PositiveInt | None = Field(None, description="CPU threads; default: torch's choice")
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = Field(

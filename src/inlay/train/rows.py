@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from inlay.data.image_answers import normalise_shown_labelled, normalise_shown_pairs
 from inlay.data.image_columns import hold_images
 from inlay.data.images import normalise_shown
 from inlay.data.labelled import Labelled, encode_labelled
-from inlay.data.labels import normalise_labels
+from inlay.data.labels import LABELLED, normalise_labels
 from inlay.data.preference import Pair, encode_pairs
 from inlay.data.prompts import encode_prompts, normalise_prompts
 from inlay.data.read import RawRow, first_row, read_rows
@@ -39,6 +40,7 @@ NAMED = (
     "score", "split_by",
 )  # fmt: skip
 """The keys that name columns which are read as words."""
+LINES_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -59,19 +61,56 @@ class RunRows:
 def rows_of_run(config: RunConfig) -> RunRows:
     """Read a run's data and divide it; the division depends on the rows alone, not on the seed.
 
-    Held-out data of its own serves both measurements. Where a part of the split is empty, the
-    other held-out part takes its place; both may be empty.
+    Held-out data of its own serves both measurements, read as the training rows are; what is worth
+    knowing of it stands in their notes. Where a part of the split is empty, the other held-out part
+    takes its place; both may be empty.
 
     Raises:
         DataError: the data are not there, malformed or empty, or a row lacks what it needs.
     """
     if config.eval_data is not None:
-        held_out = read(config, config.eval_data, group=None)
         train = read(config, config.data, group=config.split_by)
-        check_seen_alike(train, held_out)
-        return RunRows(train, held_out, held_out)
+        held_out = read(like(config, train), config.eval_data, group=None)
+        check_alike(train, held_out)
+        notes = [*train.notes, *of_held_out(train, held_out)]
+        return RunRows(replace(train, notes=notes), held_out, held_out)
     train, validation, test = split(read(config, config.data, config.split_by), config.split)
     return RunRows(train, validation or test, test or validation)
+
+
+def like(config: RunConfig, train: Rows) -> RunConfig:
+    """Return the run with the kind of label that its training rows have."""
+    kind = LABELLED.get(train.kind)
+    return config if kind is None else config.model_copy(update={"kind": kind})
+
+
+def of_held_out(train: Rows, held_out: Rows) -> list[str]:
+    """Return what is worth knowing of held-out data: rows left out, and rows trained on, too."""
+    known = set(map(content, train.rows))
+    seen = [
+        line
+        for row, line in zip(held_out.rows, held_out.lines, strict=True)
+        if content(row) in known
+    ]
+    notes = list(held_out.notes)
+    if held_out.skipped:
+        notes.append(counted(held_out.skipped, f"of {held_out.source} left out: a field is empty"))
+    if seen:
+        what = f"of {held_out.source} are training rows, too, so that nothing new is measured on"
+        notes.append(counted(seen, what))
+    return notes
+
+
+def content(row: Mapping[str, Any]) -> str:
+    """Return what equal rows have in common; an image counts by its content."""
+    return json.dumps(row, sort_keys=True, default=lambda x: getattr(x, "sha256", None) or repr(x))
+
+
+def counted(lines: Sequence[int], what: str) -> str:
+    """Return how many rows something holds of, and the first of their lines."""
+    shown = ", ".join(map(str, lines[:LINES_NAMED]))
+    more = ", ..." if len(lines) > LINES_NAMED else ""
+    return f"{len(lines)} rows {what} (lines {shown}{more})"
 
 
 def read(config: RunConfig, source: str, group: str | None) -> Rows:
@@ -150,14 +189,18 @@ def check_unseen(task: str, raw: Sequence[RawRow], columns: Mapping[str, Any]) -
             )
 
 
-def check_seen_alike(train: Rows, held_out: Rows) -> None:
-    """Raise when the rows to train on have images and the held-out ones do not, or reversed."""
-    if train.pictured != held_out.pictured:
-        seen, blind = (train, held_out) if train.pictured else (held_out, train)
-        raise DataError(
-            f"the rows of {seen.source} have images and those of {blind.source} have none; both "
-            "must be of one kind"
-        )
+def check_alike(train: Rows, held_out: Rows) -> None:
+    """Raise when only one of the rows to train on and the held-out ones have images, or scores."""
+    for what, one, other in (
+        ("images", train.pictured, held_out.pictured),
+        ("scores", *(rows.kind == "scored_pairs" for rows in (train, held_out))),
+    ):
+        if one != other:
+            has, lacks = (train, held_out) if one else (held_out, train)
+            raise DataError(
+                f"the rows of {has.source} have {what} and those of {lacks.source} have none; "
+                "both must be of one kind"
+            )
 
 
 def check_image_keys(config: RunConfig) -> None:

@@ -50,13 +50,12 @@ from inlay.train.parallel import (
 from inlay.train.proposal import check_fits
 from inlay.train.recipe import LearningRate, learning_rate
 from inlay.train.recorder import Recorder, read_metrics
-from inlay.train.rows import RunRows, check_image_keys, rows_of_run, sample
+from inlay.train.rows import RunRows, check_image_keys, counted, rows_of_run, sample
 from inlay.train.run_record import begun_record, ended_record, planned_record
 from inlay.train.share import Share
 from inlay.train.trainer import AdapterLoop, left_as_it_was
 
 Row = TypeVar("Row")
-LINES_NAMED = 5
 TOLERATED = 0.05
 """How far the probed memory may be from the planned one without a word."""
 
@@ -234,9 +233,7 @@ class Running(ABC, Generic[Row]):
     def note_lines(self, lines: Sequence[int], what: str) -> None:
         """Tell what holds of some rows, if of any."""
         if lines:
-            shown = ", ".join(map(str, lines[:LINES_NAMED]))
-            more = ", ..." if len(lines) > LINES_NAMED else ""
-            self.note(f"{len(lines)} rows {what} (lines {shown}{more})")
+            self.note(counted(lines, what))
 
     def planned(self, tokens: Tokens[Row]) -> Plan | None:
         """Plan the largest batch's step; raise when it cannot fit. None when it cannot be planned.
