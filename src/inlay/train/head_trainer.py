@@ -38,7 +38,7 @@ class HeadTrainer(AdapterLoop):
         self.model_accepts_loss_kwargs = head.purpose == "tokens"
 
     def evaluate_held_out(self) -> None:
-        """Measure and record; no step of a model is diverging that is as good as knowing nothing."""
+        """Measure and record; no step that is as good as knowing nothing is diverging."""
         super().evaluate_held_out()
         if self.guard.reference is not None:
             self.guard.reference = max(self.guard.reference, self.of_no_knowledge)
