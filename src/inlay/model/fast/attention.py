@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ class FastBackbone(Fast):
             or call.get("past_key_values") is not None
             or not self.training
             or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
+            or any(reads_mask(type(m)) for m in self.children() if isinstance(m, nn.Embedding))
         ):
             return None
         positions = call.get("position_ids")
@@ -54,6 +57,12 @@ class FastBackbone(Fast):
         )
         found = segments_of(positions, mask, *given.shape[:2]) if readable else None
         return None if found is None else found[None, None]
+
+
+@cache
+def reads_mask(embedding: type[nn.Module]) -> bool:
+    """Say whether positions are counted along the mask, as OPT's are: it must stay a mask."""
+    return "attention_mask" in signature(embedding.forward).parameters
 
 
 def attention(
