@@ -67,7 +67,8 @@ def simulate_answers(
         last = known_tensor(mode, torch.zeros(asked.rows, 1, dtype=torch.long))
         with ledger:
             resting = ledger.total
-            cache = DynamicCache(config=model.config)
+            config: Any = model.config
+            cache = DynamicCache(config=config)
             ledger.start_over()
             draw(model, prompts, cache, asked.sorts)
             mask = asked.rows * asked.prompt**2
