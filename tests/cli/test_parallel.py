@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 import pytest
 
 from inlay.cli.main import main
 from inlay.memory.devices import DEVICES
-from inlay.memory.parallel import Division, links_of, step_of
+from inlay.memory.parallel import Division, links_of, scaling, step_of
+from inlay.memory.plan import Plan
 from inlay.memory.simulate import Frozen
 from inlay.train.config import load_config
 from inlay.train.launch import Launch, LaunchOptions
@@ -18,8 +22,8 @@ from inlay.train.launch import Launch, LaunchOptions
 TRAIN = ["train", "--model", "pocket", "--data", "reports", "--method", "lora"]
 
 
-def launch(folder: Path, **options: object) -> Launch:
-    run = {"model": "pocket", "data": "reports", "output": str(folder / "out")}
+def launch(folder: Path, changes: Mapping[str, object] | None = None, **options: object) -> Launch:
+    run = {"model": "pocket", "data": "reports", "output": str(folder / "out"), **(changes or {})}
     found = Launch(load_config(None, run), LaunchOptions(**options))  # type: ignore[arg-type]
     found.write("model: pocket\n")
     return found
@@ -84,9 +88,19 @@ def test_a_slurm_script_asks_for_what_the_run_needs(tmp_path: Path) -> None:
     text = written.script.read_text()
     for line in ("--nodes=4", "--gpus-per-node=8", "--ntasks-per-node=1"):
         assert f"#SBATCH {line}\n" in text
-    assert "srun " in text
     assert "--rdzv-endpoint $HEAD:29500" in text
     assert subprocess.run(["sh", "-n", str(written.script)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("changes", "threads"), [({}, 1), ({"threads": 3}, 3)])
+@pytest.mark.parametrize("where", [{"gpus": 4}, {"processes": 4}])
+def test_a_slurm_job_has_a_core_for_every_thread_and_hands_them_on(
+    where: dict[str, int], changes: dict[str, int], threads: int, tmp_path: Path
+) -> None:
+    text = launch(tmp_path, changes, nodes=2, launcher="slurm", **where).script.read_text()
+    assert f"#SBATCH --cpus-per-task={4 * threads}\n" in text
+    assert f"\nsrun --cpus-per-task {4 * threads} " in text
+    assert (f"export OMP_NUM_THREADS={threads}\n" in text) == ("processes" in where)
 
 
 def test_a_slurm_script_is_submitted_where_slurm_is(
@@ -110,6 +124,36 @@ def test_a_ray_job_is_python_with_a_worker_a_process(tmp_path: Path) -> None:
     assert "num_workers=6, use_gpu=False" in text
     assert "TorchConfig(backend='gloo')" in text
     assert str(written.run_file) in text
+
+
+def test_each_ray_worker_sees_its_own_gpu_alone(tmp_path: Path) -> None:
+    text = launch(tmp_path, gpus=2, launcher="ray").script.read_text()
+    assert '"TRAIN_ENABLE_SHARE_CUDA_VISIBLE_DEVICES": "0"' in text  # as ray.train.constants has it
+
+
+@pytest.mark.parametrize("local", [3, 6, 8])
+def test_no_more_devices_divide_the_weights_than_there_are(local: int) -> None:
+    links = links_of(DEVICES["h100"], local)
+    plan = Plan(DEVICES["h100"], (), None, 10**6, 0, Frozen(total=1000, outside=200, blocks=8))
+    for one, step in scaling(Division(local, 1, local, 4), plan, 0.5, links, 4 * local):
+        assert one.shards == one.size
+        assert one.passes == max(1, ceil(4 * local / one.size))
+        assert step.compute == 0.5 * one.passes
+
+
+@pytest.mark.parametrize(
+    ("name", "wire"),
+    [
+        ("NVIDIA H100 80GB HBM3", "NVLink"),
+        ("NVIDIA A100-SXM4-40GB", "NVLink"),
+        ("NVIDIA A100-PCIE-40GB", "PCIe"),
+        ("NVIDIA GeForce RTX 4090", "PCIe"),
+        ("NVIDIA A40", "PCIe"),
+    ],
+)
+def test_a_gpu_is_linked_as_the_table_says_by_whatever_name(name: str, wire: str) -> None:
+    links = links_of(replace(DEVICES["l4"], name=name), 8)
+    assert f"({wire})" in links.said[0]
 
 
 def test_a_step_adds_what_is_received_to_the_arithmetic() -> None:

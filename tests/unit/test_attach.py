@@ -20,6 +20,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -378,3 +380,20 @@ def test_one_row_without_a_batch_trains_its_biases() -> None:
     wanted = [p.shape for p in model.parameters() if p.requires_grad]
     model(x).sum().backward()
     assert [p.grad.shape for p in model.parameters() if p.grad is not None] == wanted
+
+
+def test_a_decoder_that_counts_positions_along_its_mask_trains_on_padded_rows() -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=32, max_position_embeddings=64, dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).train()
+    ids, mask = torch.arange(4, 36).view(2, 16), torch.ones(2, 16, dtype=torch.long)
+    mask[1, 9:] = 0
+    calls: list[dict[str, Any]] = [{}, {"attention_mask": mask}]
+    base = [model(input_ids=ids, use_cache=False, **call).logits for call in calls]
+    attach(model, LoRA(rank=2)).train()
+    for call, expected in zip(calls, base, strict=True):
+        found = model(input_ids=ids, use_cache=False, **call).logits
+        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()])

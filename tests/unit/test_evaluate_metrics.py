@@ -84,6 +84,20 @@ def test_rouge_l_is_the_packages_own_on_ascii(prediction: str, reference: str):
         ("none", "none either", 0.0),
         ("#### 18 #### 19", "#### 19", 1.0),
         ("version 1.2.", "#### 1.2", 1.0),
+        ("it is **−5**", "-5", 1.0),
+        ("it is −5", "5", 0.0),
+        ("a loss of -$1,200", "-1200", 1.0),
+        ("about .5", "0.5", 1.0),
+        ("0.00001", str(0.00001), 1.0),  # 1e-05
+        ("5", str(0.00001), 0.0),
+        ("10000000000000000", str(1e16), 1.0),
+        ("1/4", "3/4", 0.0),
+        ("0.75", "3/4", 1.0),
+        ("so 120/2", "#### 60", 1.0),
+        ("1/0", "0", 1.0),
+        ("on 03/04/2021", "2021", 1.0),
+        ("1" * 5000, "1" * 5000, 1.0),  # more digits than int() reads
+        ("1e99999999999999999999", "1", 1.0),
     ],
 )
 def test_number_match(prediction: str, reference: str, expected: float):

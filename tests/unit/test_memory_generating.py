@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import Lfm2Config, LlamaConfig, MistralConfig
 
 import inlay
 from inlay.evaluate.generation import Sampling, continued, settings
@@ -50,6 +50,22 @@ def test_a_prompt_adapter_is_in_the_cache_too() -> None:
     plain = simulate_answers(build(), ASKED, "cpu")
     longer = simulate_answers(build(inlay.PrefixTuning(tokens=8)), ASKED, "cpu")
     assert longer.cache - plain.cache == 16 * 8 * 3 * 2 * 2 * 16 * 4
+
+
+def test_layers_that_see_a_window_or_keep_a_state_hold_no_more_than_that() -> None:
+    def found(config: Any, tokens: int) -> int:
+        def made() -> Any:
+            model = skeleton(config, double_quant=True, dtype="bfloat16")
+            return inlay.attach(model, inlay.LoRA(rank=4)).train()
+
+        return simulate_answers(made, replace(ASKED, tokens=tokens), "cpu").cache
+
+    per_token = 3 * 2 * 2 * 16 * 2
+    window = MistralConfig(**SHAPE, sliding_window=32)
+    assert found(window, 100) == pytest.approx(16 * 31 * per_token, rel=0.01)
+    states = Lfm2Config(**SHAPE, layer_types=["conv", "full_attention", "conv"])
+    more = found(states, 101) - found(states, 100)
+    assert more == 16 * per_token / 3
 
 
 def test_sorting_the_logits_takes_room() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import LlamaConfig
 
 import inlay
 from inlay.errors import ModelError, UsageError
+from inlay.memory import devices
 from inlay.memory.devices import Device, available_memory, bytes_from, device_named
 from inlay.memory.heap import Heap
 from inlay.memory.optimisers import adamw, adamw_8bit
@@ -229,6 +231,44 @@ def test_sizes_and_devices_are_read() -> None:
     with pytest.raises(UsageError, match=r"no device 'h1000'.*Did you mean 'h100'"):
         device_named("h1000")
     assert available_memory() > 0
+
+
+def cgroup(folder: Path, limit: int | str, used: int, cache: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 7\ninactive_file {cache - 1}\nactive_file 1\n")
+
+
+def test_a_cgroups_room_is_without_its_file_cache_and_of_the_tightest_around_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "CGROUPS", tmp_path)
+    monkeypatch.setattr(devices, "OWN_CGROUPS", tmp_path / "cgroup")
+    assert devices.cgroup_rooms() == []
+    cgroup(tmp_path, 1000, 900, cache=600)  # as a container sees its own
+    assert devices.cgroup_rooms() == [700]
+    cgroup(tmp_path / "slurm" / "job_1", 500, 100, cache=0)
+    cgroup(tmp_path / "slurm" / "job_1" / "step_0", "max", 100, cache=0)
+    cgroup(tmp_path / "slurm" / "job_2", 10, 10, cache=0)
+    (tmp_path / "cgroup").write_text("1:cpu:/slurm/job_2\n0::/slurm/job_1/step_0\n")
+    assert sorted(devices.cgroup_rooms()) == [400, 700]
+    assert available_memory() == 400
+
+
+def test_the_first_version_of_cgroups_is_read_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "CGROUPS", tmp_path)
+    monkeypatch.setattr(devices, "OWN_CGROUPS", tmp_path / "cgroup")
+    folder = tmp_path / "memory" / "job"
+    folder.mkdir(parents=True)
+    (tmp_path / "cgroup").write_text("4:memory:/job\n")
+    (folder / "memory.limit_in_bytes").write_text("1000\n")
+    (folder / "memory.usage_in_bytes").write_text("900\n")
+    stat = "active_file 0\ninactive_file 0\ntotal_active_file 50\ntotal_inactive_file 50\n"
+    (folder / "memory.stat").write_text(stat)
+    assert devices.cgroup_rooms() == [200]
 
 
 def test_a_configuration_is_enough(tmp_path: Any) -> None:

@@ -290,6 +290,21 @@ def test_adapters_act_train_and_go_by_name() -> None:
     assert torch.equal(logits(model), logits(llama()))
 
 
+def test_what_a_user_lets_train_beside_the_adapter_goes_on_training() -> None:
+    model = made()
+    own = model.get_base_model().model.norm.weight
+    own.requires_grad_(True)
+    model.add_adapter("b", lora())
+    model.set_adapter("b")
+    assert own.requires_grad
+    model.set_requires_grad("default")
+    model.set_adapter("b")
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and p is not own]
+    assert all(".adapters.b." in n for n in trained)
+    model.set_adapter("default", inference_mode=True)
+    assert [p for p in model.parameters() if p.requires_grad] == [own]
+
+
 def test_a_new_adapter_leaves_alone_what_trains(tmp_path: Path) -> None:
     made().save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(llama(), tmp_path)

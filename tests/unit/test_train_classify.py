@@ -10,6 +10,7 @@ from heads_tiny import make_classify, make_rows, write
 from train_tiny import losses_of
 
 import inlay
+from inlay.cli.main import main
 from inlay.data.inputs import InputRow
 from inlay.errors import DataError, TrainingError, UsageError
 from inlay.memory.devices import this_machine
@@ -75,6 +76,26 @@ def test_a_run_leaves_what_a_supervised_one_does(runs: dict[str, TrainResult]):
     assert "Macro F1" in page
     assert result.model is not None
     assert not result.model.training
+
+
+def test_a_model_whose_own_head_knows_most_rows_trains_on_those_it_does_not(tmp_path: Path):
+    first = make_classify(tmp_path, epochs=12.0, learning_rate=3e-3)
+    train(first)
+    known = ["merge", "--adapter", first.output, "--output", str(tmp_path / "known")]
+    assert main(known) == 0
+    rows = [
+        {**row, "label": "no" if row["label"] == "yes" else "yes"} if i % 10 == 3 else row
+        for i, row in enumerate(make_rows("single"))
+    ]
+    write(tmp_path / "wrong.jsonl", rows)
+    again = make_classify(
+        tmp_path, "again", base="known", data=str(tmp_path / "wrong.jsonl"), learning_rate=1e-4,
+        eval_data=str(tmp_path / "single.jsonl"),
+    )  # fmt: skip
+    result = train(again)
+    start = next(x["eval_loss"] for x in losses_of(again.output) if "eval_loss" in x)
+    assert start < 0.1
+    assert result.run["finished"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -110,6 +110,12 @@ def test_a_file_with_its_lines(tmp_path: Path):
     ]
 
 
+def test_off_is_a_word_though_yaml_takes_it_for_a_truth_value(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: pocket\ndata: reports\noutput: out\nstream: off\n")
+    assert load_config(path).stream == "off"
+
+
 def test_overrides_win_over_the_file(tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text("model: pocket\ndata: d\noutput: o\nrank: 4\nlearning_rate: 1e-4\n")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from trl.trainer import grpo_trainer
 
 from inlay.errors import DataError, MergeError, TrainingError, UsageError
 from inlay.evaluate.generation import Answer, Sampling, continued, settings
-from inlay.evaluate.reward import divergence
+from inlay.evaluate.reward import Measured, divergence, reward_records
 from inlay.kernels.switches import plain
 from inlay.methods.base import evaluating
 from inlay.methods.lora import LoRA
@@ -318,6 +319,31 @@ BREAKS = """
 def mine(completions, number, **columns):
     return [1 / (0 if n == {row} else 1) for n in number]
 """
+
+
+def test_a_reward_that_does_not_judge_every_answer_has_no_record_of_its_own():
+    answers = [Answer((1, 2), "heart", ended=True), Answer((1,), "no", ended=True)]
+    both = {"reward": [1.0, 0.0], "regex": [1.0, 0.0], "length": [1.0, 1.0]}
+    some = {name: values for name, values in both.items() if name != "regex"}
+    for order in permutations([both, both, some]):
+        base, tuned = Measured(both, order[0], answers), Measured(order[1], order[2], answers)
+        names = [record["name"] for record in reward_records(base, tuned)]
+        assert names == ["reward", "sampled_reward", "reward_length", "sampled_reward_length"]
+
+
+FROM_STEP_3 = """
+def mine(completions, trainer_state=None, **columns):
+    early = trainer_state is not None and trainer_state.global_step < 2
+    return [None if early else 1.0 for c in completions]
+"""
+
+
+def test_a_step_in_which_a_reward_judges_nothing_has_no_value_of_it(tmp_path: Path):
+    rewards = [own(tmp_path, FROM_STEP_3), GRPO["rewards"][0]]
+    config = make_grpo(tmp_path, rewards=rewards, max_steps=4, log_every=1, evaluate=False)
+    train(config)
+    steps = [x for x in losses_of(config.output) if "loss" in x]
+    assert [x.get("reward_mine") for x in steps] == [None, None, 1, 1]
 
 
 def test_a_reward_that_raises_names_function_row_and_step(tmp_path: Path):

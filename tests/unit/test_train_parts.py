@@ -153,6 +153,16 @@ def test_random_generators_go_on_where_they_were(tmp_path: Path):
     assert torch.equal(drawn[2], again[2])
 
 
+def test_a_state_of_more_gpus_than_there_are_now_is_restored(monkeypatch: pytest.MonkeyPatch):
+    state = {**random_state(), "cuda": [torch.tensor([1]), torch.tensor([2])]}
+    restored: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.extend)
+    restore_random_state(state)
+    assert restored == [torch.tensor([1])]
+
+
 # Files and checkpoints.
 
 
@@ -272,6 +282,15 @@ def test_an_exploding_loss_stops_the_run():
 def test_one_absurd_loss_is_enough():
     with pytest.raises(TrainingError, match="exploded"):
         Guard(reference=4.0).observe(50.0, 3)
+
+
+def test_rows_that_are_harder_than_the_held_out_ones_do_not_stop_the_run():
+    guard = Guard(reference=0.1)
+    for step in range(1, 50):
+        guard.observe(2.0, step)
+        assert not guard.suspicious
+    with pytest.raises(TrainingError, match="against 2 before training"):
+        guard.observe(21.0, 50)
 
 
 def test_a_noisy_but_sane_loss_does_not_stop_the_run():

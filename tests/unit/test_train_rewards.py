@@ -76,6 +76,7 @@ def test_a_length_falls_off_on_both_sides() -> None:
         ({"name": "json", "weight": "2"}, "'weight' must be a number, not '2'"),
         ({"name": "json", "weight": math.inf}, "'weight' must be a number, not inf"),
         ("{name: json, keys: [", "is not YAML"),
+        ("{name: json, 1: 2}", "has no argument '1'; it has keys"),
     ],
 )
 def test_what_is_wrong_with_an_entry_is_a_sentence(entry: Any, sentence: str) -> None:
@@ -182,6 +183,10 @@ def test_numbers_of_numpy_and_torch_are_numbers_and_none_judges_nothing(tmp_path
         (
             "return [float('inf'), 2, 3]",
             "returned inf for the answer to data.jsonl, line 1 at",
+        ),
+        (
+            "import torch; return torch.ones(3, 2)",
+            "returned tensor([1., 1.]), a Tensor for the answer to data.jsonl, line 1 at step 4",
         ),
         ("return [1, None, 2]", "no reward judges the answer to data.jsonl, line 2 at step 4"),
     ],

@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from inlay.errors import UsageError
+from inlay.memory import devices
 from inlay.methods.lora import LoRA
 from inlay.methods.prefix import PrefixTuning
 from inlay.model.attach import attach, detach
 from inlay.model.trunk import PassThrough, Trunk, trunk_of
-from inlay.train import trunk_cache
 from inlay.train.events import Event
 from inlay.train.run import train
 from inlay.train.trunk_cache import TrunkCache, cached_trunk
@@ -143,7 +143,7 @@ def test_a_cache_too_large_for_memory_lies_in_a_file(
 ):
     model = trained(model_of("qwen2"), layers="2-3")
     first = cached_trunk(model, ROWS, len(ROWS), tmp_path / "trunk.tmp")
-    monkeypatch.setattr(trunk_cache, "free_memory", lambda: 0)
+    monkeypatch.setattr(devices, "cgroup_rooms", lambda: [0])
     second = cached_trunk(model, ROWS, len(ROWS), tmp_path / "trunk.tmp")
     assert isinstance(first, TrunkCache)
     assert isinstance(second, TrunkCache)

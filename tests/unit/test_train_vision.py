@@ -89,7 +89,7 @@ def test_features_over_the_memorys_share_lie_in_a_file(
 ):
     whole = make_vision_run(tmp_path, output="memory", targets=["language"], evaluate=False)
     train(whole)
-    monkeypatch.setattr(vision_cache, "free_memory", lambda: 8 * 16 * 64 * 4)
+    monkeypatch.setattr(vision_cache, "available_memory", lambda: 8 * 16 * 64 * 4)
     part = make_vision_run(tmp_path, output="file", targets=["language"], evaluate=False)
     _, told = notes_of(part)
     assert "vision.tmp" in told

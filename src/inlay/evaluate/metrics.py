@@ -7,6 +7,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from fractions import Fraction
 from functools import cache
 from unicodedata import category
 
@@ -19,7 +20,11 @@ Metric = Callable[[str, str], float]
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 WORD = re.compile(r"[^\W_]+")
-NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(
+    r"(?<![\w.])[-−]?[$€£]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}\b|(?:/\d+)+)?"
+)
+"""A number as people and Python write one: -3, −3, -$1,234.50, .5, 1e-05, 3/4."""
+WRITTEN = str.maketrans("−", "-", ",$€£")
 ANSWER = "####"
 
 
@@ -71,10 +76,22 @@ def number_match(prediction: str, reference: str) -> float:
     return float(found is not None and found == expected)
 
 
-def final_number(text: str) -> Decimal | None:
-    """Return the last number after the last `####`, or of the whole text where there is none."""
+def final_number(text: str) -> Fraction | None:
+    """Return the last number after the last `####`, or of the whole text where there is none.
+
+    >>> final_number("half of −3 is −3/2")
+    Fraction(-3, 2)
+    """
     numbers = NUMBER.findall(text.rsplit(ANSWER, 1)[-1])
-    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+    return value_of(numbers[-1].translate(WRITTEN)) if numbers else None
+
+
+def value_of(number: str) -> Fraction:
+    """Return what a number means; where there are several slashes, as in a date, the last part."""
+    parts = [Fraction(Decimal(part)) for part in number.split("/")]
+    if len(parts) == 2 and parts[1]:
+        return parts[0] / parts[1]
+    return parts[-1]
 
 
 METRICS: dict[str, Metric] = {

@@ -221,8 +221,10 @@ def token_divergence(tuned: Tensor, base: Tensor, temperature: float) -> Tensor:
 
 
 def reward_records(base: Measured, tuned: Measured) -> list[MetricComparison]:
-    """Return the records of the rewards, of one alone only as the whole."""
-    parts = list(base.likeliest) if len(base.likeliest) > 2 else ["reward"]
+    """Return the records of rewards that judged every answer, of one alone only as the whole."""
+    sides = (base.likeliest, base.drawn, tuned.likeliest, tuned.drawn)
+    judged = [part for part in base.likeliest if all(part in side for side in sides)]
+    parts = judged if len(base.likeliest) > 2 else ["reward"]
     found: list[MetricComparison] = []
     for part in parts:
         name = part if part == "reward" else f"reward_{part}"

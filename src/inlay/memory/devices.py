@@ -126,12 +126,21 @@ def known_device(name: str | None) -> Device:
     return device if count == "1" else replace(device, name=name, memory=int(count) * device.memory)
 
 
+def listed(name: str) -> str | None:
+    """Return the table's name of a GPU that calls itself by another; None where it is not there.
+
+    >>> listed("NVIDIA H100 80GB HBM3")
+    'h100'
+    """
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    near = (n for n in DEVICES if n.split("-")[0].removeprefix("rtx") in plain)
+    return next(near, None)
+
+
 def this_gpu() -> Device:
     """Return this machine's first GPU: its rates from the table, where it is known there."""
     properties = torch.cuda.get_device_properties(0)
-    plain = re.sub(r"[^a-z0-9]", "", properties.name.lower())
-    near = [d for n, d in DEVICES.items() if n.split("-")[0].removeprefix("rtx") in plain]
-    base = near[0] if near else DEVICES["l4"]
+    base = DEVICES[listed(properties.name) or "l4"]
     free, total = torch.cuda.mem_get_info(0)
     del total
     return replace(base, name=properties.name, memory=free + CUDA_RUNTIME)
@@ -164,16 +173,44 @@ def available_memory() -> int:
     return min([free, *cgroup_rooms()])
 
 
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+"""What the files of a limit and of what is used are called, in both versions of cgroups."""
+FILE_CACHE = ("inactive_file", "active_file")
+"""Lines of memory.stat: copies of files on disk, which the kernel drops when memory is wanted."""
+
+
 def cgroup_rooms() -> list[int]:
     """Return what the cgroups of this process leave it, where they limit memory."""
-    root = Path("/sys/fs/cgroup")
-    files = [(root / "memory.max", root / "memory.current")]
-    files += [(root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes")]
     rooms: list[int] = []
-    for limit, usage in files:
-        if limit.is_file() and usage.is_file() and (text := limit.read_text().strip()) != "max":
-            rooms.append(max(0, int(text) - int(usage.read_text())))
+    for folder in cgroup_folders():
+        for limit, usage in ((folder / a, folder / b) for a, b in LIMITS):
+            if limit.is_file() and usage.is_file() and (text := limit.read_text().strip()) != "max":
+                used = int(usage.read_text()) - file_cache(folder / "memory.stat")
+                rooms.append(max(0, int(text) - used))
     return rooms
+
+
+def cgroup_folders() -> list[Path]:
+    """Return the folders of the cgroups this process is in, those around them included.
+
+    A container often sees its own at the top, whatever it is called outside.
+    """
+    tops = {"": CGROUPS, "memory": CGROUPS / "memory"}
+    found = dict.fromkeys(tops.values())
+    for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else []:
+        _, controller, path = line.split(":", 2)
+        if controller in tops:
+            own = Path(path.strip("/"))
+            found |= dict.fromkeys(tops[controller] / part for part in (own, *own.parents))
+    return list(found)
+
+
+def file_cache(stat: Path) -> int:
+    """Return the bytes of a cgroup's memory that only keep files at hand."""
+    lines = stat.read_text().splitlines() if stat.is_file() else []
+    counts = dict(line.split(maxsplit=1) for line in lines)
+    return sum(int(counts.get(f"total_{name}", counts.get(name, 0))) for name in FILE_CACHE)
 
 
 def cpu_rates() -> tuple[float, float, float]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from inlay.memory.costs import planning_for
@@ -66,7 +67,8 @@ def simulate_answers(
         last = known_tensor(mode, torch.zeros(asked.rows, 1, dtype=torch.long))
         with ledger:
             resting = ledger.total
-            cache = DynamicCache()
+            config: Any = model.config
+            cache = DynamicCache(config=config)
             ledger.start_over()
             draw(model, prompts, cache, asked.sorts)
             mask = asked.rows * asked.prompt**2
@@ -96,17 +98,15 @@ def draw(model: nn.Module, ids: Tensor, cache: DynamicCache, sorts: bool) -> Non
 
 def grow(cache: DynamicCache, tokens: int) -> None:
     """Let a cache hold the keys and values of that many more tokens."""
-    for layer, (keys, values) in enumerate(pairs(cache)):
-        more = (x.new_empty(*x.shape[:2], tokens, x.shape[3]) for x in (keys, values))
-        cache.update(next(more), next(more), layer)
+    layers: list[Any] = list(cache.layers)
+    for number, layer in enumerate(layers):
+        if isinstance(getattr(layer, "keys", None), Tensor):
+            both = (layer.keys, layer.values)
+            more = (x.new_empty(*x.shape[:2], tokens, x.shape[3]) for x in both)
+            cache.update(next(more), next(more), number)
 
 
 def size_of(cache: DynamicCache) -> int:
-    """Return the bytes of a cache's keys and values."""
-    return sum(x.nbytes for pair in pairs(cache) for x in pair)
-
-
-def pairs(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Return the keys and values of each layer."""
-    layers: list[Any] = list(cache.layers)
-    return [(layer.keys, layer.values) for layer in layers]
+    """Return the bytes of a cache: keys and values, and the states of layers that have no keys."""
+    held = [x for layer in cache.layers for x in tree_leaves(list(vars(layer).values()))]
+    return sum(x.nbytes for x in held if isinstance(x, Tensor))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, log2
 
-from inlay.memory.devices import GB, REACHED, Device
+from inlay.memory.devices import GB, REACHED, Device, listed
 from inlay.memory.plan import Plan
 from inlay.memory.simulate import Frozen
 
@@ -48,8 +48,9 @@ def links_of(device: Device, local: int) -> Links:
     if device.kind == "cpu":
         said = f"processes of one machine exchange {LOOPBACK:g} GB/s over gloo, others as much"
         return Links(LOOPBACK * GB, LOOPBACK * GB, False, (said,))
-    inside = NVLINK.get(device.name)
-    between = NETWORK.get(device.name)
+    known = listed(device.name) or device.name
+    inside = None if "pcie" in device.name.lower() else NVLINK.get(known)
+    between = NETWORK.get(known)
     within = REACHED * inside * GB if inside else device.link
     across = REACHED * GB * (between or SHARED_NETWORK / local)
     own = "each GPU's own card" if between else f"one card of the machine, shared by {local}"
@@ -140,9 +141,10 @@ def scaling(
     """
     size = 1
     while size <= MOST:
-        nodes = max(1, size // division.local)
+        local, nodes = min(size, division.local), max(1, size // division.local)
+        devices = local * nodes
         everywhere = division.shards == division.size
-        shards = size if everywhere and division.shards > 1 else min(division.shards, size)
-        one = Division(min(size, division.local), nodes, shards, max(1, ceil(step_passes / size)))
+        shards = devices if everywhere and division.shards > 1 else min(division.shards, devices)
+        one = Division(local, nodes, shards, max(1, ceil(step_passes / devices)))
         yield one, step_of(one, plan.trained, plan.frozen, seconds, links)
         size *= 2

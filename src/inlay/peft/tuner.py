@@ -119,7 +119,9 @@ class Tuner(Merging):
                 stacklevel=2,
             )
             self.unmerge_adapter()
-        use(self.model, *names)
+        with self.as_trained():
+            use(self.model, *names)
+        set_trained(self.model, tuple(self.peft_config), False)
         set_trained(self.model, names, not inference_mode)
         self.settle()
 

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    StringConstraints,
+)
 
 from inlay.errors import UsageError
 from inlay.methods.catalog import catalog
@@ -20,6 +27,11 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def as_word(value: object) -> object:
+    """Return the word that YAML takes for a truth value: `stream: off`."""
+    return "off" if value is False else value
 
 
 class RunConfig(BaseModel):
@@ -54,7 +66,7 @@ class RunConfig(BaseModel):
     embedding_storage: Literal["dense", "host"] = Field(
         "dense", description="host: leave the embedding in host memory, and look rows up there"
     )
-    stream: Literal["off", "disk", "host"] = Field(
+    stream: Annotated[Literal["off", "disk", "host"], BeforeValidator(as_word)] = Field(
         "off", description="leave the frozen weights on disk or in host memory, brought in in time"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -61,6 +61,8 @@ class Guard:
             if len(self.first) == FIRST_STEPS:
                 self.reference = sum(self.first) / FIRST_STEPS
             return
+        if step == 1:  # untrained, too, and its rows may be harder than the held-out ones
+            self.reference = max(self.reference, loss)
         self.high = self.high + 1 if loss > TOO_HIGH * self.reference else 0
         if self.high >= STEPS_TOO_HIGH or loss > FAR_TOO_HIGH * self.reference:
             raise DivergedError(

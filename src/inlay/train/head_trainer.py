@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,13 +38,20 @@ class HeadTrainer(AdapterLoop):
         self.model_accepts_loss_kwargs = head.purpose == "tokens"
 
     def evaluate_held_out(self) -> None:
-        """Measure and record; of numbers, no step of a model that knows their mean is diverging."""
+        """Measure and record; no step that is as good as knowing nothing is diverging."""
         super().evaluate_held_out()
-        if self.head.problem == "regression" and self.guard.reference is not None:
+        if self.guard.reference is not None:
+            self.guard.reference = max(self.guard.reference, self.of_no_knowledge)
+
+    @property
+    def of_no_knowledge(self) -> float:
+        """The loss where classes are as likely as each other, or of the number farthest away."""
+        if self.head.problem == "regression":
             assert isinstance(self.train_dataset, Dataset)
             labels = torch.tensor(self.train_dataset["label"])
-            furthest = float((labels - labels.mean()).square().max())
-            self.guard.reference = max(self.guard.reference, furthest)
+            return float((labels - labels.mean()).square().max())
+        several = self.head.problem == "multi_label_classification"
+        return math.log(2 if several else len(self.head.labels))
 
     def compute_loss(
         self,

@@ -7,6 +7,7 @@ import inspect
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from numbers import Real
@@ -185,7 +186,9 @@ def number(reward: Reward, value: Any, where: str, when: str) -> float:
     """Return one value as a number; NaN for None, which judges nothing."""
     if value is None:
         return math.nan
-    value = value.item() if callable(getattr(value, "item", None)) else value
+    if callable(getattr(value, "item", None)):
+        with suppress(ValueError, RuntimeError):  # of an array of several numbers, told below
+            value = value.item()
     if not isinstance(value, Real) or not math.isfinite(value):
         kind = "" if isinstance(value, Real) else f", a {type(value).__name__}"
         raise TrainingError(
@@ -274,7 +277,7 @@ def built_in(spec: Spec) -> Function:
 
 def check_arguments(spec: Spec, signature: inspect.Signature) -> None:
     """Raise when a reward does not take the arguments that it is given, or lacks one."""
-    for name in spec.arguments:
+    for name in map(str, spec.arguments):
         if name not in signature.parameters:
             known = ", ".join(signature.parameters) or "none"
             raise UsageError(

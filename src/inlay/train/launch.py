@@ -138,11 +138,14 @@ class Launch:
             line += f" --rdzv-endpoint {head}:{PORT}"
         return f"{line} -m inlay train {shlex.quote(str(self.run_file))}"
 
-    def environment(self) -> dict[str, str]:
-        """Return what the processes' environment has besides: on a CPU no GPU, and its cores."""
+    def environment(self, cores: int | None = None) -> dict[str, str]:
+        """Return what the processes' environment has besides: on a CPU no GPU, and its cores.
+
+        Without `cores`, each process has its part of this machine's.
+        """
         if self.options.gpus is not None:
             return {}
-        cores = len(os.sched_getaffinity(0)) // self.options.local
+        cores = cores or len(os.sched_getaffinity(0)) // self.options.local
         return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(max(1, cores))}
 
     def torchrun(self) -> str:
@@ -154,24 +157,30 @@ class Launch:
         check = ': "${HEAD:?set HEAD to the name or address of the first machine}"\n'
         return f"#!/bin/sh\n{usage}{check}{start}"
 
-    def exports(self) -> str:
+    def exports(self, cores: int | None = None) -> str:
         """Return the environment as lines of a shell script."""
-        return "".join(f"export {name}={value}\n" for name, value in self.environment().items())
+        own = self.environment(cores)
+        return "".join(f"export {name}={value}\n" for name, value in own.items())
 
     def slurm(self) -> str:
-        """Return a Slurm batch script: one torchrun a machine."""
-        options = self.options
+        """Return a Slurm batch script: one torchrun a machine.
+
+        The cores are asked for twice: srun does not take those of the job (Slurm 22.05 and later).
+        """
+        options, threads = self.options, self.config.threads or 1
+        cores = options.local * threads
         wanted = {
             "job-name": "inlay",
             "nodes": options.nodes,
             "ntasks-per-node": 1,
+            "cpus-per-task": cores,
             "output": f"{self.folder}/slurm-%j.log",
             **({"gpus-per-node": options.gpus} if options.gpus else {}),
-            **({} if options.gpus else {"cpus-per-task": options.local}),
         }
         lines = "".join(f"#SBATCH --{name}={value}\n" for name, value in wanted.items())
         head = 'HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)\nexport HEAD\n'
-        return f"#!/bin/sh\n{lines}{self.exports()}{head}srun {self.command('$HEAD')}\n"
+        start = f"srun --cpus-per-task {cores} {self.command('$HEAD')}\n"
+        return f"#!/bin/sh\n{lines}{self.exports(threads)}{head}{start}"
 
     def ray(self) -> str:
         """Return a Ray Train job: a worker a process, each of which runs the command."""
@@ -270,7 +279,7 @@ def work(config):
     train(load_config(config["run"]))
 
 
-ray.init(runtime_env={{"env_vars": {{"RAY_TRAIN_ENABLE_SHARE_CUDA_VISIBLE_DEVICES": "0"}}}})
+ray.init(runtime_env={{"env_vars": {{"TRAIN_ENABLE_SHARE_CUDA_VISIBLE_DEVICES": "0"}}}})
 trainer = TorchTrainer(
     work,
     train_loop_config={{"run": {run!r}}},

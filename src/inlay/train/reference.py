@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,8 @@ class Telling(AdapterLoop):
         loss = super().training_step(*args, **kwargs)
         found = self.measured
         values = {name: float(found[name][-1]) for name in self.names if found.get(name)}
-        self.told.append((weight, values))
+        there = {name: value for name, value in values.items() if not math.isnan(value)}
+        self.told.append((weight, there))
         found.clear()
         return loss
 

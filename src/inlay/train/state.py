@@ -92,10 +92,13 @@ def random_state() -> Tree:
 
 
 def restore_random_state(state: Tree) -> None:
-    """Put every random generator back to a state that `random_state` gave."""
+    """Put every random generator back to a state that `random_state` gave.
+
+    The state may be of a process that saw more GPUs than this one.
+    """
     random.setstate(state["python"])
     algorithm, keys, *rest = state["numpy"]
     np.random.set_state((algorithm, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from inlay.errors import InlayError
 from inlay.evaluate.losses import PADDING, EncodedRow, buckets, joined, padded
+from inlay.memory.devices import available_memory
 from inlay.methods.base import evaluating
 from inlay.model.packing import mixes_rows, positions, segments
 from inlay.model.shapes import length_multiple
@@ -53,7 +54,7 @@ class TrunkCache:
     def reserve(self, like: Tensor) -> None:
         """Take the room for all rows: memory where there is enough, else a file."""
         size = self.tokens * like.shape[-1]
-        if size * like.itemsize <= SHARE_OF_MEMORY * free_memory():
+        if size * like.itemsize <= SHARE_OF_MEMORY * available_memory():
             self.held = torch.empty(size, dtype=like.dtype)
         else:
             with self.path.open("wb") as file:
@@ -219,8 +220,3 @@ def cached_trunk(
     except (InlayError, OSError) as error:
         cache.path.unlink(missing_ok=True)
         return str(error)
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that nothing uses."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -21,9 +21,10 @@ from inlay.data.processor import ImageReader, Pictured
 from inlay.data.vision import ImageInputs
 from inlay.errors import InlayError, ModelError
 from inlay.evaluate.images import Seeing
+from inlay.memory.devices import available_memory
 from inlay.methods.base import evaluating
 from inlay.model.shapes import length_multiple
-from inlay.train.trunk_cache import FULL, LOW, SHARE_OF_MEMORY, free_memory
+from inlay.train.trunk_cache import FULL, LOW, SHARE_OF_MEMORY
 
 FEATURES = "get_image_features"
 """The method by which transformers' models see."""
@@ -155,7 +156,7 @@ class Room:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.left = int(SHARE_OF_MEMORY * free_memory())
+        self.left = int(SHARE_OF_MEMORY * available_memory())
         self.in_memory = self.in_file = 0
 
     def __str__(self) -> str:
