@@ -18,6 +18,7 @@ from train_tiny import (
     make_run,
     silence,
 )
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from inlay.errors import DataError, InlayError, TrainingError, UsageError
 from inlay.kernels.switches import plain
@@ -128,6 +129,22 @@ def test_overwriting_gives_the_same_adapter(done: tuple[RunConfig, TrainResult, 
     assert (adapter_hash(config.output), losses_of(config.output)) == (before, lines)
     assert (Path(config.output) / "mine.txt").read_text() == "keep"
     (Path(config.output) / "mine.txt").unlink()
+
+
+@pytest.mark.parametrize("width", [4, 64])
+def test_rows_longer_than_learned_positions_end_before_the_model_is_loaded(
+    tmp_path: Path, width: int
+):
+    config = make_run(tmp_path, max_steps=1, evaluate=False)
+    base = GPT2Config(vocab_size=64, n_positions=width, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(base).save_pretrained(tmp_path / "model")
+    told: list[Event] = []
+    if width == 64:
+        assert train(config, on_event=told.append).run["finished"]
+        return
+    with pytest.raises(DataError, match=rf"embedding of the model that has {width}: give max_len"):
+        train(config, on_event=told.append)
+    assert [event.message for event in told] == ["reading the data"]
 
 
 def test_changed_data_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from inlay.errors import DataError
+
 LARGEST_KNOWN = 1 << 26
 """Integer and boolean tensors of at most this many elements are followed with their values."""
 FLOATS_KNOWN = 1 << 12
@@ -49,6 +51,8 @@ def followed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         literal = func(*args, **kwargs)
         literal.known = args[0]
         return literal
+    if func is torch.ops.aten.embedding.default:
+        check_within(*args[:2])
     inputs = tensors_in((args, kwargs))
     if all(hasattr(t, "known") for t in inputs) and (inputs or makes_integers(func, kwargs)):
         return with_values(func, args, kwargs)
@@ -56,6 +60,25 @@ def followed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for t in tensors_in(out) if func._schema.is_mutable else ():
         vars(t).pop("known", None)
     return out
+
+
+def check_within(table: Tensor, ids: Tensor) -> None:
+    """Raise where known ids read past the end of a table of embeddings.
+
+    Raises:
+        DataError: naming both.
+    """
+    known: Tensor | None = vars(ids).get("known")
+    if known is None or not known.numel():
+        return
+    with _disable_current_modes():
+        last = int(known.max())
+    if last >= len(table):
+        raise DataError(
+            f"the longest rows need entry {last} of an embedding of the model that has "
+            f"{len(table)}: give max_length at most the positions that the model has learned, or a "
+            "tokenizer with no more tokens than the model has"
+        )
 
 
 def with_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
