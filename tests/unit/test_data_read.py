@@ -54,6 +54,27 @@ def test_windows_line_ends_of_a_csv_stay_out_of_the_fields(tmp_path: Path) -> No
     assert values(read_rows(path)) == [{"a": "1", "b": "2"}]
 
 
+@pytest.mark.parametrize("above", ["", "sep=;\n", "sep=;\r\n"])
+@pytest.mark.parametrize("between", [";", "\t"])
+def test_a_tables_header_shows_what_stands_between_fields(
+    tmp_path: Path, above: str, between: str
+) -> None:
+    text = 'findings;impression\n1,5 cm;a\n"b; \nc";"d, e"\n'.replace(";", between)
+    above = above.replace(";", between)
+    rows = read_rows(written(tmp_path / "a.csv", above + text))
+    assert values(rows) == [
+        {"findings": "1,5 cm", "impression": "a"},
+        {"findings": f"b{between} \nc", "impression": "d, e"},
+    ]
+    assert [row.line for row in rows] == ([3, 4] if above else [2, 3])
+
+
+@pytest.mark.parametrize("header", ["a,b;c", '"a;b",c', "a;b,c\td"])
+def test_a_comma_in_the_header_is_the_separator(tmp_path: Path, header: str) -> None:
+    [row] = read_rows(written(tmp_path / "a.csv", f"{header}\n1,2\n"))
+    assert list(row.values.values()) == ["1", "2"]
+
+
 def test_parquet_gives_the_same_rows(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     rows = read_rows(tmp_path / "a.parquet")

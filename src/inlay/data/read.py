@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ __all__ = ["BUILT_IN", "RawRow", "read_rows"]
 BUILT_IN_COUNT = 2400
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.\[\]%:+-]+))?")
 WHITESPACE = re.compile(r"[ \t\r\n]*")
+SEPARATOR = "sep="
+"""What Excel writes before the separator, above a table's header."""
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 
 
@@ -237,19 +240,34 @@ def json_row(value: Any, path: Path, line: int) -> RawRow:
 def read_csv(path: Path) -> Iterator[RawRow]:
     """Yield the rows below a header; a quoted field may span lines."""
     csv.field_size_limit(sys.maxsize)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    lines = csv.reader(io.StringIO(decoded(path), newline=""), delimiter=delimiter, strict=True)
+    text = decoded(path)
+    delimiter = delimiter_of(path, text)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     start = 1
     try:
         for fields in lines:
-            if fields and header is None:
+            if fields and header is None and fields[0].lower() != SEPARATOR:
                 header = checked_header(fields, path, start)
             elif fields and header is not None:
                 yield csv_row(header, fields, path, start)
             start = lines.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}, line {start}: malformed row: {error}") from error
+
+
+def delimiter_of(path: Path, text: str) -> str:
+    """Return what stands between a table's fields: as its header shows, or Excel's `sep=;` says."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    if first.lower().startswith(SEPARATOR) and len(first) == len(SEPARATOR) + 1:
+        return first[-1]
+    for delimiter in ",;\t":
+        with suppress(csv.Error):
+            if len(next(csv.reader([first], delimiter=delimiter, strict=True))) > 1:
+                return delimiter
+    return ","
 
 
 def checked_header(names: list[str], path: Path, line: int) -> list[str]:
