@@ -58,13 +58,13 @@ def simulate_answers(
     Raises:
         ModelError: what the model computes depends on values that only training knows.
     """
+    ids = [torch.zeros(asked.rows, tokens, dtype=torch.long) for tokens in (asked.prompt, 1)]
     with planning_for(kind), fake_tensors() as mode:
         model = build().eval()
         ledger = Ledger()
         for tensor in (*model.parameters(), *model.buffers()):
             ledger.add(tensor)
-        prompts = known_tensor(mode, torch.zeros(asked.rows, asked.prompt, dtype=torch.long))
-        last = known_tensor(mode, torch.zeros(asked.rows, 1, dtype=torch.long))
+        prompts, last = (known_tensor(mode, each) for each in ids)
         with ledger:
             resting = ledger.total
             config: Any = model.config
