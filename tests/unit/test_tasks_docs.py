@@ -19,7 +19,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf
 KEYS = ("data", "output")
 PREFERRED, LABELLED = ("accuracy", "margin"), ("auc", "reward_margin")
 """What says how well the model tells answers apart, for either kind of rows."""
-TRIED = ("dpo", "kto")
+TRIED = ("dpo", "kto", "orpo")
 """The tasks whose run file on the page is run."""
 WRITTEN = ["--generate-rows", "4", "--generate-tokens", "24"]
 """As much text as the run files ask for."""

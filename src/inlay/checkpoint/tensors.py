@@ -181,7 +181,7 @@ def base_of(modules: Mapping[str, nn.Module], key: str) -> Iterator[Tensor]:
     if key.startswith(PREFIX) and module_name in modules:
         module = modules[module_name]
         if isinstance(module, StreamedEmbedding) and parameter == "weight":
-            yield module.dequantize().T
+            yield module.turned(module.dequantize())
         yield from (p for n, p in own_parameters(module) if n == parameter)
 
 

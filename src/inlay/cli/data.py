@@ -278,8 +278,9 @@ def remarks(found: Summary) -> Iterator[str]:
 
 def listed(lines: Sequence[int]) -> str:
     """Return how many lines, and the first of them."""
-    some = ", ".join(str(line) for line in lines[:5]) + (", ..." if len(lines) > 5 else "")
-    return f"{len(lines):,} (line {some})"
+    from inlay.data.rows import first_lines
+
+    return f"{len(lines):,} (line {first_lines(lines)})"
 
 
 def legend() -> str:

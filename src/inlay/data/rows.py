@@ -34,6 +34,7 @@ Kind = Literal[
 ]  # fmt: skip
 Format = Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"]
 Shape = Callable[[RawRow], dict[str, Any]]
+LINES_NAMED = 5
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -154,6 +155,11 @@ def shaped(
         groups=groups and [groups(raw[i], row) for i, row in zip(kept, rows, strict=True)],
         skipped=skipped,
     )
+
+
+def first_lines(lines: Sequence[int]) -> str:
+    """Return the first of some lines, and dots where there are more."""
+    return ", ".join(map(str, lines[:LINES_NAMED])) + (", ..." if len(lines) > LINES_NAMED else "")
 
 
 def digest(raw: Sequence[RawRow]) -> str:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from inlay.data.rows import Rows
 from inlay.errors import DataError
@@ -46,7 +47,12 @@ def keys(rows: Rows) -> list[str]:
     """Return what decides each row's part."""
     if rows.groups is not None:
         return rows.groups
-    return [json.dumps(row, sort_keys=True) for row in rows.rows]
+    return [content(row) for row in rows.rows]
+
+
+def content(row: Mapping[str, Any]) -> str:
+    """Return what equal rows have in common; an image counts by its content."""
+    return json.dumps(row, sort_keys=True, default=lambda x: getattr(x, "sha256", None) or repr(x))
 
 
 def hashed(key: str, seed: int) -> str:

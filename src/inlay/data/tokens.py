@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from inlay.data.rows import Rows
+from inlay.data.rows import Rows, first_lines
 from inlay.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ __all__ = ["Encoded", "Lengths", "Piece", "Summary", "encode", "pieces", "summar
 
 Row = TypeVar("Row", bound="Encoded")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-LINES_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -173,9 +172,7 @@ def named(rows: Rows, indices: Sequence[int]) -> str:
     others = indices[1:]
     if not others:
         return first
-    lines = ", ".join(str(rows.lines[i]) for i in others[:LINES_NAMED])
-    more = ", ..." if len(others) > LINES_NAMED else ""
-    return f"{first} and {len(others)} more ({lines}{more})"
+    return f"{first} and {len(others)} more ({first_lines([rows.lines[i] for i in others])})"
 
 
 # Text

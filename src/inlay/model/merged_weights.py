@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from inlay.model.layer import AdaptedLayer, own_modules
 from inlay.model.merge import check_mergeable, trained_copy
 from inlay.storage.base import FrozenLinear
-from inlay.storage.dense import DenseView
 
 __all__ = ["merged_weights"]
 
@@ -41,21 +40,14 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if isinstance(module, AdaptedLayer) and module.weight_methods():
         assert module.base is not None
         w, bias = module.adapted_weight()
-        yield from named(laid_out(module.base, w.to(module.base.dtype)), bias)
+        yield from named(module.base.turned(w.to(module.base.dtype)), bias)
     elif isinstance(module, FrozenLinear):
-        yield from named(laid_out(module, module.dequantize()), module.bias)
+        yield from named(module.turned(module.dequantize()), module.bias)
     else:
         for leaf, own in module._parameters.items():
             copy = trained_copy(module, leaf) if isinstance(module, AdaptedLayer) else None
             if own is not None:
                 yield leaf, own if copy is None else copy.to(own.dtype)
-
-
-def laid_out(base: FrozenLinear, w: Tensor) -> Tensor:
-    """Return an (out, in) matrix as the plain layer holds it."""
-    if isinstance(base, DenseView):
-        return base.turned(w)
-    return w.T if base.layer_kind == "embedding" or base.stands_for == "conv1d" else w
 
 
 def named(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[str, Tensor]]:

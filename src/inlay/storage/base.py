@@ -59,6 +59,10 @@ class FrozenLinear(ABC):
         """The id whose row has no gradient; None where it is no embedding, or has none such."""
         return None
 
+    def turned(self, w: Tensor) -> Tensor:
+        """Turn an (out, in) matrix into the layout of the layer in whose place it is, or back."""
+        return w if self.stands_for == "linear" else w.T
+
     @abstractmethod
     def matmul(self, x: Tensor) -> Tensor:
         """`x @ W.T` without the bias; x: (*b, in) -> (*b, out)."""

@@ -55,10 +55,6 @@ class DenseView(FrozenLinear):
         """The weight as (out, in), without a copy."""
         return self.turned(self.weight)
 
-    def turned(self, w: Tensor) -> Tensor:
-        """Turn an (out, in) matrix into the layer's own layout, or back."""
-        return w
-
     def packed(self) -> Packed | None:
         weight = self.weight
         matrix = self.turned(weight)
@@ -116,8 +112,7 @@ class DenseLinear(DenseView):
 class DenseConv1D(DenseView):
     """transformers' `Conv1D` (GPT-2): weight (in, out)."""
 
-    def turned(self, w: Tensor) -> Tensor:
-        return w.T
+    stands_for = "conv1d"
 
     def empty(self) -> nn.Module:
         out, width = self.shape
@@ -128,8 +123,7 @@ class DenseConv1D(DenseView):
 class DenseEmbedding(DenseView):
     """`nn.Embedding`: weight (vocabulary, width); read as (width, vocabulary) on one-hot ids."""
 
-    def turned(self, w: Tensor) -> Tensor:
-        return w.T
+    stands_for = "embedding"
 
     def empty(self) -> nn.Module:
         width, vocabulary = self.shape

@@ -179,11 +179,6 @@ class QuantizedLinear(nn.Module, FrozenLinear):
             return dense(self.parts(), self.storage, *self.shape, self.dtype)
         return self.dequantized_rows(torch.arange(self.out_features, device=self.device)[rows])
 
-    def as_plain(self) -> Tensor:
-        """Return the dense matrix as the layer that this one stands for holds it."""
-        w = self.dequantize()
-        return w.T.contiguous() if self.stands_for == "conv1d" else w
-
     def requantized(self, w: Tensor, bias: Tensor | None) -> QuantizedLinear:
         plain = QuantizedLinear.formats[self.storage]
         layer = plain.quantized(w, bias, self.dtype, **self.options())
@@ -212,7 +207,11 @@ class QuantizedLinear(nn.Module, FrozenLinear):
         self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
     ) -> None:
         del keep_vars
-        held = {"weight": self.as_plain()} if self.saved_dense else self.serialized()
+        held = (
+            {"weight": self.turned(self.dequantize()).contiguous()}
+            if self.saved_dense
+            else self.serialized()
+        )
         for name, tensor in held.items():
             destination[prefix + name] = tensor
         if self.bias is not None:

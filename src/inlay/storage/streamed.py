@@ -251,7 +251,7 @@ class StreamedEmbedding(nn.Embedding, FrozenLinear):
     """An embedding of which only the rows looked up are read."""
 
     storage = STREAMED
-    layer_kind = "embedding"
+    layer_kind = stands_for = "embedding"
 
     def __init__(self, source: Rows, like: nn.Embedding) -> None:
         """Take the place of `like`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -15,9 +14,9 @@ from inlay.data.labels import LABELLED, normalise_labels
 from inlay.data.preference import Pair, encode_pairs
 from inlay.data.prompts import encode_prompts, normalise_prompts
 from inlay.data.read import RawRow, first_row, read_rows
-from inlay.data.rows import Rows
+from inlay.data.rows import Rows, first_lines
 from inlay.data.similar import normalise_similar
-from inlay.data.split import split
+from inlay.data.split import content, split
 from inlay.data.tokens import Encoded, encode
 from inlay.errors import DataError, UsageError
 from inlay.train.config import RunConfig
@@ -40,7 +39,6 @@ NAMED = (
     "score", "split_by",
 )  # fmt: skip
 """The keys that name columns which are read as words."""
-LINES_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -101,16 +99,9 @@ def of_held_out(train: Rows, held_out: Rows) -> list[str]:
     return notes
 
 
-def content(row: Mapping[str, Any]) -> str:
-    """Return what equal rows have in common; an image counts by its content."""
-    return json.dumps(row, sort_keys=True, default=lambda x: getattr(x, "sha256", None) or repr(x))
-
-
 def counted(lines: Sequence[int], what: str) -> str:
     """Return how many rows something holds of, and the first of their lines."""
-    shown = ", ".join(map(str, lines[:LINES_NAMED]))
-    more = ", ..." if len(lines) > LINES_NAMED else ""
-    return f"{len(lines)} rows {what} (lines {shown}{more})"
+    return f"{len(lines)} rows {what} (lines {first_lines(lines)})"
 
 
 def read(config: RunConfig, source: str, group: str | None) -> Rows:
