@@ -5,7 +5,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test check lint bench bench-full bench-results bench-gpu bench-vision docs clean
+.PHONY: demo test check lint bench bench-full bench-results bench-gpu bench-vision docs versions clean
 
 demo: .venv/.demo          ## the main job, offline, on the embedded model and data
 	$(BIN)/inlay demo --output demo
@@ -54,6 +54,9 @@ bench-vision: .venv/.dev   ## models that see: digits, the kept features, planne
 	$(BIN)/python benchmarks/vision_cache.py
 	$(BIN)/python benchmarks/plan_table.py images
 	$(BIN)/python docs/vision_tables.py
+
+versions: .venv/.dev       ## test on the oldest and the newest libraries allowed: 20 minutes
+	$(BIN)/python tests/versions/run.py
 
 docs: .venv/.dev           ## write docs/methods from the docstrings
 	$(BIN)/python docs/build.py

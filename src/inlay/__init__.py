@@ -25,6 +25,7 @@ from inlay.errors import (
     TrainingError,
     UsageError,
 )
+from inlay.versions import warn_of_untested
 
 if TYPE_CHECKING:
     from inlay.checkpoint.adapter import load_adapter, save_adapter
@@ -82,6 +83,8 @@ __all__ = [
     "stream",
     "use",
 ]
+
+warn_of_untested()
 
 VERBS = {
     "Head": "inlay.model.heads",
