@@ -118,6 +118,12 @@ class WeightMethod(Method):
         """Create the trained tensors for one layer; the adapted layer starts as a no-op."""
         raise NotImplementedError
 
+    def follow(self, p: Params, base: FrozenLinear, restart: bool) -> None:
+        """Bring what was computed from W up to date with W; only where `reads_base`.
+
+        `restart` says that W is another one: what is untrained starts from it anew.
+        """
+
     def count(self, shape: tuple[int, int]) -> int:
         """Return how many parameters one layer of shape (out, in) trains, in closed form."""
         raise NotImplementedError

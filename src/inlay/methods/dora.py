@@ -37,10 +37,17 @@ class DoRA(LowRank):
 
     def init(self, base: FrozenLinear, kind: Kind, seed: torch.Generator) -> Params:
         out, width = base.shape
-        norms = torch.linalg.vector_norm(base.dequantize(), dim=1, dtype=stored(base, 0).dtype)
+        norms = norms_of(base)
         a = kaiming_uniform(base, self.rank, width, seed)
         trained = {"A": a, "B": zeros(base, out, self.rank), "magnitude": norms}
         return Params(trained, derived={"base_norms": norms.clone()})
+
+    def follow(self, p: Params, base: FrozenLinear, restart: bool) -> None:
+        now = norms_of(base)
+        changes_nothing = restart and not now.is_meta and untrained(p)
+        p.register_buffer("base_norms", now, persistent=False)
+        if changes_nothing:
+            p.magnitude.copy_(now)
 
     def count(self, shape: tuple[int, int]) -> int:
         return self.rank * sum(shape) + shape[0]
@@ -76,3 +83,13 @@ class DoRA(LowRank):
 
     def peft_tensors(self, kind: Kind) -> Mapping[str, str]:
         return {**super().peft_tensors(kind), "magnitude": "lora_magnitude_vector"}
+
+
+def norms_of(base: FrozenLinear) -> Tensor:
+    """Return `||W||` of every row, (out,), in the dtype that adapters are stored in."""
+    return torch.linalg.vector_norm(base.dequantize(), dim=1, dtype=stored(base, 0).dtype)
+
+
+def untrained(p: Params) -> bool:
+    """Say whether the update is nothing and the magnitudes are the norms that they started as."""
+    return not bool(p.B.any()) and torch.equal(p.magnitude, p.base_norms)

@@ -19,6 +19,7 @@ from inlay.methods.base import (
     SelectMethod,
     WeightMethod,
 )
+from inlay.model.derived import note
 from inlay.model.fast.install import install, uninstall
 from inlay.model.layer import AdaptedLayer, become_adapted, become_original, own_modules
 from inlay.model.prompt import PromptHook
@@ -201,6 +202,8 @@ def put(module: nn.Module, place: Place, name: str) -> None:
     layer = become_adapted(module, base)
     layer.adapters[name] = place.params
     layer.methods[name] = place.method
+    if isinstance(place.method, WeightMethod) and base is not None:
+        note(place.method, place.params, base)
 
 
 def use(model: nn.Module, *names: str) -> nn.Module:

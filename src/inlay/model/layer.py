@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from inlay.methods.base import HiddenMethod, Method, Params, WeightMethod
-from inlay.storage.base import FrozenLinear
+from inlay.model.derived import follow, follow_loaded
+from inlay.storage.base import FrozenLinear, whereabouts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +44,7 @@ class AdaptedLayer(Base):
         here = self.here()
         weights = [(m, p) for m, p in here if isinstance(m, WeightMethod)]
         if weights:
+            self.keep_up(weights)
             h: Any = self.composed(weights[:-1]).forward_through(*weights[-1], read(args, kwargs))
         else:
             h = super().forward(*args, **kwargs)
@@ -58,6 +60,12 @@ class AdaptedLayer(Base):
         for pair in weights:
             weight = Composed(weight if weight.pair else self.base, pair, self.training)
         return weight
+
+    def keep_up(self, weights: list[tuple[WeightMethod, Params]]) -> None:
+        """Bring what these methods computed from the weight below them up to date with it."""
+        for at, (method, params) in enumerate(weights):
+            if method.reads_base and not vars(self).get("divided"):
+                follow(method, params, self.composed(weights[:at]))
 
     def weight_methods(self) -> list[tuple[WeightMethod, Params]]:
         """Return the active weight methods here with their tensors, in order of activation."""
@@ -134,6 +142,11 @@ class Composed(FrozenLinear):
     def matmul_t(self, g: Tensor) -> Tensor:
         return g @ self.dequantize()
 
+    def state(self) -> tuple[object, ...] | None:
+        below = self.base.state()
+        own = () if self.pair is None else tuple(map(whereabouts, self.pair[1].parameters()))
+        return None if below is None else (*below, *own)
+
     def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
         w = self.base.dequantize()
         w = self.pair[0].weight(self.pair[1], w) if self.pair else w
@@ -173,6 +186,7 @@ def become_adapted(layer: nn.Module, base: FrozenLinear | None) -> AdaptedLayer:
     layer.__dict__.update(state)
     layer.__class__ = adapted_class(type(layer), tuple(layer._parameters))
     assert isinstance(layer, AdaptedLayer)
+    layer.register_load_state_dict_post_hook(follow_loaded)
     return layer
 
 
@@ -182,6 +196,10 @@ def become_original(layer: AdaptedLayer) -> None:
     del layer.adapters
     for name in ("methods", "active", "base"):
         del layer.__dict__[name]
+    layer.__dict__.pop("divided", None)
+    hooks = layer._load_state_dict_post_hooks
+    for key in [key for key, hook in hooks.items() if hook is follow_loaded]:
+        del hooks[key]
 
 
 def own_modules(

@@ -47,6 +47,8 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, QuantizedLinear):
             layer.hold_as_parameters(SMALL)
+        if isinstance(layer, AdaptedLayer):
+            layer.__dict__["divided"] = True  # gathered for each use, and never another weight
     whole = kept_whole(model)
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, ignored_params=whole)

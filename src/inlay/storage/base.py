@@ -100,6 +100,11 @@ class FrozenLinear(ABC):
         """
         return None
 
+    def state(self) -> tuple[object, ...] | None:
+        """Return what is another once the weight has changed; None where that cannot be told."""
+        packed = self.packed()
+        return None if packed is None else tuple(whereabouts(part) for part in packed[0])
+
     def low_rank_linear(self, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """`x @ (W + s B A).T + bias` in x's dtype; x: (*b, in), a: (r, in), b: (out, r)."""
         packed = self.packed()
@@ -107,3 +112,13 @@ class FrozenLinear(ABC):
             y = self.linear(x)
             return y + F.linear(F.linear(x, a.to(x.dtype)).to(y.dtype), (scale * b).to(y.dtype))
         return low_rank_linear(x, a, b, self.bias, scale, *packed)
+
+
+def whereabouts(tensor: Tensor) -> tuple[object, ...]:
+    """Return where a tensor lies and how often it was changed in place, as far as it says."""
+    version = 0 if tensor.is_inference() else tensor._version
+    try:
+        place = tensor.data_ptr()
+    except RuntimeError:  # a tensor that stands for others, as under torch.func
+        place = -1
+    return place, version, tensor.device, tensor.dtype, tensor.shape

@@ -1,0 +1,44 @@
+"""What a method computed from the base weight is made again once that weight has changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from inlay.methods.base import Params, WeightMethod
+from inlay.storage.base import FrozenLinear
+
+SEEN = "seen_base"
+"""The attribute of an adapter's tensors that says which state of the weight they follow from."""
+
+
+def note(method: WeightMethod, params: Params, base: FrozenLinear) -> None:
+    """Note that a method's tensors were just computed from this weight."""
+    if method.reads_base and can_tell():
+        vars(params)[SEEN] = base.state()
+
+
+@torch.no_grad()
+def follow(method: WeightMethod, params: Params, base: FrozenLinear) -> None:
+    """Bring what a method computed from its base weight up to date with that weight."""
+    if not method.reads_base or not can_tell():
+        return
+    now = base.state()
+    if now is not None and now == vars(params).get(SEEN):
+        return
+    method.follow(params, base, restart=now is not None)
+    vars(params)[SEEN] = now
+
+
+def follow_loaded(layer: nn.Module, keys: object) -> None:
+    """Follow the weights that `load_state_dict` put in: a compiled layer looks no further."""
+    del keys
+    adapted: Any = layer
+    adapted.keep_up(adapted.weight_methods())
+
+
+def can_tell() -> bool:
+    """Say whether tensors can be looked at: not while a graph is traced."""
+    return not torch.compiler.is_compiling()
