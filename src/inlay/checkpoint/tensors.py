@@ -27,6 +27,15 @@ DTYPES = {
     "F64": torch.float64,
 }
 """The dtypes an adapter's tensors may have in the file, as safetensors spells them."""
+COUNTS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Those of the buffers of a module that is saved whole, such as the batches a norm has seen."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,9 @@ def misfit(key: str, entry: Entry, tensor: Tensor, is_copy: bool) -> Iterator[st
     """Say how one tensor of the file differs in shape or dtype from what the model needs."""
     if entry.shape != tuple(tensor.shape):
         yield f"{key} of shape {list(entry.shape)}, expected {list(tensor.shape)}"
+    elif not tensor.is_floating_point():
+        if COUNTS.get(entry.dtype) != tensor.dtype:
+            yield f"{key} of dtype {entry.dtype}, expected {tensor.dtype}"
     elif entry.dtype not in DTYPES:
         yield f"{key} of dtype {entry.dtype}, expected a floating-point one"
     elif not is_copy and torch.promote_types(DTYPES[entry.dtype], tensor.dtype) != tensor.dtype:

@@ -24,6 +24,7 @@ from inlay.model.fast.install import install, uninstall
 from inlay.model.layer import AdaptedLayer, become_adapted, become_original, own_modules
 from inlay.model.prompt import PromptHook
 from inlay.model.selected import selected_copies, trained_modules
+from inlay.model.steady import hold_statistics, release_statistics
 from inlay.model.targets import Found, entries, find_targets
 from inlay.model.trunk import keep_trunk_free_of_gradients
 from inlay.storage.registry import frozen, kind
@@ -105,6 +106,7 @@ def attach(
     if not registry.adapters:
         registry.required_grad = {n: p.requires_grad for n, p in model.named_parameters()}
         install(model)
+        hold_statistics(model)
     for module_name, place in places.items():
         put(model.get_submodule(module_name), place, name)
     registry.adapters[name] = Attached(
@@ -130,9 +132,11 @@ class Place:
     params: Params
 
     def add(self, copies: Params) -> None:
-        """Add trained copies of the module's own parameters."""
+        """Add trained copies of the module's own parameters, and of its statistics."""
         for name, copy in copies.named_parameters():
             self.params.register_parameter(name, copy)
+        for name, copy in copies.named_buffers():
+            self.params.register_buffer(name, copy)
 
 
 def places_for(
@@ -264,6 +268,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(registry.required_grad.get(parameter_name, False))
     del model.__dict__["inlay"]
+    release_statistics(model)
     uninstall(model)
     model.__dict__.pop("enable_input_require_grads", None)
     return model

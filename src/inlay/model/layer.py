@@ -34,6 +34,8 @@ class AdaptedLayer(Base):
     """
 
     original: ClassVar[type[nn.Module]]
+    moved: ClassVar[frozenset[str]]
+    """The buffers that an adapter may have its own copy of, such as running statistics."""
     adapters: nn.ModuleDict
     methods: dict[str, Method | None]
     active: tuple[str, ...]
@@ -60,6 +62,17 @@ class AdaptedLayer(Base):
         for pair in weights:
             weight = Composed(weight if weight.pair else self.base, pair, self.training)
         return weight
+
+    def holder_of_buffers(self) -> Params | None:
+        """Return the tensors of the last active adapter that has its own copy of the buffers."""
+        here = (self.params(n) for n in reversed(self.active) if n in self.methods)
+        return next((p for p in here if self.moved & p._buffers.keys()), None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self).moved and (holder := self.holder_of_buffers()) is not None:
+            holder._buffers[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def keep_up(self, weights: list[tuple[WeightMethod, Params]]) -> None:
         """Bring what these methods computed from the weight below them up to date with it."""
@@ -154,10 +167,13 @@ class Composed(FrozenLinear):
 
 
 @cache
-def adapted_class(original: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
+def adapted_class(
+    original: type[nn.Module], parameters: tuple[str, ...], buffers: frozenset[str] = frozenset()
+) -> type[nn.Module]:
     """Return the subclass of `original` that carries adapters; its name stays the same."""
     body: dict[str, Any] = {name: property(own_or_trained(name)) for name in parameters}
-    body |= {"original": original, "__module__": original.__module__}
+    body |= {name: property(own_or_moved(name)) for name in buffers}
+    body |= {"original": original, "moved": buffers, "__module__": original.__module__}
     body |= {"__qualname__": original.__qualname__}
     return type(original.__name__, (AdaptedLayer, original), body)
 
@@ -177,6 +193,24 @@ def own_or_trained(name: str) -> Callable[[AdaptedLayer], Tensor | None]:
     return read
 
 
+def own_or_moved(name: str) -> Callable[[AdaptedLayer], Tensor | None]:
+    """Return the reader of one buffer: an active adapter's own copy, else the layer's."""
+
+    def read(layer: AdaptedLayer) -> Tensor | None:
+        holder = layer.holder_of_buffers()
+        own = None if holder is None else holder._buffers.get(name)
+        return layer._buffers[name] if own is None else own
+
+    return read
+
+
+def moved_buffers(layer: nn.Module) -> frozenset[str]:
+    """Return the buffers of a layer that an adapter can have its own copy of."""
+    if isinstance(layer, FrozenLinear):
+        return frozenset()
+    return frozenset(layer._buffers.keys() - layer._non_persistent_buffers_set)
+
+
 def become_adapted(layer: nn.Module, base: FrozenLinear | None) -> AdaptedLayer:
     """Turn a layer into an adapted one, in place; an adapted one stays as it is."""
     if isinstance(layer, AdaptedLayer):
@@ -184,7 +218,7 @@ def become_adapted(layer: nn.Module, base: FrozenLinear | None) -> AdaptedLayer:
     layer.adapters = nn.ModuleDict()
     state = {"methods": {}, "active": (), "base": base}
     layer.__dict__.update(state)
-    layer.__class__ = adapted_class(type(layer), tuple(layer._parameters))
+    layer.__class__ = adapted_class(type(layer), tuple(layer._parameters), moved_buffers(layer))
     assert isinstance(layer, AdaptedLayer)
     layer.register_load_state_dict_post_hook(follow_loaded)
     return layer

@@ -122,8 +122,8 @@ class Update:
         self.kept += float((got.double() - before.double()).flatten() @ delta)
         self.whole += float(delta @ delta)
 
-    def copies(self, layer: AdaptedLayer) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-        """Every parameter of a layer with a trained copy: name, own, rounded; tied stay tied."""
+    def copies(self, layer: AdaptedLayer) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Every tensor of a layer with a trained copy: name, own, rounded; tied stay tied."""
         for name, own in layer._parameters.items():
             copy = trained_copy(layer, name)
             if own is None or copy is None:
@@ -133,6 +133,11 @@ class Update:
                 self.shared[id(copy)] = nn.Parameter(rounded, requires_grad=False)
                 self.account(own, copy, rounded)
             yield name, own, self.shared[id(copy)]
+        holder = layer.holder_of_buffers()
+        for name in sorted(layer.moved):
+            own, moved = layer._buffers[name], holder and holder._buffers.get(name)
+            if own is not None and moved is not None:
+                yield name, own, moved.clone()
 
 
 class Plan(Update):
@@ -143,7 +148,7 @@ class Plan(Update):
         self.storage = storage
         self.layers = 0
         self.dtype = torch.float64
-        self.places: list[tuple[nn.Module, str, nn.Module | nn.Parameter]] = []
+        self.places: list[tuple[nn.Module, str, nn.Module | Tensor]] = []
         self.before: list[tuple[nn.Module, str, Any]] = []
 
     @torch.no_grad()
@@ -176,8 +181,7 @@ class Plan(Update):
     def apply(self) -> None:
         """Put the new layers and parameters in place."""
         for owner, name, new in self.places:
-            held_in = owner._modules if isinstance(new, nn.Module) else owner._parameters
-            self.before.append((owner, name, held_in[name]))
+            self.before.append((owner, name, home_of(owner, name)[name]))
             put(owner, name, new)
 
     def make_uniform(self, model: nn.Module) -> None:
@@ -198,12 +202,15 @@ class Plan(Update):
             put(owner, name, old)
 
 
-def put(owner: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
-    """Set a child or a parameter of a module under its name."""
-    if isinstance(value, nn.Module):
-        owner._modules[name] = value
-    else:
-        owner._parameters[name] = value
+def put(owner: nn.Module, name: str, value: nn.Module | Tensor) -> None:
+    """Set a child, a parameter or a buffer of a module under its name."""
+    home_of(owner, name)[name] = value
+
+
+def home_of(owner: nn.Module, name: str) -> dict[str, Any]:
+    """Return where a module keeps what it has under a name."""
+    homes: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, owner._modules)
+    return next(home for home in homes if name in home)
 
 
 def trained_copy(layer: AdaptedLayer, name: str) -> nn.Parameter | None:

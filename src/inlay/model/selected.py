@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from inlay.errors import AdapterError, TargetError
 from inlay.methods.base import Params, SelectMethod
-from inlay.model.layer import own_modules
+from inlay.model.layer import moved_buffers, own_modules
 from inlay.model.targets import in_layers, matches, nearest
 from inlay.model.vision import PARTS, parts_of
 from inlay.storage.base import FrozenLinear
@@ -52,8 +52,18 @@ def trained_modules(model: nn.Module, entries: Sequence[str]) -> dict[str, Param
     names = [n for n, _ in own_modules(model)]
     wanted = set(under(names, entries))
     copies = Copies()
-    found = {n: copies.all_of(m, n) for n, m in own_modules(model) if n in wanted}
-    return {n: Params(p) for n, p in found.items() if p}
+    modules = [(n, m) for n, m in own_modules(model) if n in wanted]
+    found = {n: Params(copies.all_of(m, n), statistics(m)) for n, m in modules}
+    return {n: p for n, p in found.items() if any(p.names())}
+
+
+def statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Copy the buffers that are saved with a module, such as running statistics."""
+    return {
+        n: b.detach().clone()
+        for n, b in module._buffers.items()
+        if b is not None and n in moved_buffers(module)
+    }
 
 
 class Copies:
@@ -72,7 +82,6 @@ class Copies:
     def all_of(self, module: nn.Module, name: str) -> dict[str, Tensor]:
         """Copy every parameter of one module."""
         check_held(module, name)
-        check_no_statistics(module, name)
         return {n: self.copy(module, n, p, name) for n, p in own_parameters(module)}
 
     def copy(self, module: nn.Module, name: str, p: nn.Parameter, where: str) -> nn.Parameter:
@@ -95,16 +104,6 @@ def check_held(module: nn.Module, where: str) -> None:
         raise AdapterError(
             f"{where}.weight is {module.storage} and cannot train; load the model without "
             "streaming, or choose a method that adds parameters, such as LoRA"
-        )
-
-
-def check_no_statistics(module: nn.Module, where: str) -> None:
-    """Raise when a module keeps running statistics, which train too and which no adapter holds."""
-    if module._buffers.get("running_mean") is not None:
-        raise AdapterError(
-            f"{where} is a {type(module).__name__}, whose running statistics change in training, "
-            "and an adapter holds parameters alone; leave it out, or replace it by a norm without "
-            "running statistics"
         )
 
 

@@ -94,11 +94,11 @@ class Merged(Update):
 
 
 def place(owner: nn.Module, key: str, leaving: Any, coming: Any) -> None:
-    """Swap one child or parameter, which takes over the mode and device that were set meanwhile."""
+    """Swap one child or tensor, which takes over the mode and device that were set meanwhile."""
     if isinstance(coming, nn.Module):
         coming.train(leaving.training)
         owner._modules[key] = coming
         return
     if coming.device != leaving.device:
         coming.data = coming.data.to(leaving.device)
-    owner._parameters[key] = coming
+    (owner._buffers if key in owner._buffers else owner._parameters)[key] = coming
