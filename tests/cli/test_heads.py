@@ -121,7 +121,9 @@ def test_a_merged_folder_is_what_the_auto_class_reads(
     run, merged = runs / f"run-{kind}", runs / f"merged-{kind}"
     assert main(["merge", "--adapter", str(run), "--output", str(merged), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["inputs"], report["reloaded_logit_difference"]) == ("given", 0)
+    assert report["inputs"] == "given"
+    assert report["checked"].startswith("on the written files")
+    assert report["reloaded_logit_difference"] < 0.1
     auto = {
         "tokens": AutoModelForTokenClassification, "pairs": AutoModel,
     }.get(kind, AutoModelForSequenceClassification)  # fmt: skip

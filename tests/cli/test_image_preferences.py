@@ -80,7 +80,9 @@ def test_generate_and_merge_take_the_better_answers(
     assert [row["expected"] for row in rows][:2] == ["0", "1"]
     merged = str(folder / f"{task}-merged")
     report = as_json(capsys, "merge", "--adapter", str(folder / task), "--output", merged)
-    assert (report["inputs"], report["reloaded_logit_difference"]) == ("given", 0)
+    assert report["inputs"] == "given"
+    assert report["checked"].startswith("on the written files")
+    assert report["reloaded_logit_difference"] < 0.1
 
 
 @every_task

@@ -85,7 +85,8 @@ def test_merge_writes_the_processor_too(run: Path, capsys: pytest.CaptureFixture
     merged = run / "merged"
     report = as_json(capsys, "merge", "--adapter", str(run / "run"), "--output", str(merged))
     assert report["inputs"] == "given"
-    assert report["reloaded_logit_difference"] == 0
+    assert report["checked"].startswith("on the written files, read back by AutoModelFor")
+    assert report["reloaded_logit_difference"] < 0.1
     model, processor = load(str(merged))
     assert type(processor).__name__ == "LlavaProcessor"
     plain = AutoModelForImageTextToText.from_pretrained(merged)

@@ -143,7 +143,7 @@ def test_the_page_says_everything_that_was_measured(
         "The same 200 held-out rows (5,321 trained tokens)",
         "95% bootstrap intervals",
         "Largest logit difference 2.1e-05",
-        "Update that survives 99.98%",
+        "Update kept in the weights 99.98%",
         "Merged into float32 Checked on 8 rows",
         "Prompt (line 17) Find Base (nothing) Tuned tuned text Reference ref",
         "rank 16 targets all-linear packing false",

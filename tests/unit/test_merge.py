@@ -90,12 +90,22 @@ def test_bf16_says_its_dtype() -> None:
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
 
 
-def test_bf16_that_would_lose_the_update_is_refused() -> None:
-    model = adapted(llama(torch.bfloat16), 3e-3)
+def test_bf16_that_rounds_part_of_the_update_away_is_judged_by_the_outputs() -> None:
+    model = adapted(llama(torch.bfloat16), 5e-4)
     before, output = state(model), logits(model)
-    with pytest.raises(MergeError, match=r"would keep only .*% of the update"):
-        merge(model, minimum_survival=1.5)
+    with pytest.raises(MergeError, match=r"keep only .*% of what the adapter changes .*float32"):
+        merge(model)
     assert_untouched(model, before, output)
+    with pytest.warns(UserWarning, match=r"% of the update is left .* the merged model keeps"):
+        found = merge(model, accept_loss=True)
+    assert found.effect_kept < 0.6
+
+
+def test_bf16_that_keeps_the_effect_is_merged_with_a_warning() -> None:
+    model = adapted(llama(torch.bfloat16), 0.03)
+    with pytest.warns(UserWarning, match=r"keeps 9\d\.\d% of what the adapter changes"):
+        found = merge(model, minimum_survival=1.5)
+    assert 0.9 < found.effect_kept < 1
 
 
 def test_keeping_nf4_is_refused_when_it_erases_the_update() -> None:
@@ -215,7 +225,13 @@ def test_a_merge_that_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) 
     assert_untouched(model, before, output)
 
 
-def test_a_model_that_is_the_layer_says_so() -> None:
-    model = attach(nn.Linear(4, 4), LoRA(rank=2))
+def test_a_model_that_is_the_layer() -> None:
+    x = torch.randn(2, 64)
+    model = moved(attach(nn.Linear(64, 64), LoRA(rank=2)), 0.1)
+    before = model(x)
+    merge(model, inputs=[{"input": x}])
+    assert type(model) is nn.Linear
+    torch.testing.assert_close(model(x), before)
+    packed = moved(attach(quantize(nn.Linear(64, 64), "nf4"), LoRA(rank=2)), 0.1)
     with pytest.raises(MergeError, match="put it in a module"):
-        merge(model, inputs=[{"input": torch.randn(2, 4)}])
+        merge(packed, inputs=[{"x": x}])

@@ -37,7 +37,9 @@ READERS = {
     "embedding": "AutoModel",
 }
 """What a head is for -> the class that reads such a model."""
-OWN = {"adapter", "output", "storage", "data", "rows", "overwrite", "threads"}
+OWN = {
+    "adapter", "output", "storage", "dtype", "accept_loss", "data", "rows", "overwrite", "threads",
+}  # fmt: skip
 """The flags that do not say how rows are read."""
 
 
@@ -51,6 +53,12 @@ class MergeOptions(BaseModel):
     storage: Literal["dense", "keep"] = Field(
         "dense",
         description="a quantised base becomes dense, or stays quantised if that loses little",
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="dtype to merge and save in; default: the run's"
+    )
+    accept_loss: bool = Field(
+        False, description="merge even where rounding takes most of the adapter's effect"
     )
     data: Text | None = Field(
         None, description="rows to check on; default: the run's held-out rows, else random tokens"
@@ -84,7 +92,7 @@ def run(given: dict[str, Any]) -> int:
     tuned = find_tuned(options.adapter)
     rows, keys = rows_to_check(options, tuned)
     set_threads(options.threads)
-    model, tokenizer = load_tuned(tuned)
+    model, tokenizer = load_tuned(tuned, dtype=None if options.dtype == "auto" else options.dtype)
 
     from inlay.cli.merging import encoded_batches, merge_and_save
     from inlay.train.files import size_of
@@ -95,12 +103,14 @@ def run(given: dict[str, Any]) -> int:
         inputs = encoded_batches(model, rows, tokenizer, keys, tuned.base, revision)
     about = {"base": tuned.base, "adapter": str(tuned.adapter)}
     finish = finishing(model, tokenizer, tuned)
-    record = merge_and_save(model, tokenizer, output, inputs, options.storage, about, finish)
+    record = merge_and_save(
+        model, tokenizer, output, inputs, options.storage, about, finish, options.accept_loss
+    )
     if as_json:
         show.as_json({**record, "output": str(output), "bytes": size_of([output])})
         return 0
     summary.merged(record)
-    print(f"\nSaved in {output} ({show.size(size_of([output]))}), read back and checked again.")
+    print(f"\nSaved in {output} ({show.size(size_of([output]))}).")
     print(f"A plain model: {reader(model, tuned)}({str(output)!r}) reads it.")
     if tuned.task == "embed":
         print(f"So does SentenceTransformer({str(output)!r}), with its pooling.")

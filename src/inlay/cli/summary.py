@@ -147,20 +147,28 @@ def what_trained(run: Mapping[str, Any]) -> None:
 
 def merged(report: Mapping[str, Any]) -> None:
     """Write how near the merged model is to the adapted one."""
-    show.heading("merge, checked: the merged model against the adapted one")
+    show.heading("merge: the merged model against the adapted one")
     positions = f"{report['positions']:,} positions of {inputs(report['inputs'])}"
     show.facts(
         [
-            ("checked on", positions),
-            ("largest logit difference", f"{report['max_logit_difference']:.3g}"),
+            ("checked", report["checked"]),
+            ("compared on", positions),
+            ("largest logit difference", f"{difference_of(report):.3g}"),
             ("KL divergence", f"{report['kl']:.3g} nats a position"),
             ("same top token", f"{report['top1_agreement']:.2%}"),
-            ("update that survives", f"{report['surviving_fraction']:.2%}"),
+            ("effect kept in the outputs", f"{report['effect_kept']:.2%}"),
+            ("update kept in the weights", f"{report['surviving_fraction']:.2%}"),
             ("layers", f"{report['layers']}, in {report['dtype']}"),
         ]
     )
 
 
+def difference_of(report: Mapping[str, Any]) -> float:
+    """Return how far the written model is from the adapted one; the one in memory, if none was."""
+    written = report.get("reloaded_logit_difference")
+    return report["max_logit_difference"] if written is None else written
+
+
 def inputs(name: str) -> str:
-    """Return what the merge was checked on, in words."""
-    return "the rows given" if name == "given" else name
+    """Return what the merge was compared on, in words."""
+    return "the rows given" if name == "given" else "random inputs"

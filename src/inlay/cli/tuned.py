@@ -85,7 +85,7 @@ def run_record(folder: Path) -> Mapping[str, Any]:
 
 
 def load_tuned(
-    tuned: Tuned, storage: str | None = None
+    tuned: Tuned, storage: str | None = None, dtype: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the base in the storage it was trained in, with the adapter on it, active."""
     from inlay.checkpoint.adapter import load_adapter
@@ -99,7 +99,7 @@ def load_tuned(
         double_quant=tuned.run.get("double_quant", True),
         head_storage=tuned.head_storage,
         embedding_storage=tuned.run.get("embedding_storage", "dense"),
-        dtype=tuned.run.get("dtype", "auto"),
+        dtype=dtype or tuned.run.get("dtype", "auto"),
         stream=tuned.run.get("stream", "off"),
         revision=tuned.run.get("revision"),
         head=None if tuned.head is None else head_from(tuned.head, str(tuned.adapter)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from inlay.errors import ModelError
 from inlay.evaluate.losses import Progress, buckets, rounded_up
 from inlay.methods.base import evaluating
-from inlay.model.merge import first_tensor
+from inlay.model.fidelity import first_tensor
 from inlay.model.shapes import length_multiple
 
 __all__ = ["Input", "accepted", "outputs", "padded_batches", "padded_inputs", "padding_of"]

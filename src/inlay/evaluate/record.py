@@ -116,9 +116,11 @@ class ComparisonRecord(TypedDict):
 class Merge(TypedDict, total=False):
     """How near the merged model is to the adapted one, on real inputs."""
 
+    checked: str
     max_logit_difference: float
     kl: float
     top1_agreement: float
+    effect_kept: float
     surviving_fraction: float
     dtype: str
     rows: int

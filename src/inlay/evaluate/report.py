@@ -319,6 +319,7 @@ def merge_section(merge: Merge | None) -> str:
     if merge is None:
         return section("Merge verification", f'<p class="soft">{NOT_MEASURED}</p>')
     facts = {
+        "Compared": merge.get("checked", NOT_MEASURED),
         "Largest logit difference": f"{merge['max_logit_difference']:.3g}"
         if "max_logit_difference" in merge
         else NOT_MEASURED,
@@ -326,7 +327,10 @@ def merge_section(merge: Merge | None) -> str:
         "Same top token": f"{merge['top1_agreement']:.2%}"
         if "top1_agreement" in merge
         else NOT_MEASURED,
-        "Update that survives": f"{merge['surviving_fraction']:.2%}"
+        "Effect kept in the outputs": f"{merge['effect_kept']:.2%}"
+        if "effect_kept" in merge
+        else NOT_MEASURED,
+        "Update kept in the weights": f"{merge['surviving_fraction']:.2%}"
         if "surviving_fraction" in merge
         else NOT_MEASURED,
         "Merged into": merge.get("dtype", NOT_MEASURED),

@@ -2,106 +2,173 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from inlay.errors import MergeError
-from inlay.methods.base import evaluating
-from inlay.model.attach import active, adapters, detach, disabled
+from inlay.errors import MergeError, ModelError
+from inlay.model.attach import active, adapted_layers, adapters, detach, disabled
+from inlay.model.fidelity import (
+    LEAST_EFFECT,
+    TOLERANCE,
+    Batches,
+    Fidelity,
+    check_fidelity,
+    compared,
+    explained,
+    logits_of,
+)
+from inlay.model.finite import check_adapters_finite, check_merged_finite
+from inlay.model.inputs import example_inputs
 from inlay.model.layer import AdaptedLayer
 from inlay.model.quantize import describe_quantization, others_than_first
 from inlay.model.stream import is_streamed
+from inlay.model.untie import Ties
+from inlay.model.written import check_place, check_written, write_whole
 from inlay.storage.base import FrozenLinear
 from inlay.storage.registry import frozen
 
-TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.1,
-    torch.float16: 0.02,
-}
-"""Largest accepted difference of logits, as a share of the largest logit, by weight dtype."""
+Storage = Literal["dense", "keep"]
 
 
 @dataclass(frozen=True)
 class MergeReport:
     """How near the merged model is to the adapted one, on the inputs named.
 
-    `kl` is KL(adapted || merged) in nats a position; `surviving_fraction` is the share of the
-    update that is left in the weights after rounding, `<W_merged - W, ΔW> / <ΔW, ΔW>`.
+    `kl` is KL(adapted || merged) in nats a position; `effect_kept` is the share of what the
+    adapter changes in the outputs that the merged model keeps; `surviving_fraction` is the share
+    of the update left in the weights after rounding, `<W_merged - W, ΔW> / <ΔW, ΔW>`; `checked`
+    says whether the model in memory was compared, or what was written, read back.
     """
 
     max_logit_difference: float
     kl: float
     top1_agreement: float
+    effect_kept: float
     surviving_fraction: float
     dtype: str
     positions: int
     layers: int
     inputs: str
     untied: tuple[str, ...] = ()
+    checked: str = "in memory"
+    reloaded_logit_difference: float | None = None
 
 
 def merge(
     model: nn.Module,
     *,
-    inputs: Sequence[Mapping[str, Tensor]] | None = None,
-    storage: Literal["dense", "keep"] = "dense",
+    inputs: Batches | None = None,
+    storage: Storage = "dense",
     minimum_survival: float = 0.9,
+    accept_loss: bool = False,
+    output: str | Path | None = None,
 ) -> MergeReport:
     """Merge the active adapters into the base in place, checked against the adapted model.
 
     A quantised layer becomes dense in its compute dtype (`storage="dense"`), which keeps the
-    update; `storage="keep"` stays quantised and is refused when the update would be rounded away.
-    Adapters that are not active are dropped with the rest.
+    update; `storage="keep"` stays quantised. Adapters that are not active are dropped with the
+    rest. Where rounding takes part of the update, the outputs decide: a merge that keeps most of
+    what the adapter changes in them is done with a warning, another is refused.
 
     Args:
         model: a model with active, mergeable adapters.
-        inputs: batches to check on; when None, 256 seeded random token ids.
+        inputs: batches to check on; when None, seeded random ones that the model's family takes.
         storage: `dense` or `keep`.
-        minimum_survival: the smallest accepted surviving fraction of the update.
+        minimum_survival: the surviving fraction of the update below which a warning gives figures.
+        accept_loss: merge all the same where rounding takes most of the adapter's effect.
+        output: a new folder to save the merged model in; what was written is read back with
+            transformers and compared with the adapted model.
 
     Raises:
-        MergeError: a method cannot merge, or the merged model differs; the model stays adapted.
+        MergeError: a method cannot merge, the merged model differs, or what was written does. The
+            model stays adapted, but where the files differ: those are removed.
     """
+    if output is not None:
+        check_place(model, Path(output))
+    batches = inputs_for(model) if inputs is None else list(inputs)
+    said = "random" if inputs is None else "given"
+    report, adapted = merged(model, batches, said, storage, minimum_survival, accept_loss)
+    if output is None:
+        return report
+    found = write_whole(model, Path(output), lambda at: check_written(model, at, batches, adapted))
+    return MergeReport(**{**asdict(report), **asdict(found)})
+
+
+def inputs_for(model: nn.Module) -> Batches:
+    """Return inputs of the model's family, once it can be merged at all."""
+    check_mergeable(model)
+    try:
+        return example_inputs(model)
+    except ModelError as error:
+        raise MergeError(f"merge compares outputs, and {error}") from None
+
+
+def merged(
+    model: nn.Module,
+    batches: Batches,
+    inputs: str,
+    storage: Storage = "dense",
+    minimum_survival: float = 0.9,
+    accept_loss: bool = False,
+) -> tuple[MergeReport, list[Tensor]]:
+    """Merge as `merge` does; return the report, and the adapted model's outputs."""
     check_mergeable(model)
     if storage not in ("dense", "keep"):
         raise MergeError(f"merge storage must be 'dense' or 'keep', not {storage!r}")
-    batches = random_ids(model) if inputs is None else list(inputs)
+    check_adapters_finite(model, active(model))
     before = logits_of(model, batches)
-    ties = tied_names(model)
+    with disabled(model):
+        base = logits_of(model, batches)
+    ties = Ties(model)
     plan = Plan(storage)
-    for name, module in model.named_modules():
+    for name, module in list(model.named_modules()):
         if isinstance(module, AdaptedLayer) and module.here():
             plan.layer(model, name, module)
-    check_survival(plan, storage, minimum_survival)
+    low = plan.surviving_fraction < minimum_survival
     try:
         plan.apply()
         plan.make_uniform(model)
+        ties.say()
         with disabled(model):
-            after = logits_of(model, batches)
-        fidelity = compared(before, after)
-        check_fidelity(fidelity, before, plan.dtype)
+            found = compared(before, base, logits_of(model, batches))
+            if ties.set_false and not explained(found, before, plan.dtype):
+                ties.unsay()  # The family computes otherwise where the configuration says so.
+                found = compared(before, base, logits_of(model, batches))
+        if low:
+            check_kept(found, plan, storage, accept_loss)
+        else:
+            check_fidelity(found, before, plan.dtype)
     except BaseException:
+        ties.unsay()
         plan.undo()
         raise
     detach(model)
     describe_quantization(model)
+    for sentence in (lossy(found, plan) if low else None, ties.said_otherwise()):
+        if sentence:
+            warnings.warn(sentence, stacklevel=3)
     return MergeReport(
-        **fidelity,
+        **asdict(found),
         surviving_fraction=plan.surviving_fraction,
-        dtype=str(plan.dtype).removeprefix("torch."),
+        dtype=plan.dtype_name,
         layers=plan.layers,
-        inputs="random token ids" if inputs is None else "given",
-        untied=untie(model, ties),
-    )
+        inputs=inputs,
+        untied=ties.part(),
+    ), before
+
+
+HELD = frozenset({
+    "methods", "active", "base", "in_features", "out_features", "compute_dtype", "stands_for",
+    "computes_in_8_bits", "saved_dense", "_is_hf_initialized",
+})  # fmt: skip
+"""What the storages and the adapters keep in a layer, which goes with them."""
 
 
 class Update:
@@ -130,6 +197,7 @@ class Update:
                 continue
             if id(copy) not in self.shared:
                 rounded = copy.detach().to(own.dtype, copy=True)
+                check_merged_finite(name, own, copy, rounded)
                 self.shared[id(copy)] = nn.Parameter(rounded, requires_grad=False)
                 self.account(own, copy, rounded)
             yield name, own, self.shared[id(copy)]
@@ -160,19 +228,30 @@ class Plan(Update):
                 self.places.append((layer, parameter, rounded))
                 self.note_dtype(own.dtype)
             return
+        base = layer.base
+        assert base is not None
+        w, bias = layer.adapted_weight()
+        new = held(base, w, bias, self.storage)
+        before, got = base.dequantize(), frozen(new).dequantize()
+        check_merged_finite(f"{name}.weight" if name else "weight", before, w, got)
+        self.account(before, w, got)
+        self.note_dtype(base.dtype)
+        if base.storage == "dense":
+            self.places += [(layer, key, p) for key, p in changed(layer, new, bias)]
+            return
         if not name:
             raise MergeError(
                 f"the model is itself the {type(layer).__name__} to merge into, which is replaced "
                 "by another; put it in a module, such as nn.Sequential, before attach"
             )
-        base = layer.base
-        assert base is not None
-        w, bias = layer.adapted_weight()
-        new = held(base, w, bias, self.storage)
-        self.account(base.dequantize(), w, frozen(new).dequantize())
-        self.note_dtype(base.dtype)
+        takes_over(new, layer)
         parent, _, leaf = name.rpartition(".")
         self.places.append((model.get_submodule(parent), leaf, new))
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as users write it."""
+        return str(self.dtype).removeprefix("torch.")
 
     def note_dtype(self, dtype: torch.dtype) -> None:
         """Keep the dtype with the widest tolerance."""
@@ -196,6 +275,13 @@ class Plan(Update):
             self.before.append((owner, leaf, owner._modules[leaf]))
             put(owner, leaf, held(base, base.dequantize(), base.bias, "dense"))
 
+    def lost(self) -> str:
+        """Say how much of the update is left after rounding."""
+        return (
+            f"{self.surviving_fraction:.1%} of the update is left in the weights after rounding "
+            f"to {self.dtype_name}"
+        )
+
     def undo(self) -> None:
         """Put back what was there."""
         for owner, name, old in reversed(self.before):
@@ -211,6 +297,24 @@ def home_of(owner: nn.Module, name: str) -> dict[str, Any]:
     """Return where a module keeps what it has under a name."""
     homes: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, owner._modules)
     return next(home for home in homes if name in home)
+
+
+def changed(
+    layer: AdaptedLayer, new: nn.Module, bias: Tensor | None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a merged dense layer that are not the layer's own already."""
+    for key, p in new._parameters.items():
+        if p is not None and not (key == "bias" and layer._parameters.get("bias") is bias):
+            yield key, p
+
+
+def takes_over(new: nn.Module, old: nn.Module) -> None:
+    """Give a layer that comes in another's place its hooks, the very ones, and its own marks."""
+    hooks = {key for key in vars(nn.Module()) if "hooks" in key}
+    vars(new).update({key: value for key, value in vars(old).items() if key in hooks})
+    if isinstance(old, FrozenLinear):
+        own = {*vars(new), *HELD, *vars(nn.Module())}
+        vars(new).update({key: value for key, value in vars(old).items() if key not in own})
 
 
 def trained_copy(layer: AdaptedLayer, name: str) -> nn.Parameter | None:
@@ -247,6 +351,11 @@ def why_not_mergeable(model: nn.Module, names: Sequence[str]) -> str | None:
             "a streamed model's weights stay where they are, and merging would hold all of them in "
             "memory; save the adapter, load the model with stream='off' and the adapter on it"
         )
+    if any(p.is_meta for layer in adapted_layers(model) for p in layer.parameters()):
+        return (
+            "weights of the model are not in memory (accelerate has offloaded them), and a merge "
+            "changes them; save the adapter, load the whole model and merge there"
+        )
     for name in names:
         method = adapters(model)[name].method
         if not method.mergeable:
@@ -257,100 +366,27 @@ def why_not_mergeable(model: nn.Module, names: Sequence[str]) -> str | None:
     return None
 
 
-def check_survival(plan: Plan, storage: str, minimum: float) -> None:
-    """Raise when rounding would lose more of the update than accepted."""
-    if plan.surviving_fraction >= minimum:
+def check_kept(found: Fidelity, plan: Plan, storage: str, accept_loss: bool) -> None:
+    """Raise when a merge takes most of what the adapter changes in the outputs."""
+    if found.effect_kept >= LEAST_EFFECT or accept_loss:
         return
+    dense = (
+        "Merge with storage='dense', which exports the dequantised base plus the update"
+        if storage == "keep"
+        else "Merge in float32 (load with dtype='float32', or inlay merge --dtype float32)"
+    )
     raise MergeError(
-        f"merging with storage {storage!r} would keep only {plan.surviving_fraction:.1%} of the "
-        f"update (at least {minimum:.0%} was expected): the rest is rounded away. Merge with "
-        "storage='dense', which exports the dequantised base plus the update; or keep the adapter "
-        "apart; or merge into the original dense model"
+        f"merging would keep only {max(found.effect_kept, 0):.1%} of what the adapter changes in "
+        f"the model's outputs (at least {LEAST_EFFECT:.0%} was expected): {plan.lost()}. {dense}; "
+        "or keep the adapter apart; or accept it with accept_loss=True (--accept-loss). The model "
+        "was left adapted"
     )
 
 
-def check_fidelity(found: Mapping[str, Any], before: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Raise when the merged logits are further off than rounding in this dtype explains."""
-    largest = max((float(x.abs().max()) for x in before), default=0.0)
-    accepted = TOLERANCE.get(dtype, 0.1) * max(largest, 1.0)
-    if found["max_logit_difference"] <= accepted:
-        return
-    raise MergeError(
-        f"the merged model's logits differ from the adapted model's by up to "
-        f"{found['max_logit_difference']:.3g}, more than rounding in {dtype} explains "
-        f"({accepted:.3g}); the model was left adapted. Merge in a wider dtype (load with "
-        "dtype='float32'), or keep the adapter apart"
+def lossy(found: Fidelity, plan: Plan) -> str:
+    """Say what rounding took, and what is left of the adapter's effect."""
+    return (
+        f"the merge rounded part of the update away: {plan.lost()}. On the inputs compared the "
+        f"merged model keeps {found.effect_kept:.1%} of what the adapter changes in the outputs; "
+        "merged in float32 (dtype='float32', --dtype float32) it would keep all of it"
     )
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-    """Return the outputs of each batch in fp64, padding positions left out, in eval mode."""
-    with evaluating(model):
-        return [outputs(model, batch) for batch in batches]
-
-
-def outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return one batch's logits as (positions, classes)."""
-    logits = first_tensor(model(**batch))
-    mask = batch.get("attention_mask")
-    if mask is not None and logits.dim() == 3 and logits.shape[:2] == mask.shape:
-        logits = logits[mask.bool()]
-    return logits.double().flatten(end_dim=-2)
-
-
-def first_tensor(result: Any) -> Tensor:
-    """Return a model output's logits, or its hidden states when it has none."""
-    if isinstance(result, Tensor):
-        return result
-    return result.logits if "logits" in result else result[0]
-
-
-def compared(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, Any]:
-    """Measure how far two lists of logits lie apart."""
-    x, y = torch.cat(list(before)), torch.cat(list(after))
-    if not bool(torch.isfinite(y).all()):
-        raise MergeError("the merged model gives logits that are not finite; it was left adapted")
-    kl = F.kl_div(y.log_softmax(-1), x.log_softmax(-1), log_target=True, reduction="batchmean")
-    return {
-        "max_logit_difference": float((x - y).abs().max()),
-        "kl": max(float(kl), 0.0),
-        "top1_agreement": float((x.argmax(-1) == y.argmax(-1)).double().mean()),
-        "positions": x.shape[0],
-    }
-
-
-def random_ids(model: nn.Module) -> list[dict[str, Tensor]]:
-    """Return one seeded batch of random token ids for a language model."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
-    size = getattr(config, "vocab_size", None)
-    if size is None:
-        raise MergeError(
-            f"merge cannot make inputs for a {type(model).__name__}: give inputs=[...] to check on"
-        )
-    seed = torch.Generator().manual_seed(0)
-    length = min(64, getattr(config, "max_position_embeddings", None) or 64)
-    ids = torch.randint(size, (4, length), generator=seed)
-    return [{"input_ids": ids.to(next(model.parameters()).device)}]
-
-
-def tied_names(model: nn.Module) -> list[tuple[str, str]]:
-    """Return pairs of parameter names that share one tensor."""
-    seen: dict[int, str] = {}
-    pairs: list[tuple[str, str]] = []
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if id(p) in seen:
-            pairs.append((seen[id(p)], name))
-        seen.setdefault(id(p), name)
-    return pairs
-
-
-def untie(model: nn.Module, ties: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    """Tell the model's configuration when merging separated tied weights; name them."""
-    now = dict(model.named_parameters(remove_duplicate=False))
-    broken = [b for a, b in ties if a in now and b in now and now[a] is not now[b]]
-    config = getattr(model, "config", None)
-    if broken and config is not None and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
-    return tuple(broken)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from inlay.model.attach import activate, adapted_layers, required_registry
 from inlay.model.layer import AdaptedLayer, become_adapted
-from inlay.model.merge import Update, held, why_not_mergeable
+from inlay.model.merge import Update, held, takes_over, why_not_mergeable
 from inlay.peft.errors import MergeError
 from inlay.storage.registry import frozen
 
@@ -64,6 +64,7 @@ class Merged(Update):
                     self.swaps.append((layer, key, layer._parameters[key], value))
             return
         parent, _, leaf = name.rpartition(".")
+        takes_over(new, layer)
         twin = become_adapted(new.train(layer.training), frozen(new))
         twin.adapters, twin.methods = layer.adapters, layer.methods
         self.swaps.append((self.model.get_submodule(parent), leaf, layer, twin))
@@ -77,8 +78,9 @@ class Merged(Update):
         for owner, key, _, new in self.swaps:
             held_here = [new] if isinstance(new, Tensor) else list(new.parameters(recurse=False))
             if not all(bool(torch.isfinite(each).all()) for each in held_here):
+                where = next(n for n, m in self.model.named_modules() if m is owner)
                 raise MergeError(
-                    f"NaNs detected in the merged weights of {type(owner).__name__}.{key}. The "
+                    f"NaNs detected in the merged weights of {where}.{key}. The "
                     f"adapter {', '.join(self.names)} seems to be broken; nothing was merged"
                 )
 

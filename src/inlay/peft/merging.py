@@ -9,14 +9,18 @@ from contextlib import contextmanager
 from peft import PeftConfig
 from torch import nn
 
-from inlay.model.attach import activate, active, detach, registry_of
-from inlay.model.merge import tied_names, untie
+from inlay.errors import ModelError
+from inlay.model.attach import activate, active, detach, registry_of, required_registry
+from inlay.model.fidelity import LEAST_EFFECT, compared, logits_of
+from inlay.model.finite import check_adapters_finite
+from inlay.model.inputs import example_inputs
 from inlay.model.quantize import describe_quantization
+from inlay.model.untie import Ties
 from inlay.peft.errors import AdapterError, MergeError
 from inlay.peft.merged import Merged
 
 LEAST = 0.9
-"""The smallest share of an update that may survive a merge for good."""
+"""The share of an update in the weights below which the outputs decide on a merge for good."""
 
 
 class Merging(nn.Module):
@@ -137,23 +141,41 @@ class Merging(nn.Module):
             MergeError: rounding would lose the update, or as in `merge_adapter`.
         """
         del progressbar
-        ties = tied_names(self.model)
+        ties = Ties(self.model)
         wanted = self.active_adapters if adapter_names is None else list(adapter_names)
         new = [name for name in wanted if name not in self.merged_adapters]
         if new:
+            if not safe_merge:
+                check_adapters_finite(self.model, new, MergeError)
             self.merge_adapter(new, safe_merge)
         if self.merged is not None:
+            self.check_overflow(self.merged)
             self.check_survival(self.merged)
+        ties.say()
+        otherwise = ties.said_otherwise()
         self.merged, self.enabled = None, True
         self.take_all_off()
         describe_quantization(self.model)
-        for name in untie(self.model, ties):
+        for name in ties.part():
             warnings.warn(
-                f"{name} is no longer tied after merging; tie_word_embeddings is False in the "
+                otherwise
+                or f"{name} is no longer tied after merging; tie_word_embeddings is False in the "
                 "model's configuration now",
                 stacklevel=2,
             )
         return self.model
+
+    def check_overflow(self, merged: Merged) -> None:
+        """Raise when a weight of a merge for good is not finite; the merge is undone.
+
+        Raises:
+            MergeError: it is.
+        """
+        try:
+            merged.check_finite()
+        except MergeError:
+            self.replace_merge(None)
+            raise
 
     def check_survival(self, merged: Merged) -> None:
         """Raise when rounding would lose more of the update than accepted; the merge is undone.
@@ -162,13 +184,44 @@ class Merging(nn.Module):
             MergeError: it would.
         """
         share = merged.surviving_fraction
-        if share < LEAST:
-            self.replace_merge(None)
-            raise MergeError(
-                f"merging for good would keep only {share:.1%} of the update (at least {LEAST:.0%} "
-                "was expected): the rest is rounded away in the base's dtype. Load the base in "
-                "float32 and merge there, or keep the adapter apart"
+        if share >= LEAST:
+            return
+        kept = self.effect_kept(merged)
+        if kept is not None and kept >= LEAST_EFFECT:
+            warnings.warn(
+                f"merging for good rounded part of the update away: {share:.1%} of it is left in "
+                f"the weights, and on random inputs {kept:.1%} of what the adapter changes in the "
+                "outputs; load the base in float32 and merge there to keep all of it",
+                stacklevel=3,
             )
+            return
+        self.replace_merge(None)
+        raise MergeError(
+            f"merging for good would keep only {share:.1%} of the update (at least {LEAST:.0%} was "
+            "expected), and not its effect on the outputs: the rest is rounded away in the base's "
+            "dtype. Load the base in float32 and merge there, or keep the adapter apart"
+        )
+
+    def effect_kept(self, merged: Merged) -> float | None:
+        """Return the share of the adapters' effect on the outputs that a merge keeps.
+
+        None where no inputs can be made for the model. The merge is in place, before and after.
+        """
+        try:
+            batches = example_inputs(self.model)
+        except ModelError:
+            return None
+        registry = required_registry(self.model)
+        after = logits_of(self.model, batches)
+        merged.take_out()
+        try:
+            base = logits_of(self.model, batches)
+            activate(self.model, registry, merged.names)
+            before = logits_of(self.model, batches)
+        finally:
+            merged.put_in()
+            self.settle()
+        return compared(before, base, after).effect_kept
 
     def unload(self) -> nn.Module:
         """Take every adapter off unmerged and return the plain model, bit for bit the base."""

@@ -20,11 +20,11 @@ from inlay.storage.dense import DenseLinear
 class FastLinear(Fast):
     """`nn.Linear` in the dtype that this machine multiplies fastest."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x @ W.T + bias`."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `x @ W.T + bias`; called as nn.Linear is, by name too."""
         if not is_on("products"):
-            return super().forward(x)
-        return DenseLinear(self).linear(x)
+            return super().forward(input)
+        return DenseLinear(self).linear(input)
 
 
 class FastNorm(Fast):
