@@ -214,15 +214,19 @@ def test_bert_adapters_follow_the_right_layers() -> None:
     assert len(scaled) == 9
 
 
-def test_frozen_experts_are_reported() -> None:
+def test_experts_are_linear_layers_too_and_their_router_is_passed_over() -> None:
     config = MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2)
     model = MixtralForCausalLM(config)
     attach(model, LoRA(rank=2))
-    experts = adapters(model)["default"].found.unadaptable
-    assert len(experts) == 3 * 2
-    assert "cannot be adapted (3-D expert weights), stays frozen" in str(report(model))
-    with pytest.raises(TargetError, match="experts"):
-        attach(model, LoRA(rank=2), targets="experts", name="second")
+    place = adapters(model)["default"].found
+    assert sum("experts" in name for name in place.names) == 3 * 2
+    routers = [n for n, kind in place.passed_over if kind == "parameter of a MixtralTopKRouter"]
+    assert len(routers) == 3
+    assert "passed over (parameter of a MixtralTopKRouter)" in str(report(model))
+    attach(model, LoRA(rank=2), targets="experts", name="second")
+    attach(model, LoRA(rank=2), exclude="experts", name="third")
+    kinds = {kind for _, kind in adapters(model)["third"].found.passed_over}
+    assert "3-D expert weights" in kinds
 
 
 def test_methods_that_do_not_fit(llama: Any) -> None:
@@ -236,6 +240,8 @@ def test_methods_that_do_not_fit(llama: Any) -> None:
     with pytest.raises(AdapterError, match="quantised and cannot train"):
         attach(quantize(llama, "nf4"), Full())
     with pytest.raises(TargetError, match="no layer of kind"):
+        attach(nn.Sequential(nn.LayerNorm(2)), LoRA())
+    with pytest.raises(TargetError, match="leave no layer; the model has 1 that could be adapted"):
         attach(nn.Sequential(nn.Conv2d(1, 1, 1)), LoRA())
     assert not adapters(llama)
 

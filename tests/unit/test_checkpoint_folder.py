@@ -187,7 +187,6 @@ def test_an_unknown_peft_type(plain: Path, kind: Any) -> None:
     [
         ("use_qalora", True),
         ("layer_replication", [[0, 2], [1, 2]]),
-        ("target_parameters", ["experts.gate_up_proj"]),
         ("alora_invocation_tokens", [1, 2]),
         ("trainable_token_indices", [3]),
         ("lora_bias", True),

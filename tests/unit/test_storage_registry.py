@@ -36,10 +36,22 @@ def test_a_subclass_may_use_its_weight_otherwise() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
 
-    for layer in (Scaled(3, 5), nn.ReLU(), nn.Conv2d(1, 1, 1)):
+    for layer in (Scaled(3, 5), nn.Conv2d(1, 1, 1)):
+        assert kind(layer) is None
+        assert frozen(layer).by_weight
+    for layer in (nn.ReLU(), nn.Embedding(3, 5, max_norm=1.0)):
         assert kind(layer) is None
         with pytest.raises(TargetError, match="holds no weight that can be adapted"):
             frozen(layer)
+
+
+def test_a_subclass_with_the_plain_product_is_a_plain_layer() -> None:
+    class Same(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.T + self.bias
+
+    assert kind(Same(3, 5)) == "linear"
+    assert type(frozen(Same(3, 5))) is DenseLinear
 
 
 def test_names() -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from inlay.checkpoint.base import base_name, describe_base, keep_description
 from inlay.checkpoint.card import card
 from inlay.checkpoint.config import Placement, config_of, extras_of, hyperparameters, trained_names
+from inlay.checkpoint.differs import warn_where_peft_differs
 from inlay.checkpoint.folder import (
     CARD,
     CONFIG,
@@ -29,7 +30,13 @@ from inlay.checkpoint.folder import (
     write_folder,
 )
 from inlay.checkpoint.options import WITHOUT_EFFECT, method_in, recorded_method, shortened
-from inlay.checkpoint.placement import described, names_of, placement_in
+from inlay.checkpoint.placement import (
+    described,
+    names_of,
+    place_names,
+    placement_in,
+    suffixes,
+)
 from inlay.checkpoint.tensors import PREFIX, fill, slots, write_tensors
 from inlay.errors import CheckpointError, TargetError
 from inlay.methods.base import (
@@ -42,10 +49,11 @@ from inlay.methods.base import (
     WeightMethod,
     replaced,
 )
-from inlay.model.attach import Attached, adapters, attach, detach, shape_and_place
+from inlay.model.attach import Attached, adapters, attach, detach
+from inlay.model.places import matrices_at, module_at
+from inlay.model.placing import shape_and_place
 from inlay.model.selected import own_parameters
-from inlay.model.targets import find_targets
-from inlay.storage.registry import frozen, kind
+from inlay.model.targets import entries, find_targets, matches, reach
 
 FAR_MORE = 16
 """More than this many times the file's values cannot be a mere misfit."""
@@ -101,13 +109,14 @@ def save_adapter(
     attached = adapters(model)[name]
     base = base_model or base_name(model)
     config = config_of(model, attached, base) | checked_records(recorded or {})
+    differs = warn_where_peft_differs(model, attached, f"the adapter saved in {directory}")
 
     def put(folder: Path) -> None:
         write_json(folder / CONFIG, config)
         write_tensors(folder / TENSORS, found, shared_once=attached.method.peft_type is None)
         write_json(folder / EXTRAS, extras_of(model, attached, base, folder))
         count = sum({id(s.tensor): s.tensor.numel() for s in found}.values())
-        text = card(attached.method, hyperparameters(attached.method), base, count)
+        text = card(attached.method, hyperparameters(attached.method), base, count, differs)
         (folder / CARD).write_text(text, encoding="utf-8")
 
     write_folder(Path(directory), put)
@@ -150,6 +159,8 @@ def load_adapter(
         about += f"; it was made for {made_for(file.folder)}"
         path = located(file.folder.path, TENSORS)
         fill(model, slots(model, name), path, file.folder.tensors, about)
+        if file.folder.extras is None:
+            warn_where_peft_differs(model, adapters(model)[name], f"the adapter in {directory}")
         if file.folder.extras is not None:
             check_recorded(model, adapters(model)[name], file.folder)
     return model
@@ -171,7 +182,7 @@ def attach_from(model: nn.Module, file: AdapterFile, name: str, seed: int) -> No
     """Attach the method to the very modules that the folder says."""
     where = str(file.folder.path / CONFIG)
     try:
-        asked = recorded_placement(file) or peft_placement_in(model, file, where)
+        asked = recorded_placement(model, file) or peft_placement_in(model, file, where)
         check_size(model, file, asked)
         attach(model, method_here(model, file, asked), name=name, seed=seed, **asked)
     except TargetError as error:
@@ -188,9 +199,9 @@ def method_here(model: nn.Module, file: AdapterFile, asked: Mapping[str, Any]) -
     method = file.method
     if not isinstance(method, LowRank) or any(k.endswith("bias") for k in file.folder.tensors):
         return method
-    found = find_targets(model, asked["targets"], kinds=method.kinds)
+    found = find_targets(model, asked["targets"], kinds=reach(method))
     layers = {"lora_only": found.names, "all": names_of(model)}.get(method.bias_training, ())
-    biased = any("bias" in dict(own_parameters(model.get_submodule(n))) for n in layers)
+    biased = any("bias" in dict(own_parameters(module_at(model, n)[0])) for n in layers)
     return method if biased else replaced(method, bias_training="none")
 
 
@@ -221,20 +232,33 @@ def counts(
     """How many values each place of a method would train."""
     targets = method.default_targets if asked["targets"] is None else asked["targets"]
     rest = {key: asked[key] for key in ("exclude", "layers") if key in asked}
-    found = find_targets(model, targets, kinds=method.kinds, **rest)
+    found = find_targets(model, targets, kinds=reach(method), **rest)
     for name in found.names:
-        here, module = method.for_layer(name), model.get_submodule(name)
-        assert isinstance(here, WeightMethod | HiddenMethod)
-        yield here.count(frozen(module).shape if kind(module) else shape_and_place(module)[0])
+        if isinstance(method, HiddenMethod):
+            here = method.for_layer(name)
+            assert isinstance(here, HiddenMethod)
+            yield here.count(shape_and_place(model.get_submodule(name))[0])
+            continue
+        for at in matrices_at(model, name):
+            here = method.for_layer(at.place)
+            assert isinstance(here, WeightMethod)
+            yield here.count(at.view.shape) * (at.view.stack or 1)
 
 
-def recorded_placement(file: AdapterFile) -> dict[str, Any] | None:
-    """Return `attach`'s arguments from inlay.json, or None when there is none."""
+def recorded_placement(model: nn.Module, file: AdapterFile) -> dict[str, Any] | None:
+    """Return `attach`'s arguments from inlay.json, or None when there is none.
+
+    Where the model has every layer that the adapter was on, it goes to these and no others: names
+    of layers may mean more than when it was saved.
+    """
     if file.folder.extras is None:
         return None
     try:
         found = json.dumps(file.folder.extras.get("placement"))
-        return dataclasses.asdict(TypeAdapter(Placement).validate_json(found, strict=True))
+        asked = dataclasses.asdict(TypeAdapter(Placement).validate_json(found, strict=True))
+        if isinstance(file.method, WeightMethod | HiddenMethod):
+            asked |= exactly(model, asked["targets"], file.folder.extras.get("modules"))
+        return asked
     except ValidationError as error:
         raise CheckpointError(
             f"{file.folder.path / EXTRAS} must say a placement, and it is damaged: "
@@ -242,10 +266,21 @@ def recorded_placement(file: AdapterFile) -> dict[str, Any] | None:
         ) from None
 
 
+def exactly(model: nn.Module, targets: Any, modules: Any) -> dict[str, Any]:
+    """Return the targets that mean the recorded modules alone, if the model has all of them."""
+    names = place_names(model)
+    if not targets or not isinstance(modules, list) or not set(names).issuperset(modules):
+        return {}
+    if not all(any(matches(entry, name) for entry in entries(targets)) for name in modules):
+        return {}
+    found = suffixes(modules, names)
+    return {"targets": found if isinstance(found, str) else tuple(found)}
+
+
 def peft_placement_in(model: nn.Module, file: AdapterFile, where: str) -> dict[str, Any]:
     """Return `attach`'s arguments from HF PEFT's options, resolved on this model."""
     config = file.folder.config
-    if config.get("target_modules") is None:
+    if config.get("target_modules") is None and not config.get("target_parameters"):
         config = {**config, "target_modules": modules_in(file)}
     return placement_in(model, file.method, config, where)
 

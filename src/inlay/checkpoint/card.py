@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from inlay.methods.base import Method
 
@@ -35,7 +35,11 @@ HF PEFT reads it too: `PeftModel.from_pretrained(model, "path/to/this/folder")`.
 
 
 def card(
-    method: Method, hyperparameters: Mapping[str, object], base: str | None, count: int
+    method: Method,
+    hyperparameters: Mapping[str, object],
+    base: str | None,
+    count: int,
+    differs: Sequence[str] = (),
 ) -> str:
     """Return the text of an adapter's README.md."""
     kind = [method.peft_type.lower()] if method.peft_type else []
@@ -51,5 +55,13 @@ def card(
         base=f"`{base}`" if base else "which this folder does not name",
         rows="\n".join(rows),
         base_code=json.dumps(base or "the base model"),
-        peft=PEFT if method.peft_type else "",
+        peft=peft_text(method, differs),
     )
+
+
+def peft_text(method: Method, differs: Sequence[str]) -> str:
+    """Return what the card says of HF PEFT."""
+    if method.peft_type is None:
+        return ""
+    rows = "\n".join(f"- {each}" for each in differs)
+    return f"\nHF PEFT 0.21 computes otherwise or cannot load it:\n\n{rows}\n" if rows else PEFT

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +17,17 @@ from torch import nn
 from inlay.checkpoint.base import describe_base
 from inlay.checkpoint.folder import FORMAT, TENSORS, sha256_of
 from inlay.checkpoint.options import COMMON, DEFAULTS
-from inlay.checkpoint.placement import names_of, peft_placement, saved_roots, suffixes
-from inlay.methods.base import Method, PromptMethod, SelectMethod
+from inlay.checkpoint.placement import (
+    peft_placement,
+    place_names,
+    saved_roots,
+    suffixes,
+    told_by_weight,
+)
+from inlay.methods.base import Method, PromptMethod, SelectMethod, replaced
 from inlay.model.attach import Attached, adapter_places
 from inlay.model.heads import head_of
-from inlay.storage.registry import kind
+from inlay.model.places import module_at, view_at
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ def placement_of(model: nn.Module, attached: Attached) -> Placement:
         return Placement(attached.targets, attached.exclude, attached.layers, saved)
     if isinstance(attached.method, PromptMethod):
         return Placement(modules_to_save=saved)
-    exact = suffixes(attached.found.names, names_of(model))
+    exact = suffixes(attached.found.names, place_names(model))
     return Placement(exact if isinstance(exact, str) else tuple(exact), modules_to_save=saved)
 
 
@@ -61,26 +68,43 @@ def config_of(model: nn.Module, attached: Attached, base: str | None) -> dict[st
         "task_type": task_type(model, saved),
     }
     if "fan_in_fan_out" in config:
-        kinds = {kind(model.get_submodule(name)) for name in attached.found.names}
-        config["fan_in_fan_out"] = "conv1d" in kinds
-    return json.loads(
-        json.dumps(with_patterns(config, method, attached.found.names), sort_keys=True)
-    )
+        views = (view_at(model, name) for name in attached.found.names)
+        config["fan_in_fan_out"] = any(v is not None and v.stands_for == "conv1d" for v in views)
+    if config.get("target_parameters"):
+        config["lora_dropout"] = 0.0  # HF PEFT refuses another; a trained adapter has none
+    names = attached.found.names
+    by_weight = {n for n in names if told_by_weight(model, method, n)}
+    patterned = with_patterns(config, method, names, by_weight)
+    return json.loads(json.dumps(patterned, sort_keys=True))
 
 
-def with_patterns(config: dict[str, Any], method: Method, names: Sequence[str]) -> dict[str, Any]:
+def with_patterns(
+    config: dict[str, Any], method: Method, names: Sequence[str], by_weight: Collection[str] = ()
+) -> dict[str, Any]:
     """Spell out the patterns by layer where HF PEFT, which sorts them, would read them otherwise.
 
-    The first pattern that matches counts, in either library.
+    The first pattern that matches counts, in either library. HF PEFT knows the layers in
+    `by_weight` by the name of their weight.
     """
     patterns = {p: f for f, p in method.peft_keys.items() if p.endswith("_pattern")}
     ordered = {p: dict(sorted(config[p].items())) for p in patterns}
     as_read = type(method).from_peft({**config, **ordered})
-    if all(as_read.for_layer(n) == method.for_layer(n) for n in names):
+    told = {n: f"{n}.weight" if n in by_weight else n for n in names}
+    at = {n: replaced(method.for_layer(n), **unread(method, config)) for n in names}
+    if all(as_read.for_layer(told[n]) == at[n] for n in names):
         return config
     fields = {p: f.removesuffix("_pattern") for p, f in patterns.items()}
-    exact = {p: {n: getattr(method.for_layer(n), f) for n in names} for p, f in fields.items()}
+    keys = {n: rf"{re.escape(n)}(\.weight)?" if n in by_weight else n for n in names}
+    exact = {
+        p: {keys[n]: getattr(method.for_layer(n), f) for n in names} for p, f in fields.items()
+    }
     return {**config, **exact}
+
+
+def unread(method: Method, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that the configuration leaves at another value than the method's."""
+    dropped = "dropout" in method.peft_keys and config.get(method.peft_keys["dropout"])
+    return {"dropout": dropped} if "dropout" in method.peft_keys else {}
 
 
 def extras_of(
@@ -136,6 +160,12 @@ def trained_names(model: nn.Module, name: str) -> set[str]:
     return {
         f"{module_name}.{parameter}"
         for module_name, params in adapter_places(model, name)
-        for parameter in model.get_submodule(module_name)._parameters
+        for parameter in own_names(model, module_name)
         if parameter in params._parameters
     }
+
+
+def own_names(model: nn.Module, place: str) -> Sequence[str]:
+    """Return the names of the parameters that a module holds; none for a single parameter."""
+    module, parameter = module_at(model, place)
+    return () if parameter is not None else tuple(module._parameters)

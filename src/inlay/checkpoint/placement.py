@@ -9,13 +9,18 @@ from typing import Any
 from torch import nn
 
 from inlay.checkpoint.base import base_name
+from inlay.checkpoint.experts import check_not_renamed, renamed
 from inlay.checkpoint.options import words
 from inlay.errors import CheckpointError
 from inlay.methods.base import Method, PromptMethod, attention_shape
 from inlay.model.attach import Attached
 from inlay.model.layer import own_modules
+from inlay.model.places import expert_stacks, loose_parameters, module_at
 from inlay.model.selected import own_parameters
-from inlay.model.targets import find_targets, matches
+from inlay.model.targets import BEYOND, find_targets, matches, places_in
+from inlay.storage.convolution import is_convolution
+from inlay.storage.parameters import projections
+from inlay.storage.registry import matrix_kind
 
 AUTOMATIC = ("classifier", "score", "qa_outputs")
 """Heads that HF PEFT adds to `modules_to_save` by itself, whether the model has them or not."""
@@ -69,14 +74,71 @@ def placement_in(
     if isinstance(method, PromptMethod):
         check_dimensions(model, method, config, where)
         return {"modules_to_save": saved}
+    single = parameter_places(model, config, where)
     if config.get("target_modules") == "all-linear":
-        if not config.get("exclude_modules"):
+        if not config.get("exclude_modules") and not single and not stacks_in(model):
             return {"targets": "all-linear", "modules_to_save": saved}
         config = {**config, "target_modules": list(find_targets(model, "all-linear").names)}
-    found = peft_targets(config, names, where)
+    check_not_renamed(model, config, where)
+    asked = config.get("target_modules") not in (None, []) or not single
+    found = peft_targets(config, names, where) if asked else []
     if config.get("ensure_weight_tying"):
         found, saved = with_tied(model, found), with_tied(model, saved)
-    return {"targets": suffixes(found, names), "modules_to_save": saved}
+    found += [place for place in single if place not in found]
+    return {"targets": suffixes(found, place_names(model)), "modules_to_save": saved}
+
+
+def parameter_places(model: nn.Module, config: Mapping[str, Any], where: str) -> list[str]:
+    """Return the places that `target_parameters` means, by HF PEFT's own rules.
+
+    Raises:
+        CheckpointError: it is no list of strings, or a name in it means no parameter, or one that
+            no method adapts.
+    """
+    targets = words(config, "target_parameters", where)
+    if isinstance(targets, str):
+        raise CheckpointError(f"{where}: target_parameters must be a list, not {targets!r}")
+    found: dict[str, None] = {}
+    matched: set[str] = set()
+    for name, module in own_modules(model):
+        for key, _ in own_parameters(module):
+            full = f"{name}.{key}" if name else key
+            hits = [t for t in targets if full == t or full.endswith("." + t)]
+            if hits:
+                matched |= set(hits)
+                found[place_of_parameter(name, module, key, where)] = None
+    idle = [t for t in targets if t not in matched]
+    if idle:
+        raise CheckpointError(
+            f"{where}: target_parameters names {', '.join(map(repr, idle))}, and this model has no "
+            "such parameter"
+        )
+    return list(found)
+
+
+def place_of_parameter(name: str, module: nn.Module, parameter: str, where: str) -> str:
+    """Return the place of one parameter: the layer whose weight it is, or the parameter's own."""
+    full = f"{name}.{parameter}" if name else parameter
+    if parameter == "weight" and matrix_kind(module) == "linear" and not is_convolution(module):
+        return name
+    loose = [*loose_parameters(name, module), *expert_stacks(name, module)]
+    attention = isinstance(module, nn.MultiheadAttention) and parameter in projections(module)
+    if full in loose or attention:
+        return full
+    raise CheckpointError(
+        f"{where}: target_parameters names {full}, a parameter of a {type(module).__name__}; a "
+        "method adapts matrices and stacks of them that way, linear layers' weights among them"
+    )
+
+
+def place_names(model: nn.Module) -> list[str]:
+    """Return every name that a target can mean: modules, parameters, experts' former names."""
+    return [name for name in places_in(model, BEYOND).everything() if name]
+
+
+def stacks_in(model: nn.Module) -> bool:
+    """Say whether a model holds experts' weights in one parameter."""
+    return any(True for n, m in own_modules(model) for _ in expert_stacks(n, m))
 
 
 def peft_targets(config: Mapping[str, Any], names: Sequence[str], where: str) -> list[str]:
@@ -178,11 +240,42 @@ def peft_placement(
     """Return HF PEFT's options that say where an adapter goes on this model."""
     if isinstance(method, PromptMethod):
         return prompt_dimensions(model, method)
-    names = names_of(model)
-    return {
-        "target_modules": suffixes(targets, names),
+    modules, parameters = divided(model, method, targets)
+    found = {
+        "target_modules": suffixes(modules, names_of(model)) if modules else [],
         "modules_to_save": list(saved) or None,
     }
+    if parameters:
+        known = [f"{n}.{k}" for n, m in own_modules(model) for k, _ in own_parameters(m)]
+        short = suffixes(parameters, known)
+        found["target_parameters"] = parameters if isinstance(short, str) else short
+    return found
+
+
+def divided(
+    model: nn.Module, method: Method, targets: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Return the modules and the parameters that HF PEFT is to be told of.
+
+    A layer whose name it would take for an expert's is told by its weight's name.
+    """
+    modules: list[str] = []
+    parameters: list[str] = []
+    for name in targets:
+        _, parameter = module_at(model, name)
+        if parameter is not None:
+            parameters.append(name)
+        elif told_by_weight(model, method, name):
+            parameters.append(f"{name}.weight")
+        else:
+            modules.append(name)
+    return modules, parameters
+
+
+def told_by_weight(model: nn.Module, method: Method, name: str) -> bool:
+    """Say whether HF PEFT takes a layer's name for an expert's, and has another way to it."""
+    taken = method.peft_type == "LORA" and name.rpartition(".")[2] in renamed(model)
+    return taken and not method.peft_fixed
 
 
 def prompt_dimensions(model: nn.Module, method: PromptMethod) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inlay.checkpoint.folder import Entry, share_as_usual
+from inlay.checkpoint.layouts import AS_IT_IS, TWICE, Layout, layout_of
 from inlay.checkpoint.placement import saved_roots, under_any
 from inlay.errors import CheckpointError
 from inlay.methods.base import Kind, Method, Params, PromptMethod, SelectMethod
 from inlay.model.attach import Attached, adapter_tensors, adapters, check_known, required_registry
+from inlay.model.layer import AdaptedLayer
+from inlay.model.places import module_at, view_at
 from inlay.model.selected import own_parameters
+from inlay.storage.parameters import JOINED
 from inlay.storage.streamed import StreamedEmbedding
 
 PREFIX = "base_model.model."
@@ -45,26 +49,63 @@ class Slot:
     key: str
     home: Params
     name: str
+    layout: Layout = AS_IT_IS
 
     @property
     def tensor(self) -> Tensor:
         """The tensor itself."""
         return getattr(self.home, self.name)
 
+    @property
+    def written(self) -> Tensor:
+        """The tensor as it lies in the file."""
+        return self.layout.written(self.tensor.detach())
+
 
 def slots(model: nn.Module, name: str) -> list[Slot]:
     """Return every tensor of an adapter under its key; shared ones once for each module."""
     attached = known(model, name)
     saved = saved_roots(model, attached)
-    return [
-        Slot(
-            key_of(attached, saved, model.get_submodule(place), place, tensor, method, kind),
-            params,
-            tensor,
-        )
-        for place, params, method, kind in adapter_tensors(model, name)
-        for tensor in params.names()
-    ]
+    found: list[Slot] = []
+    for place, params, method, kind in adapter_tensors(model, name):
+        prefix = prefix_of(model, name, place)
+        view = view_at(model, place) if method is not None and place else None
+        for tensor in params.names():
+            module, parameter = module_at(model, place)
+            own = () if parameter else module._parameters
+            key = key_of(attached, saved, own, place, prefix, tensor, method, kind)
+            turned = layout_of(view, key.removeprefix(prefix), getattr(params, tensor).shape)
+            if ".base_layer.out_proj.lora_B" in key and prefix != f"{PREFIX}{place}.":
+                turned = TWICE
+            found.append(Slot(key, params, tensor, turned))
+    return found
+
+
+def prefix_of(model: nn.Module, name: str, place: str) -> str:
+    """Return what the keys of one place begin with.
+
+    HF PEFT wraps a module once for each of its parameters, the last one outermost, and an
+    attention module around its output projection.
+    """
+    module, parameter = module_at(model, place)
+    if not place:
+        return PREFIX
+    owner, _, leaf = place.rpartition(".")
+    above = model.get_submodule(owner)
+    if parameter is None:
+        joined = isinstance(above, nn.MultiheadAttention) and JOINED in parts_at(above, name)
+        return f"{PREFIX}{owner}.base_layer.{leaf}." if joined else f"{PREFIX}{place}."
+    parts = parts_at(module, name)
+    inside = [p for p in module._parameters if p in parts]
+    depth = len(inside) - 1 - inside.index(parameter)
+    return f"{PREFIX}{owner}." + "base_layer." * depth
+
+
+def parts_at(module: nn.Module, name: str) -> Mapping[str, Params]:
+    """Return the tensors that an adapter has for single parameters of a module."""
+    if not isinstance(module, AdaptedLayer) or name not in module.adapters:
+        return {}
+    return module.params(name).parts
 
 
 def known(model: nn.Module, name: str) -> Attached:
@@ -76,17 +117,20 @@ def known(model: nn.Module, name: str) -> Attached:
 def key_of(
     attached: Attached,
     saved: Sequence[str],
-    module: nn.Module,
+    own: Collection[str],
     module_name: str,
+    place: str,
     tensor_name: str,
     method: Method | None,
     kind: Kind | None,
 ) -> str:
-    """Return the key of one tensor, as HF PEFT spells it where it has the method."""
+    """Return the key of one tensor, as HF PEFT spells it where it has the method.
+
+    `own` names the place's own parameters, `place` is what its keys begin with.
+    """
     if isinstance(method, PromptMethod):
         return method.peft_tensors("linear").get(tensor_name, tensor_name)
-    place = PREFIX + module_name + "." if module_name else PREFIX
-    if method is not None and tensor_name not in module._parameters:
+    if method is not None and tensor_name not in own:
         return place + method.peft_tensors(kind or "linear").get(tensor_name, tensor_name)
     if under_any(module_name, saved):
         return place + tensor_name
@@ -102,7 +146,7 @@ def write_tensors(path: Path, found: list[Slot], *, shared_once: bool) -> None:
         CheckpointError: a tensor holds a NaN or an infinity.
     """
     kept = first_of_shared(found) if shared_once else found
-    values = {s.key: s.tensor.detach().to("cpu", copy=True).contiguous() for s in kept}
+    values = {s.key: s.written.to("cpu", copy=True).contiguous() for s in kept}
     bad = sorted(key for key, value in values.items() if not bool(torch.isfinite(value).all()))
     if bad:
         raise CheckpointError(
@@ -126,7 +170,7 @@ def fill(
     Raises:
         CheckpointError: a tensor is missing, unread, misshapen, of another dtype, or not finite.
     """
-    expected = {slot.key: slot.tensor for slot in found}
+    expected = {slot.key: slot.written for slot in found}
     modules = dict(model.named_modules())
     copies = {key: base for key in entries if key not in expected for base in base_of(modules, key)}
     problems = Problems()
@@ -146,7 +190,7 @@ def fill(
     with torch.no_grad():
         for slot in found:
             if slot.key in values:
-                slot.tensor.copy_(values[slot.key])
+                slot.tensor.copy_(slot.layout.read(values[slot.key]))
 
 
 def separate(found: list[Slot], values: Mapping[str, Tensor]) -> None:

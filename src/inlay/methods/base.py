@@ -45,8 +45,13 @@ class Params(nn.Module):
     def __getattr__(self, name: str) -> Tensor:
         return super().__getattr__(name)  # pyright: ignore[reportReturnType]
 
+    @property
+    def parts(self) -> Mapping[str, Params]:
+        """The tensors for single parameters of the place, by the parameter's name."""
+        return {name: part for name, part in self._modules.items() if isinstance(part, Params)}
+
     def names(self) -> Iterator[str]:
-        """Every stored tensor's name, trained ones first."""
+        """Every stored tensor's name, trained ones first; those of its parts are not among them."""
         yield from self._parameters
         yield from (n for n in self._buffers if n not in self._non_persistent_buffers_set)
 
@@ -129,7 +134,10 @@ class WeightMethod(Method):
         raise NotImplementedError
 
     def weight(self, p: Params, w: Tensor) -> Tensor:
-        """DEFINITION: (out, in) -> (out, in); also the merge, also the oracle."""
+        """DEFINITION: (out, in) -> (out, in); also the merge, also the oracle.
+
+        It works on a stack too: tensors (stack, …) and w (stack, out, in).
+        """
         raise NotImplementedError
 
     def bias(self, p: Params, b: Tensor | None) -> Tensor | None:

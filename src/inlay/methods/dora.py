@@ -55,9 +55,9 @@ class DoRA(LowRank):
     def weight(self, p: Params, w: Tensor) -> Tensor:
         v = w + self.scale * (p.B @ p.A).to(w.dtype)
         wide = torch.promote_types(p.A.dtype, v.dtype)
-        norms = torch.linalg.vector_norm(v.detach(), dim=1, dtype=wide)
+        norms = torch.linalg.vector_norm(v.detach(), dim=-1, dtype=wide)
         norms = norms.clamp_min(torch.finfo(wide).tiny ** 0.5)  # a row of zeros stays one
-        return (p.magnitude / norms).to(w.dtype)[:, None] * v
+        return (p.magnitude / norms).to(w.dtype)[..., None] * v
 
     def forward(self, p: Params, x: Tensor, base: FrozenLinear, training: bool) -> Tensor:
         wx = base.matmul(x)

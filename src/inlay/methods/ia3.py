@@ -55,18 +55,19 @@ class IA3(WeightMethod):
         return layer
 
     def init(self, base: FrozenLinear, kind: Kind, seed: torch.Generator) -> Params:
-        out, width = base.shape
-        shape = (1, width) if self.scales_input else (out, 1)
+        shape = (1, base.channels) if self.scales_input else (base.shape[0], 1)
         return Params({"l": stored(base, *shape).fill_(1)})
 
     def count(self, shape: tuple[int, int]) -> int:
         return shape[1] if self.scales_input else shape[0]
 
     def weight(self, p: Params, w: Tensor) -> Tensor:
-        return w * p.l.to(w.dtype)
+        scales = p.l.to(w.dtype)
+        columns = w.shape[-1] // scales.shape[-1] if self.scales_input else 1
+        return w * (scales if columns == 1 else scales.repeat_interleave(columns, -1))
 
     def bias(self, p: Params, b: Tensor | None) -> Tensor | None:
-        return b if b is None or self.scales_input else b * p.l.flatten().to(b.dtype)
+        return b if b is None or self.scales_input else b * p.l[..., 0].to(b.dtype)
 
     def forward(self, p: Params, x: Tensor, base: FrozenLinear, training: bool) -> Tensor:
         if self.scales_input:

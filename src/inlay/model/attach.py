@@ -7,27 +7,22 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from inlay.errors import AdapterError, did_you_mean
-from inlay.methods.base import (
-    HiddenMethod,
-    Kind,
-    Method,
-    Params,
-    PromptMethod,
-    SelectMethod,
-    WeightMethod,
-)
+from inlay.methods.base import Kind, Method, Params, PromptMethod, WeightMethod
 from inlay.model.derived import note
 from inlay.model.fast.install import install, uninstall
 from inlay.model.layer import AdaptedLayer, become_adapted, become_original, own_modules
+from inlay.model.places import module_at
+from inlay.model.placing import Place, places_for
 from inlay.model.prompt import PromptHook
-from inlay.model.selected import selected_copies, trained_modules
+from inlay.model.selected import trained_modules
 from inlay.model.steady import hold_statistics, release_statistics
-from inlay.model.targets import Found, entries, find_targets
+from inlay.model.targets import Found
 from inlay.model.trunk import keep_trunk_free_of_gradients
-from inlay.storage.registry import frozen, kind
+from inlay.storage.parameters import Parameter
+from inlay.storage.registry import frozen, matrix_kind
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,8 @@ def attach(
     (fp64 on an fp64 model); the model computes the same outputs as before, until it is trained.
 
     Args:
-        model: any module whose layers are linear, embedding or transformers Conv1D.
+        model: any module whose layers are linear, embedding, convolution, attention or
+            transformers Conv1D, or that holds experts' weights in one parameter.
         method: what to train, for example `LoRA(rank=16)`.
         targets: the method's default when None; `all-linear`, a group, names, suffixes, regexes.
         exclude: names, suffixes or regexes to leave out, with all that lies below them.
@@ -124,90 +120,18 @@ def attach(
     return use(model, *(registry.active or (name,)))
 
 
-@dataclass
-class Place:
-    """What one adapter puts at one module."""
-
-    method: Method | None
-    params: Params
-
-    def add(self, copies: Params) -> None:
-        """Add trained copies of the module's own parameters, and of its statistics."""
-        for name, copy in copies.named_parameters():
-            self.params.register_parameter(name, copy)
-        for name, copy in copies.named_buffers():
-            self.params.register_buffer(name, copy)
-
-
-def places_for(
-    model: nn.Module,
-    method: Method,
-    targets: str | Sequence[str] | None,
-    exclude: str | Sequence[str],
-    layers: str | tuple[int, ...] | None,
-    saved: Sequence[str],
-    seed: int,
-) -> tuple[dict[str, Place], Found]:
-    """Create the tensors of a method at every module it goes to."""
-    if isinstance(method, PromptMethod):
-        if targets or exclude or layers is not None:
-            raise AdapterError(f"{method.name} acts on the whole model: leave targets out")
-        return {}, Found((), (), ())
-    if isinstance(method, SelectMethod):
-        copies = selected_copies(model, method, targets, exclude, layers)
-        return {n: Place(None, p) for n, p in copies.items()}, Found(tuple(copies), (), ())
-    assert isinstance(method, WeightMethod | HiddenMethod)
-    found = find_targets(
-        model,
-        method.own_targets if targets is None else targets,
-        exclude=(*entries(exclude), *saved),
-        layers=layers,
-        kinds=method.kinds,
-    )
-    generator = torch.Generator().manual_seed(seed)
-    places = {n: place_at(model.get_submodule(n), n, method, generator) for n in found.names}
-    for extra in method.also_selects:
-        chosen = selected_copies(model, extra, extra_targets(extra, found))
-        for module_name, copies in chosen.items():
-            places.setdefault(module_name, Place(None, Params({}))).add(copies)
-    return places, found
-
-
-def extra_targets(extra: SelectMethod, found: Found) -> tuple[str, ...] | None:
-    """Return where the selection beside a method applies: its own layers, or the whole model."""
-    return found.names if extra.only_adapted else None
-
-
-def place_at(
-    module: nn.Module, name: str, method: WeightMethod | HiddenMethod, seed: torch.Generator
-) -> Place:
-    """Create one layer's tensors, with the hyperparameters that hold there."""
-    here = method.for_layer(name)
-    layer_kind = kind(module)
-    if isinstance(here, WeightMethod):
-        assert layer_kind is not None
-        return Place(here, here.init(frozen(module), layer_kind, seed))
-    assert isinstance(here, HiddenMethod)
-    return Place(here, here.init(*shape_and_place(module), seed))
-
-
-def shape_and_place(module: nn.Module) -> tuple[tuple[int, int], Tensor]:
-    """Return (out, in) of a layer or of a whole block, and an empty tensor that lies with it."""
-    linears = [frozen(m) for m in module.modules() if kind(m) in ("linear", "conv1d")]
-    if not linears:
-        raise AdapterError(f"the block {type(module).__name__} has no linear layer to size by")
-    like = torch.empty(0, dtype=linears[0].dtype, device=linears[0].device)
-    return (linears[-1].shape[0], linears[0].shape[1]), like
-
-
 def put(module: nn.Module, place: Place, name: str) -> None:
     """Put one adapter's tensors on one module."""
-    base = frozen(module) if kind(module) else None
+    base = frozen(module) if matrix_kind(module) else None
     layer = become_adapted(module, base)
     layer.adapters[name] = place.params
     layer.methods[name] = place.method
     if isinstance(place.method, WeightMethod) and base is not None:
         note(place.method, place.params, base)
+    if place.parts:
+        layer.part_methods[name] = place.parts
+        for parameter in place.parts:
+            layer.part_views.setdefault(parameter, Parameter(layer, parameter))
 
 
 def use(model: nn.Module, *names: str) -> nn.Module:
@@ -280,6 +204,7 @@ def remove(model: nn.Module, registry: Registry, name: str) -> None:
         if name in layer.adapters:
             del layer.adapters[name]
             del layer.methods[name]
+            layer.part_methods.pop(name, None)
             layer.active = tuple(n for n in layer.active if n != name)
         if not len(layer.adapters):
             become_original(layer)
@@ -315,10 +240,17 @@ def adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
 
 
 def adapter_places(model: nn.Module, name: str) -> Iterator[tuple[str, Params]]:
-    """Every module name that one adapter has tensors at, with them; "" is the whole model."""
+    """Every place that one adapter has tensors at, with them; "" is the whole model.
+
+    A place is a module's name, or that of one parameter of it.
+    """
     for module_name, module in own_modules(model):
         if isinstance(module, AdaptedLayer) and name in module.adapters:
-            yield module_name, module.params(name)
+            params = module.params(name)
+            if params._parameters or params._buffers or not params.parts:
+                yield module_name, params
+            for parameter, part in params.parts.items():
+                yield f"{module_name}.{parameter}" if module_name else parameter, part
     registry = required_registry(model)
     if registry.prompt and name in registry.prompt.methods:
         yield "", registry.prompt.params(name)
@@ -330,11 +262,15 @@ def adapter_tensors(
     """Every place of one adapter: module name, tensors, the method there, the layer's kind."""
     check_known(name, required_registry(model))
     for module_name, params in adapter_places(model, name):
-        module = model.get_submodule(module_name)
+        module, parameter = module_at(model, module_name)
+        if parameter is not None:
+            assert isinstance(module, AdaptedLayer)
+            yield module_name, params, module.part_methods[name][parameter], "linear"
+            continue
         method = module.methods[name] if isinstance(module, AdaptedLayer) else None
         if method is None and isinstance(adapters(model)[name].method, PromptMethod):
             method = adapters(model)[name].method if not module_name else None
-        yield module_name, params, method, kind(module)
+        yield module_name, params, method, matrix_kind(module)
 
 
 def registry_of(model: nn.Module) -> Registry | None:
@@ -382,6 +318,12 @@ def check_order(model: nn.Module, names: tuple[str, ...]) -> None:
             method = layer.methods[name]
             if isinstance(method, WeightMethod) and method.reads_base:
                 check_reads_base(name, method, here[0], copied)
+        for parameter in layer.part_views:
+            at = [n for n in names if parameter in layer.part_methods.get(n, {})]
+            copied = [n for n, params in held.items() if parameter in params._parameters]
+            for name in at:
+                if layer.part_methods[name][parameter].reads_base:
+                    check_reads_base(name, layer.part_methods[name][parameter], at[0], copied)
 
 
 def check_reads_base(name: str, method: Method, first: str, copied: Sequence[str]) -> None:

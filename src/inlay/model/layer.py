@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.methods.base import HiddenMethod, Method, Params, WeightMethod
+from inlay.model.by_weight import Changed, made_again
 from inlay.model.derived import follow, follow_loaded
 from inlay.storage.base import FrozenLinear, whereabouts
+from inlay.storage.own import ByWeight
+from inlay.storage.parameters import Parameter
+from inlay.storage.registry import is_exact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +36,8 @@ class AdaptedLayer(Base):
         h = W'(x),  W' = the active weight methods applied to W in order of activation
         h' = the active hidden methods applied to h
 
-    and a parameter that an active adapter has its own trained copy of reads as that copy.
+    and a parameter that an active adapter has its own trained copy of reads as that copy. A layer
+    whose forward is its own, or that holds several matrices, runs it on the parameters W'.
     """
 
     original: ClassVar[type[nn.Module]]
@@ -40,20 +47,94 @@ class AdaptedLayer(Base):
     methods: dict[str, Method | None]
     active: tuple[str, ...]
     base: FrozenLinear | None
+    part_methods: dict[str, dict[str, WeightMethod]]
+    """Adapter -> parameter -> the method on that parameter alone."""
+    part_views: dict[str, Parameter]
+    """Parameter -> its matrix, for those in `part_methods`."""
+    reads_as: dict[str, Tensor | None] | None
+    """What the parameters read as while the layer's own forward runs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer with its active adapters."""
         here = self.here()
-        weights = [(m, p) for m, p in here if isinstance(m, WeightMethod)]
+        changed = self.changed()
+        weights = [] if changed else [(m, p) for m, p in here if isinstance(m, WeightMethod)]
         if weights:
             self.keep_up(weights)
+            assert self.base is not None
             h: Any = self.composed(weights[:-1]).forward_through(*weights[-1], read(args, kwargs))
+            h = self.base.finished(h)
+        elif changed:
+            self.keep_up(self.weight_methods())
+            h = self.on_weights(changed, args, kwargs)
         else:
             h = super().forward(*args, **kwargs)
         for method, p in here:
             if isinstance(method, HiddenMethod):
                 h = method.hidden(p, read(args, kwargs), h, self.training)
         return h
+
+    def changed(self) -> list[Changed]:
+        """Return the parameters that this layer's own forward is to read adapted."""
+        found: list[Changed] = []
+        if isinstance(self.base, ByWeight):
+            own = self.weight_methods()
+            found += [Changed(self.base, own)] if own else []
+        for name, view in self.part_views.items():
+            at = [n for n in self.active if name in self.part_methods.get(n, {})]
+            if at:
+                pairs = [(self.part_methods[n][name], self.params(n).parts[name]) for n in at]
+                found.append(Changed(view, pairs))
+        return found
+
+    def on_weights(
+        self, changed: list[Changed], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the layer's own forward on its adapted parameters."""
+        if self.training and any(rate_of(m) for each in changed for m, _ in each.pairs):
+            return self.with_dropout(changed[0], read(args, kwargs))
+        found = [(each, each.parameters()) for each in changed]
+        held: dict[str, Tensor | None] = {n: t for _, ps in found for n, t in ps.items()}
+        with made_again(found), self.holding(held):
+            return super().forward(*args, **kwargs)
+
+    def with_dropout(self, changed: Changed, x: Tensor) -> Tensor:
+        """Return the output on W, and of each update, whose x is dropped out, its own.
+
+        The output must be linear in the weight, as a convolution's is.
+        """
+        view = changed.view
+        names = (view.parameter, view.bias_name or "bias")
+        w, b = view.matrix(), view.bias
+        with self.holding(dict(zip(names, (view.as_stored(w), b), strict=True))):
+            h = super().forward(x)
+        for method, p in changed.pairs:
+            before = w, b
+            w, b = method.weight(p, w), method.bias(p, b)
+            moved = None if b is None or before[1] is None or b is before[1] else b - before[1]
+            update = (view.as_stored(w - before[0]), moved)
+            with self.holding(dict(zip(names, update, strict=True))):
+                h = h + super().forward(F.dropout(x, rate_of(method)))
+        return h
+
+    @contextmanager
+    def holding(self, held: dict[str, Tensor | None]) -> Generator[None]:
+        """Let the layer's parameters read as these inside the `with` block."""
+        before, self.__dict__["reads_as"] = self.reads_as, held
+        try:
+            yield
+        finally:
+            self.__dict__["reads_as"] = before
+
+    def stored_parameter(self, name: str) -> Tensor | None:
+        """Return a parameter without weight methods: an active adapter's copy, else the layer's."""
+        own, adapters = self._parameters[name], self.adapters._modules
+        for adapter in reversed(self.active):
+            params = adapters.get(adapter)
+            trained = None if params is None else params._parameters.get(name)
+            if trained is not None:
+                return trained if own is None else trained.to(own.dtype)
+        return own
 
     def composed(self, weights: list[tuple[WeightMethod, Params]]) -> Composed:
         """Return the frozen weight with these methods applied, itself a frozen weight."""
@@ -87,6 +168,29 @@ class AdaptedLayer(Base):
     def here(self) -> list[tuple[Method | None, Params]]:
         """Return what the active adapters have at this layer."""
         return [(self.methods[n], self.params(n)) for n in self.active if n in self.methods]
+
+    @property
+    def keeps_class(self) -> bool:
+        """Whether a merge changes parameters of this very layer, as no plain one is its like."""
+        if self.part_views or isinstance(self.base, ByWeight):
+            return True
+        return self.base is not None and self.base.storage == "dense" and not is_exact(self)
+
+    def merged_parameters(self) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """Return, by matrix, what it is, what the active weight methods define, and how it is held.
+
+        The last are the layer's parameters by name, in float32 at least.
+        """
+        found: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+        for each in self.changed():
+            new = each.parameters(wide=True)
+            view = each.view
+            found.append((view.as_stored(view.matrix()), new[view.parameter], new))
+        if not found and self.base is not None and self.weight_methods():
+            w, bias = self.adapted_weight()
+            new = {"weight": self.base.turned(w)} | ({} if bias is None else {"bias": bias})
+            found.append((self.base.turned(self.base.dequantize()), new["weight"], new))
+        return found
 
     def params(self, name: str) -> Params:
         """Return one adapter's tensors here."""
@@ -179,16 +283,20 @@ def adapted_class(
 
 
 def own_or_trained(name: str) -> Callable[[AdaptedLayer], Tensor | None]:
-    """Return the reader of one parameter: an active adapter's trained copy, else the layer's."""
+    """Return the reader of one parameter: adapted where the layer's own forward is to read it so.
+
+    Otherwise it is an active adapter's trained copy, else the layer's own.
+    """
 
     def read(layer: AdaptedLayer) -> Tensor | None:
-        own, adapters = layer._parameters[name], layer.adapters._modules
-        for adapter in reversed(layer.active):
-            params = adapters.get(adapter)
-            trained = None if params is None else params._parameters.get(name)
-            if trained is not None:
-                return trained if own is None else trained.to(own.dtype)
-        return own
+        held = layer.reads_as
+        if held is not None and name in held:
+            return held[name]
+        if held is None and layer.active and (layer.part_views or isinstance(layer.base, ByWeight)):
+            for changed in layer.changed():
+                if name in changed.names():
+                    return changed.parameters().get(name)
+        return layer.stored_parameter(name)
 
     return read
 
@@ -211,12 +319,24 @@ def moved_buffers(layer: nn.Module) -> frozenset[str]:
     return frozenset(layer._buffers.keys() - layer._non_persistent_buffers_set)
 
 
+def rate_of(method: WeightMethod) -> float:
+    """Return the share of its input that a method drops out in training."""
+    return float(getattr(method, "dropout", 0.0))
+
+
 def become_adapted(layer: nn.Module, base: FrozenLinear | None) -> AdaptedLayer:
     """Turn a layer into an adapted one, in place; an adapted one stays as it is."""
     if isinstance(layer, AdaptedLayer):
         return layer
     layer.adapters = nn.ModuleDict()
-    state = {"methods": {}, "active": (), "base": base}
+    state = {
+        "methods": {},
+        "active": (),
+        "base": base,
+        "part_methods": {},
+        "part_views": {},
+        "reads_as": None,
+    }
     layer.__dict__.update(state)
     layer.__class__ = adapted_class(type(layer), tuple(layer._parameters), moved_buffers(layer))
     assert isinstance(layer, AdaptedLayer)
@@ -228,7 +348,7 @@ def become_original(layer: AdaptedLayer) -> None:
     """Take the last traces of adapters off a layer."""
     object.__setattr__(layer, "__class__", type(layer).original)
     del layer.adapters
-    for name in ("methods", "active", "base"):
+    for name in ("methods", "active", "base", "part_methods", "part_views", "reads_as"):
         del layer.__dict__[name]
     layer.__dict__.pop("divided", None)
     hooks = layer._load_state_dict_post_hooks

@@ -189,6 +189,21 @@ class Update:
         self.kept += float((got.double() - before.double()).flatten() @ delta)
         self.whole += float(delta @ delta)
 
+    def changes(self, layer: AdaptedLayer) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Every parameter of a layer that stays, with what it becomes: name, own, rounded."""
+        changed: set[str] = set()
+        if layer.keeps_class:
+            for before, wanted, parameters in layer.merged_parameters():
+                for name, value in parameters.items():
+                    own = layer._parameters[name]
+                    assert own is not None
+                    rounded = nn.Parameter(value.to(own.dtype, copy=True).contiguous(), False)
+                    if value is wanted:
+                        self.account(before, wanted, rounded)
+                    changed.add(name)
+                    yield name, own, rounded
+        yield from (each for each in self.copies(layer) if each[0] not in changed)
+
     def copies(self, layer: AdaptedLayer) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Every tensor of a layer with a trained copy: name, own, rounded; tied stay tied."""
         for name, own in layer._parameters.items():
@@ -223,8 +238,8 @@ class Plan(Update):
     def layer(self, model: nn.Module, name: str, layer: AdaptedLayer) -> None:
         """Plan one adapted layer."""
         self.layers += 1
-        if not layer.weight_methods():
-            for parameter, own, rounded in self.copies(layer):
+        if layer.keeps_class or not layer.weight_methods():
+            for parameter, own, rounded in self.changes(layer):
                 self.places.append((layer, parameter, rounded))
                 self.note_dtype(own.dtype)
             return

@@ -37,7 +37,9 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield a module's own weights as a merge would leave them."""
-    if isinstance(module, AdaptedLayer) and module.weight_methods():
+    if isinstance(module, AdaptedLayer) and module.keeps_class:
+        yield from kept_weights(module)
+    elif isinstance(module, AdaptedLayer) and module.weight_methods():
         assert module.base is not None
         w, bias = module.adapted_weight()
         yield from named(module.base.turned(w.to(module.base.dtype)), bias)
@@ -48,6 +50,16 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             copy = trained_copy(module, leaf) if isinstance(module, AdaptedLayer) else None
             if own is not None:
                 yield leaf, own if copy is None else copy.to(own.dtype)
+
+
+def kept_weights(layer: AdaptedLayer) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a layer that stays what it is, those that change as a merge would."""
+    new = {n: t for _, _, found in layer.merged_parameters() for n, t in found.items()}
+    for leaf, own in layer._parameters.items():
+        if own is not None:
+            copy = trained_copy(layer, leaf)
+            changed = new.get(leaf, copy)
+            yield leaf, own if changed is None else changed.to(own.dtype)
 
 
 def named(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from inlay.methods.base import Params
 from inlay.model.attach import active, adapter_places, adapters
+from inlay.model.places import module_at
 from inlay.storage.base import FrozenLinear
 
 
@@ -23,7 +24,8 @@ class AdapterReport:
     parameters: int
     matched: tuple[str, ...]
     left_out: tuple[str, ...]
-    unadaptable: tuple[str, ...]
+    passed_over: tuple[tuple[str, str], ...]
+    """What is no linear layer, holds weights and stays frozen, with what it is."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,11 @@ class Report:
     adapters: tuple[AdapterReport, ...]
     trainable: int
     total: int
+    """The parameters of the whole model, active adapters included; copies count once."""
 
     @property
     def percent(self) -> float:
-        """Trained parameters as a percentage of the base model's."""
+        """Trained parameters as a percentage of the whole model's."""
         return 100 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
@@ -46,10 +49,9 @@ class Report:
             lines.append(f"{adapter.name}: {adapter.method}, {adapter.parameters:,} ({state})")
             lines += [f"  on {line}" for line in grouped(adapter.matched)]
             lines += [f"  left out: {line}" for line in grouped(adapter.left_out)]
-            lines += [
-                f"  cannot be adapted (3-D expert weights), stays frozen: {line}"
-                for line in grouped(adapter.unadaptable)
-            ]
+            for what in dict.fromkeys(kind for _, kind in adapter.passed_over):
+                names = tuple(name for name, kind in adapter.passed_over if kind == what)
+                lines += [f"  passed over ({what}): {line}" for line in grouped(names)]
         return "\n".join(lines)
 
 
@@ -64,12 +66,29 @@ def report(model: nn.Module) -> Report:
             parameters=count_once(model, name),
             matched=attached.found.names,
             left_out=attached.found.left_out,
-            unadaptable=attached.found.unadaptable,
+            passed_over=attached.found.passed_over,
         )
         for name, attached in adapters(model).items()
     )
-    trainable = sum(a.parameters for a in found if a.active)
-    return Report(found, trainable, base_size(model))
+    trained, added = trained_sizes(model)
+    return Report(found, sum(trained.values()), base_size(model) + sum(added.values()))
+
+
+def trained_sizes(model: nn.Module) -> tuple[dict[int, int], dict[int, int]]:
+    """Return the sizes of what trains, and of what active adapters add to the model, by identity.
+
+    A trained copy of a parameter stands in its place, so that it adds nothing.
+    """
+    trained: dict[int, int] = {}
+    added: dict[int, int] = {}
+    for name in active(model):
+        for place, params in adapter_places(model, name):
+            module, parameter = module_at(model, place)
+            own = {} if parameter else module._parameters
+            for key, p in params.named_parameters(recurse=False):
+                trained |= {id(p): p.numel()} if p.requires_grad else {}
+                added |= {} if own.get(key) is not None else {id(p): p.numel()}
+    return trained, added
 
 
 def base_size(model: nn.Module) -> int:

@@ -50,8 +50,8 @@ class Merged(Update):
 
     def layer(self, name: str, layer: AdaptedLayer) -> None:
         """Plan one layer: its weight and bias, or the module that holds them dense."""
-        if not layer.weight_methods():
-            for key, own, rounded in self.copies(layer):
+        if layer.keeps_class or not layer.weight_methods():
+            for key, own, rounded in self.changes(layer):
                 self.swaps.append((layer, key, own, rounded))
             return
         assert layer.base is not None

@@ -33,6 +33,14 @@ class FrozenLinear(ABC):
     """Which kind of layer a module that is itself a storage is to a method."""
     stands_for: Kind = "linear"
     """The kind of the dense layer in whose place it is; Conv1D's weight lies as (in, out)."""
+    by_weight: ClassVar[bool] = False
+    """Whether the layer's own forward runs on the adapted weight; else products take its place."""
+    linear_in_weight: ClassVar[bool] = True
+    """Whether the layer's output is linear in its weight, so that an update can have its own x."""
+    stack: int | None = None
+    """How many matrices there are, (stack, out, in), where a parameter holds several."""
+    factor: float = 1.0
+    """What the layer's own forward multiplies the product by, as scaled embeddings do."""
 
     @property
     @abstractmethod
@@ -59,9 +67,18 @@ class FrozenLinear(ABC):
         """The id whose row has no gradient; None where it is no embedding, or has none such."""
         return None
 
+    @property
+    def channels(self) -> int:
+        """How many inputs the layer has; a convolution's matrix has several columns for each."""
+        return self.shape[1]
+
     def turned(self, w: Tensor) -> Tensor:
         """Turn an (out, in) matrix into the layout of the layer in whose place it is, or back."""
         return w if self.stands_for == "linear" else w.T
+
+    def finished(self, y: Tensor) -> Tensor:
+        """Return the layer's output, given its product."""
+        return y if self.factor == 1.0 else y * self.factor
 
     @abstractmethod
     def matmul(self, x: Tensor) -> Tensor:

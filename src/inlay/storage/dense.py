@@ -72,7 +72,7 @@ class DenseView(FrozenLinear):
         weight = self.weight
         if weight.device.type != "cpu":
             return (whereabouts(weight),) if weight.is_meta else None
-        matrix = self.turned(weight)
+        matrix = self.matrix()
         some = matrix[:, :: max(1, matrix.shape[1] // SAMPLED_COLUMNS)].float().sum(1)
         rows = torch.arange(1, len(some) + 1, dtype=some.dtype)
         return whereabouts(weight), float((some * rows).sum())

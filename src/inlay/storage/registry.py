@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Literal
 
 from torch import nn
 
 import inlay.storage
 from inlay.errors import StorageError, TargetError, did_you_mean
-from inlay.storage.base import FrozenLinear
+from inlay.storage.base import FrozenLinear, Kind
 from inlay.storage.bitsandbytes import ForeignLinear, is_foreign
-from inlay.storage.dense import VIEWS
+from inlay.storage.convolution import Convolution, is_convolution
+from inlay.storage.dense import VIEWS, DenseLinear
+from inlay.storage.own import is_plain_linear, own_class, own_kind, own_view
 from inlay.storage.quantized import QuantizedLinear
 
 for found in pkgutil.iter_modules(inlay.storage.__path__, inlay.storage.__name__ + "."):
@@ -22,7 +23,7 @@ for found in pkgutil.iter_modules(inlay.storage.__path__, inlay.storage.__name__
 STORAGES: dict[str, type[QuantizedLinear]] = QuantizedLinear.formats
 """Name -> the layer class of each packed storage; a file in this folder adds its own."""
 
-KINDS: dict[str, Literal["linear", "conv1d", "embedding"]] = {
+KINDS: dict[str, Kind] = {
     "DenseLinear": "linear",
     "DenseConv1D": "conv1d",
     "DenseEmbedding": "embedding",
@@ -37,35 +38,49 @@ def frozen(module: nn.Module) -> FrozenLinear:
     """
     if isinstance(module, FrozenLinear):
         return module
-    if layer_class(module) in VIEWS:
+    if is_exact(module):
         return VIEWS[layer_class(module)](module)
     if is_foreign(module):
         return ForeignLinear(module)
+    found = DenseLinear(module) if is_plain_linear(module) else own_view(module)
+    if found is None and is_convolution(module):
+        found = Convolution(module)
+    if found is not None:
+        return found
     known = ", ".join(sorted(c.__name__ for c in (*VIEWS, *STORAGES.values())))
     raise TargetError(
-        f"a {type(module).__name__} holds no weight that can be adapted; {known} and "
-        "bitsandbytes' linear layers do"
+        f"a {type(module).__name__} holds no weight that can be adapted; {known}, convolutions, "
+        "their subclasses and bitsandbytes' linear layers do"
     )
 
 
-def kind(module: nn.Module) -> Literal["linear", "conv1d", "embedding"] | None:
-    """Return which kind of layer this is to a method, or None when it holds no matrix."""
-    if layer_class(module) in VIEWS:
+def kind(module: nn.Module) -> Kind | None:
+    """Return which kind of plain product a layer is, or None when it is none.
+
+    A subclass of `nn.Linear` counts when a trial shows that its forward is the plain product.
+    """
+    if is_exact(module):
         return KINDS[VIEWS[layer_class(module)].__name__]
     if isinstance(module, FrozenLinear):
         return module.layer_kind
-    return "linear" if is_foreign(module) else None
+    return "linear" if is_foreign(module) or is_plain_linear(module) else None
+
+
+def matrix_kind(module: nn.Module) -> Kind | None:
+    """Return what a layer is to a method, whatever its forward; None when it holds no matrix."""
+    found = kind(module) or own_kind(module)
+    return "linear" if found is None and is_convolution(module) else found
+
+
+def is_exact(module: nn.Module) -> bool:
+    """Say whether a layer is of a class whose forward is known to be the plain product."""
+    renormed = isinstance(module, nn.Embedding) and getattr(module, "max_norm", None) is not None
+    return layer_class(module) in VIEWS and not renormed
 
 
 def layer_class(module: nn.Module) -> type[nn.Module]:
-    """Return the layer's class, or what it was before it was changed in place.
-
-    Only these exact classes count: a subclass may use its weight in another way.
-    """
-    found = type(module)
-    while "original" in vars(found):
-        found = vars(found)["original"]
-    return found
+    """Return the layer's class, or what it was before it was changed in place."""
+    return own_class(module)
 
 
 def storage_class(name: str) -> type[QuantizedLinear]:

@@ -1,0 +1,91 @@
+"""Where HF PEFT would compute something else from an adapter's folder than Inlay does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from inlay.checkpoint.experts import renamed
+from inlay.checkpoint.placement import told_by_weight
+from inlay.methods.base import Method
+from inlay.model.attach import Attached
+from inlay.model.places import matrices_at
+from inlay.storage.base import FrozenLinear
+from inlay.storage.convolution import Convolution
+from inlay.storage.own import OwnEmbedding, OwnLinear
+from inlay.storage.parameters import APART, Parameter
+from inlay.storage.registry import layer_class
+
+
+def warn_where_peft_differs(model: nn.Module, attached: Attached, about: str) -> list[str]:
+    """Warn once of every kind of place that HF PEFT computes otherwise; return what was said."""
+    found = dict[str, str]()
+    for place, reason in differences(model, attached):
+        found.setdefault(reason, place)
+    said = [f"{place}: {reason}" for reason, place in found.items()]
+    if said:
+        warnings.warn(
+            f"{about} is as Inlay computes it, and HF PEFT 0.21 computes otherwise or cannot load "
+            f"it. {'; '.join(said)}",
+            UserWarning,
+            stacklevel=3,
+        )
+    return said
+
+
+def differences(model: nn.Module, attached: Attached) -> Iterator[tuple[str, str]]:
+    """Every place that HF PEFT computes otherwise, with the reason."""
+    method = attached.method
+    if method.peft_type is None:
+        return
+    old = renamed(model) if method.peft_type == "LORA" else {}
+    for target in attached.found.names:
+        leaf = target.rpartition(".")[2]
+        if leaf in old and not told_by_weight(model, method, target) and has_layer(model, target):
+            yield target, f"it takes the name {leaf} for the experts', and has no other way to it"
+        for at in matrices_at(model, target):
+            above, _, last = at.name.rpartition(".")
+            inside = isinstance(model.get_submodule(above), nn.MultiheadAttention)
+            if inside and last == "out_proj" and above not in attached.found.names:
+                yield at.place, "it does not reach an attention module's output projection alone"
+            reason = reason_at(method, at.view, model.get_submodule(at.name))
+            if reason is not None:
+                yield at.place, reason
+
+
+def has_layer(model: nn.Module, name: str) -> bool:
+    """Say whether a place is a layer and no parameter."""
+    return all(at.parameter is None for at in matrices_at(model, name))
+
+
+def reason_at(method: Method, view: FrozenLinear, module: nn.Module) -> str | None:
+    """Return why HF PEFT computes otherwise at one matrix, or None."""
+    plain = method.peft_type == "LORA" and not method.peft_fixed
+    if isinstance(view, Parameter) and not plain:
+        return f"it adapts single parameters by LoRA alone, not by {method.name}"
+    if isinstance(view, Parameter) and view.parameter in APART:
+        return "it adapts no attention whose keys and values have other widths"
+    if isinstance(view, Convolution):
+        return reason_at_convolution(view)
+    if isinstance(view, OwnLinear | OwnEmbedding):
+        name = layer_class(module).__name__
+        if name != "NonDynamicallyQuantizableLinear":
+            return (
+                f"it adds to the output of {name}, past what its own forward does with the weight"
+            )
+    return None
+
+
+def reason_at_convolution(view: Convolution) -> str | None:
+    """Return why HF PEFT computes otherwise at a convolution, or None."""
+    layer: Any = view.layer
+    if view.groups > 1:
+        return "it adapts a convolution in groups by what no kernel of the layer can hold"
+    if any(step != 1 for step in layer.dilation):
+        return "it leaves a convolution's dilation out"
+    if layer.padding_mode != "zeros":
+        return f"it pads with zeros where the layer's padding is {layer.padding_mode}"
+    return None

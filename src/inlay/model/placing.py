@@ -1,0 +1,147 @@
+"""What an adapter puts where: the tensors of a method at every place it goes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import AdapterError
+from inlay.methods.base import (
+    HiddenMethod,
+    Kind,
+    Method,
+    Params,
+    PromptMethod,
+    SelectMethod,
+    WeightMethod,
+)
+from inlay.model.layer import rate_of
+from inlay.model.places import Matrix, matrices_at
+from inlay.model.selected import selected_copies
+from inlay.model.targets import Found, entries, find_targets, reach
+from inlay.storage.convolution import is_convolution
+from inlay.storage.parameters import Parameter
+from inlay.storage.registry import frozen, matrix_kind
+
+
+@dataclass
+class Place:
+    """What one adapter puts at one module."""
+
+    method: Method | None
+    params: Params
+    parts: dict[str, WeightMethod] = field(default_factory=dict)
+    """Parameter -> the method on it alone, whose tensors are a part of `params`."""
+
+    def add(self, copies: Params) -> None:
+        """Add trained copies of the module's own parameters, and of its statistics."""
+        for name, copy in copies.named_parameters():
+            self.params.register_parameter(name, copy)
+        for name, copy in copies.named_buffers():
+            self.params.register_buffer(name, copy)
+
+
+def places_for(
+    model: nn.Module,
+    method: Method,
+    targets: str | Sequence[str] | None,
+    exclude: str | Sequence[str],
+    layers: str | tuple[int, ...] | None,
+    saved: Sequence[str],
+    seed: int,
+) -> tuple[dict[str, Place], Found]:
+    """Create the tensors of a method at every module it goes to."""
+    if isinstance(method, PromptMethod):
+        if targets or exclude or layers is not None:
+            raise AdapterError(f"{method.name} acts on the whole model: leave targets out")
+        return {}, Found()
+    if isinstance(method, SelectMethod):
+        copies = selected_copies(model, method, targets, exclude, layers)
+        return {n: Place(None, p) for n, p in copies.items()}, Found(tuple(copies))
+    assert isinstance(method, WeightMethod | HiddenMethod)
+    found = find_targets(
+        model,
+        method.own_targets if targets is None else targets,
+        exclude=(*entries(exclude), *saved),
+        layers=layers,
+        kinds=reach(method),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    places: dict[str, Place] = {}
+    for name in found.names:
+        add_places(places, model, name, method, generator)
+    for extra in method.also_selects:
+        chosen = selected_copies(model, extra, extra_targets(extra, found))
+        for module_name, copies in chosen.items():
+            places.setdefault(module_name, Place(None, Params({}))).add(copies)
+    return places, found
+
+
+def extra_targets(extra: SelectMethod, found: Found) -> tuple[str, ...] | None:
+    """Return where the selection beside a method applies: its own layers, or the whole model."""
+    return found.names if extra.only_adapted else None
+
+
+def add_places(
+    places: dict[str, Place],
+    model: nn.Module,
+    name: str,
+    method: WeightMethod | HiddenMethod,
+    seed: torch.Generator,
+) -> None:
+    """Create the tensors at one target, with the hyperparameters that hold there."""
+    if isinstance(method, HiddenMethod):
+        here = method.for_layer(name)
+        assert isinstance(here, HiddenMethod)
+        places[name] = Place(here, here.init(*shape_and_place(model.get_submodule(name)), seed))
+        return
+    for at in matrices_at(model, name):
+        here = method.for_layer(at.place)
+        assert isinstance(here, WeightMethod)
+        check_dropout(here, at)
+        params = initial(here, at, matrix_kind(model.get_submodule(at.name)) or "linear", seed)
+        if at.parameter is None:
+            places[at.name] = Place(here, params)
+            continue
+        place = places.setdefault(at.name, Place(None, Params({})))
+        place.params.add_module(at.parameter, params)
+        place.parts[at.parameter] = here
+
+
+def initial(method: WeightMethod, at: Matrix, layer_kind: Kind, seed: torch.Generator) -> Params:
+    """Create the tensors for one matrix, or those for each of a stack, stacked."""
+    if not isinstance(at.view, Parameter) or at.view.stack is None:
+        return method.init(at.view, layer_kind, seed)
+    each = [method.init(member, layer_kind, seed) for member in at.view.each()]
+    first = each[0]
+    stacked = {n: torch.stack([getattr(p, n).detach() for p in each]) for n in first._buffers}
+    derived = {n: stacked[n] for n in first._non_persistent_buffers_set}
+    trained = {n: torch.stack([getattr(p, n).detach() for p in each]) for n in first._parameters}
+    fixed = {n: t for n, t in stacked.items() if n not in derived}
+    return Params(trained, fixed, derived)
+
+
+def check_dropout(method: WeightMethod, at: Matrix) -> None:
+    """Raise where a method would drop out an input that only the layer itself reads."""
+    if at.view.by_weight and not at.view.linear_in_weight and rate_of(method):
+        raise AdapterError(
+            f"{at.place} is adapted through its weight, which has no input of its own to drop "
+            f"out, and dropout is {rate_of(method)}; set dropout to 0, or leave it out with exclude"
+        )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Say whether a module is a linear layer, whatever its forward."""
+    return matrix_kind(module) in ("linear", "conv1d") and not is_convolution(module)
+
+
+def shape_and_place(module: nn.Module) -> tuple[tuple[int, int], Tensor]:
+    """Return (out, in) of a layer or of a whole block, and an empty tensor that lies with it."""
+    linears = [frozen(m) for m in module.modules() if is_linear(m)]
+    if not linears:
+        raise AdapterError(f"the block {type(module).__name__} has no linear layer to size by")
+    like = torch.empty(0, dtype=linears[0].dtype, device=linears[0].device)
+    return (linears[-1].shape[0], linears[0].shape[1]), like

@@ -1,0 +1,1 @@
+"""The private parts of other libraries that Inlay reads, one file for each library and concern."""
