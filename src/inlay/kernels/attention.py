@@ -85,7 +85,7 @@ def attended_backward(
         yield (to if shared == 1 else to.unflatten(1, (-1, shared)).sum(2)).transpose(1, 2)
 
 
-@operator("segment_attention")
+@operator("segment_attention", lowers=3)
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -184,7 +184,7 @@ def matrix_of(
     return MATRICES[prefix](parts, name, rows, columns, like)
 
 
-@operator("frozen_linear")
+@operator("frozen_linear", lowers=1)
 def frozen_linear(
     x: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int
 ) -> Tensor:
@@ -194,7 +194,7 @@ def frozen_linear(
     return y.view(*x.shape[:-1], rows)
 
 
-@operator("frozen_linear_t")
+@operator("frozen_linear_t", lowers=1)
 def frozen_linear_t(
     g: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int
 ) -> Tensor:
@@ -238,7 +238,7 @@ frozen_linear.register_autograd(gradient_by(frozen_linear_t), setup_context=keep
 frozen_linear_t.register_autograd(gradient_by(frozen_linear), setup_context=keep_parts)
 
 
-@operator("low_rank_linear")
+@operator("low_rank_linear", lowers=1)
 def low_rank_linear(
     x: Tensor,
     a: Tensor,

@@ -45,7 +45,7 @@ def rows_at_once(rows: int, vocabulary: int) -> int:
     return max(1, math.ceil(rows / math.ceil(max(rows, 1) / most)))
 
 
-@operator("linear_cross_entropy")
+@operator("linear_cross_entropy", lowers=1)
 def linear_cross_entropy(
     h: Tensor,
     labels: Tensor,

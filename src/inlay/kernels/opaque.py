@@ -4,21 +4,60 @@ A compiler, a dispatch mode (selective checkpointing, the memory planner), a fun
 a tensor that is not a plain one gets a custom operator. Otherwise the same body is called at once,
 or through an autograd function with the same backward: a custom operator costs more Python than
 a small product takes.
+
+Autocast casts the inputs of torch's own operators by a policy of each. Ours name the inputs that
+are lowered, as `F.linear`'s are; their bodies and their gradients then run as they are written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 R = TypeVar("R")
+P = ParamSpec("P")
 PLAIN = frozenset({Tensor, nn.Parameter})
 """The tensor classes with which nothing stands between a call and its arithmetic."""
 hidden: Any = torch._C
-below_autograd: Any = hidden._AutoDispatchBelowAutograd
+below_autograd: Any = hidden._AutoDispatchBelowADInplaceOrView
+"""Neither gradients nor views are recorded: what a body returns is changed in place at will."""
+disable_autocast: Any = hidden._DisableAutocast
+
+
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function compute in the dtypes that it is given, under autocast too."""
+
+    @functools.wraps(function)
+    def as_written(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        with disable_autocast():
+            return function(*args, **kwargs)
+
+    return as_written
+
+
+def below(body: Callable[P, R]) -> Callable[P, R]:
+    """Make a function compute as written: nothing is recorded, and nothing cast."""
+
+    @functools.wraps(body)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        with below_autograd(), disable_autocast():
+            return body(*args, **kwargs)
+
+    return alone
+
+
+def lowered(x: Any) -> Any:
+    """Return a tensor in the dtype that autocast gives a product's inputs on its device."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def is_plain(arg: Any) -> bool:
@@ -44,15 +83,32 @@ def traced(args: tuple[Any, ...]) -> bool:
 
 
 class Operator(Generic[R]):
-    """A function of tensors that is traced as the custom operator `inlay::name`."""
+    """A function of tensors that is traced as the custom operator `inlay::name`.
 
-    def __init__(self, name: str, body: Callable[..., R]) -> None:
-        self.name, self.body = name, body
-        self.custom: Any = torch.library.custom_op(f"inlay::{name}", body, mutates_args=())
+    Under autocast its first `lowers` inputs are cast as a product's are.
+    """
+
+    def __init__(self, name: str, body: Callable[..., R], lowers: int) -> None:
+        self.name, self.body, self.lowers = name, body, lowers
+        self.custom: Any = torch.library.custom_op(f"inlay::{name}", below(body), mutates_args=())
         self.apply: Any = None
         self.register_fake = self.custom.register_fake
 
     def __call__(self, *args: Any) -> R:
+        if torch._C._is_any_autocast_enabled():
+            return self.cast(args)
+        return self.called(args)
+
+    def cast(self, args: Sequence[Any]) -> R:
+        """Call it under autocast."""
+        args = (*map(lowered, args[: self.lowers]), *args[self.lowers :])
+        if torch.compiler.is_compiling():
+            return self.called(args)
+        with disable_autocast():
+            return self.called(args)
+
+    def called(self, args: tuple[Any, ...]) -> R:
+        """Call it on inputs in their dtypes."""
         if traced(args):
             return self.custom(*args)
         if torch.is_grad_enabled() and hidden._any_requires_grad(*args):
@@ -66,6 +122,7 @@ class Operator(Generic[R]):
         setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     ) -> None:
         """Give the operator a gradient, as `torch.library` takes it."""
+        backward = without_autocast(backward)
         self.custom.register_autograd(backward, setup_context=setup_context)
 
         def forward(ctx: Any, *args: Any) -> R:
@@ -85,6 +142,6 @@ class Operator(Generic[R]):
         self.apply = parent.apply
 
 
-def operator(name: str) -> Callable[[Callable[..., R]], Operator[R]]:
+def operator(name: str, lowers: int = 0) -> Callable[[Callable[..., R]], Operator[R]]:
     """Make a function of tensors the operator `inlay::name`; its arguments are given by place."""
-    return lambda body: Operator(name, body)
+    return lambda body: Operator(name, body, lowers)

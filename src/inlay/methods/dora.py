@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inlay.kernels.opaque import without_autocast
 from inlay.methods.base import Kind, LowRank, Params, kaiming_uniform, project, stored, zeros
 from inlay.storage.base import FrozenLinear
 
@@ -73,6 +74,7 @@ class DoRA(LowRank):
         return y if base.bias is None else y + base.bias.to(y.dtype)
 
     @torch.no_grad()
+    @without_autocast
     def row_norms(self, p: Params, base: FrozenLinear) -> Tensor:
         """`||W + s B A||` of every row, (out,), from W's own norms and products of rank size."""
         wa = base.matmul(p.A.to(base.dtype)).T.to(p.A.dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import AdapterError
+from inlay.kernels.opaque import lowered
 from inlay.methods.base import (
     Kind,
     Params,
@@ -76,7 +77,7 @@ class PrefixTuning(PromptMethod):
 
     def keys_values(self, p: Params, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         layers, heads, width = attention_shape(model.config)
-        table = p.prefix.to(table_of(input_embedding(model)).dtype)
+        table = lowered(p.prefix.to(table_of(input_embedding(model)).dtype))
         table = table.view(1, self.tokens, layers, 2, heads, width).permute(2, 3, 0, 4, 1, 5)
         return [(layer[0], layer[1]) for layer in table]
 

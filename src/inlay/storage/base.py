@@ -125,7 +125,7 @@ class FrozenLinear(ABC):
     def low_rank_linear(self, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """`x @ (W + s B A).T + bias` in x's dtype; x: (*b, in), a: (r, in), b: (out, r)."""
         packed = self.packed()
-        if packed is None or not is_on("products") or torch.is_autocast_enabled(x.device.type):
+        if packed is None or not is_on("products"):
             y = self.linear(x)
             return y + F.linear(F.linear(x, a.to(x.dtype)).to(y.dtype), (scale * b).to(y.dtype))
         return low_rank_linear(x, a, b, self.bias, scale, *packed)

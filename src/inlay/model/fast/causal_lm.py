@@ -150,7 +150,9 @@ class FastCausalLM(Fast):
         positions = F.pad(mask, (0, labels.shape[1] - mask.shape[1])).flatten().nonzero().squeeze(1)
         decoder = cast(Any, self).base_model
         few = 0 < positions.numel() <= NARROW * labels.numel()
-        here = {"scored": positions} if few and self.narrows(decoder) else {}
+        # A cache has these tokens after the call, so that it cannot be called again for the logits.
+        again = call.get("past_key_values") is None
+        here = {"scored": positions} if few and again and self.narrows(decoder) else {}
         outputs = decoder(**call, **here)
         hidden: Tensor = outputs.last_hidden_state
         narrowed = bool(here) and hidden.shape[:2] == (1, positions.numel())

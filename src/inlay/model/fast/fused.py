@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.kernels.frozen import frozen_linear_t
+from inlay.kernels.opaque import without_autocast
 from inlay.methods.base import WeightMethod
 from inlay.model.layer import AdaptedLayer
 from inlay.storage.registry import frozen
@@ -58,6 +59,7 @@ def options_of(forward: Callable[..., Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
+@without_autocast
 def mean_logits(head: nn.Module, rows: Tensor) -> Tensor:
     """Return the mean over the vocabulary of the logits of hidden states (n, d), as (n,)."""
     if acts_on(head):

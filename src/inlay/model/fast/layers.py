@@ -54,6 +54,8 @@ class FastGate(Fast):
         if not is_on("gates") or act is None or not self.training:
             return super().forward(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
+        if gate.dtype != up.dtype:  # as where one of them is not cast by autocast
+            return self.down_proj(self.act_fn(gate) * up)
         h = gated(gate, up, act)
         with made_again(h, lambda: gated(gate, up, act)):
             return self.down_proj(h)
