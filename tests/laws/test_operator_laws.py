@@ -41,12 +41,15 @@ class Table:
         return W[ids]
 
 
-def heads(seed: int, count: int, length: int) -> Tensor:
-    return drawn(2, length, count, 8, seed=seed).transpose(1, 2).requires_grad_()
+def heads(seed: int, count: int, length: int, width: int = 8) -> Tensor:
+    return drawn(2, length, count, width, seed=seed).transpose(1, 2).requires_grad_()
 
 
-def attention_case(segments: Tensor, kept: int, length: int = 9) -> tuple[Any, ...]:
-    each = (heads(seed, count, length) for seed, count in ((2, 4), (3, kept), (4, kept)))
+def attention_case(
+    segments: Tensor, kept: int, length: int = 9, of_values: int = 8
+) -> tuple[Any, ...]:
+    shapes = ((2, 4, 8), (3, kept, 8), (4, kept, of_values))
+    each = (heads(seed, count, length, width) for seed, count, width in shapes)
     return *each, segments, 0.3
 
 
@@ -94,6 +97,9 @@ CASES: dict[str, Callable[[], tuple[Operator[Any], tuple[Any, ...]]]] = {
     ),
     "segment_attention": lambda: (attention.segment_attention, attention_case(SEGMENTS, 2)),
     "segment_attention of rows": lambda: (attention.segment_attention, attention_case(WHOLE, 4)),
+    "segment_attention of narrower values": lambda: (
+        attention.segment_attention, attention_case(SEGMENTS, 2, of_values=6),
+    ),
     "segment_attention in blocks": lambda: (
         attention.segment_attention,
         attention_case(torch.tensor([[0, 0, 70], [1, 0, 70]]), 2, 70),
@@ -273,13 +279,18 @@ def test_an_operator_without_a_gradient_says_so() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200, 512, 513])
-@pytest.mark.parametrize(("kv", "width"), [(1, 8), (2, 8), (6, 8), (6, 128)])
-def test_attention_is_that_of_the_formula_at_every_length(length: int, kv: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("kv", "width", "of_values"),
+    [(1, 8, 8), (2, 8, 8), (6, 8, 8), (6, 128, 128), (2, 24, 16), (6, 16, 24), (6, 192, 128)],
+)
+def test_attention_is_that_of_the_formula_at_every_length(
+    length: int, kv: int, width: int, of_values: int
+) -> None:
     generator = torch.Generator().manual_seed(length)
     q, k, v = (
-        torch.randn(2, heads, length, width, generator=generator, dtype=torch.float64)
+        torch.randn(2, heads, length, wide, generator=generator, dtype=torch.float64)
         .requires_grad_()
-        for heads in (6, kv, kv)
+        for heads, wide in ((6, width), (kv, width), (kv, of_values))
     )  # fmt: skip
     rows = torch.tensor([[0, 0, length], [1, 0, length]])
     out = attention.segment_attention(q, k, v, rows, 0.3)[0]

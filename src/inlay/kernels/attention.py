@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from inlay.kernels import block_attention
@@ -52,6 +53,12 @@ def repeated(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
+def of_one_width(*tensors: Tensor) -> list[Tensor]:
+    """Return (..., d) tensors, zeros behind the narrower ones: flash attention knows one width."""
+    most = max(x.shape[-1] for x in tensors)
+    return [x if x.shape[-1] == most else F.pad(x, (0, most - x.shape[-1])) for x in tensors]
+
+
 def by_token(x: Tensor) -> Tensor:
     """Return an empty (b, heads, s, d) in which a token's heads lie together, as layers make it."""
     return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
@@ -63,9 +70,10 @@ def attended(qkv: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     if in_blocks(*qkv[:2]):
         out = block_attention.attended(query, key, value, scale)
         return out.transpose(1, 2), query.new_zeros(query.shape[:-1])
+    width = value.shape[-1]
     key, value = (repeated(x, query.shape[1]) for x in (key, value))
-    out, sums = flash(query, key, value, is_causal=True, scale=scale)
-    return out.transpose(1, 2), sums
+    out, sums = flash(*of_one_width(query, key, value), is_causal=True, scale=scale)
+    return out[..., :width].transpose(1, 2), sums
 
 
 def attended_backward(
@@ -79,8 +87,10 @@ def attended_backward(
     else:
         key, value = (repeated(x, query.shape[1]) for x in (key, value))
         part = ready(out.transpose(1, 2), dtype)
-        found = flash_backward(grad, query, key, value, part, sums, 0.0, True, scale=scale)
+        wide = of_one_width(grad, query, key, value, part)
+        found = flash_backward(*wide, sums, 0.0, True, scale=scale)
     for x, to in zip(qkv, found, strict=True):
+        to = to[..., : x.shape[-1]]
         shared = to.shape[1] // x.shape[1]
         yield (to if shared == 1 else to.unflatten(1, (-1, shared)).sum(2)).transpose(1, 2)
 
@@ -91,14 +101,15 @@ def segment_attention(
 ) -> tuple[Tensor, Tensor]:
     """Return `softmax(s q k.T) v` in segments, (b, s, heads, d), and log-sums (b, heads, s).
 
-    q: (b, heads, s, d); k, v: (b, kv heads, s, d); segments: (n, 3) integers.
+    q: (b, heads, s, d); k: (b, kv heads, s, d); v: (b, kv heads, s, its own d); segments: (n, 3)
+    integers.
     """
-    batch, heads, length, width = q.shape
+    batch, heads, length, _ = q.shape
     pieces = spans(segments, batch, length)
     if pieces is None:
         out, sums = attended([q, k, v], scale)
         return cast(out, q.dtype).contiguous(), sums.contiguous()
-    out = q.new_zeros(batch, length, heads, width)
+    out = q.new_zeros(batch, length, heads, v.shape[-1])
     wide = torch.promote_types(product_dtype(q), torch.float32)
     sums = q.new_zeros(batch, heads, length, dtype=wide)
     for row, span in pieces:
@@ -137,9 +148,9 @@ def segment_attention_backward(
 
 @segment_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    batch, heads, length, width = q.shape
+    batch, heads, length, _ = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(batch, length, heads, width), q.new_empty(batch, heads, length, dtype=dtype)
+    return q.new_empty(batch, length, heads, v.shape[-1]), q.new_empty(batch, heads, length, dtype=dtype)
 
 
 @segment_attention_backward.register_fake

@@ -38,20 +38,21 @@ def weights(query: Tensor, key: Tensor, span: slice, scale: float) -> Tensor:
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Return `softmax(s q k.T) v`, (b, heads, s, d); k, v: (b, kv heads, s, d)."""
+    """Return `softmax(s q k.T) v`, (b, heads, s, v's d); k, v: (b, kv heads, s, their own d)."""
     key, value = k.flatten(0, 1), v.flatten(0, 1)
-    out = torch.empty_like(q)
+    by_token = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+    out = q.new_empty(by_token).transpose(1, 2)
     for span in blocks(q.shape[2]):
         part = q[:, :, span]
         p = weights(grouped(part, len(key)), key[:, : span.stop], span, scale)
-        out[:, :, span] = torch.bmm(p, value[:, : span.stop]).view(part.shape)
+        out[:, :, span] = torch.bmm(p, value[:, : span.stop]).view(*part.shape[:-1], -1)
     return out
 
 
 def attended_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients to q, k and v; g, q: (b, heads, s, d); the weights are made again."""
+    """Return the gradients to q, k and v; g: (b, heads, s, v's d); the weights are made again."""
     key, value = k.flatten(0, 1), v.flatten(0, 1)
     to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(key), torch.zeros_like(value)
     for span in blocks(q.shape[2]):
