@@ -150,7 +150,9 @@ def segment_attention_backward(
 def _(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(batch, length, heads, v.shape[-1]), q.new_empty(batch, heads, length, dtype=dtype)
+    return q.new_empty(batch, length, heads, v.shape[-1]), q.new_empty(
+        batch, heads, length, dtype=dtype
+    )
 
 
 @segment_attention_backward.register_fake

@@ -60,6 +60,17 @@ def is_on(name: str) -> bool:
 
 
 @contextmanager
+def as_the_process_began() -> Generator[None]:
+    """Turn off inside the `with` block what the environment turns off, and nothing else."""
+    global off
+    before, off = off, from_environment()
+    try:
+        yield
+    finally:
+        off = before
+
+
+@contextmanager
 def plain(*names: str) -> Generator[None]:
     """Turn fast paths off inside the `with` block: those named, or all of them.
 

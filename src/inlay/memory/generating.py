@@ -15,6 +15,7 @@ from inlay.memory.costs import planning_for
 from inlay.memory.known import known_tensor
 from inlay.memory.ledger import Ledger, Work
 from inlay.memory.simulate import fake_tensors
+from inlay.model.seams.transformers import cache_argument
 
 LOGITS_KEPT = 1
 """Generation asks for the logits of the last position alone."""
@@ -86,7 +87,7 @@ def draw(model: nn.Module, ids: Tensor, cache: DynamicCache, sorts: bool) -> Non
 
     The mask of padded prompts, whose values decide how it is made, is left out and counted apart.
     """
-    call: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    call: dict[str, Any] = {cache_argument(model.forward) or "cache": cache, "use_cache": True}
     found = model(input_ids=ids, logits_to_keep=LOGITS_KEPT, **call)
     logits = found.logits[:, -1].to(torch.float32, copy=True)
     scores = logits / 1.0

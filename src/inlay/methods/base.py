@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Cache
 
 from inlay.errors import AdapterError
 from inlay.storage.base import FrozenLinear, Kind
@@ -370,6 +371,21 @@ def token_rows(embedding: nn.Embedding, ids: Tensor) -> Tensor:
 def table_of(embedding: nn.Embedding) -> FrozenLinear | Tensor:
     """Return what has the dtype and the device of a token embedding's table."""
     return embedding if isinstance(embedding, FrozenLinear) else embedding.weight
+
+
+def cache_of(output: Any) -> Cache:
+    """Return the key-value cache in a model's output, whatever it is called there.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    found = next((value for value in output.values() if isinstance(value, Cache)), None)
+    if found is None:
+        raise AdapterError(
+            "the model gives no key-value cache, which prompt methods need; use a decoder model, "
+            "or a weight method such as LoRA"
+        )
+    return found
 
 
 def attention_shape(config: Any) -> tuple[int, int, int]:

@@ -15,6 +15,7 @@ from inlay.methods.base import (
     Params,
     PromptMethod,
     attention_shape,
+    cache_of,
     checked_positive,
     evaluating,
     input_embedding,
@@ -67,8 +68,8 @@ class PrefixTuning(PromptMethod):
             return Params({"prefix": prefix.copy_(torch.randn(prefix.shape, generator=seed))})
         ids = torch.randint(embedding.num_embeddings, (1, self.tokens), generator=seed)
         with torch.no_grad(), evaluating(model):
-            cache: Any = model(input_ids=ids.to(prefix.device), use_cache=True)
-        pairs = [torch.stack((x.keys[0], x.values[0])) for x in cache.past_key_values.layers]
+            cache: Any = cache_of(model(input_ids=ids.to(prefix.device), use_cache=True))
+        pairs = [torch.stack((x.keys[0], x.values[0])) for x in cache.layers]
         return Params({"prefix": prefix.copy_(torch.stack(pairs).movedim(3, 0).flatten(1))})
 
     def count_for(self, config: object) -> int:

@@ -13,6 +13,7 @@ from inlay.methods.base import (
     Kind,
     Params,
     PromptMethod,
+    cache_of,
     checked_positive,
     input_embedding,
     stored,
@@ -81,7 +82,7 @@ class PromptTuning(PromptMethod):
     def keys_values(self, p: Params, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         embeddings = p.embeddings.to(table_of(input_embedding(model)).dtype)
         body: Any = model.base_model
-        cache = body(inputs_embeds=embeddings[None], use_cache=True).past_key_values
+        cache: Any = cache_of(body(inputs_embeds=embeddings[None], use_cache=True))
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     def peft_tensors(self, kind: Kind) -> dict[str, str]:

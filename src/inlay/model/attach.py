@@ -46,6 +46,8 @@ class Registry:
     active: tuple[str, ...] = ()
     required_grad: dict[str, bool] = field(default_factory=dict)
     prompt: PromptHook | None = None
+    notes: tuple[str, ...] = ()
+    """What is to be known of the fast paths that step aside on this model."""
 
 
 def attach(
@@ -101,7 +103,7 @@ def attach(
         registry.prompt = hook
     if not registry.adapters:
         registry.required_grad = {n: p.requires_grad for n, p in model.named_parameters()}
-        install(model)
+        registry.notes = install(model)
         hold_statistics(model)
     for module_name, place in places.items():
         put(model.get_submodule(module_name), place, name)

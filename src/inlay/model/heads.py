@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from inlay.errors import ModelError
+from inlay.model.seams.transformers import mark_initialised
 
 __all__ = [
     "Head",
@@ -219,7 +220,7 @@ def initialise(model: PreTrainedModel, new: Sequence[str], kept: bool, seed: int
         for name in names:
             module = model.get_submodule(name)
             for tensor in (module, *module.parameters()):
-                vars(tensor).pop("_is_hf_initialized", None)
+                mark_initialised(tensor, False)
             model._init_weights(module)
     model.__dict__[NEW] = tuple(name for name in names if name.split(".")[0] not in heads)
 

@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache
 
 from inlay.errors import AdapterError
 from inlay.methods.base import Params, PromptMethod
+from inlay.model.seams.transformers import cache_argument
 
 
 class PromptHook:
@@ -22,11 +23,9 @@ class PromptHook:
 
     def __init__(self, model: nn.Module) -> None:
         self.signature = inspect.signature(model.forward)
-        if "past_key_values" not in self.signature.parameters:
-            raise AdapterError(
-                f"{type(model).__name__} takes no past_key_values, which prompt methods need; "
-                "use a decoder model, or a weight method such as LoRA"
-            )
+        self.cache = cache_argument(model.forward) or ""
+        """What the model's forward calls its key-value cache."""
+        check_takes_prompts(model, self.cache)
         self.methods: dict[str, PromptMethod] = {}
         self.active: str | None = None
         self.model = model
@@ -77,9 +76,10 @@ class PromptHook:
         call.pop("kwargs", None)
         tokens = self.methods[self.active].tokens
         batch, device = batch_of(call)
-        cache: Cache | None = call.get("past_key_values")
-        if cache is None or cache.get_seq_length() == 0:
-            call["past_key_values"] = self.filled(cache, batch)
+        under = next((n for n, v in call.items() if isinstance(v, Cache)), self.cache)
+        cache: Cache | None = call.pop(under, None)
+        empty = cache is None or cache.get_seq_length() == 0
+        call[self.cache] = self.filled(cache, batch) if empty else cache
         mask = call.get("attention_mask")
         if mask is not None:
             ones = torch.ones(batch, tokens, dtype=mask.dtype, device=device)
@@ -102,6 +102,25 @@ class PromptHook:
         for layer, (key, value) in enumerate(pairs):
             cache.update(repeated(key, batch), repeated(value, batch), layer)
         return cache
+
+
+def check_takes_prompts(model: Any, cache: str) -> None:
+    """Raise unless a model's tokens attend to what its key-value cache holds before them.
+
+    Raises:
+        AdapterError: it has no such cache, or encodes rather than generates.
+    """
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise AdapterError(
+            f"{name} is an encoder-decoder, and prompt methods put virtual tokens before the text "
+            "of a decoder alone; use a weight method such as LoRA"
+        )
+    if not cache:
+        raise AdapterError(
+            f"{name} takes no key-value cache, which prompt methods need; use a decoder model, or "
+            "a weight method such as LoRA"
+        )
 
 
 def repeated(x: Tensor, batch: int) -> Tensor:

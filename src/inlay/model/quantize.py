@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.base import get_keys_to_not_convert
 
 from inlay.errors import ModelError, StorageError, did_you_mean
 from inlay.model.heads import head_modules
+from inlay.model.seams.transformers import get_keys_to_not_convert
 from inlay.model.targets import output_head
 from inlay.model.vision import parts_of
 from inlay.storage.dense import DenseView

@@ -14,13 +14,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from inlay.errors import InlayError, ModelError, StorageError
 from inlay.model.quantize import dense_view, head_of, storages
+from inlay.model.seams.transformers import (
+    ConversionOps,
+    HfQuantizer,
+    QuantizationConfigMixin,
+    mark_initialised,
+    register_quantization_config,
+    register_quantizer,
+    release_quantizer,
+)
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.registry import STORAGES, kind, storage_class
 
@@ -101,15 +106,12 @@ class ReadingQuantizer(HfQuantizer):
         layer.stands_for = kind(empty) or "linear"
         model.set_submodule(name, layer)
         self.storages[name] = layer.storage
-        layer._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
+        mark_initialised(layer, True)
         return layer.weight
 
     def release(self, model: PreTrainedModel) -> None:
         """Leave a plain model behind, which transformers saves, moves and trains like any other."""
-        self.remove_quantization_config(model)
-        loaded: Any = model
-        conversions = loaded._weight_conversions
-        loaded._weight_conversions = [c for c in conversions if not takes_packed(c)]
+        release_quantizer(model, self, keep=lambda conversion: not takes_packed(conversion))
 
     def is_serializable(self) -> Any:
         return True

@@ -1,21 +1,87 @@
-"""A decoder whose attention is given segments in place of a mask."""
+"""A decoder whose attention is given segments in place of a mask.
+
+Nothing that the decoder is called with is changed. While it runs, transformers asks for the masks
+of its layers (`mask_of_layers`); a mask that says no more than the segments of this call do is
+answered with them, and `attention` knows them again.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
 
 from inlay.kernels.attention import segment_attention, segments_of
 from inlay.kernels.switches import is_on
 from inlay.model.fast.base import Fast, by_name
+from inlay.model.seams.transformers import (
+    attention_of,
+    cache_in,
+    register_attention,
+    sdpa_attention_forward,
+    sdpa_mask,
+)
 
 ATTENTION = "inlay"
 """The name under which transformers finds our attention."""
+BIASES = ("position_bias", "softcap")
+"""What an attention may add to its logits or do to them, which segments do not know."""
+WAYS = ("whole", "padded", "packed")
+"""What a call may say of its rows: nothing, which tokens are padding, where rows begin."""
+KNOWN = frozenset({
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "use_cache",
+    "return_dict", "output_hidden_states", "scored", "logits_to_keep", "visual_pos_masks",
+    "deepstack_visual_embeds", "per_layer_inputs",
+})  # fmt: skip
+"""The arguments of a decoder that say nothing more about who attends to whom."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The segments of the call that runs, (n, 3)."""
+
+    segments: Tensor
+    shape: tuple[int, int]
+    """Rows and tokens of the call."""
+    longest: int
+    packed: bool
+
+    def say(self, rows: int, queries: int, keys: int, window: int | None, **more: Any) -> bool:
+        """Say whether a mask of this size and window holds no more than the segments do."""
+        return (
+            self.shape == (rows, queries)
+            and keys == queries
+            and isinstance(more.get("q_offset", 0), int)
+            and more.get("q_offset", 0) == more.get("kv_offset", 0) == 0
+            and not more.get("use_vmap")
+            and "allow_is_bidirectional_skip" not in more
+            and (self.packed or bool(more.get("allow_is_causal_skip")))
+            and (window is None or self.longest <= window)
+        )
+
+
+class Running(threading.local):
+    """The segments of the decoder's call that runs in this thread."""
+
+    rows: Rows | None = None
+
+
+running = Running()
+
+
+@contextmanager
+def given(rows: Rows | None) -> Generator[None]:
+    """Answer for masks with these segments inside the `with` block."""
+    before, running.rows = running.rows, rows
+    try:
+        yield
+    finally:
+        running.rows = before
 
 
 class FastBackbone(Fast):
@@ -25,42 +91,64 @@ class FastBackbone(Fast):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder; segments are worked out once for all its layers."""
-        call = by_name(type(self).plain, args, kwargs)
-        segments = self.segments(call)
-        if segments is not None:
-            call["attention_mask"] = segments
-        return super().forward(**call)
+        if torch.compiler.is_compiling() or not self.training:
+            return super().forward(*args, **kwargs)
+        with given(self.rows(by_name(type(self).plain, args, kwargs))):
+            return super().forward(*args, **kwargs)
 
-    def segments(self, call: dict[str, Any]) -> Tensor | None:
-        """Return the segments as a mask that is passed on as it is, (1, 1, n, 3), or None."""
-        given = call.get("input_ids")
-        given = call.get("inputs_embeds") if given is None else given
-        mask = call.get("attention_mask")
+    def rows(self, call: dict[str, Any]) -> Rows | None:
+        """Return the segments of a call's rows, or None where they do not say it all."""
+        tokens = call.get("input_ids")
+        tokens = call.get("inputs_embeds") if tokens is None else tokens
+        mask, positions = call.get("attention_mask"), call.get("position_ids")
+        way = "padded" if mask is not None else "whole" if positions is None else "packed"
         if (
-            torch.compiler.is_compiling()
-            or not is_on("attention")
-            or self.config._attn_implementation != ATTENTION
+            not is_on("attention")
+            or attention_of(self.config) != ATTENTION
             or sees_both_ways(self.config)
-            or not isinstance(given, Tensor)
-            or call.get("past_key_values") is not None
-            or not self.training
+            or not isinstance(tokens, Tensor)
+            or way not in self.proven
+            or says_more(call)
             or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
+            or (way == "packed" and positions.ndim != 2)
         ):
             return None
-        positions = call.get("position_ids")
-        if mask is None and positions is not None and positions.ndim != 2:
+        shape = (tokens.shape[0], tokens.shape[1])
+        if tokens.device.type == "meta" and way == "whole":
+            return Rows(segments_of(None, None, *shape), shape, shape[1], packed=False)
+        found = None
+        if tokens.device.type == "cpu":
+            found = segments_of(positions, mask, *shape)
+        if found is None:
             return None
-        readable = given.device.type == "cpu" or (
-            given.device.type == "meta" and mask is None and positions is None
-        )
-        found = segments_of(positions, mask, *given.shape[:2]) if readable else None
-        return None if found is None else found[None, None]
+        longest = int((found[:, 2] - found[:, 1]).max())
+        return Rows(found, shape, longest, packed=way == "packed")
+
+
+def says_more(call: dict[str, Any]) -> bool:
+    """Say whether a call holds a cache, or something that we do not know to be no mask."""
+    others = [v for name, v in call.items() if name not in KNOWN and v is not None]
+    return cache_in(call.values()) is not None or any(v is not False for v in others)
 
 
 def sees_both_ways(config: Any) -> bool:
     """Say whether a configuration turns a decoder into an encoder, whose tokens see later ones."""
     causal = getattr(config, "is_causal", True)
     return not causal or bool(getattr(config, "use_bidirectional_attention", None))
+
+
+def mask_of_layers(
+    batch_size: int, q_length: int, kv_length: int, *args: Any, **more: Any
+) -> Tensor | None:
+    """Return what transformers' layers get as their mask: the running call's segments, or sdpa's.
+
+    Segments are (1, 1, n, 3) integers, which transformers passes on as they are.
+    """
+    rows = running.rows
+    window = more.get("local_size")
+    if rows is not None and not args and rows.say(batch_size, q_length, kv_length, window, **more):
+        return rows.segments[None, None]
+    return sdpa_mask(batch_size, q_length, kv_length, *args, **more)
 
 
 def attention(
@@ -79,25 +167,29 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     segments = attention_mask[0, 0]
-    window = kwargs.get("sliding_window")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    near = window is None or int((segments[:, 2] - segments[:, 1]).max()) <= window
-    if near and not dropout and "position_bias" not in kwargs:
-        return segment_attention(query, key, value, segments, scale)[0], None
-    mask = dense_mask(segments, query.shape[0], query.shape[2], window)
+    if not dropout and not any(kwargs.get(name) is not None for name in BIASES):
+        return segment_attention(*as_cast(query, key, value), segments, scale)[0], None
+    mask = dense_mask(segments, query.shape[0], query.shape[2])
     return sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
     )
 
 
-def dense_mask(segments: Tensor, rows: int, length: int, window: int | None) -> Tensor:
+def as_cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors in autocast's dtype where it is on, as torch's own attention takes them."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def dense_mask(segments: Tensor, rows: int, length: int) -> Tensor:
     """Return the mask that says what segments say, (rows, 1, length, length)."""
     mask = torch.zeros(rows, 1, length, length, dtype=torch.bool)
     for row, start, stop in segments.tolist():
-        inside = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
-        mask[row, 0, start:stop, start:stop] = inside if window is None else inside.triu(1 - window)
+        mask[row, 0, start:stop, start:stop] = torch.ones(stop - start, stop - start).tril().bool()
     return mask | torch.eye(length, dtype=torch.bool)
 
 
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+register_attention(ATTENTION, attention, mask_of_layers)

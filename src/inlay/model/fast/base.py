@@ -14,6 +14,20 @@ class Fast(nn.Module):
     """A module in place, with a fast way to compute what its own class computes."""
 
     plain: ClassVar[type[nn.Module]]
+    proven: frozenset[str] = frozenset()
+    """In which ways it was found to compute that (`inlay.model.fast.proof`)."""
+
+
+def become_fast(module: nn.Module, fast: type[Fast], proven: frozenset[str]) -> None:
+    """Put a fast path on a module, in place, for these ways."""
+    module.__class__ = fast_class(type(module), fast)
+    module.__dict__["proven"] = proven
+
+
+def become_plain(module: Fast) -> None:
+    """Take a fast path off a module."""
+    object.__setattr__(module, "__class__", type(module).plain)
+    module.__dict__.pop("proven", None)
 
 
 @cache

@@ -11,19 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.generic import ModelOutput
 
 from inlay.kernels.loss import Scores, linear_cross_entropy, rows_at_once
 from inlay.kernels.switches import is_on
-from inlay.model.fast.base import Fast, by_name
+from inlay.model.fast.base import Fast, by_name, parameters_of
 from inlay.model.fast.fused import acts_on, asked_for, mean_logits, reads_past, temperature_of
 from inlay.model.fast.layers import FastLastBlock
-from inlay.storage.registry import frozen, kind
+from inlay.model.seams.transformers import ForCausalLMLoss, ModelOutput, cache_field, cache_in
+from inlay.storage.registry import frozen, kind, layer_class
 
 IGNORED = -100
 """The label of a position that is not scored."""
+NARROW_WAY = "few"
+"""The way in which the last block leaves unscored positions out."""
+KNOWN = frozenset({
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels",
+    "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache", "output_hidden_states",
+    "output_attentions", "fused_lm_head",
+})  # fmt: skip
+"""The arguments of a call whose meaning we know; others must be the body's own."""
 NARROW = 0.9
 """The share of scored positions up to which leaving the others out is worth gathering these."""
 
@@ -87,15 +94,13 @@ class FastCausalLM(Fast):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's output; with labels, in training, the loss comes in chunks."""
         call = by_name(type(self).plain, args, kwargs)
-        if call.get("labels") is None or not self.takes_chunks() or asks_for_more(call):
+        if call.get("labels") is None or not self.takes_chunks() or self.asks_for_more(call):
             return super().forward(**call)
         items = call.pop("num_items_in_batch", None)
         scores, mask, outputs, hidden, _ = self.scores(call)
         count = mask.sum() if items is None else torch.as_tensor(items, device=mask.device)
-        result = LossOutput(
-            loss=-scores.log_probs.sum() / count,
-            past_key_values=outputs.get("past_key_values"),
-        )
+        cache = {cache_field(LossOutput): cache_in(outputs.values())}
+        result = LossOutput(loss=-scores.log_probs.sum() / count, **cache)
         vars(result)["compute_logits"] = functools.partial(self.logits_of, call, hidden)
         return result
 
@@ -163,7 +168,8 @@ class FastCausalLM(Fast):
     def narrows(self, decoder: nn.Module) -> bool:
         """Say whether the last block can leave unscored positions out."""
         layers: Any = getattr(decoder, "layers", None)
-        return is_on("last_layer") and bool(layers) and isinstance(layers[-1], FastLastBlock)
+        proven = NARROW_WAY in self.proven and is_on("last_layer")
+        return proven and bool(layers) and isinstance(layers[-1], FastLastBlock)
 
     def score_rows(self, rows: Tensor, labels: Tensor, temperature: float) -> Scores:
         """Score hidden states (n, d) by the output head, its logits divided by a temperature."""
@@ -185,11 +191,21 @@ class FastCausalLM(Fast):
             return Scores(*none)
         return Scores(*(torch.cat(each) for each in zip(*found, strict=True)))
 
+    def asks_for_more(self, call: dict[str, Any]) -> bool:
+        """Say whether a call wants more than the loss, or holds what we do not know."""
+        keep = call.get("logits_to_keep", 0)
+        wants = any(call.get(n) for n in ("output_hidden_states", "output_attentions", "use_cache"))
+        known = KNOWN.union(parameters_of(layer_class(cast(Any, self).base_model)))
+        unknown = [n for n, value in call.items() if n not in known and value is not None]
+        more = wants or bool(unknown) or call.get("return_dict") is False
+        return more or isinstance(keep, Tensor) or keep != 0
+
     def takes_chunks(self, always: bool = False) -> bool:
         """Say whether the loss may be computed in chunks now: in training, or `always`."""
         own: Any = self
         return (
             is_on("loss")
+            and "loss" in self.proven
             and (self.training or always)
             and own.loss_function is ForCausalLMLoss
             and kind(own.get_output_embeddings()) == "linear"
@@ -216,10 +232,3 @@ def scores_of(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Score
 def head_is_adapted(head: nn.Module) -> bool:
     """Say whether something at the output head acts or trains: it must be called as a layer."""
     return acts_on(head) or any(p.requires_grad for p in head.parameters())
-
-
-def asks_for_more(call: dict[str, Any]) -> bool:
-    """Say whether a call wants more than the loss: hidden states, some logits, a tuple."""
-    keep = call.get("logits_to_keep", 0)
-    wants = any(call.get(n) for n in ("output_hidden_states", "output_attentions", "use_cache"))
-    return wants or call.get("return_dict") is False or isinstance(keep, Tensor) or keep != 0

@@ -1,0 +1,206 @@
+"""A model or module like another, but small and with weights of its own, to try things on.
+
+What is kept is the structure: class, flags, width of a head, kinds of layers. What is cut is what
+only costs time: layers of a kind that is there already, heads, feed-forward width, vocabulary,
+experts. Windows are cut, too, so that a few tokens reach beyond them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from inlay.model.seams.transformers import SDPA, is_configuration, set_attention
+from inlay.storage.registry import frozen, kind, layer_class
+
+LARGEST = 24_000_000
+"""The most parameters that a small model may have."""
+WINDOW = 5
+NARROW_HEAD = 64
+"""The width of a head up to which four of them are kept where two share keys."""
+NARROWER: tuple[tuple[str, int], ...] = (
+    (r"vocab_size", 128),
+    (r"intermediate|ffn|n_inner|ff_dim|mlp_dim", 96),
+    (r"(num|n)_(\w+_)?experts$|experts_num", 4),
+    (r"per_tok|top_?k$|moe_k$", 2),
+    (r"n_group$|topk_group$", 1),
+    (r"^(?!.*(mamba|ssm|conv)).*(window|chunk)", WINDOW),
+)
+"""Pattern of a configuration's integers -> what they are cut to."""
+NOT_WIDTHS = re.compile(r"position|length|window|chunk|vocab|intermediate|token|layer|head|theta")
+OWN = frozenset({"forward", "_hf_hook", "_old_forward"})
+"""What others put on a module and what it computes does not depend on."""
+
+
+def small_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a small model of the same class and configuration, in fp32, with torch's attention.
+
+    Raises:
+        ValueError: none could be built.
+    """
+    tried: list[str] = []
+    for narrower in (True, False):
+        try:
+            config = small_configuration(model.config, narrower)
+            made_as: Any = layer_class(model)
+            large = sum(p.numel() for p in model.parameters()) > LARGEST
+            size = size_of(made_as, config) if large else 0
+            if size > LARGEST:
+                raise ValueError(f"it still has {size:,} parameters when it is small")
+            found: PreTrainedModel = made_as(config)
+            return cast("PreTrainedModel", filled(found.float()))
+        except Exception as error:
+            tried.append(f"{type(error).__name__}: {first_line(error)}")
+    raise ValueError(f"no small model of its class could be built ({tried[0]})")
+
+
+def size_of(made_as: Any, config: Any) -> int:
+    """Return how many parameters a model of this class and configuration has, building none."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in made_as(copy.deepcopy(config)).parameters())
+
+
+def small_configuration(config: Any, narrower: bool = True) -> Any:
+    """Return a copy of a configuration with few layers and small sizes.
+
+    Args:
+        config: a transformers configuration.
+        narrower: whether heads and hidden size are cut, too.
+    """
+    small = copy.deepcopy(config)
+    for part in parts_of(small):
+        vars(part).pop("quantization_config", None)
+        cut_layers(part)
+        if narrower:
+            cut_heads(part)
+        cut_integers(part)
+    set_attention(small, SDPA)
+    return small
+
+
+def parts_of(config: Any) -> Iterator[Any]:
+    """Yield a configuration and those inside it."""
+    yield config
+    for value in list(vars(config).values()):
+        if is_configuration(value):
+            yield from parts_of(value)
+
+
+def cut_layers(config: Any) -> None:
+    """Leave two layers at least, one of each kind that the configuration lists, and the last."""
+    count = getattr(config, "num_hidden_layers", None)
+    if not isinstance(count, int) or count <= 2:
+        return
+    lists = {
+        name: cast("list[Any]", value)
+        for name, value in vars(config).items()
+        if isinstance(value, list | tuple) and len(cast("list[Any]", value)) == count
+    }
+    kinds = [repr([value[i] for value in lists.values()]) for i in range(count)]
+    kept = sorted({*(kinds.index(each) for each in set(kinds)), count - 1})[-4:]
+    kept = kept if len(kept) > 1 else [0, count - 1]
+    for name, value in lists.items():
+        setattr(config, name, type(value)(value[i] for i in kept))
+    config.num_hidden_layers = len(kept)
+
+
+def cut_heads(config: Any) -> None:
+    """Leave two or four heads of the width they have, and a hidden size to match."""
+    heads = getattr(config, "num_attention_heads", None)
+    hidden = getattr(config, "hidden_size", None)
+    if not isinstance(heads, int) or not isinstance(hidden, int) or heads <= 4:
+        return
+    kept = getattr(config, "num_key_value_heads", None)
+    width = getattr(config, "head_dim", None) or hidden // heads
+    shared = isinstance(kept, int) and 1 < kept < heads
+    few = 4 if shared and width <= NARROW_HEAD else 2
+    if isinstance(kept, int):
+        config.num_key_value_heads = few // 2 if shared else min(kept, few)
+    config.num_attention_heads = few
+    for name, value in list(vars(config).items()):
+        if type(value) is int and value == hidden and not NOT_WIDTHS.search(name):
+            setattr(config, name, few * width)
+    config.hidden_size = few * width
+
+
+def cut_integers(config: Any) -> None:
+    """Cut vocabulary, feed-forward width, experts and windows; keep special tokens inside."""
+    for name, value in list(vars(config).items()):
+        for pattern, most in NARROWER:
+            if re.search(pattern, name):
+                cut = no_more(value, most)
+                if cut != value:
+                    setattr(config, name, cut)
+                break
+    vocabulary = getattr(config, "vocab_size", None)
+    for name, value in list(vars(config).items()):
+        if name.endswith("token_id") and isinstance(value, int) and isinstance(vocabulary, int):
+            setattr(config, name, value if value < vocabulary else 0)
+
+
+def no_more(value: Any, most: int) -> Any:
+    """Return an integer, or those of a list, cut to `most`; anything else as it is."""
+    if type(value) is int:
+        return min(value, most)
+    if isinstance(value, list | tuple):
+        return type(value)(no_more(each, most) for each in cast("list[Any]", value))
+    return value
+
+
+def small_module(
+    module: nn.Module, dtype: torch.dtype, sizes: dict[int, int] | None = None
+) -> nn.Module:
+    """Return a module of the same class and attributes, its linear layers small and dense.
+
+    Hooks, and a `forward` that somebody put on the instance, stay behind.
+    """
+    sizes = {} if sizes is None else sizes
+    if kind(module) == "linear":
+        out, width = (
+            sizes.setdefault(n, min(n, 32 + 16 * len(sizes))) for n in frozen(module).shape
+        )
+        layer = nn.Linear(width, out, bias=frozen(module).bias is not None, device="cpu")
+        return filled(layer.to(dtype)).requires_grad_(False)
+    made = layer_class(module)
+    twin = made.__new__(made)
+    nn.Module.__init__(twin)
+    own = set(vars(twin)) | OWN
+    twin.__dict__.update({n: v for n, v in vars(module).items() if n not in own})
+    for name, p in module._parameters.items():
+        empty = None if p is None else torch.empty(p.shape, dtype=p.dtype, device="cpu")
+        twin.register_parameter(name, None if empty is None else nn.Parameter(empty, False))
+    for name, buffer in module._buffers.items():
+        twin.register_buffer(name, None if buffer is None else buffer.detach().clone())
+    for name, child in module._modules.items():
+        twin.add_module(name, None if child is None else small_module(child, dtype, sizes))
+    return filled(twin)
+
+
+@torch.no_grad()
+def filled(module: nn.Module) -> nn.Module:
+    """Give a module's own parameters random values of which each one matters."""
+    generator = torch.Generator().manual_seed(0)
+    for name, p in module.named_parameters():
+        if p.is_floating_point():
+            drawn = torch.randn(p.shape, generator=generator)
+            near_one = p.ndim < 2 and name.endswith("weight")
+            value = 1 + 0.1 * drawn if near_one else scaled(drawn)
+            p.copy_(value)
+    return module
+
+
+def scaled(drawn: Tensor) -> Tensor:
+    """Return values whose products with a row of ones stay near one."""
+    return 0.1 * drawn if drawn.ndim < 2 else drawn / math.sqrt(drawn.shape[-1])
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says."""
+    return (str(error).splitlines() or [""])[0][:200]

@@ -1,0 +1,313 @@
+"""How each kind of fast path is tried: on which inputs, and what must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from inlay.model.fast.attention import ATTENTION, FastBackbone
+from inlay.model.fast.base import Fast, become_fast, become_plain, parameters_of
+from inlay.model.fast.causal_lm import IGNORED, NARROW_WAY, FastCausalLM
+from inlay.model.fast.hints import can_be_last
+from inlay.model.fast.layers import FastLastBlock
+from inlay.model.fast.proof import ALWAYS, Trial, compare
+from inlay.model.fast.shrink import small_model, small_module
+from inlay.model.seams.transformers import SDPA, cache_argument, cache_in, set_attention
+from inlay.storage.registry import layer_class
+
+LONG, SHORT = 70, 20
+"""Tokens of the two rows that are tried: one beyond a block of queries, one below."""
+FIRST = 3
+"""The least token id that is tried; those below may be special."""
+ALL = frozenset({"whole", "padded", "packed", "loss", NARROW_WAY, "layer"})
+
+Values = dict[str, Tensor]
+Call = dict[str, Any]
+
+
+class Tried:
+    """A small model or module, run plainly and then fast on the same inputs."""
+
+    def __init__(self, twin: nn.Module, device: torch.device, halves: torch.dtype | None) -> None:
+        self.twin, self.device = twin.to(device), device
+        self.halves = halves if halves in (torch.bfloat16, torch.float16) else None
+        self.fast: list[Fast] = []
+        self.found: dict[Callable[[], Values], Values] = {}
+        """What runs gave plainly, in float32."""
+
+    def against_plain(self, run: Callable[[], Values]) -> None:
+        """Compare what a run gives fast with what it gives plainly."""
+        compare(run(), self.exactly(run))
+
+    def exactly(self, run: Callable[[], Values]) -> Values:
+        """Return what a run gives plainly in float32, from memory where it is known."""
+        if run not in self.found:
+            self.found[run] = self.plainly(run)
+        return self.found[run]
+
+    def plainly(self, run: Callable[[], Values]) -> Values:
+        """Return what a run gives with no fast path on the twin."""
+        self.off()
+        try:
+            return run()
+        finally:
+            self.on()
+
+    def in_halves(self, run: Callable[[], Values]) -> None:
+        """Compare in the narrower dtype of the user's model; the twin stays in it."""
+        assert self.halves is not None
+        exact = self.exactly(run)
+        self.twin.to(self.halves)
+        compare(run(), self.plainly(run), exact)
+
+    def under_autocast(self, run: Callable[[], Values]) -> None:
+        """Compare under autocast, to what autocast itself is off."""
+        exact = self.exactly(run)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            fast, plain = run(), self.plainly(run)
+        narrow = {name: value.to(torch.bfloat16) for name, value in plain.items()}
+        compare(fast, narrow, exact)
+
+    def on(self) -> None:
+        """Put the fast path on the twin."""
+
+    def off(self) -> None:
+        """Take it off again."""
+        for module in self.fast:
+            become_plain(module)
+        self.fast = []
+
+    def make(self, module: nn.Module, fast: type[Fast]) -> None:
+        """Put a fast path on one module of the twin."""
+        become_fast(module, fast, ALL)
+        self.fast.append(cast("Fast", module))
+
+    def gradients(self, to: Tensor) -> Values:
+        """Return the gradients of a number to all of the twin's parameters that train."""
+        trained = {n: p for n, p in self.twin.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(to, list(trained.values()), allow_unused=True)
+        return {
+            f"gradient of {name}": torch.zeros_like(p) if g is None else g
+            for (name, p), g in zip(trained.items(), found, strict=True)
+        }
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    """Return random values from a seed of their own."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class LayerTried(Tried):
+    """A layer that is given one tensor."""
+
+    def __init__(
+        self, module: nn.Module, fast: type[Fast], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        sizes: dict[int, int] = {}
+        twin = small_module(module, torch.float32, sizes).float().train()
+        super().__init__(twin, device, dtype)
+        self.kind, self.width = fast, width_of(twin)
+
+    def on(self) -> None:
+        self.make(self.twin, self.kind)
+
+    def run(self) -> Values:
+        """Return the layer's output and the gradient to its input."""
+        dtype = next(self.twin.parameters()).dtype
+        x = drawn(2, 3, self.width).to(self.device, dtype).requires_grad_()
+        y = self.twin(x)
+        weight = drawn(*y.shape, seed=1).to(self.device)
+        (back,) = torch.autograd.grad((y.float() * weight).sum(), x)
+        return {"value of its output": y.detach(), "gradient to its input": back}
+
+    def trials(self) -> Iterator[Trial]:
+        """Yield the trials: in float32, under autocast, in the model's own dtype."""
+        self.on()
+        yield Trial("layer", partial(self.against_plain, self.run))
+        yield Trial("layer", partial(self.under_autocast, self.run))
+        if self.halves is not None:
+            yield Trial("layer", partial(self.in_halves, self.run))
+
+
+def width_of(twin: nn.Module) -> int:
+    """Return how wide a row must be that a small module takes."""
+    linear = next((m for m in twin.modules() if isinstance(m, nn.Linear)), None)
+    return next(twin.parameters()).shape[-1] if linear is None else linear.in_features
+
+
+class ModelTried(Tried):
+    """A small model that is given ids."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        super().__init__(small_model(model).train(), device, model.dtype)
+        self.model: Any = self.twin
+        config = self.model.config.get_text_config()
+        most = min(config.vocab_size, getattr(config, "max_position_embeddings", None) or LONG)
+        self.long = LONG if most == config.vocab_size else min(LONG, most - 4)
+        self.short = min(SHORT, self.long // 2)
+        high = config.vocab_size
+        generator = torch.Generator().manual_seed(2)
+        self.ids = torch.randint(min(FIRST, high - 1), high, (2, self.long), generator=generator)
+        self.mask = torch.ones_like(self.ids)
+        self.mask[1, self.short :] = 0
+        self.takes = frozenset(parameters_of(layer_class(self.twin)))
+
+    def there(self, **call: Any) -> Call:
+        """Return a call's tensors on the device, and no cache unless it asks for one."""
+        if "use_cache" in self.takes:
+            call = {"use_cache": False, **call}
+        return {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in call.items()
+        }
+
+    def padded(self, on_left: bool = False) -> Call:
+        """Return two rows of which one is padded."""
+        mask = self.mask.flip(1) if on_left else self.mask
+        return self.there(input_ids=self.ids, attention_mask=mask)
+
+    def brief(self, call: Call) -> Call:
+        """Return the middle of the rows, padding too, where tokens are slow to compute."""
+        return {
+            name: value[:, self.short // 2 : self.short + self.short // 2]
+            if isinstance(value, Tensor) and value.ndim == 2
+            else value
+            for name, value in call.items()
+        }
+
+
+class BackboneTried(ModelTried):
+    """A decoder, whose hidden states are compared."""
+
+    def on(self) -> None:
+        self.make(self.twin, FastBackbone)
+        set_attention(self.model.config, ATTENTION)
+
+    def off(self) -> None:
+        super().off()
+        set_attention(self.model.config, SDPA)
+
+    def run(self, call: Call, backward: bool = True) -> Values:
+        """Return the hidden states of the tokens that are not padding, and the gradients."""
+        with torch.set_grad_enabled(backward):
+            hidden = self.model(**call)[0]
+        if call.get("attention_mask") is not None:
+            hidden = hidden[call["attention_mask"].bool()]
+        if not backward:
+            return {"value of its hidden states": hidden.detach()}
+        weight = drawn(*hidden.shape, seed=3).to(self.device)
+        loss = (hidden.float() * weight).sum()
+        return {"value of its hidden states": hidden.detach()} | self.gradients(loss)
+
+    def in_two_pieces(self) -> Values:
+        """Return the hidden states of a second piece over the cache of the first."""
+        name, cut = cache_argument(layer_class(self.twin).forward), self.short
+        assert name is not None
+        with torch.no_grad():
+            call = {"input_ids": self.ids[:, :cut], "use_cache": True}
+            cache = cache_in(self.model(**self.there(**call)).values())
+            call = {"input_ids": self.ids[:, cut:], "use_cache": True, name: cache}
+            hidden = self.model(**self.there(**call))[0]
+        return {"value of a second piece over a cache": hidden}
+
+    def as_evaluated(self) -> Values:
+        """Return the hidden states in evaluation, padded on the left."""
+        self.twin.eval()
+        try:
+            return self.run(self.padded(on_left=True), backward=False)
+        finally:
+            self.twin.train()
+
+    def trials(self) -> Iterator[Trial]:
+        """Yield the trials of rows of each kind, and of what every kind needs."""
+        whole = partial(self.run, self.there(input_ids=self.ids))
+        self.exactly(whole)  # raises where the twin itself does not run
+        if {"use_cache"} <= self.takes and cache_argument(layer_class(self.twin).forward):
+            yield Trial(ALWAYS, partial(self.against_plain, self.in_two_pieces))
+        yield Trial(ALWAYS, partial(self.against_plain, self.as_evaluated))
+        left = partial(self.run, self.padded(on_left=True), False)
+        yield Trial(ALWAYS, partial(self.against_plain, left))
+        yield Trial("whole", partial(self.against_plain, whole))
+        padded = partial(self.run, self.padded())
+        yield Trial("padded", partial(self.against_plain, padded))
+        if "position_ids" in self.takes:
+            yield Trial("packed", partial(self.against_plain, partial(self.run, self.packed())))
+        brief = partial(self.run, self.brief(self.padded()))
+        yield Trial(ALWAYS, partial(self.under_autocast, brief))
+        if self.halves is not None:
+            yield Trial(ALWAYS, partial(self.in_halves, brief))
+
+    def packed(self) -> Call:
+        """Return two rows in one sequence, which positions tell apart."""
+        ids = torch.cat([self.ids[0, : self.long - self.short], self.ids[1, : self.short]])[None]
+        lengths = (self.long - self.short, self.short)
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        return self.there(input_ids=ids, position_ids=positions)
+
+
+class HeadTried(ModelTried):
+    """A causal language model, whose loss is compared."""
+
+    last: nn.Module | None = None
+    """The last block, once it is tried too."""
+
+    def on(self) -> None:
+        self.make(self.twin, FastCausalLM)
+        if self.last is not None:
+            self.make(self.last, FastLastBlock)
+
+    def run(self, call: Call, head_trains: bool = False) -> Values:
+        """Return loss, logits and gradients of a labelled batch."""
+        self.twin.requires_grad_(True)
+        if not head_trains:
+            self.model.get_output_embeddings().requires_grad_(False)
+        output = self.model(**call)
+        values = {"value of the loss": output.loss.detach().reshape(1)}
+        values |= self.gradients(output.loss.float())
+        real = call.get("attention_mask")
+        with torch.no_grad():
+            logits = output.logits
+        return values | {"logits": logits if real is None else logits[real.bool()]}
+
+    def scores(self, call: Call) -> Values:
+        """Return the log-probabilities of the labels, by TRL's request or from the logits."""
+        labels = call["labels"]
+        if self.fast:
+            with torch.no_grad():
+                found = self.model(**call, fused_lm_head=True).log_probs
+        else:
+            with torch.no_grad():
+                logits = self.model(**{k: v for k, v in call.items() if k != "labels"}).logits
+            wanted = labels[:, 1:]
+            log_all = logits[:, :-1].float().log_softmax(-1)
+            found = log_all.gather(-1, wanted.clamp(min=0)[..., None])[..., 0]
+            found = found * (wanted != IGNORED)
+        return {"value of the scores": found.detach()}
+
+    def trials(self) -> Iterator[Trial]:
+        """Yield the trials of the loss, and of the last block at few positions."""
+        few = self.ids.where(self.mask == 1, IGNORED)
+        few[:, ::3] = IGNORED
+        some = self.padded() | self.there(labels=few)
+        items = some | {"num_items_in_batch": torch.tensor(9, device=self.device)}
+        labelled = partial(self.run, items)
+        self.exactly(labelled)  # raises where the twin itself does not run
+        yield Trial("loss", partial(self.against_plain, labelled))
+        whole = self.there(input_ids=self.ids, labels=self.ids)
+        yield Trial("loss", partial(self.against_plain, partial(self.run, whole, True)))
+        yield Trial("loss", partial(self.against_plain, partial(self.scores, some)))
+        brief = partial(self.run, self.brief(items))
+        yield Trial("loss", partial(self.under_autocast, brief))
+        layers: Any = getattr(self.model.base_model, "layers", None)
+        if layers and can_be_last(layers[-1]):
+            self.off()
+            self.last = layers[-1]
+            self.on()
+            yield Trial(NARROW_WAY, partial(self.against_plain, labelled))
+        if self.halves is not None:
+            yield Trial("loss", partial(self.in_halves, brief))

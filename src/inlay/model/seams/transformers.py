@@ -1,0 +1,114 @@
+"""What we touch of transformers that it may rename or change: its hooks, in one place.
+
+`tests/unit/test_seams.py` holds each hook to the signature that we expect.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+from transformers.utils.generic import ModelOutput
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+__all__ = [
+    "ConversionOps",
+    "ForCausalLMLoss",
+    "HfQuantizer",
+    "ModelOutput",
+    "QuantizationConfigMixin",
+    "cache_argument",
+    "cache_in",
+    "get_keys_to_not_convert",
+    "register_attention",
+    "register_quantization_config",
+    "register_quantizer",
+    "release_quantizer",
+    "sdpa_attention_forward",
+    "sdpa_mask",
+]
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What a forward calls its key-value cache where it does not say so by a type."""
+SDPA = "sdpa"
+"""The name of torch's own attention."""
+
+
+class MakesMask(Protocol):
+    """A function that transformers asks for the mask of one kind of layer."""
+
+    def __call__(self, batch_size: int, q_length: int, kv_length: int, **more: Any) -> Any: ...
+
+
+def register_attention(name: str, attention: Callable[..., Any], mask: MakesMask) -> None:
+    """Let models whose configuration names this attention find it, and what makes its masks."""
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+
+
+def attention_of(config: Any) -> str | None:
+    """Return the name of the attention that a configuration asks for."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def set_attention(config: Any, name: str) -> None:
+    """Let a configuration ask for another attention, the configurations inside it too."""
+    config._attn_implementation = name
+
+
+def is_configuration(value: Any) -> bool:
+    """Say whether a value is a model's configuration."""
+    return isinstance(value, PreTrainedConfig)
+
+
+def cache_argument(forward: Callable[..., Any]) -> str | None:
+    """Return which argument of a forward is the key-value cache: the one typed so, else by name.
+
+    >>> from transformers import LlamaForCausalLM
+    >>> cache_argument(LlamaForCausalLM.forward) in CACHE_NAMES
+    True
+    """
+    parameters = inspect.signature(forward).parameters
+    typed = [n for n, p in parameters.items() if "Cache" in str(p.annotation)]
+    named = [n for n in CACHE_NAMES if n in parameters]
+    return next(iter([*typed, *named]), None)
+
+
+def cache_in(values: Iterable[Any]) -> Cache | None:
+    """Return the key-value cache among some values, or None."""
+    return next((v for v in values if isinstance(v, Cache)), None)
+
+
+def cache_field(output: type[Any]) -> str:
+    """Return what a class of outputs calls the key-value cache."""
+    fields = inspect.signature(output).parameters
+    return next((name for name in CACHE_NAMES if name in fields), CACHE_NAMES[0])
+
+
+def release_quantizer(
+    model: PreTrainedModel, quantizer: HfQuantizer, keep: Callable[[Any], bool]
+) -> None:
+    """Take a loader's quantizer off a model; of its weight conversions leave those to `keep`."""
+    loaded: Any = model
+    conversions = getattr(loaded, "_weight_conversions", None)
+    quantizer.remove_quantization_config(model)
+    if conversions is not None:
+        loaded._weight_conversions = [c for c in conversions if keep(c)]
+
+
+def mark_initialised(tensor_or_layer: Tensor | nn.Module, done: bool) -> None:
+    """Say whether transformers' loader is to leave a layer or parameter as it is."""
+    if done:
+        vars(tensor_or_layer)["_is_hf_initialized"] = True
+    else:
+        vars(tensor_or_layer).pop("_is_hf_initialized", None)
