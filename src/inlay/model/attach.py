@@ -230,6 +230,12 @@ def adapters(model: nn.Module) -> dict[str, Attached]:
     return dict(registry.adapters) if registry else {}
 
 
+def notes(model: nn.Module) -> tuple[str, ...]:
+    """Return what is to be known of the fast paths that stepped aside on a model."""
+    registry = registry_of(model)
+    return registry.notes if registry else ()
+
+
 def active(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the active adapters, in order."""
     registry = registry_of(model)

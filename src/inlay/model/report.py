@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from inlay.methods.base import Params
-from inlay.model.attach import active, adapter_places, adapters
+from inlay.model.attach import active, adapter_places, adapters, notes
 from inlay.model.places import module_at
 from inlay.storage.base import FrozenLinear
 
@@ -36,6 +36,8 @@ class Report:
     trainable: int
     total: int
     """The parameters of the whole model, active adapters included; copies count once."""
+    notes: tuple[str, ...] = ()
+    """What is to be known of the fast paths that stepped aside."""
 
     @property
     def percent(self) -> float:
@@ -52,6 +54,7 @@ class Report:
             for what in dict.fromkeys(kind for _, kind in adapter.passed_over):
                 names = tuple(name for name, kind in adapter.passed_over if kind == what)
                 lines += [f"  passed over ({what}): {line}" for line in grouped(names)]
+        lines += self.notes
         return "\n".join(lines)
 
 
@@ -71,7 +74,8 @@ def report(model: nn.Module) -> Report:
         for name, attached in adapters(model).items()
     )
     trained, added = trained_sizes(model)
-    return Report(found, sum(trained.values()), base_size(model) + sum(added.values()))
+    total = base_size(model) + sum(added.values())
+    return Report(found, sum(trained.values()), total, notes(model))
 
 
 def trained_sizes(model: nn.Module) -> tuple[dict[int, int], dict[int, int]]:

@@ -110,19 +110,17 @@ class FastBackbone(Fast):
             or way not in self.proven
             or says_more(call)
             or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
-            or (way == "packed" and positions.ndim != 2)
+            or (mask is None and positions is not None and positions.ndim != 2)
         ):
             return None
-        shape = (tokens.shape[0], tokens.shape[1])
-        if tokens.device.type == "meta" and way == "whole":
-            return Rows(segments_of(None, None, *shape), shape, shape[1], packed=False)
-        found = None
-        if tokens.device.type == "cpu":
-            found = segments_of(positions, mask, *shape)
+        rows, length = tokens.shape[0], tokens.shape[1]
+        without_values = tokens.device.type == "meta" and way == "whole"
+        readable = tokens.device.type == "cpu" or without_values
+        found = segments_of(positions, mask, rows, length) if readable else None
         if found is None:
             return None
-        longest = int((found[:, 2] - found[:, 1]).max())
-        return Rows(found, shape, longest, packed=way == "packed")
+        longest = length if without_values else int((found[:, 2] - found[:, 1]).max())
+        return Rows(found, (rows, length), longest, packed=way == "packed")
 
 
 def says_more(call: dict[str, Any]) -> bool:

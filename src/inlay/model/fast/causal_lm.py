@@ -99,7 +99,7 @@ class FastCausalLM(Fast):
         items = call.pop("num_items_in_batch", None)
         scores, mask, outputs, hidden, _ = self.scores(call)
         count = mask.sum() if items is None else torch.as_tensor(items, device=mask.device)
-        cache = {cache_field(LossOutput): cache_in(outputs.values())}
+        cache: Any = {cache_field(LossOutput): cache_in(outputs.values())}
         result = LossOutput(loss=-scores.log_probs.sum() / count, **cache)
         vars(result)["compute_logits"] = functools.partial(self.logits_of, call, hidden)
         return result

@@ -44,7 +44,8 @@ def install(model: nn.Module) -> tuple[str, ...]:
         about = note(name, module, candidate.fast, found)
         if about is not None:
             notes.append(about)
-            tell(about, f"{candidate.fast.__name__} {layer_class(module)}")
+            if not found.proven:
+                tell(about, f"{candidate.fast.__name__} {layer_class(module)}")
         if found.proven:
             put(module, candidate.fast, found.proven)
     return tuple(dict.fromkeys(notes))

@@ -10,14 +10,21 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from inlay.model.seams.transformers import SDPA, is_configuration, set_attention
+from inlay.model.fast.attention import ATTENTION
+from inlay.model.seams.transformers import (
+    EAGER,
+    SDPA,
+    attention_of,
+    is_configuration,
+    set_attention,
+)
 from inlay.storage.registry import frozen, kind, layer_class
 
 LARGEST = 24_000_000
@@ -35,30 +42,39 @@ NARROWER: tuple[tuple[str, int], ...] = (
 )
 """Pattern of a configuration's integers -> what they are cut to."""
 NOT_WIDTHS = re.compile(r"position|length|window|chunk|vocab|intermediate|token|layer|head|theta")
+STATE_HEADS = re.compile(r"(mamba|ssm).*heads$")
+"""Heads of a state space, of which there are as many as the hidden size has room for."""
 OWN = frozenset({"forward", "_hf_hook", "_old_forward"})
 """What others put on a module and what it computes does not depend on."""
 
 
-def small_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a small model of the same class and configuration, in fp32, with torch's attention.
+def small_model(model: PreTrainedModel, runs: Callable[[PreTrainedModel], Any]) -> PreTrainedModel:
+    """Return a small model of the same class and configuration, in fp32, in training.
+
+    Args:
+        model: the user's model, of which class, configuration and size are read.
+        runs: what a small model must be able to do.
 
     Raises:
-        ValueError: none could be built.
+        ValueError: none could be built, or none ran.
     """
     tried: list[str] = []
+    large = sum(p.numel() for p in model.parameters()) > LARGEST
+    made_as: Any = layer_class(model)
     for narrower in (True, False):
         try:
             config = small_configuration(model.config, narrower)
-            made_as: Any = layer_class(model)
-            large = sum(p.numel() for p in model.parameters()) > LARGEST
             size = size_of(made_as, config) if large else 0
             if size > LARGEST:
                 raise ValueError(f"it still has {size:,} parameters when it is small")
-            found: PreTrainedModel = made_as(config)
-            return cast("PreTrainedModel", filled(found.float()))
+            found: Any = filled(made_as(config).float()).train()
+            with torch.no_grad():
+                runs(found)
         except Exception as error:
             tried.append(f"{type(error).__name__}: {first_line(error)}")
-    raise ValueError(f"no small model of its class could be built ({tried[0]})")
+        else:
+            return found
+    raise ValueError(f"no small model of its class could be built and run ({tried[0]})")
 
 
 def size_of(made_as: Any, config: Any) -> int:
@@ -81,7 +97,8 @@ def small_configuration(config: Any, narrower: bool = True) -> Any:
         if narrower:
             cut_heads(part)
         cut_integers(part)
-    set_attention(small, SDPA)
+    if attention_of(small) not in (SDPA, EAGER):
+        set_attention(small, SDPA if attention_of(config) == ATTENTION else EAGER)
     return small
 
 
@@ -127,12 +144,19 @@ def cut_heads(config: Any) -> None:
     for name, value in list(vars(config).items()):
         if type(value) is int and value == hidden and not NOT_WIDTHS.search(name):
             setattr(config, name, few * width)
+        elif type(value) is int and STATE_HEADS.search(name):
+            setattr(config, name, max(1, value * few * width // hidden))
     config.hidden_size = few * width
 
 
 def cut_integers(config: Any) -> None:
-    """Cut vocabulary, feed-forward width, experts and windows; keep special tokens inside."""
+    """Cut vocabulary, feed-forward width, experts and windows; keep special tokens inside.
+
+    Nothing is dropped at random, so that two runs can be compared.
+    """
     for name, value in list(vars(config).items()):
+        if isinstance(value, float) and re.search(r"drop|pdrop", name):
+            setattr(config, name, 0.0)
         for pattern, most in NARROWER:
             if re.search(pattern, name):
                 cut = no_more(value, most)

@@ -40,8 +40,8 @@ __all__ = [
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What a forward calls its key-value cache where it does not say so by a type."""
-SDPA = "sdpa"
-"""The name of torch's own attention."""
+SDPA, EAGER = "sdpa", "eager"
+"""The names of torch's own attention, and of one that is written out."""
 
 
 class MakesMask(Protocol):
