@@ -167,19 +167,11 @@ def attention(
     segments = attention_mask[0, 0]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not dropout and not any(kwargs.get(name) is not None for name in BIASES):
-        return segment_attention(*as_cast(query, key, value), segments, scale)[0], None
+        return segment_attention(query, key, value, segments, scale)[0], None
     mask = dense_mask(segments, query.shape[0], query.shape[2])
     return sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
     )
-
-
-def as_cast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return tensors in autocast's dtype where it is on, as torch's own attention takes them."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 def dense_mask(segments: Tensor, rows: int, length: int) -> Tensor:

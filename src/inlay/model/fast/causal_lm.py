@@ -156,7 +156,7 @@ class FastCausalLM(Fast):
         decoder = cast(Any, self).base_model
         few = 0 < positions.numel() <= NARROW * labels.numel()
         # A cache has these tokens after the call, so that it cannot be called again for the logits.
-        again = call.get("past_key_values") is None
+        again = cache_in(call.values()) is None
         here = {"scored": positions} if few and again and self.narrows(decoder) else {}
         outputs = decoder(**call, **here)
         hidden: Tensor = outputs.last_hidden_state
