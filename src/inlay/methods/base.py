@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -51,10 +51,21 @@ class Params(nn.Module):
         """The tensors for single parameters of the place, by the parameter's name."""
         return {name: part for name, part in self._modules.items() if isinstance(part, Params)}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the tensors; a model that is cast to halves computes in them, and these stay."""
+        return super()._apply(lambda t: not_narrowed(fn(t), t), recurse)
+
     def names(self) -> Iterator[str]:
         """Every stored tensor's name, trained ones first; those of its parts are not among them."""
         yield from self._parameters
         yield from (n for n in self._buffers if n not in self._non_persistent_buffers_set)
+
+
+def not_narrowed(moved: Tensor, tensor: Tensor) -> Tensor:
+    """Return a tensor where it was moved to; a cast to halves leaves it in fp32."""
+    if not tensor.is_floating_point() or moved.dtype.itemsize >= min(4, tensor.dtype.itemsize):
+        return moved
+    return tensor.to(moved.device, torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)

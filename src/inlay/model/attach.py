@@ -21,6 +21,7 @@ from inlay.model.selected import trained_modules
 from inlay.model.steady import hold_statistics, release_statistics
 from inlay.model.targets import Found
 from inlay.model.trunk import keep_trunk_free_of_gradients
+from inlay.storage.bitsandbytes import tell_dtype
 from inlay.storage.parameters import Parameter
 from inlay.storage.registry import frozen, matrix_kind
 
@@ -90,6 +91,7 @@ def attach(
     registry = registry_of(model) or Registry()
     check_name(name, registry)
     wanted = tuple(layers) if layers is not None and not isinstance(layers, str) else layers
+    tell_dtype(model)
     saved = trained_modules(model, modules_to_save)
     with disabled(model) if registry.adapters else nullcontext():
         places, found = places_for(model, method, targets, exclude, wanted, modules_to_save, seed)

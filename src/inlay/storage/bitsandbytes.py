@@ -17,6 +17,9 @@ from inlay.storage.int8 import Int8Linear
 from inlay.storage.nf4 import NF4Linear, as_bytes
 from inlay.storage.quantized import QuantizedLinear
 
+TOLD = "computes_in"
+"""The attribute that `tell_dtype` sets."""
+
 
 class ForeignLinear(FrozenLinear):
     """A bitsandbytes layer seen through the storage that reads its bytes."""
@@ -107,4 +110,18 @@ def held_int8(layer: Any) -> Int8Linear:
             "which quantises it"
         )
     shape = (layer.out_features, layer.in_features)
-    return Int8Linear(shape, torch.float16, layer.bias, weight=weight.data, SCB=absmax)
+    return Int8Linear(shape, dtype_of(layer), layer.bias, weight=weight.data, SCB=absmax)
+
+
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """Return the dtype that an 8-bit layer's model computes in: its bias's, or the one told."""
+    bias = layer._parameters.get("bias")
+    return vars(layer).get(TOLD, torch.float16) if bias is None else bias.dtype
+
+
+def tell_dtype(model: nn.Module) -> None:
+    """Tell 8-bit layers, which keep no dtype, the one that their model computes in."""
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    for layer in model.modules() if own else ():
+        if is_foreign(layer) and "8bit" in type(layer).__name__:
+            vars(layer)[TOLD] = own
