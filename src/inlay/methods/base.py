@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from inlay.errors import AdapterError
+from inlay.kernels.opaque import lowered as lowered
+from inlay.kernels.opaque import without_autocast as without_autocast
 from inlay.storage.base import FrozenLinear, Kind
 
 Targets = str | tuple[str, ...]

@@ -9,8 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay.kernels.opaque import without_autocast
-from inlay.methods.base import Kind, LowRank, Params, kaiming_uniform, project, stored, zeros
+from inlay.methods.base import (
+    Kind,
+    LowRank,
+    Params,
+    kaiming_uniform,
+    project,
+    stored,
+    without_autocast,
+    zeros,
+)
 from inlay.storage.base import FrozenLinear
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import AdapterError
-from inlay.kernels.opaque import lowered
 from inlay.methods.base import (
     Kind,
     Params,
@@ -19,6 +18,7 @@ from inlay.methods.base import (
     checked_positive,
     evaluating,
     input_embedding,
+    lowered,
     stored,
     table_of,
 )
