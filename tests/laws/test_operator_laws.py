@@ -69,6 +69,9 @@ CASES: dict[str, Callable[[], tuple[Operator[Any], tuple[Any, ...]]]] = {
     "dense": lambda: (frozen.dense, (*HELD, torch.float64)),
     "frozen_linear": lambda: (frozen.frozen_linear, (drawn(*X, trains=True), *HELD)),
     "frozen_linear_t": lambda: (frozen.frozen_linear_t, (drawn(*G, trains=True), *HALF)),
+    "biased_linear": lambda: (
+        frozen.biased_linear, (drawn(*X, trains=True), drawn(ROWS, seed=8, trains=True), *HELD),
+    ),
     "low_rank_linear": lambda: (
         frozen.low_rank_linear,
         (drawn(*X, trains=True), *factors(), drawn(ROWS, trains=True), 0.7, *HELD),

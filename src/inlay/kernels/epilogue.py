@@ -28,6 +28,15 @@ class Epilogue:
     bias: Tensor | None = None
     """(width,)."""
 
+    @property
+    def without_bias(self) -> Epilogue:
+        """The rest, for a product that has the bias already."""
+        return self if self.bias is None else Epilogue(self.dtype, self.term)
+
+    def bias_in(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the bias for a product in this dtype."""
+        return None if self.bias is None else cast(self.bias, dtype)
+
     def applied(self, y: Tensor) -> Tensor:
         """Return what becomes of y, which is overwritten."""
         if self.term is not None:

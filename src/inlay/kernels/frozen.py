@@ -131,7 +131,11 @@ class Matrix:
     def times(self, x: Tensor, epilogue: Epilogue) -> Tensor:
         """`x @ W.T`; x: (n, columns) -> (n, rows)."""
         direct = self.own(x, self.rows, True, epilogue)
-        return epilogue.applied(self.by_tiles(x)) if direct is None else direct
+        if direct is not None:
+            return direct
+        if self.whole is None:
+            return epilogue.applied(self.by_tiles(x))
+        return epilogue.without_bias.applied(F.linear(x, self.whole, epilogue.bias_in(self.dtype)))
 
     def times_t(self, g: Tensor, epilogue: Epilogue) -> Tensor:
         """`g @ W`; g: (n, rows) -> (n, columns)."""
@@ -139,8 +143,13 @@ class Matrix:
         return epilogue.applied(self.by_tiles_t(g)) if direct is None else direct
 
     def own(self, x: Tensor, width: int, transposed: bool, epilogue: Epilogue) -> Tensor | None:
-        """Return the product by the format's own way, or None if it has none."""
-        own = PRODUCTS.get(self.packing) if self.whole is None else None
+        """Return the product by the format's own way, or None if it has none.
+
+        With a term or without, and so with an adapter on or off, the way is the same: on a CPU the
+        formats' own sum in float32, and are not for a dtype that the CPU has arithmetic for.
+        """
+        fits = self.device.type != "cpu" or self.dtype == torch.float32
+        own = PRODUCTS.get(self.packing) if fits and self.whole is None else None
         return own.product(x, self.parts, width, transposed, epilogue) if own else None
 
     def by_tiles(self, x: Tensor) -> Tensor:
@@ -204,6 +213,23 @@ def frozen_linear_t(
     return x.view(*g.shape[:-1], columns)
 
 
+@operator("biased_linear", lowers=1)
+def biased_linear(
+    x: Tensor, bias: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int
+) -> Tensor:
+    """`x @ W.T + bias`, the bias added before the sums are rounded; x: (*b, in) -> (*b, out)."""
+    matrix = matrix_of(parts, packing, rows, columns, x)
+    y = matrix.times(matrix.flat(x, columns), Epilogue(x.dtype, None, bias))
+    return y.view(*x.shape[:-1], rows)
+
+
+@biased_linear.register_fake
+def _(
+    x: Tensor, bias: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
 @frozen_linear.register_fake
 def _(x: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
@@ -236,6 +262,25 @@ def gradient_by(
 
 frozen_linear.register_autograd(gradient_by(frozen_linear_t), setup_context=keep_parts)
 frozen_linear_t.register_autograd(gradient_by(frozen_linear), setup_context=keep_parts)
+
+
+def keep_biased(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep the packed parts, and the dtype of the bias."""
+    x, bias, *rest = inputs
+    keep_parts(ctx, (x, *rest), output)
+    ctx.bias_dtype = bias.dtype
+
+
+def biased_gradient(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    """Return the gradients to x and to the bias."""
+    to_x, to_bias = ctx.needs_input_grad[:2]
+    parts = list(ctx.saved_tensors)
+    back = frozen_linear_t(g, parts, ctx.packing, ctx.rows, ctx.columns) if to_x else None
+    bias = g.reshape(-1, ctx.rows).sum(0).to(ctx.bias_dtype) if to_bias else None
+    return back, bias, [None] * len(parts), *[None] * 3
+
+
+biased_linear.register_autograd(biased_gradient, setup_context=keep_biased)
 
 
 @operator("low_rank_linear", lowers=1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import StorageError
+from inlay.kernels.frozen import biased_linear
 from inlay.storage.base import FrozenLinear, Packed
 from inlay.storage.int8 import Int8Linear
 from inlay.storage.nf4 import NF4Linear, as_bytes
@@ -63,8 +64,11 @@ class ForeignLinear(FrozenLinear):
         return self.held.packed()
 
     def linear(self, x: Tensor) -> Tensor:
-        y = self.matmul(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        held = self.held
+        if self.bias is None:
+            return held.matmul(x)
+        held.check_input(x, held.in_features)
+        return biased_linear(x, self.bias, *held.packed())
 
     def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
         return self.held.dequantize(rows)

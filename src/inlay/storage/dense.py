@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from inlay.kernels.frozen import DENSE, frozen_linear, frozen_linear_t
+from inlay.kernels.frozen import DENSE, biased_linear, frozen_linear, frozen_linear_t
 from inlay.kernels.scratch import product_dtype
 from inlay.kernels.switches import is_on
 from inlay.storage.base import FrozenLinear, Packed, whereabouts
@@ -91,10 +91,10 @@ class DenseView(FrozenLinear):
         return frozen_linear(x, *packed) if packed else F.linear(x, self.matrix())
 
     def linear(self, x: Tensor) -> Tensor:
-        if not self.multiplied_elsewhere(x):
-            return F.linear(x, self.matrix(), self.bias)
-        y = self.matmul(x)
-        return y if self.bias is None else y + self.bias
+        packed, bias = self.multiplied_elsewhere(x), self.bias
+        if packed is None:
+            return F.linear(x, self.matrix(), bias)
+        return frozen_linear(x, *packed) if bias is None else biased_linear(x, bias, *packed)
 
     def matmul_t(self, g: Tensor) -> Tensor:
         packed = self.multiplied_elsewhere(g)

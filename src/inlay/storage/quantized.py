@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import StorageError
-from inlay.kernels.frozen import dense, frozen_linear, frozen_linear_t
+from inlay.kernels.frozen import biased_linear, dense, frozen_linear, frozen_linear_t
 from inlay.storage.base import FrozenLinear, Packed
 
 CHUNK = 1 << 20
@@ -139,8 +139,10 @@ class QuantizedLinear(nn.Module, FrozenLinear):
         return self._parameters["bias"]
 
     def linear(self, x: Tensor) -> Tensor:
-        y = self.matmul(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if self.bias is None:
+            return self.matmul(x)
+        self.check_input(x, self.in_features)
+        return biased_linear(x, self.bias, *self.packed())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ W.T + bias`; x: (*b, in) -> (*b, out)."""
