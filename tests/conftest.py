@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -15,6 +16,22 @@ import torch
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("inlay", hypothesis.settings(), deadline=None)
 hypothesis.settings.load_profile("inlay")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the class of CPU: which products are taken, and how they round, depends on it."""
+    from inlay.kernels import native
+    from inlay.kernels.scratch import FAST_HALVES_ON_CPU
+
+    has = {
+        "AVX-512": torch.cpu._is_avx512_supported(),
+        "bfloat16 arithmetic": bool(FAST_HALVES_ON_CPU),
+        "AMX": torch.cpu._is_amx_tile_supported(),
+    }
+    said = ", ".join(f"{what} {'yes' if there else 'no'}" for what, there in has.items())
+    threads = f"{torch.get_num_threads()} thread(s) of {os.cpu_count()}"
+    terminalreporter.write_line(f"CPU: {said}; {threads}; C kernels: {native.status()}")
+
 
 collect_ignore_glob = ["unit/gpu_*.py"]
 """Run by test_kernels_gpu.py in processes of their own."""

@@ -6,6 +6,7 @@ on CPU they give wrong gradients after an evaluation, and wrong values for some 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ from inlay.storage.base import FrozenLinear, Packed
 from inlay.storage.int8 import Int8Linear
 from inlay.storage.nf4 import NF4Linear, as_bytes
 from inlay.storage.quantized import QuantizedLinear
+
+
+def needed(record: logging.LogRecord) -> bool:
+    """Say whether a warning of bitsandbytes is the user's: not that its CPU product is absent."""
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(needed)
 
 TOLD = "computes_in"
 """The attribute that `tell_dtype` sets."""
