@@ -1,16 +1,21 @@
-"""Run HF PEFT's own tests with `inlay.peft` in HF PEFT's place, and count.
+"""Run HF PEFT's or TRL's own tests with `inlay.peft` in HF PEFT's place, and count.
 
-    python tests/peers/run_peft_tests.py --source PATH [--ref TAG] [--implementation peft]
+    python tests/peers/run_peft_tests.py --source PATH --suite test_custom_models
+    python tests/peers/run_peft_tests.py --source PATH --suite test_sft_trainer --of trl
 
-PATH is a checkout of HF PEFT, or a git directory of it (of which `--ref` is read). Its test files
-are copied into a temporary folder and are not part of this repository. The names that a user
-imports (`NAMES`) are Inlay's; everything else, configurations too, stays HF PEFT's. What is not
-run, and why, is in peft_deselected.json; the counts go to peft_results.json.
+PATH is a checkout of the project, or a git directory of it (of which `--ref` is read). Its test
+files are copied into a temporary folder and are not part of this repository. HF PEFT's tests get
+Inlay's names where they import them from `peft`; TRL's run inside
+`inlay.peft.take_over()`, those that say "peft" or "lora". Everything else stays the project's own.
+What the tests fetch is stood in for (stand_ins.py). `--implementation peft` is the same run on
+HF PEFT itself. What is not run, and why, is in peft_deselected.json; `--record` puts the counts
+into peers_results.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import subprocess
@@ -22,64 +27,78 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stand_ins
 
 HERE = Path(__file__).parent
-FILES = ("__init__.py", "conftest.py", "testing_common.py", "testing_utils.py")
-SUITES = ("test_custom_models.py",)
-NAMES = (
-    "PeftModel",
-    "get_base_model_state_dict",
-    "set_base_model_state_dict",
-    "get_peft_model",
-    "get_peft_model_state_dict",
-    "set_peft_model_state_dict",
+RESULTS = HERE / "peers_results.json"
+RULES = json.loads((HERE / "peft_deselected.json").read_text())
+SHARED = {
+    "peft": ("__init__.py", "conftest.py", "testing_common.py", "testing_utils.py"),
+    "trl": ("__init__.py", "conftest.py", "testing_utils.py", "testing_constants.py"),
+}
+METHODS = frozenset(
+    {"LoraConfig", "IA3Config", "LNTuningConfig", "PrefixTuningConfig", "PromptTuningConfig"}
 )
-METHODS = frozenset({"LoraConfig", "IA3Config", "LNTuningConfig"})
 """The configurations of these suites whose method Inlay has."""
-OPTIONS = frozenset(json.loads((HERE / "peft_deselected.json").read_text())["options"])
+OPTIONS = frozenset(option.partition("=")[0] for option in RULES["options"])
 """The options that Inlay does not have."""
+ONLINE = '''
+
+from contextlib import nullcontext
+
+
+def hub_online_once(model_id):
+    """Stay offline: every model is stood in for."""
+    return nullcontext()
+'''
 
 
 def main() -> int:
-    """Run the suites, write the counts, and return pytest's exit status."""
+    """Run one suite, write its counts, and return pytest's exit status."""
     arguments = parsed()
-    rules = json.loads((HERE / "peft_deselected.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
-        copied(arguments.source, arguments.ref, Path(folder))
+        stand_ins.build(Path(folder) / "home")
+        stand_ins.use_rows()
+        copied(arguments, Path(folder))
         if arguments.implementation == "inlay":
-            swap()
-        report = Counts(rules, arguments.keep_going)
-        files = [str(Path(folder) / "tests" / suite) for suite in SUITES]
+            (swap if arguments.of == "peft" else take_over)()
+        report = Counts(arguments)
+        file = str(Path(folder) / "tests" / f"{arguments.suite}.py")
         quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb", arguments.tb]
         chosen = ["-k", arguments.only] if arguments.only else []
         status = pytest.main(
-            [*files, "--rootdir", folder, "-c", "/dev/null", *quiet, *chosen], plugins=[report]
+            [file, "--rootdir", folder, "-c", "/dev/null", *quiet, *chosen], plugins=[report]
         )
-    if arguments.output:
-        found = report.summary(arguments, version_of(arguments.source, arguments.ref))
-        arguments.output.write_text(json.dumps(found, indent=2) + "\n")
+    found = report.summary()
+    print(json.dumps({k: v for k, v in found.items() if k != "failures"}, indent=1))
+    if arguments.record:
+        record(arguments, found)
     return int(status)
 
 
 def parsed() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--source", type=Path, required=True, help="HF PEFT, checked out or bare")
+    parser.add_argument("--source", type=Path, required=True, help="the project, or its git folder")
+    parser.add_argument("--of", choices=("peft", "trl"), default="peft", help="whose tests")
+    parser.add_argument("--suite", default="test_custom_models", help="a test file of it")
     parser.add_argument("--ref", default="HEAD", help="which commit of it")
     parser.add_argument("--implementation", choices=("inlay", "peft"), default="inlay")
-    parser.add_argument("--output", type=Path, help="where to write the counts")
+    parser.add_argument("--sample", type=int, default=1, help="run every so many-th test only")
+    parser.add_argument("--record", action="store_true", help=f"put the counts in {RESULTS.name}")
     parser.add_argument("--only", help="pytest's -k")
     parser.add_argument("--tb", default="line", help="pytest's --tb")
     parser.add_argument("--keep-going", action="store_true", help="run what is deselected by name")
     return parser.parse_args()
 
 
-def copied(source: Path, ref: str, folder: Path) -> None:
+def copied(arguments: argparse.Namespace, folder: Path) -> None:
     """Copy the test files, and stand in for what they import and do not use here."""
     (folder / "tests").mkdir()
-    for name in (*FILES, *SUITES):
-        found = git(source, "show", f"{ref}:tests/{name}")
-        (folder / "tests" / name).write_text(found)
+    for name in (*SHARED[arguments.of], f"{arguments.suite}.py"):
+        found = git(arguments.source, "show", f"{arguments.ref}:tests/{name}")
+        online = ONLINE if name == "testing_utils.py" and arguments.of == "peft" else ""
+        (folder / "tests" / name).write_text(found + online)
     diffusers: Any = types.ModuleType("diffusers")
     diffusers.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
     sys.modules.setdefault("diffusers", diffusers)
@@ -91,34 +110,45 @@ def git(source: Path, *words: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def version_of(source: Path, ref: str) -> str:
-    """Return the commit that the tests are of."""
-    return git(source, "rev-parse", ref).strip()
-
-
 def swap() -> None:
-    """Put Inlay's names where the tests import them from."""
+    """Put Inlay's names where HF PEFT's tests import them from."""
     import peft
 
     import inlay.peft
 
-    for name in NAMES:
+    for name in set(inlay.peft.__all__) & set(dir(peft)):
         setattr(peft, name, getattr(inlay.peft, name))
         if hasattr(peft.utils, name):
             setattr(peft.utils, name, getattr(inlay.peft, name))
 
 
+def take_over() -> None:
+    """Do what a script does that wants Inlay under TRL."""
+    import inlay.peft
+
+    inlay.peft.take_over()
+
+
+def record(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Put one run's counts beside the others."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    entry = results.setdefault(f"{arguments.of}/{arguments.suite}", {})
+    entry[arguments.implementation] = found
+    RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+
+
 class Counts:
     """Chooses what to run, and counts what came of it."""
 
-    def __init__(self, rules: dict[str, Any], keep_going: bool) -> None:
-        self.rules, self.keep_going = rules, keep_going
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
         self.left_out: Counter[str] = Counter()
         self.outcomes: dict[str, str] = {}
         self.failures: dict[str, str] = {}
+        self.selected = 0
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Leave out what Inlay does not have, with the reason."""
+        """Leave out what Inlay does not have, with the reason; of the rest take every so many."""
         kept: list[pytest.Item] = []
         for item in items:
             reason = self.reason(item)
@@ -126,21 +156,25 @@ class Counts:
                 kept.append(item)
             else:
                 self.left_out[reason] += 1
-        items[:] = kept
+        self.selected = len(kept)
+        items[:] = kept[:: self.arguments.sample]
 
     def reason(self, item: pytest.Item) -> str | None:
         """Return why a test is left out, or None when it runs."""
+        if self.arguments.of == "trl" and not about_peft(item):
+            return "test: it has no adapter"
         params = getattr(getattr(item, "callspec", None), "params", {})
         texts = [text for value in params.values() for text in words(value)]
+        texts += configurations(item.name)
         for text in texts:
             if text.endswith("Config") and text not in METHODS:
                 return f"method: {text}"
         for kind, entries in (("option", "options"), ("layer", "models")):
-            for word, why in self.rules[entries].items():
+            for word, why in RULES[entries].items():
                 if word in texts:
                     return f"{kind}: {why}"
         name = item.nodeid.split("::", 1)[1]
-        for group, entry in () if self.keep_going else self.rules["tests"].items():
+        for group, entry in () if self.arguments.keep_going else RULES["tests"].items():
             if any(name == n or name.split("[")[0] == n for n in entry):
                 return f"test: {group}"
         return None
@@ -151,17 +185,21 @@ class Counts:
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[name] = report.outcome
             if report.failed:
-                self.failures[name] = same_every_time(str(report.longrepr).splitlines()[-1])[:300]
+                lines = str(report.longrepr).strip().splitlines() or ["?"]
+                self.failures[name] = same_every_time(lines[-1])[:300]
 
-    def summary(self, arguments: argparse.Namespace, commit: str) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Return the counts as JSON values."""
         counts = Counter(self.outcomes.values())
         ran = counts["passed"] + counts["failed"]
+        where = {"peft": "huggingface/peft", "trl": "huggingface/trl"}[self.arguments.of]
+        commit = git(self.arguments.source, "rev-parse", self.arguments.ref).strip()
         return {
-            "suites": list(SUITES),
-            "tests_of": f"huggingface/peft {commit}",
-            "implementation": arguments.implementation,
-            "selected": sum(counts.values()),
+            "tests_of": f"{where} {commit}",
+            "versions": versions(),
+            "collected": self.selected + self.left_out.total(),
+            "selected": self.selected,
+            "run": sum(counts.values()),
             "passed": counts["passed"],
             "failed": counts["failed"],
             "skipped_by_the_tests_themselves": counts["skipped"],
@@ -169,6 +207,26 @@ class Counts:
             "left_out": dict(self.left_out.most_common()),
             "failures": self.failures,
         }
+
+
+def about_peft(item: pytest.Item) -> bool:
+    """Say whether a test of TRL has an adapter in it."""
+    return re.search("peft|lora", inspect.getsource(getattr(item, "function")), re.I) is not None  # noqa: B009
+
+
+def configurations(name: str) -> list[str]:
+    """Return the configurations that are only in a test's name, as `parameterized` writes them."""
+    found = re.search(r"_\d+_(\w+?)_(\w+)$", name)
+    pair = found.groups() if found else ()
+    known = {"Lora", "LoHa", "LoKr", "AdaLora", "OFT", "BOFT", "IA3", "VeRA", "Vera", "HRA"}
+    return [f"{word}Config" for word in pair if word in known]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that the tests ran on."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "peft", "trl", "accelerate")}
 
 
 def same_every_time(line: str) -> str:

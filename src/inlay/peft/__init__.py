@@ -16,6 +16,25 @@ if find_spec("peft") is None:
         "with pip install 'inlay[peft]', or use inlay.attach, which needs no peft"
     )
 
+from inlay.peft.auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
+from inlay.peft.by_task import (
+    PeftMixedModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+from inlay.peft.inject import inject_adapter_in_model
 from inlay.peft.model import PeftModel, get_peft_model
 from inlay.peft.states import (
     get_base_model_state_dict,
@@ -27,11 +46,26 @@ from inlay.peft.trainers import take_over
 from inlay.peft.tuner import Tuner
 
 __all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "PeftMixedModel",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
     "Tuner",
     "get_base_model_state_dict",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "inject_adapter_in_model",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "take_over",

@@ -17,6 +17,10 @@ class TargetError(errors.TargetError, ValueError):
     """A target matched nothing, or something that the method cannot adapt."""
 
 
+class StateError(AdapterError, RuntimeError):
+    """A state does not have a model's own keys: the `RuntimeError` that torch raises, too."""
+
+
 class MergeError(errors.MergeError, ValueError):
     """Merging would lose the update, or is not possible."""
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, snapshot_download
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftModelForCausalLM, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from torch import nn
+from torch import Tensor, nn
 
 from inlay.checkpoint.adapter import check_recorded, load_adapter, read_adapter, save_adapter
 from inlay.checkpoint.folder import CARD, CONFIG, EXTRAS, TENSORS, located, read_json
 from inlay.checkpoint.placement import described
-from inlay.checkpoint.tensors import fill, slots
+from inlay.checkpoint.tensors import Slot, fill, slots
 from inlay.errors import CheckpointError
 from inlay.model.attach import adapters
 from inlay.peft.configs import recorded_of
@@ -93,12 +94,67 @@ def read_again(model: nn.Module, name: str, folder: Path) -> None:
         check_recorded(model, attached, file.folder)
 
 
-def write(model: nn.Module, name: str, directory: Path, config: PeftConfig) -> None:
+def write(wrapped: Any, name: str, directory: Path, tags: str | Sequence[str] | None) -> None:
     """Save one adapter as HF PEFT reads it; a card that a user wrote there stays."""
-    readme = directory / CARD
+    readme, model = directory / CARD, wrapped.get_base_model()
     earlier = readme.read_text(encoding="utf-8") if readme.is_file() else OURS
-    save_adapter(model, directory, name, recorded=recorded_of(config, model))
-    if OURS not in earlier:
-        kept = ModelCard(earlier, ignore_metadata_errors=True)
-        setattr(kept.data, "library_name", "peft")  # noqa: B010
-        readme.write_text(str(kept), encoding="utf-8")
+    save_adapter(model, directory, name, recorded=recorded_of(wrapped.peft_config[name], model))
+    text = earlier if OURS not in earlier else readme.read_text(encoding="utf-8")
+    card = ModelCard(text, ignore_metadata_errors=True)
+    mark(card, wrapped, [tags] if isinstance(tags, str) else list(tags or ()))
+    readme.write_text(str(card), encoding="utf-8")
+
+
+def mark(card: Any, wrapped: Any, more: list[str]) -> None:
+    """Put into a card what the hub finds adapters by, as HF PEFT does: library, tags, task."""
+    named: list[str] = list(getattr(wrapped.get_base_model(), "model_tags", None) or ())
+    theirs: set[str] = wrapped._get_peft_specific_model_tags()
+    here: list[str] = list(getattr(card.data, "tags", None) or ())
+    card.data.library_name = "peft"
+    card.data.tags = list(dict.fromkeys([*here, *sorted(theirs), *named, *more]))
+    if isinstance(wrapped, PeftModelForCausalLM) and not getattr(card.data, "pipeline_tag", None):
+        card.data.pipeline_tag = "text-generation"
+
+
+@contextmanager
+def holding(wrapped: Any, name: str, state: Mapping[str, Tensor] | None) -> Generator[None]:
+    """Have the values of a state in an adapter inside the `with` block.
+
+    The state is the wrapped model's own, by its names or its file's; what it has besides is left.
+
+    Raises:
+        AdapterError: a value of the adapter is not in it, or misfits.
+    """
+    if state is None:
+        yield
+        return
+    found = slots(wrapped.get_base_model(), name)
+    own = {id(value): key for key, value in wrapped.state_dict(keep_vars=True).items()}
+    values: list[tuple[Slot, Tensor, Tensor]] = []
+    for slot in found:
+        before = slot.tensor
+        keys = [key for key in (own.get(id(before)), slot.key) if key in state]
+        if not keys:
+            raise AdapterError(
+                f"the state_dict given lacks {slot.key} of adapter {name!r}; give the model's own "
+                "state_dict(), or leave it out to save the values as they are"
+            )
+        values.append((slot, before, state[keys[0]]))
+        if state[keys[0]].shape != before.shape:
+            raise AdapterError(
+                f"the state_dict given has {keys[0]} of shape {list(state[keys[0]].shape)}, "
+                f"expected {list(before.shape)}; gather a sharded state before it is saved"
+            )
+    try:
+        for slot, before, value in values:
+            place(slot, nn.Parameter(value, False) if isinstance(before, nn.Parameter) else value)
+        yield
+    finally:
+        for slot, before, _ in values:
+            place(slot, before)
+
+
+def place(slot: Slot, value: Tensor) -> None:
+    """Put a tensor where a slot is."""
+    table = slot.home._parameters if slot.name in slot.home._parameters else slot.home._buffers
+    table[slot.name] = value  # pyright: ignore[reportArgumentType]

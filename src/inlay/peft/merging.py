@@ -18,6 +18,7 @@ from inlay.model.quantize import describe_quantization
 from inlay.model.untie import Ties
 from inlay.peft.errors import AdapterError, MergeError
 from inlay.peft.merged import Merged
+from inlay.peft.presented import present
 
 LEAST = 0.9
 """The share of an update in the weights below which the outputs decide on a merge for good."""
@@ -66,6 +67,7 @@ class Merging(nn.Module):
         if registry is not None:
             acts = self.enabled and not self.merged
             activate(self.model, registry, registry.active if acts else ())
+            present(self.model)
 
     @contextmanager
     def at_rest(self) -> Generator[None]:

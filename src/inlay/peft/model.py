@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from inlay.model.fast.causal_lm import FastCausalLM
 from inlay.model.fast.fused import reads_past
-from inlay.peft.errors import AdapterError, refuse
+from inlay.peft.errors import AdapterError
 from inlay.peft.rows import routed
 from inlay.peft.saving import Saved
+from inlay.peft.wrapped import BY_TASK
 
 
 class PeftModel(Saved):
@@ -136,7 +137,7 @@ def get_peft_model(
             place, its own parameters frozen.
         peft_config: LoraConfig, IA3Config, LNTuningConfig, PrefixTuningConfig, PromptTuningConfig.
         adapter_name: the adapter's name on this model.
-        mixed: must be False.
+        mixed: True gives a `PeftMixedModel`; adapters of several methods go on every model.
         autocast_adapter_dtype: False keeps the adapter in its layers' dtype, not in fp32.
         revision: the base model's revision, to record.
         low_cpu_mem_usage: no effect, Inlay makes adapters where they are to lie.
@@ -150,11 +151,14 @@ def get_peft_model(
     >>> get_peft_model(model, LoraConfig(r=2, target_modules=["0"])).get_nb_trainable_parameters()
     (16, 36)
     """
-    refuse({"mixed=True": mixed})
     if revision is not None:
         peft_config = copy.deepcopy(peft_config)
         peft_config.revision = revision
-    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    cls = BY_TASK["MIXED"] if mixed else PeftModel.of_task(peft_config)
+    made: PeftModel = cls(
+        model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+    )
+    return made
 
 
 def check_head(model: Any) -> None:

@@ -35,14 +35,13 @@ def routed(model: nn.Module, names: Sequence[str], copies: int = 1) -> Generator
         AdapterError: an adapter is not known, or cannot act on some rows only.
     """
     check_names(model, names)
-    rows = [name for name in names for _ in range(copies)]
     layers = [(n, m) for n, m in own_modules(model) if isinstance(m, AdaptedLayer)]
     used = [(n, m) for n, m in layers if set(names) & set(m.methods)]
     for name, layer in used:
         check_rowwise(name, layer)
-    groups = {each: torch.tensor([r == each for r in rows]).nonzero()[:, 0] for each in set(rows)}
+    groups = {len(names) * n: grouped(names, n) for n in {1, copies}}
     for name, layer in used:
-        vars(layer)["forward"] = partial(forward, layer, name, groups, len(rows))
+        vars(layer)["forward"] = partial(forward, layer, name, groups)
     try:
         yield
     finally:
@@ -50,32 +49,39 @@ def routed(model: nn.Module, names: Sequence[str], copies: int = 1) -> Generator
             del vars(layer)["forward"]
 
 
+def grouped(names: Sequence[str], copies: int) -> dict[str, Tensor]:
+    """Return the rows of each adapter where the model holds every row `copies` times."""
+    rows = [name for name in names for _ in range(copies)]
+    return {each: torch.tensor([r == each for r in rows]).nonzero()[:, 0] for each in set(rows)}
+
+
 def forward(
-    layer: AdaptedLayer,
-    name: str,
-    groups: dict[str, Tensor],
-    rows: int,
-    *args: Any,
-    **kwargs: Any,
+    layer: AdaptedLayer, name: str, groups: dict[int, dict[str, Tensor]], *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Return a layer's output, each row through its own adapter."""
+    """Return a layer's output, each row through its own adapter.
+
+    `groups` are the rows of each adapter, by how many rows there are: an encoder reads each once
+    where the decoder reads it once a beam.
+    """
     call = [*args, *kwargs.values()]
     x: Tensor = call[0]
-    if len(call) != 1 or x.shape[0] != rows:
+    rows = x.shape[0]
+    if len(call) != 1 or rows not in groups:
+        wanted = " or ".join(map(str, sorted(groups)))
         raise AdapterError(
-            f"layer {name} reads {x.shape[0]} rows where adapter_names gives {rows}: this model "
+            f"layer {name} reads {rows} rows where adapter_names gives {wanted}: this model "
             "does not keep one row a sequence there; run the rows of each adapter by themselves"
         )
     active, found = layer.active, dict[str, Tensor]()
     try:
-        for each, here in groups.items():
+        for each, here in groups[rows].items():
             layer.active = (each,) if each in layer.methods else ()
             found[each] = type(layer).forward(layer, x[here.to(x.device)])
     finally:
         layer.active = active
     first = next(iter(found.values()))
     y = first.new_empty(rows, *first.shape[1:])
-    for each, here in groups.items():
+    for each, here in groups[rows].items():
         y[here.to(y.device)] = found[each]
     return y
 

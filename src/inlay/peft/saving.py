@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +13,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 from inlay.peft import folders
 from inlay.peft.errors import refuse
 from inlay.peft.wrapped import Wrapped
+
+
+NO_MATTER = ("max_shard_size", "save_function", "token", "variant", "save_peft_format")
+"""Options of transformers' `save_pretrained` that have no bearing on an adapter's one file."""
 
 
 class Saved(Wrapped):
@@ -29,29 +34,40 @@ class Saved(Wrapped):
     ) -> None:
         """Save adapters in HF PEFT's layout: `default` in the folder, others in subfolders.
 
+        Of the other options of transformers' function of this name, `state_dict` gives the values
+        to save, as accelerate gathers them, and `tags` go to the card; those that say how a hub is
+        reached or how the weights of a whole model are cut have nothing to do here.
+
         Raises:
             AdapterError: no such adapter, or an option that Inlay does not have.
             CheckpointError: the disk is full, or an adapter holds values that are not finite.
         """
-        kwargs.pop("max_shard_size", None)  # An adapter is one file.
+        given, tags = kwargs.pop("state_dict", None), kwargs.pop("tags", None)
+        for key in NO_MATTER:
+            kwargs.pop(key, None)
         refuse(
             {
-                "safe_serialization=False": not safe_serialization,
                 "save_embedding_layers=True": save_embedding_layers is True,
                 "path_initial_model_for_weight_conversion": bool(
                     path_initial_model_for_weight_conversion
                 ),
-                "state_dict": kwargs.pop("state_dict", None) is not None,
                 **{key: value not in (None, False) for key, value in kwargs.items()},
             }
         )
+        if not safe_serialization:
+            warnings.warn(
+                "safe_serialization=False asks for a pickle, which inlay never writes; the adapter "
+                "is saved as safetensors, which HF PEFT reads as well",
+                stacklevel=2,
+            )
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         for name in names:
             self.base_model.check_has(name)
         with self.base_model.at_rest():
             for name in names if is_main_process else ():
                 folder = Path(save_directory) / ("" if name == "default" else name)
-                folders.write(self.get_base_model(), name, folder, self.peft_config[name])
+                with folders.holding(self, name, given):
+                    folders.write(self, name, folder, tags)
 
     def load_adapter(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -87,6 +103,7 @@ class Saved(Wrapped):
             self.peft_config[adapter_name] = config
             tuner.settle_dtype(adapter_name, autocast_adapter_dtype)
             tuner.set_requires_grad(adapter_name, is_trainable)
+        tuner.settle()
         if not is_trainable:
             self.eval()
         return _IncompatibleKeys([], [])
@@ -125,7 +142,7 @@ class Saved(Wrapped):
         """
         kwargs.pop("torch_device", None)  # An adapter lies where its layers do.
         found = config or folders.config_in(folders.folder_of(model_id, kwargs))
-        self = cls.__new__(cls)
+        self: Any = object.__new__(cls.of_task(found))
         self.wrap(model, found)
         if config is not None:
             config.inference_mode = not is_trainable

@@ -6,21 +6,38 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft.utils import save_and_load as theirs
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from inlay.checkpoint.folder import Entry
 from inlay.checkpoint.placement import described
-from inlay.checkpoint.tensors import DTYPES, Problems, listed, misfit, missing, separate, slots
+from inlay.checkpoint.tensors import (
+    DTYPES,
+    PREFIX,
+    Problems,
+    Slot,
+    listed,
+    misfit,
+    missing,
+    separate,
+    slots,
+)
 from inlay.methods.base import Params
-from inlay.peft.errors import AdapterError
+from inlay.model.attach import adapters, registry_of
+from inlay.peft.errors import AdapterError, StateError
 from inlay.peft.model import PeftModel
 
 SPELLED = {dtype: word for word, dtype in DTYPES.items()}
 
 
+GET: Any = theirs.get_peft_model_state_dict
+SET: Any = theirs.set_peft_model_state_dict
+"""HF PEFT's own, for models with its layers; kept here, for `take_over` puts others in place."""
+
+
 def get_peft_model_state_dict(
-    model: PeftModel,
+    model: Any,
     state_dict: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
     unwrap_compiled: bool = False,
@@ -29,7 +46,7 @@ def get_peft_model_state_dict(
     """Return one adapter's tensors by the keys that its file has.
 
     Args:
-        model: the model that has the adapter.
+        model: the model that has the adapter; one with HF PEFT's own layers goes to HF PEFT.
         state_dict: the model's own `state_dict()`, from which to take them; default: as they are.
         adapter_name: which of its adapters.
         unwrap_compiled: whether the model was compiled as a whole.
@@ -48,17 +65,37 @@ def get_peft_model_state_dict(
     if save_embedding_layers is True:
         raise AdapterError("save_embedding_layers=True is not something that inlay.peft has")
     inner: Any = getattr(model, "_orig_mod", model) if unwrap_compiled else model
-    inner.base_model.check_has(adapter_name)
-    found = slots(inner.get_base_model(), adapter_name)
+    if not is_ours(inner):
+        return GET(model, state_dict, adapter_name, unwrap_compiled, save_embedding_layers)
+    found = keyed(inner, adapter_name)
     if state_dict is None:
-        return {slot.key: slot.tensor.detach() for slot in found}
+        return {key: slot.tensor.detach() for key, slot in found}
     names = {id(value): name for name, value in inner.state_dict(keep_vars=True).items()}
-    return {slot.key: state_dict[names[id(slot.tensor)]] for slot in found}
+    return {key: state_dict[names[id(slot.tensor)]] for key, slot in found}
+
+
+def is_ours(model: Any) -> bool:
+    """Say whether a model's adapters are Inlay's, wrapped or injected."""
+    return isinstance(model, PeftModel) or registry_of(model) is not None
+
+
+def keyed(model: Any, name: str) -> list[tuple[str, Slot]]:
+    """Return an adapter's tensors by their keys, which an injected model has without a prefix.
+
+    Raises:
+        AdapterError: no such adapter.
+    """
+    if isinstance(model, PeftModel):
+        model.base_model.check_has(name)
+        return [(slot.key, slot) for slot in slots(model.get_base_model(), name)]
+    if name not in adapters(model):
+        raise AdapterError(f"Adapter {name} not found; the model has {', '.join(adapters(model))}")
+    return [(slot.key.removeprefix(PREFIX), slot) for slot in slots(model, name)]
 
 
 @torch.no_grad()
 def set_peft_model_state_dict(
-    model: PeftModel,
+    model: Any,
     peft_model_state_dict: Mapping[str, Tensor],
     adapter_name: str = "default",
     ignore_mismatched_sizes: bool = False,
@@ -75,9 +112,11 @@ def set_peft_model_state_dict(
     del low_cpu_mem_usage  # Inlay makes adapters where they are to lie.
     if ignore_mismatched_sizes:
         raise AdapterError("ignore_mismatched_sizes=True is not something that inlay.peft has")
-    model.base_model.check_has(adapter_name)
-    found = slots(model.get_base_model(), adapter_name)
-    values = dict(peft_model_state_dict)
+    if not is_ours(model):
+        return SET(model, peft_model_state_dict, adapter_name)
+    pairs, values = keyed(model, adapter_name), dict(peft_model_state_dict)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    found = [Slot(key, slot.home, slot.name) for key, slot in pairs]
     expected = {slot.key: slot.tensor for slot in found}
     entries = {k: Entry(SPELLED.get(v.dtype, str(v.dtype)), tuple(v.shape)) for k, v in
                values.items()}  # fmt: skip
@@ -87,7 +126,7 @@ def set_peft_model_state_dict(
     for key, tensor in expected.items():
         if key in entries:
             problems.add("misfits", misfit(key, entries[key], tensor, False))
-    where = f"adapter {adapter_name!r} of this {described(model.get_base_model())}"
+    where = f"adapter {adapter_name!r} of this {described(base)}"
     problems.raise_if_any(f"the state given does not fit {where}")
     separate(found, values)
     for slot in found:
@@ -113,7 +152,7 @@ def set_base_model_state_dict(
         What torch's `load_state_dict` returns, adapters' keys left out.
 
     Raises:
-        AdapterError: with `strict`, a key is missing or not the base's.
+        StateError: with `strict`, a key is missing or not the base's.
     """
     with model.base_model.at_rest():
         ours = adapter_keys(model)
@@ -121,10 +160,10 @@ def set_base_model_state_dict(
     missed = [key for key in found.missing_keys if key not in ours]
     unknown = list(found.unexpected_keys)
     if strict and (missed or unknown):
-        raise AdapterError(
-            f"the state given is not this {described(model.get_base_model())}'s: "
-            f"{listed(missed) or 'nothing'} is missing, {listed(unknown) or 'nothing'} is no key "
-            "of its own"
+        parts = (("Missing key(s)", missed), ("Unexpected key(s)", unknown))
+        said = "; ".join(f"{what}: {listed(keys)}" for what, keys in parts if keys)
+        raise StateError(
+            f"the state given is not this {described(model.get_base_model())}'s. {said}"
         )
     return _IncompatibleKeys(missed, unknown)
 
@@ -133,4 +172,7 @@ def adapter_keys(model: PeftModel) -> set[str]:
     """Return the keys that adapters' tensors have in the base model's state."""
     base = model.get_base_model()
     homes = [(name, home) for name, home in base.named_modules() if isinstance(home, Params)]
-    return {f"{name}.{tensor}" for name, home in homes for tensor in home.state_dict()}
+    found = {f"{name}.{tensor}" for name, home in homes for tensor in home.state_dict()}
+    held = {id(t) for _, home in homes for t in (*home.parameters(), *home.buffers())}
+    state: dict[str, Tensor] = base.state_dict(keep_vars=True)
+    return found | {key for key, value in state.items() if id(value) in held}

@@ -1,25 +1,32 @@
-"""What makes a trainer that is given a `peft_config` call Inlay."""
+"""What makes a trainer that is given a `peft_config`, and other code of HF PEFT's, call Inlay."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from typing import Any
 
 import peft
 
+from inlay.peft import auto, states
 from inlay.peft.model import get_peft_model
 
-NAME = "get_peft_model"
 LIBRARIES = ("peft", "trl")
-"""Whose modules call HF PEFT's function by a name of their own."""
+"""Whose modules call HF PEFT's functions by names of their own."""
+OURS: dict[str, Any] = {
+    "get_peft_model": get_peft_model,
+    "get_peft_model_state_dict": states.get_peft_model_state_dict,
+    "set_peft_model_state_dict": states.set_peft_model_state_dict,
+}
 
 
 def take_over() -> ExitStack:
     """Let `peft_config=` given to a TRL trainer make an Inlay model, from this line on.
 
-    HF PEFT's `get_peft_model` is replaced by Inlay's in `peft` and in TRL's modules, those that are
-    loaded later too; a name that a script itself imported before stays what it was. Where the
-    result is used in `with`, or closed, the name is given back.
+    HF PEFT's `get_peft_model`, and the functions that read and set an adapter's state, are replaced
+    by Inlay's in `peft` and in TRL's modules, those that are loaded later too; `AutoPeftModel…`
+    gives Inlay's models. A name that a script itself imported before stays what it was. Where the
+    result is used in `with`, or closed, all is given back.
 
     >>> import peft
     >>> from inlay.peft import get_peft_model, take_over
@@ -29,15 +36,24 @@ def take_over() -> ExitStack:
     >>> peft.get_peft_model is get_peft_model
     False
     """
-    theirs = peft.get_peft_model
-    put(get_peft_model, in_place_of=theirs)
     undo = ExitStack()
-    undo.callback(put, theirs, in_place_of=get_peft_model)
+    for name, ours in OURS.items():
+        theirs = getattr(peft, name)
+        put(name, ours, in_place_of=theirs)
+        undo.callback(put, name, theirs, in_place_of=ours)
+    for ours in auto.CLASSES:
+        theirs: Any = getattr(peft, ours.__name__)
+        undo.callback(setattr, theirs, TARGET, getattr(theirs, TARGET))
+        setattr(theirs, TARGET, getattr(ours, TARGET))
     return undo
 
 
-def put(function: object, in_place_of: object) -> None:
-    """Give the name to another function, in every loaded module where it has that one."""
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in LIBRARIES and vars(module).get(NAME) is in_place_of:
-            setattr(module, NAME, function)
+TARGET = "_target_peft_class"
+"""Where HF PEFT's loaders say which class the adapter is loaded with."""
+
+
+def put(name: str, function: object, in_place_of: object) -> None:
+    """Give a name to another function, in every loaded module where it has that one."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] in LIBRARIES and vars(module).get(name) is in_place_of:
+            setattr(module, name, function)

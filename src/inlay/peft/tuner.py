@@ -30,6 +30,8 @@ from inlay.storage.registry import frozen, kind
 LACKING = frozenset({"add_weighted_adapter", "inject_adapter", "subtract_mutated_init"})
 """What HF PEFT's tuners do besides, and this one does not."""
 
+PREFIXES = {"LORA": "lora_", "IA3": "ia3_", "LN_TUNING": "ln_tuning_"}
+
 
 class Tuner(Merging):
     """The `base_model` of a `PeftModel`; the adapted model itself is `.model`.
@@ -37,8 +39,11 @@ class Tuner(Merging):
     Other attributes are the model's own.
     """
 
-    prefix = "adapters."
-    """What an adapter's parameter has in its name, and no other parameter."""
+    @property
+    def prefix(self) -> str:
+        """What an adapter's parameter has in its name, and no parameter of the base has."""
+        config = next(iter(self.peft_config.values()), None)
+        return PREFIXES.get(str(getattr(config, "peft_type", "")).rpartition(".")[2], "adapters.")
 
     def __getattr__(self, name: str) -> Any:
         """Return the tuner's own module, or the model's attribute."""
@@ -84,6 +89,7 @@ class Tuner(Merging):
         self.settle_dtype(name, autocast)
         if active(self.model) == (name,):
             set_trained(self.model, (name,), not ready.inference_mode)
+        self.settle()
 
     def check_new(self, name: str) -> None:
         """Raise when an adapter of this name is here.

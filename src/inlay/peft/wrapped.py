@@ -12,10 +12,14 @@ from inlay.checkpoint.tensors import slots
 from inlay.methods.base import Params
 from inlay.model.attach import adapters
 from inlay.model.report import base_size
-from inlay.peft.configs import check_config
+from inlay.peft.configs import check_config, plain
 from inlay.peft.errors import AdapterError
 from inlay.peft.status import layer_status, model_status
 from inlay.peft.tuner import Tuner
+
+
+BY_TASK: dict[str, type[Any]] = {}
+"""The class of a wrapped model by its configuration's task; by_task.py has them."""
 
 
 class Wrapped(peft.PeftModel):
@@ -94,6 +98,12 @@ class Wrapped(peft.PeftModel):
     def is_loaded_in_8bit(self) -> bool:
         """No, as `is_loaded_in_4bit`."""
         return False
+
+    @classmethod
+    def of_task(cls, config: PeftConfig) -> type[Any]:
+        """Return the class for a configuration's task, unless one was asked for by its name."""
+        task = str(plain(config.task_type)) if isinstance(config, PeftConfig) else ""
+        return cls if cls in BY_TASK.values() else BY_TASK.get(task, cls)
 
     def get_base_model(self) -> Any:
         """Return the model itself, with its adapted layers."""

@@ -1,0 +1,57 @@
+"""HF PEFT's classes by task, and the one for mixed adapters: what a script tests by `isinstance`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+
+from inlay.peft.model import PeftModel
+from inlay.peft.wrapped import BY_TASK
+
+
+class PeftModelForCausalLM(PeftModel, peft.PeftModelForCausalLM):
+    """A causal language model with adapters."""
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what the model itself does."""
+        return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)
+
+
+class PeftModelForSeq2SeqLM(PeftModel, peft.PeftModelForSeq2SeqLM):
+    """An encoder and a decoder with adapters."""
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what the model itself does."""
+        return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)
+
+
+class PeftModelForSequenceClassification(PeftModel, peft.PeftModelForSequenceClassification):
+    """A classifier of sequences with adapters."""
+
+
+class PeftModelForTokenClassification(PeftModel, peft.PeftModelForTokenClassification):
+    """A classifier of tokens with adapters."""
+
+
+class PeftModelForQuestionAnswering(PeftModel, peft.PeftModelForQuestionAnswering):
+    """A finder of answers in a text with adapters."""
+
+
+class PeftModelForFeatureExtraction(PeftModel, peft.PeftModelForFeatureExtraction):
+    """A model of hidden states with adapters."""
+
+
+class PeftMixedModel(PeftModel, peft.PeftMixedModel):
+    """A model with adapters of several methods, as every `PeftModel` here may have."""
+
+
+BY_TASK.update(
+    MIXED=PeftMixedModel,
+    SEQ_CLS=PeftModelForSequenceClassification,
+    SEQ_2_SEQ_LM=PeftModelForSeq2SeqLM,
+    CAUSAL_LM=PeftModelForCausalLM,
+    TOKEN_CLS=PeftModelForTokenClassification,
+    QUESTION_ANS=PeftModelForQuestionAnswering,
+    FEATURE_EXTRACTION=PeftModelForFeatureExtraction,
+)

@@ -1,0 +1,156 @@
+"""Views of an adapter's tensors and numbers under HF PEFT's names; to set one sets the original.
+
+They are made when they are asked for and hold nothing of their own, so that a copied, moved or
+reloaded layer has no stale ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlay.methods.base import LowRank, Params, replaced
+from inlay.model.layer import AdaptedLayer
+
+
+@dataclass(frozen=True)
+class Word:
+    """What HF PEFT calls one tensor: its table at the layer, and its name below the adapter's."""
+
+    tensor: str
+    table: str
+    below: str
+
+
+class Linked(dict[str, Any]):
+    """The parameters of a view: to set one sets it where it lives."""
+
+    def __init__(self, homes: Mapping[str, tuple[Params, str]]) -> None:
+        super().__init__({key: home._parameters[name] for key, (home, name) in homes.items()})
+        self.homes = homes
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        home, name = self.homes[key]
+        home._parameters[name] = value
+
+
+class Leaf(nn.Module):
+    """One tensor of an adapter as HF PEFT holds it: the `weight` of a module of its own."""
+
+    bias = None
+
+    def __init__(self, homes: Mapping[str, tuple[Params, str]]) -> None:
+        super().__init__()
+        vars(self)["_parameters"] = Linked(homes)
+
+    @property
+    def out_features(self) -> int:
+        """The matrix's rows."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """The matrix's columns."""
+        return self.weight.shape[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the matrix, as the linear layer that HF PEFT has here."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Tensors(nn.Module, Mapping[str, nn.Parameter]):
+    """One kind of tensor by adapter, as HF PEFT's `ParameterDict` is."""
+
+    def __init__(self, homes: Mapping[str, tuple[Params, str]]) -> None:
+        super().__init__()
+        vars(self)["_parameters"] = Linked(homes)
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return vars(self)["_parameters"][name]
+
+    def __setitem__(self, name: str, value: nn.Parameter) -> None:
+        vars(self)["_parameters"][name] = value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self)["_parameters"])
+
+    def __len__(self) -> int:
+        return len(vars(self)["_parameters"])
+
+    __hash__ = nn.Module.__hash__
+    __eq__ = nn.Module.__eq__
+
+
+def tables(
+    layer: AdaptedLayer, words: Iterable[tuple[str, tuple[Word, ...]]]
+) -> dict[str, nn.Module]:
+    """Return a layer's tables of tensors by HF PEFT's names, with every adapter that is here."""
+    homes: dict[str, dict[str, dict[str, tuple[Params, str]]]] = {}
+    for adapter, each in words:
+        home = layer.adapters._modules.get(adapter)
+        for word in each if isinstance(home, Params) else ():
+            assert isinstance(home, Params)
+            below = homes.setdefault(word.table, {}).setdefault(adapter, {})
+            below[word.below] = (home, word.tensor)
+    return {table: table_of(found) for table, found in homes.items()}
+
+
+def table_of(found: Mapping[str, Mapping[str, tuple[Params, str]]]) -> nn.Module:
+    """Return one table: modules by adapter, or the tensors themselves."""
+    if any("" in below for below in found.values()):
+        return Tensors({adapter: below[""] for adapter, below in found.items()})
+    return nn.ModuleDict({adapter: Leaf(below) for adapter, below in found.items()})
+
+
+class Scaling(dict[str, float]):
+    """What each adapter's product is multiplied by; to set one changes what the layer computes."""
+
+    def __init__(self, layer: AdaptedLayer) -> None:
+        self.layer = layer
+        low = ((n, m) for n, m in layer.methods.items() if isinstance(m, LowRank))
+        super().__init__({name: method.scale for name, method in low})
+
+    def __setitem__(self, name: str, scale: float) -> None:
+        method = self.layer.methods[name]
+        assert isinstance(method, LowRank)
+        self.layer.methods[name] = scaled(method, float(scale))
+        super().__setitem__(name, scale)
+
+    def copy(self) -> dict[str, float]:
+        """Return the numbers as they are now."""
+        return dict(self)
+
+
+def scaled(method: LowRank, scale: float) -> LowRank:
+    """Return a method whose scale is this one, which may be zero or less as no new one's may."""
+    if scale == method.scale:
+        return method
+    unit = replaced(method, alpha=1.0)
+    assert isinstance(unit, LowRank)
+    changed = copy.copy(method)
+    object.__setattr__(changed, "alpha", scale / unit.scale)
+    return changed
+
+
+class Dropout(nn.Dropout):
+    """An adapter's dropout; to set `p` changes what the layer computes."""
+
+    def __init__(self, layer: AdaptedLayer, adapter: str) -> None:
+        self.where = weakref.ref(layer), adapter
+        method = layer.methods[adapter]
+        super().__init__(method.dropout if isinstance(method, LowRank) else 0.0)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "p" and "where" in vars(self):
+            layer, adapter = vars(self)["where"][0](), vars(self)["where"][1]
+            method = layer.methods[adapter] if layer is not None else None
+            if layer is not None and isinstance(method, LowRank) and method.dropout != value:
+                layer.methods[adapter] = replaced(method, dropout=float(value))
