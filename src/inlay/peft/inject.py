@@ -78,7 +78,7 @@ def aimed(config: PeftConfig, model: nn.Module, state: Mapping[str, Tensor]) -> 
             f"{next(iter(state), 'none')}"
         )
     warn_of_others(config, model, set(there))
-    found.target_modules = set(there)
+    found.target_modules, found.exclude_modules = set(there), None
     return found
 
 
