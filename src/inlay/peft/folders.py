@@ -130,10 +130,12 @@ def holding(wrapped: Any, name: str, state: Mapping[str, Tensor] | None) -> Gene
         return
     found = slots(wrapped.get_base_model(), name)
     own = {id(value): key for key, value in wrapped.state_dict(keep_vars=True).items()}
+    named = {id(value): key for key, value in wrapped.named_parameters()}
     values: list[tuple[Slot, Tensor, Tensor]] = []
     for slot in found:
         before = slot.tensor
-        keys = [key for key in (own.get(id(before)), slot.key) if key in state]
+        spelled = (own.get(id(before)), named.get(id(before)), slot.key)
+        keys = [key for key in spelled if key in state]
         if not keys:
             raise AdapterError(
                 f"the state_dict given lacks {slot.key} of adapter {name!r}; give the model's own "

@@ -14,6 +14,7 @@ from inlay.model.attach import adapters
 from inlay.model.report import base_size
 from inlay.peft.configs import check_config, plain
 from inlay.peft.errors import AdapterError
+from inlay.peft.prompted import PromptNames
 from inlay.peft.status import layer_status, model_status
 from inlay.peft.tuner import Tuner
 
@@ -22,7 +23,7 @@ BY_TASK: dict[str, type[Any]] = {}
 """The class of a wrapped model by its configuration's task; by_task.py has them."""
 
 
-class Wrapped(peft.PeftModel):
+class Wrapped(PromptNames, peft.PeftModel):
     """A model, and the tuner that stands around it."""
 
     base_model: Tuner
