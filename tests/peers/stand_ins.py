@@ -312,5 +312,3 @@ def use_rows() -> None:
     import datasets
 
     datasets.load_dataset = load_dataset
-
-

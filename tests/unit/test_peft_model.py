@@ -68,7 +68,7 @@ def moved(model: PeftModel, name: str = "default") -> PeftModel:
     """Change every tensor of an adapter, as training would."""
     seed = torch.Generator().manual_seed(sum(map(ord, name)))
     for key, parameter in model.named_parameters():
-        if f"adapters.{name}." in key:
+        if f".{name}." in f"{key}.":
             noise = torch.randn(parameter.shape, generator=seed).to(parameter.dtype)
             parameter.data += 0.1 * noise
     return model
@@ -232,7 +232,7 @@ def test_unload_leaves_the_base_even_when_merged() -> None:
 def test_a_merge_for_good_that_rounding_would_erase_is_refused() -> None:
     model = made(dtype=torch.bfloat16)
     for key, parameter in model.named_parameters():
-        if key.endswith("adapters.default.B"):
+        if key.endswith("lora_B.default.weight"):
             parameter.data *= 1e-4
     adapted = logits(model)
     with pytest.raises(MergeError, match="would keep only"):
@@ -242,7 +242,7 @@ def test_a_merge_for_good_that_rounding_would_erase_is_refused() -> None:
 
 def test_a_safe_merge_stops_at_values_that_are_not_finite() -> None:
     model = made()
-    next(p for n, p in model.named_parameters() if n.endswith(".B")).data[0, 0] = float("inf")
+    next(p for n, p in model.named_parameters() if "lora_B" in n).data[0, 0] = float("inf")
     with pytest.raises(MergeError, match="NaNs detected in the merged weights"):
         model.merge_adapter(safe_merge=True)
     assert model.base_model.merged_adapters == []
@@ -275,7 +275,7 @@ def test_adapters_act_train_and_go_by_name() -> None:
     model.set_adapter("b")
     assert (model.active_adapter, model.active_adapters) == ("b", ["b"])
     assert unlike(logits(model), first)
-    trained = {n.split(".adapters.")[1][0] for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {"b"}
     model.set_adapter("default", inference_mode=True)
     assert model.get_nb_trainable_parameters()[0] == 0
@@ -300,7 +300,7 @@ def test_what_a_user_lets_train_beside_the_adapter_goes_on_training() -> None:
     model.set_requires_grad("default")
     model.set_adapter("b")
     trained = [n for n, p in model.named_parameters() if p.requires_grad and p is not own]
-    assert all(".adapters.b." in n for n in trained)
+    assert all(".b." in n for n in trained)
     model.set_adapter("default", inference_mode=True)
     assert [p for p in model.parameters() if p.requires_grad] == [own]
 
@@ -313,7 +313,7 @@ def test_a_new_adapter_leaves_alone_what_trains(tmp_path: Path) -> None:
     model.load_adapter(tmp_path, "c", is_trainable=True)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trained
-    assert all(".adapters.c." in n for n in trained)
+    assert all(".c." in n for n in trained)
     assert model.active_adapter == "default"
 
 
@@ -482,7 +482,7 @@ def test_an_adapter_of_no_peft_method_is_left_to_inlay(tmp_path: Path) -> None:
 def test_without_autocast_an_adapter_is_in_its_layers_dtype(tmp_path: Path) -> None:
     model = made(dtype=torch.bfloat16, autocast_adapter_dtype=False)
     model.add_adapter("b", lora(), autocast_adapter_dtype=True)
-    kept = {n.split(".adapters.")[1][0]: p.dtype for n, p in model.named_parameters() if
+    kept = {n.split(".")[-2]: p.dtype for n, p in model.named_parameters() if
             model.prefix in n}  # fmt: skip
     assert kept == {"d": torch.bfloat16, "b": torch.float32}
     model.save_pretrained(tmp_path)
@@ -547,7 +547,6 @@ def test_the_users_configuration_is_left_as_it_was() -> None:
         ({"lora_bias": True}, "lora_bias"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"target_parameters": ["w"]}, "target_parameters"),
         ({"ensure_weight_tying": True}, "ensure_weight_tying"),
         ({"use_qalora": True}, "use_qalora"),
         ({"r": 0}, "rank"),
@@ -564,8 +563,6 @@ def test_an_option_that_inlay_lacks_is_named(options: dict[str, Any], words: str
 def test_other_methods_and_modes_are_named() -> None:
     with pytest.raises(AdapterError, match="OFT"):
         made(peft.OFTConfig(target_modules=["q_proj"]))
-    with pytest.raises(AdapterError, match="mixed"):
-        made(mixed=True)
     with pytest.raises(AdapterError, match=r"peft\.LoraConfig, not by a dict"):
         made({"r": 4})
     projected = PrefixTuningConfig(
@@ -580,8 +577,8 @@ def test_targets_that_match_nothing_or_have_no_default_are_told() -> None:
         made(lora(target_modules=["nothing"]))
     with pytest.raises(TargetError, match="target_modules"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig())
-    mixed = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Linear(2, 2))
-    with pytest.raises(TargetError, match="Conv2d"):
+    mixed = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
+    with pytest.raises(TargetError, match="ReLU"):
         get_peft_model(mixed, LoraConfig(target_modules=["0"]))
 
 
@@ -600,9 +597,7 @@ def test_a_second_wrap_and_a_taken_name_are_refused() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"safe_serialization": False},
         {"save_embedding_layers": True},
-        {"state_dict": {}},
         {"path_initial_model_for_weight_conversion": "x"},
         {"push_to_hub": True},
     ],

@@ -1,4 +1,4 @@
-"""HF PEFT's classes by task, and the one for mixed adapters: what a script tests by `isinstance`."""
+"""HF PEFT's classes by task, and the one for mixed adapters, of which a wrapped model is one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import peft
 from inlay.peft.model import PeftModel
 from inlay.peft.wrapped import BY_TASK
 
+theirs: Any = peft
 
-class PeftModelForCausalLM(PeftModel, peft.PeftModelForCausalLM):
+
+class PeftModelForCausalLM(PeftModel, theirs.PeftModelForCausalLM):
     """A causal language model with adapters."""
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
@@ -18,7 +20,7 @@ class PeftModelForCausalLM(PeftModel, peft.PeftModelForCausalLM):
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)
 
 
-class PeftModelForSeq2SeqLM(PeftModel, peft.PeftModelForSeq2SeqLM):
+class PeftModelForSeq2SeqLM(PeftModel, theirs.PeftModelForSeq2SeqLM):
     """An encoder and a decoder with adapters."""
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
@@ -26,23 +28,23 @@ class PeftModelForSeq2SeqLM(PeftModel, peft.PeftModelForSeq2SeqLM):
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)
 
 
-class PeftModelForSequenceClassification(PeftModel, peft.PeftModelForSequenceClassification):
+class PeftModelForSequenceClassification(PeftModel, theirs.PeftModelForSequenceClassification):
     """A classifier of sequences with adapters."""
 
 
-class PeftModelForTokenClassification(PeftModel, peft.PeftModelForTokenClassification):
+class PeftModelForTokenClassification(PeftModel, theirs.PeftModelForTokenClassification):
     """A classifier of tokens with adapters."""
 
 
-class PeftModelForQuestionAnswering(PeftModel, peft.PeftModelForQuestionAnswering):
+class PeftModelForQuestionAnswering(PeftModel, theirs.PeftModelForQuestionAnswering):
     """A finder of answers in a text with adapters."""
 
 
-class PeftModelForFeatureExtraction(PeftModel, peft.PeftModelForFeatureExtraction):
+class PeftModelForFeatureExtraction(PeftModel, theirs.PeftModelForFeatureExtraction):
     """A model of hidden states with adapters."""
 
 
-class PeftMixedModel(PeftModel, peft.PeftMixedModel):
+class PeftMixedModel(PeftModel, theirs.PeftMixedModel):
     """A model with adapters of several methods, as every `PeftModel` here may have."""
 
 

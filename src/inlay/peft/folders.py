@@ -135,7 +135,7 @@ def holding(wrapped: Any, name: str, state: Mapping[str, Tensor] | None) -> Gene
     for slot in found:
         before = slot.tensor
         spelled = (own.get(id(before)), named.get(id(before)), slot.key)
-        keys = [key for key in spelled if key in state]
+        keys = [str(key) for key in spelled if key in state]
         if not keys:
             raise AdapterError(
                 f"the state_dict given lacks {slot.key} of adapter {name!r}; give the model's own "

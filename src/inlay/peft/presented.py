@@ -7,14 +7,13 @@ what is seen here are views (views.py), through which they are read and set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from peft.tuners import ia3, lora
 from peft.tuners.ln_tuning.layer import LNTuningLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from inlay.checkpoint.placement import saved_roots, under_any
@@ -61,7 +60,7 @@ class Presented(AdaptedLayer):
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
+    ) -> Generator[tuple[str, nn.Module]]:
         """Every module below by name, adapters first by HF PEFT's."""
         memo = set() if memo is None else memo
         if self in memo:
@@ -81,11 +80,13 @@ class Presented(AdaptedLayer):
                 found[theirs] = found.pop(ours)
         return found
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         for ours, theirs in self.spelled(prefix):
             if theirs in state_dict:
                 state_dict[ours] = state_dict.pop(theirs)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def spelled(self, prefix: str) -> Iterator[tuple[str, str]]:
         """Every adapter tensor's name in the state, Inlay's and HF PEFT's."""
@@ -271,13 +272,15 @@ def presented(
     found = {word.table.partition("_")[0] for _, each in words for word in each}
     acts = found & {"lora", "ia3", "ln"}
     body: dict[str, Any] = {"plain": plain, "words": words, "alphas": alphas}
-    body |= {"original": plain.original, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    body |= {
+        "original": plain.original,
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+    }
     cls: Any = type(plain.__name__, (PresentedTuner if acts else Presented, plain), body)
     for prefix in acts:
         theirs: Any = {"ia3": ia3.IA3Layer, "ln": LNTuningLayer}.get(prefix)
         if prefix == "lora":
             theirs = LORA.get(layer_kind or "", lora.LoraLayer)
         theirs.register(cls)
-    assert not acts or issubclass(cls, BaseTunerLayer)
-    return cls
-
+    return cast("type[Presented]", cls)

@@ -6,7 +6,7 @@ HF PEFT puts no tuner around such a model: its parameters are `base_model.<name>
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
@@ -24,12 +24,15 @@ else:
 class PromptNames(Base):
     """What of a wrapped model's names is other where it has prompts only."""
 
-    peft_config: dict[str, PeftConfig]
     base_model: Any
+
+    def configured(self) -> dict[str, PeftConfig]:
+        """Return the adapters' configurations."""
+        return self.base_model.peft_config if "base_model" in self._modules else {}
 
     def only_prompts(self) -> bool:
         """Say whether every adapter here is a prompt."""
-        configs = self.peft_config.values() if "base_model" in self._modules else ()
+        configs = self.configured().values()
         return bool(configs) and all(config.is_prompt_learning for config in configs)
 
     @property
@@ -39,7 +42,7 @@ class PromptNames(Base):
 
     def prompts(self) -> list[str]:
         """Return the names of the adapters that are prompts."""
-        return [n for n, config in self.peft_config.items() if config.is_prompt_learning]
+        return [n for n, config in self.configured().items() if config.is_prompt_learning]
 
     def encoder(self, name: str) -> nn.Module:
         """Return one prompt as a module that has an embedding."""
@@ -59,7 +62,7 @@ class PromptNames(Base):
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
+    ) -> Generator[tuple[str, nn.Module]]:
         """Every module below by name, as HF PEFT names them."""
         if not self.only_prompts():
             yield from super().named_modules(memo, prefix, remove_duplicate)

@@ -14,7 +14,6 @@ from inlay.peft import folders
 from inlay.peft.errors import refuse
 from inlay.peft.wrapped import Wrapped
 
-
 NO_MATTER = ("max_shard_size", "save_function", "token", "variant", "save_peft_format")
 """Options of transformers' `save_pretrained` that have no bearing on an adapter's one file."""
 

@@ -18,7 +18,6 @@ from inlay.peft.prompted import PromptNames
 from inlay.peft.status import layer_status, model_status
 from inlay.peft.tuner import Tuner
 
-
 BY_TASK: dict[str, type[Any]] = {}
 """The class of a wrapped model by its configuration's task; by_task.py has them."""
 
@@ -101,9 +100,9 @@ class Wrapped(PromptNames, peft.PeftModel):
         return False
 
     @classmethod
-    def of_task(cls, config: PeftConfig) -> type[Any]:
+    def of_task(cls, config: object) -> type[Any]:
         """Return the class for a configuration's task, unless one was asked for by its name."""
-        task = str(plain(config.task_type)) if isinstance(config, PeftConfig) else ""
+        task = str(plain(getattr(config, "task_type", None)))
         return cls if cls in BY_TASK.values() else BY_TASK.get(task, cls)
 
     def get_base_model(self) -> Any:
