@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -348,10 +347,3 @@ def test_rows_of_an_encoder_decoder_have_their_adapters_under_beams() -> None:
     for found, one in zip(mixed, (alone[0], plain[0]), strict=True):
         length = min(len(found), len(one))
         assert torch.equal(found[:length], one[:length])
-
-
-def test_a_pickled_model_is_the_model(tmp_path: Path) -> None:
-    model, _ = both(CONFIGS["lora"])
-    twin = pickle.loads(pickle.dumps(model))
-    assert torch.equal(twin(input_ids=IDS).logits, model(input_ids=IDS).logits)
-    assert trained(twin).keys() == trained(model).keys()

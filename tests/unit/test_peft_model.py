@@ -484,7 +484,7 @@ def test_without_autocast_an_adapter_is_in_its_layers_dtype(tmp_path: Path) -> N
     model.add_adapter("b", lora(), autocast_adapter_dtype=True)
     kept = {n.split(".")[-2]: p.dtype for n, p in model.named_parameters() if
             model.prefix in n}  # fmt: skip
-    assert kept == {"d": torch.bfloat16, "b": torch.float32}
+    assert kept == {"default": torch.bfloat16, "b": torch.float32}
     model.save_pretrained(tmp_path)
     read = PeftModel.from_pretrained(llama(torch.bfloat16), tmp_path, autocast_adapter_dtype=False)
     assert torch.equal(logits(read), logits(model))

@@ -37,6 +37,12 @@ STARTS: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 """The option that says how a new adapter starts, and its values that Inlay has, by peft_type."""
 
+INSTEAD = {
+    "P_TUNING": "PromptEncoderConfig (P-tuning) is a method that inlay does not have; use "
+    "PromptTuningConfig, which trains the same embeddings without a network before them, or "
+    "PrefixTuningConfig",
+}
+"""What to use in place of a method, by peft_type, where another does nearly the same."""
 NEW_ONLY = {"ensure_weight_tying": False, "eva_config": None, "prefix_projection": False}
 """Options without effect on a trained adapter that change how a new one is made."""
 
@@ -112,6 +118,9 @@ def method_of(config: PeftConfig) -> Method:
     Raises:
         AdapterError: a method or an option that Inlay does not have, or a wrong value.
     """
+    instead = INSTEAD.get(str(plain(config.peft_type)))
+    if instead:
+        raise AdapterError(instead)
     try:
         method = method_in(options_of(config), type(config).__name__, REMEDY)
     except CheckpointError as error:
@@ -134,7 +143,7 @@ def placement_of(config: PeftConfig, method: Method, model: nn.Module) -> dict[s
 def fill_targets(config: Any, model: nn.Module) -> None:
     """Fill in the modules that HF PEFT targets on this kind of model when none are given."""
     kind = str(BaseTuner.get_model_config(model).get("model_type", "custom"))
-    if config.target_modules is None:
+    if config.target_modules is None and not getattr(config, "target_parameters", None):
         tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(plain(config.peft_type))]
         mapping: Mapping[str, Any] = getattr(
             tuner, "target_module_mapping", TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING

@@ -129,7 +129,7 @@ class PresentedTuner(Presented):
     def lora_dropout(self) -> nn.ModuleDict:
         """Each adapter's dropout; to set its `p` has effect."""
         found = {n: Dropout(self, n) for n, m in self.low_rank().items() if m.dropout > 0}
-        return nn.ModuleDict(found)
+        return nn.ModuleDict(found).train(self.training)
 
     @property
     def use_rslora(self) -> dict[str, bool]:

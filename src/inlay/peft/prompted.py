@@ -38,7 +38,8 @@ class PromptNames(Base):
     @property
     def prompt_encoder(self) -> nn.ModuleDict:
         """Each prompt's values, as the embedding that HF PEFT has."""
-        return nn.ModuleDict({name: self.encoder(name) for name in self.prompts()})
+        found = nn.ModuleDict({name: self.encoder(name) for name in self.prompts()})
+        return found.train(self.training)
 
     def prompts(self) -> list[str]:
         """Return the names of the adapters that are prompts."""

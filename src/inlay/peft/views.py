@@ -103,7 +103,10 @@ def tables(
             assert isinstance(home, Params)
             below = homes.setdefault(word.table, {}).setdefault(adapter, {})
             below[word.below] = (home, word.tensor)
-    return {table: table_of(found) for table, found in homes.items()}
+    found = {table: table_of(there) for table, there in homes.items()}
+    for module in (m for view in found.values() for m in view.modules()):
+        module.training = layer.training
+    return found
 
 
 def table_of(found: Mapping[str, Mapping[str, tuple[Params, str]]]) -> nn.Module:
@@ -150,6 +153,7 @@ class Dropout(nn.Dropout):
         self.where = weakref.ref(layer), adapter
         method = layer.methods[adapter]
         super().__init__(method.dropout if isinstance(method, LowRank) else 0.0)
+        self.training = layer.training
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
