@@ -65,7 +65,7 @@ def quantising(dtype: torch.dtype, double_quant: bool) -> Contest:
     w = torch.randn(4096, 4096).to(dtype)
     layer = NF4Linear.quantized(w, None, double_quant=double_quant)
     theirs, state = quantize_4bit(w, quant_type="nf4", compress_statistics=double_quant)
-    assert torch.equal(layer.weight.view(-1), theirs.view(-1))
+    assert torch.equal(layer.packed_weight.view(-1), theirs.view(-1))
     assert torch.equal(layer.absmax, state.absmax)
     return {
         "inlay": lambda: NF4Linear.quantized(w, None, double_quant=double_quant),

@@ -71,7 +71,7 @@ def test_same_bytes_and_values(
         w.clone(), compress_statistics=double_quant, quant_type="nf4"
     )
     ours = NF4Linear.quantized(w, None, double_quant=double_quant)
-    assert torch.equal(ours.weight, packed)
+    assert torch.equal(ours.packed_weight, packed)
     assert torch.equal(ours.absmax, state.absmax)
     if double_quant:
         assert torch.equal(ours.nested_absmax, state.state2.absmax)
@@ -86,7 +86,7 @@ def test_same_bytes_at_the_edges_of_the_floats(value: float) -> None:
     w[1, ::2] = 0.0
     packed, state = bnb.functional.quantize_4bit(w.clone(), quant_type="nf4")
     ours = NF4Linear.quantized(w, None, double_quant=False)
-    assert torch.equal(ours.weight, packed)
+    assert torch.equal(ours.packed_weight, packed)
     assert torch.equal(ours.absmax, state.absmax)
 
 
@@ -97,7 +97,7 @@ def test_same_bytes_on_ties() -> None:
     w = torch.zeros(1, 128)
     w[0, : nudged.numel()], w[0, 127] = nudged, 1.0
     packed, _ = bnb.functional.quantize_4bit(w.clone(), quant_type="nf4")
-    assert torch.equal(NF4Linear.quantized(w, None, double_quant=False).weight, packed)
+    assert torch.equal(NF4Linear.quantized(w, None, double_quant=False).packed_weight, packed)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -129,7 +129,7 @@ def test_int8_values_agree() -> None:
     codes, absmax, _ = bnb.functional.int8_vectorwise_quant(w.clone())
     ours = Int8Linear.quantized(w, None)
     assert torch.equal(ours.SCB, absmax)
-    assert (ours.weight.int() - codes.int()).abs().max() <= 1
+    assert (ours.packed_weight.int() - codes.int()).abs().max() <= 1
     held = Int8Linear((40, 70), torch.float32, None, weight=codes, SCB=absmax)
     assert torch.equal(held.dequantize(), bnb.functional.int8_vectorwise_dequant(codes, absmax))
 
@@ -231,6 +231,6 @@ def test_int8_checkpoint_loads(folder: str, tmp_path_factory: pytest.TempPathFac
     layer = loaded.model.layers[0].self_attn.q_proj
     other = theirs.model.layers[0].self_attn.q_proj
     assert isinstance(layer, Int8Linear)
-    assert torch.equal(layer.weight, other.weight.data)
+    assert torch.equal(layer.packed_weight, other.weight.data)
     assert torch.equal(layer.SCB, other.weight.SCB)
     assert torch.equal(layer.bias, other.bias.to(layer.bias.dtype))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from inlay.model.folder import EMBEDDED
 from inlay.model.layer import own_modules
+from inlay.model.seams.accelerate import brought_in
 from inlay.model.selected import own_parameters
 from inlay.model.targets import output_head
 from inlay.storage.base import FrozenLinear
@@ -103,15 +104,21 @@ def values_digest(model: nn.Module, trained: Collection[str]) -> str:
     """
     digest = hashlib.sha256()
     for name, module in own_modules(model):
-        for parameter, value in own_parameters(module):
-            full = f"{name}.{parameter}"
-            if full not in trained and is_sampled(module, parameter, value):
+        with brought_in(module):
+            for full, value in sampled(name, module, trained):
                 digest.update(full.encode())
-                digest.update(as_bytes(sample(value)))
-        if isinstance(module, FrozenLinear) and kind(module) == "embedding":
-            digest.update(f"{name}.weight".encode())
-            digest.update(as_bytes(module.matmul(sampled_rows(module.shape[1]))))
+                digest.update(as_bytes(value))
     return digest.hexdigest()
+
+
+def sampled(name: str, module: nn.Module, trained: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of one module that is sampled, with the values taken."""
+    for parameter, value in own_parameters(module):
+        full = f"{name}.{parameter}"
+        if full not in trained and is_sampled(module, parameter, value):
+            yield full, sample(value)
+    if isinstance(module, FrozenLinear) and kind(module) == "embedding":
+        yield f"{name}.weight", module.matmul(sampled_rows(module.shape[1]))
 
 
 def is_sampled(module: nn.Module, parameter: str, value: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -11,12 +11,14 @@ from torch import nn
 
 from inlay.errors import AdapterError, did_you_mean
 from inlay.methods.base import Kind, Method, Params, PromptMethod, WeightMethod
+from inlay.model.acts import Watch
 from inlay.model.derived import note
 from inlay.model.fast.install import install, uninstall
 from inlay.model.layer import AdaptedLayer, become_adapted, become_original, own_modules
 from inlay.model.places import module_at
 from inlay.model.placing import Place, places_for
 from inlay.model.prompt import PromptHook
+from inlay.model.seams.accelerate import brought_in, keep_resident
 from inlay.model.selected import trained_modules
 from inlay.model.steady import hold_statistics, release_statistics
 from inlay.model.targets import Found
@@ -49,6 +51,7 @@ class Registry:
     prompt: PromptHook | None = None
     notes: tuple[str, ...] = ()
     """What is to be known of the fast paths that step aside on this model."""
+    watch: Watch | None = None
 
 
 def attach(
@@ -99,8 +102,9 @@ def attach(
         places.setdefault(module_name, Place(None, Params({}))).add(copies)
     if isinstance(method, PromptMethod):
         hook = registry.prompt or PromptHook(model)
-        with disabled(model) if registry.adapters else nullcontext():
+        with disabled(model) if registry.adapters else nullcontext(), embedding_in(model):
             params = method.init(model, torch.Generator().manual_seed(seed))
+        keep_resident(params)
         hook.add(name, method, params)
         registry.prompt = hook
     if not registry.adapters:
@@ -124,10 +128,17 @@ def attach(
     return use(model, *(registry.active or (name,)))
 
 
+def embedding_in(model: nn.Module) -> AbstractContextManager[None]:
+    """Have the token embedding's rows in place, which prompts start from."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    return nullcontext() if embedding is None else brought_in(embedding)
+
+
 def put(module: nn.Module, place: Place, name: str) -> None:
     """Put one adapter's tensors on one module."""
     base = frozen(module) if matrix_kind(module) else None
     layer = become_adapted(module, base)
+    keep_resident(place.params)
     layer.adapters[name] = place.params
     layer.methods[name] = place.method
     if isinstance(place.method, WeightMethod) and base is not None:
@@ -158,7 +169,19 @@ def use(model: nn.Module, *names: str) -> nn.Module:
     registry.active = names
     activate(model, registry, names)
     set_trained(model, names, True)
+    watch(model, registry)
     return model
+
+
+def watch(model: nn.Module, registry: Registry) -> None:
+    """Watch whether the active adapters act, from their first passes on."""
+    if registry.watch is not None:
+        registry.watch.end()
+    places = [place for name in registry.active for place in adapter_places(model, name)]
+    params: dict[str, list[Params]] = {}
+    for name, here in places:
+        params.setdefault(name, []).append(here)
+    registry.watch = Watch(model, params) if params else None
 
 
 def set_trained(model: nn.Module, names: tuple[str, ...], wanted: bool) -> None:
@@ -189,6 +212,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     registry = required_registry(model)
     if name is not None:
         check_known(name, registry)
+    if registry.watch is not None:
+        registry.watch.end()
     for each in [name] if name is not None else list(registry.adapters):
         remove(model, registry, each)
     if registry.adapters:

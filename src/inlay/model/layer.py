@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from inlay.methods.base import HiddenMethod, Method, Params, WeightMethod
 from inlay.model.by_weight import Changed, made_again
 from inlay.model.derived import follow, follow_loaded
+from inlay.model.instance import change_class
 from inlay.storage.base import FrozenLinear, whereabouts
+from inlay.storage.dense import DenseView
 from inlay.storage.own import ByWeight
 from inlay.storage.parameters import Parameter
+from inlay.storage.reads import as_value, asked_by_tool
 from inlay.storage.registry import is_exact
 
 if TYPE_CHECKING:
@@ -56,6 +60,7 @@ class AdaptedLayer(Base):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer with its active adapters."""
+        note_use(self)
         here = self.here()
         changed = self.changed()
         weights = [] if changed else [(m, p) for m, p in here if isinstance(m, WeightMethod)]
@@ -128,6 +133,8 @@ class AdaptedLayer(Base):
 
     def stored_parameter(self, name: str) -> Tensor | None:
         """Return a parameter without weight methods: an active adapter's copy, else the layer's."""
+        if name not in self._parameters:  # computed from others, or none
+            return self.__dict__.get(name, getattr(super(), name, None))
         own, adapters = self._parameters[name], self.adapters._modules
         for adapter in reversed(self.active):
             params = adapters.get(adapter)
@@ -197,6 +204,41 @@ class AdaptedLayer(Base):
         params = self.adapters[name]
         assert isinstance(params, Params)
         return params
+
+    def acts_on(self, name: str) -> bool:
+        """Say whether a parameter reads otherwise than it is held: packed, or mapped now."""
+        if name in ("weight", "bias") and not isinstance(self.base, ByWeight):
+            maps = any(isinstance(self.methods.get(n), WeightMethod) for n in self.active)
+            return maps or is_packed(self)
+        if not self.active or not (self.part_views or isinstance(self.base, ByWeight)):
+            return False
+        return any(name in changed.names() for changed in self.changed())
+
+    def acting_parameter(self, name: str) -> Tensor | None:
+        """Return a parameter as it acts, for code that computes with it past `forward`."""
+        self.keep_up(self.weight_methods())
+        found: Tensor | None = None
+        for changed in self.changed():
+            if name in changed.names():
+                found = changed.parameters().get(name)
+                return None if found is None else as_value(found, self.described_as(name))
+        base = self.base
+        assert base is not None
+        if name == "bias":
+            found = base.bias
+            for method, p in self.weight_methods():
+                found = method.bias(p, found)
+            return found
+        w = base.matrix() if isinstance(base, DenseView) else base.dequantize()
+        w = w.to(torch.promote_types(w.dtype, torch.float32))
+        with torch.autocast(w.device.type, enabled=False):
+            for method, p in self.weight_methods():
+                w = method.weight(p, w)
+        return as_value(base.turned(w.to(base.dtype)), self.described_as(name))
+
+    def described_as(self, name: str) -> str:
+        """Name a parameter for a sentence."""
+        return f"the {name} of a {type(self).__name__}"
 
     def adapted_weight(self) -> tuple[Tensor, Tensor | None]:
         """Return the dense weight (out, in) and bias that the active weight methods define."""
@@ -275,28 +317,33 @@ def adapted_class(
     original: type[nn.Module], parameters: tuple[str, ...], buffers: frozenset[str] = frozenset()
 ) -> type[nn.Module]:
     """Return the subclass of `original` that carries adapters; its name stays the same."""
-    body: dict[str, Any] = {name: property(own_or_trained(name)) for name in parameters}
+    body: dict[str, Any] = {name: property(reader(name)) for name in parameters}
     body |= {name: property(own_or_moved(name)) for name in buffers}
     body |= {"original": original, "moved": buffers, "__module__": original.__module__}
     body |= {"__qualname__": original.__qualname__}
     return type(original.__name__, (AdaptedLayer, original), body)
 
 
-def own_or_trained(name: str) -> Callable[[AdaptedLayer], Tensor | None]:
-    """Return the reader of one parameter: adapted where the layer's own forward is to read it so.
+def reader(name: str) -> Callable[[AdaptedLayer], Tensor | None]:
+    """Return the reader of one parameter.
 
-    Otherwise it is an active adapter's trained copy, else the layer's own.
+    It reads as the layer's own forward is to see it while that runs, as it is held to tools, and
+    as it acts to all other code.
     """
 
     def read(layer: AdaptedLayer) -> Tensor | None:
         held = layer.reads_as
         if held is not None and name in held:
             return held[name]
-        if held is None and layer.active and (layer.part_views or isinstance(layer.base, ByWeight)):
-            for changed in layer.changed():
-                if name in changed.names():
-                    return changed.parameters().get(name)
-        return layer.stored_parameter(name)
+        own = layer.stored_parameter(name)
+        if held is not None or not layer.acts_on(name):
+            if own is not layer._parameters[name]:
+                note_use(layer, read=True)
+            return own
+        if asked_by_tool() or (name == "bias" and is_packed(layer) and is_compiling()):
+            return own  # a tool, or the storage itself
+        note_use(layer, read=True)
+        return layer.acting_parameter(name)
 
     return read
 
@@ -324,6 +371,18 @@ def rate_of(method: WeightMethod) -> float:
     return float(getattr(method, "dropout", 0.0))
 
 
+def is_packed(layer: nn.Module) -> bool:
+    """Say whether a layer is itself a storage, whose parameters are not the weight."""
+    return isinstance(layer, FrozenLinear)
+
+
+def note_use(layer: AdaptedLayer, read: bool = False) -> None:
+    """Tell the watch, while there is one, that the layer is called, or that its weight is read."""
+    note = layer.__dict__.get("watch")
+    if note is not None and not is_compiling():
+        note(read)
+
+
 def become_adapted(layer: nn.Module, base: FrozenLinear | None) -> AdaptedLayer:
     """Turn a layer into an adapted one, in place; an adapted one stays as it is."""
     if isinstance(layer, AdaptedLayer):
@@ -338,7 +397,8 @@ def become_adapted(layer: nn.Module, base: FrozenLinear | None) -> AdaptedLayer:
         "reads_as": None,
     }
     layer.__dict__.update(state)
-    layer.__class__ = adapted_class(type(layer), tuple(layer._parameters), moved_buffers(layer))
+    adapted = adapted_class(type(layer), tuple(layer._parameters), moved_buffers(layer))
+    change_class(layer, adapted)
     assert isinstance(layer, AdaptedLayer)
     layer.register_load_state_dict_post_hook(follow_loaded)
     return layer
@@ -346,10 +406,11 @@ def become_adapted(layer: nn.Module, base: FrozenLinear | None) -> AdaptedLayer:
 
 def become_original(layer: AdaptedLayer) -> None:
     """Take the last traces of adapters off a layer."""
-    object.__setattr__(layer, "__class__", type(layer).original)
+    change_class(layer, type(layer).original)
     del layer.adapters
     for name in ("methods", "active", "base", "part_methods", "part_views", "reads_as"):
         del layer.__dict__[name]
+    layer.__dict__.pop("watch", None)
     layer.__dict__.pop("divided", None)
     hooks = layer._load_state_dict_post_hooks
     for key in [key for key, hook in hooks.items() if hook is follow_loaded]:

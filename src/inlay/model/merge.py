@@ -28,6 +28,7 @@ from inlay.model.finite import check_adapters_finite, check_merged_finite
 from inlay.model.inputs import example_inputs
 from inlay.model.layer import AdaptedLayer
 from inlay.model.quantize import describe_quantization, others_than_first
+from inlay.model.seams.accelerate import carry_over
 from inlay.model.stream import is_streamed
 from inlay.model.untie import Ties
 from inlay.model.written import check_place, check_written, write_whole
@@ -261,6 +262,7 @@ class Plan(Update):
             )
         takes_over(new, layer)
         parent, _, leaf = name.rpartition(".")
+        carry_over(layer, new)
         self.places.append((model.get_submodule(parent), leaf, new))
 
     @property

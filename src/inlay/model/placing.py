@@ -18,10 +18,13 @@ from inlay.methods.base import (
     SelectMethod,
     WeightMethod,
 )
+from inlay.model.instance import is_shadowed
 from inlay.model.layer import rate_of
 from inlay.model.places import Matrix, matrices_at
+from inlay.model.seams.accelerate import brought_in
 from inlay.model.selected import selected_copies
 from inlay.model.targets import Found, entries, find_targets, reach
+from inlay.storage.base import FrozenLinear
 from inlay.storage.convolution import is_convolution
 from inlay.storage.parameters import Parameter
 from inlay.storage.registry import frozen, matrix_kind
@@ -96,13 +99,17 @@ def add_places(
     if isinstance(method, HiddenMethod):
         here = method.for_layer(name)
         assert isinstance(here, HiddenMethod)
+        check_not_shadowed(model.get_submodule(name), name, here)
         places[name] = Place(here, here.init(*shape_and_place(model.get_submodule(name)), seed))
         return
     for at in matrices_at(model, name):
         here = method.for_layer(at.place)
         assert isinstance(here, WeightMethod)
         check_dropout(here, at)
-        params = initial(here, at, matrix_kind(model.get_submodule(at.name)) or "linear", seed)
+        module = model.get_submodule(at.name)
+        check_not_shadowed(module, at.place, here, at.view)
+        with brought_in(module):
+            params = initial(here, at, matrix_kind(module) or "linear", seed)
         if at.parameter is None:
             places[at.name] = Place(here, params)
             continue
@@ -133,6 +140,23 @@ def check_dropout(method: WeightMethod, at: Matrix) -> None:
         )
 
 
+def check_not_shadowed(
+    module: nn.Module, name: str, method: Method, view: FrozenLinear | None = None
+) -> None:
+    """Raise when the instance's own forward leads past whatever an adapter does there.
+
+    One that reads a dense weight reads the adapted one.
+    """
+    if is_shadowed(module) and (view is None or view.storage != "dense"):
+        own = vars(module)["forward"]
+        raise AdapterError(
+            f"{name or 'the model'} has a forward of its own instance, "
+            f"{getattr(own, '__qualname__', type(own).__name__)}, which does not call the forward "
+            f"of its class {type(module).__name__}, so that an adapter ({method.name}) would have "
+            "no effect there; leave it out with exclude, or attach before that forward is set"
+        )
+
+
 def is_linear(module: nn.Module) -> bool:
     """Say whether a module is a linear layer, whatever its forward."""
     return matrix_kind(module) in ("linear", "conv1d") and not is_convolution(module)
@@ -140,8 +164,10 @@ def is_linear(module: nn.Module) -> bool:
 
 def shape_and_place(module: nn.Module) -> tuple[tuple[int, int], Tensor]:
     """Return (out, in) of a layer or of a whole block, and an empty tensor that lies with it."""
-    linears = [frozen(m) for m in module.modules() if is_linear(m)]
-    if not linears:
+    layers = [m for m in module.modules() if is_linear(m)]
+    if not layers:
         raise AdapterError(f"the block {type(module).__name__} has no linear layer to size by")
-    like = torch.empty(0, dtype=linears[0].dtype, device=linears[0].device)
+    linears = [frozen(layer) for layer in layers]
+    with brought_in(layers[0]):
+        like = torch.empty(0, dtype=linears[0].dtype, device=linears[0].device)
     return (linears[-1].shape[0], linears[0].shape[1]), like

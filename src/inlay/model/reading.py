@@ -107,7 +107,7 @@ class ReadingQuantizer(HfQuantizer):
         model.set_submodule(name, layer)
         self.storages[name] = layer.storage
         mark_initialised(layer, True)
-        return layer.weight
+        return layer.packed_weight
 
     def release(self, model: PreTrainedModel) -> None:
         """Leave a plain model behind, which transformers saves, moves and trains like any other."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from inlay.errors import AdapterError, TargetError
 from inlay.methods.base import Params, SelectMethod
 from inlay.model.layer import moved_buffers, own_modules
+from inlay.model.seams.accelerate import brought_in
 from inlay.model.targets import in_layers, matches, nearest
 from inlay.model.vision import PARTS, parts_of
 from inlay.storage.base import FrozenLinear
@@ -71,18 +72,22 @@ class Copies:
 
     def __init__(self) -> None:
         self.by_identity: dict[int, nn.Parameter] = {}
+        self.copied: list[nn.Parameter] = []
+        """Kept alive, as what a hook brings in is gone after it is copied and its id is reused."""
 
     def of(self, module: nn.Module, method: SelectMethod, name: str) -> dict[str, Tensor]:
         """Copy the parameters of one module that the method selects."""
-        own = own_parameters(module)
         if method.selects(module, "weight"):
             check_held(module, name)
-        return {n: self.copy(module, n, p, name) for n, p in own if method.selects(module, n)}
+        with brought_in(module):
+            own = own_parameters(module)
+            return {n: self.copy(module, n, p, name) for n, p in own if method.selects(module, n)}
 
     def all_of(self, module: nn.Module, name: str) -> dict[str, Tensor]:
         """Copy every parameter of one module."""
         check_held(module, name)
-        return {n: self.copy(module, n, p, name) for n, p in own_parameters(module)}
+        with brought_in(module):
+            return {n: self.copy(module, n, p, name) for n, p in own_parameters(module)}
 
     def copy(self, module: nn.Module, name: str, p: nn.Parameter, where: str) -> nn.Parameter:
         """Copy one parameter in the precision that adapters are stored in."""
@@ -92,6 +97,7 @@ class Copies:
                 f"storage 'dense', or choose a method that adds parameters, such as LoRA"
             )
         if id(p) not in self.by_identity:
+            self.copied.append(p)
             wide = torch.promote_types(p.dtype, torch.float32)
             copied = p.detach().clone().to(wide)
             self.by_identity[id(p)] = nn.Parameter(copied)

@@ -33,12 +33,12 @@ class DenseView(FrozenLinear):
     @property
     def weight(self) -> Tensor:
         """The layer's weight as it lies in memory."""
-        weight: Tensor = self.layer.weight  # pyright: ignore[reportAssignmentType]
+        weight: Tensor = held(self.layer, "weight")
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        return getattr(self.layer, "bias", None)
+        return held(self.layer, "bias")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -115,6 +115,12 @@ class DenseView(FrozenLinear):
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(self.dtype), requires_grad=False)
         return layer.train(self.layer.training)
+
+
+def held(layer: nn.Module, name: str) -> Any:
+    """Return a layer's weight or bias as it is held, below the adapters that it may carry."""
+    reader = getattr(type(layer), "stored_parameter", None)
+    return getattr(layer, name, None) if reader is None else reader(layer, name)
 
 
 class DenseLinear(DenseView):

@@ -78,16 +78,16 @@ class Int8Linear(QuantizedLinear):
 
     def serialized(self) -> dict[str, Tensor]:
         layout = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
-        return {"weight": self.weight.detach(), "SCB": self.SCB, "weight_format": layout}
+        return {"weight": self.packed_weight.detach(), "SCB": self.SCB, "weight_format": layout}
 
     def parts(self) -> list[Tensor]:
-        return [self.weight, self.SCB]
+        return [self.packed_weight, self.SCB]
 
     def bitsandbytes_options(self) -> dict[str, object]:
         return {"load_in_4bit": False, "load_in_8bit": True}
 
     def dequantized_rows(self, rows: Tensor) -> Tensor:
-        picked = [self.weight[rows], self.SCB[rows]]
+        picked = [self.packed_weight[rows], self.SCB[rows]]
         return dense(picked, self.storage, rows.numel(), self.in_features, self.dtype)
 
 

@@ -152,7 +152,7 @@ class NF4Linear(QuantizedLinear):
             "shape": self.shape,
         }
         tensors = {
-            "weight": self.weight.detach(),
+            "weight": self.packed_weight.detach(),
             "weight.absmax": self.absmax,
             "weight.quant_map": quantiles(self.device).clone(),
         }
@@ -167,9 +167,9 @@ class NF4Linear(QuantizedLinear):
 
     def parts(self) -> list[Tensor]:
         if not self.double_quant:
-            return [self.weight, self.absmax]
+            return [self.packed_weight, self.absmax]
         nested = [self.nested_absmax, self.nested_quant_map, self.nested_offset]
-        return [self.weight, self.absmax, *nested]
+        return [self.packed_weight, self.absmax, *nested]
 
     def options(self) -> dict[str, Any]:
         return {"double_quant": self.double_quant}
@@ -187,7 +187,7 @@ class NF4Linear(QuantizedLinear):
     def dequantized_rows(self, rows: Tensor) -> Tensor:
         columns = torch.arange(self.in_features, device=self.device)
         places = rows[:, None] * self.in_features + columns
-        pairs = self.weight.reshape(-1)[places // 2]
+        pairs = self.packed_weight.reshape(-1)[places // 2]
         indices = torch.where(places % 2 == 0, pairs >> 4, pairs & 15)
         scales = block_scales(self.parts()[1:])[places // BLOCK]
         return (quantiles(self.device)[indices.long()] * scales).to(self.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from inlay.errors import StorageError
 from inlay.kernels.frozen import biased_linear, dense, frozen_linear, frozen_linear_t
 from inlay.storage.base import FrozenLinear, Packed
+from inlay.storage.reads import as_value, asked_by_tool
 
 CHUNK = 1 << 20
 """Weights taken at once on CPU, so that what lies between stays small and in the cache."""
@@ -34,7 +35,6 @@ class QuantizedLinear(nn.Module, FrozenLinear):
     """Every name that `serialized` may use; `weight` is the first."""
     saved_dense: bool = False
     """Whether a model's checkpoint holds the weight dequantised, as it is multiplied."""
-    weight: Tensor
 
     def __init_subclass__(cls, named: bool = True) -> None:
         super().__init_subclass__()
@@ -123,6 +123,20 @@ class QuantizedLinear(nn.Module, FrozenLinear):
                 self.register_parameter(name, frozen_parameter(part))
 
     @property
+    def weight(self) -> Tensor:
+        """The packed weight to what handles parameters; to code that computes with it, dense."""
+        if "weight" in self._parameters and asked_by_tool():
+            return self.packed_weight
+        return as_value(self.turned(self.dequantize()), f"the {self.storage} weight of a layer")
+
+    @property
+    def packed_weight(self) -> nn.Parameter:
+        """The first of the packed parts."""
+        packed = self._parameters["weight"]
+        assert packed is not None
+        return packed
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
@@ -132,7 +146,7 @@ class QuantizedLinear(nn.Module, FrozenLinear):
 
     @property
     def device(self) -> torch.device:
-        return self.weight.device
+        return self.packed_weight.device
 
     @property
     def bias(self) -> Tensor | None:

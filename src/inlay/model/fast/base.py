@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from inlay.model.instance import change_class
+
 
 class Fast(nn.Module):
     """A module in place, with a fast way to compute what its own class computes."""
@@ -20,13 +22,13 @@ class Fast(nn.Module):
 
 def become_fast(module: nn.Module, fast: type[Fast], proven: frozenset[str]) -> None:
     """Put a fast path on a module, in place, for these ways."""
-    module.__class__ = fast_class(type(module), fast)
+    change_class(module, fast_class(type(module), fast))
     module.__dict__["proven"] = proven
 
 
 def become_plain(module: Fast) -> None:
     """Take a fast path off a module."""
-    object.__setattr__(module, "__class__", type(module).plain)
+    change_class(module, type(module).plain)
     module.__dict__.pop("proven", None)
 
 

@@ -203,12 +203,14 @@ class FastCausalLM(Fast):
     def takes_chunks(self, always: bool = False) -> bool:
         """Say whether the loss may be computed in chunks now: in training, or `always`."""
         own: Any = self
+        head: nn.Module = own.get_output_embeddings()
         return (
             is_on("loss")
             and "loss" in self.proven
             and (self.training or always)
             and own.loss_function is ForCausalLMLoss
-            and kind(own.get_output_embeddings()) == "linear"
+            and kind(head) == "linear"
+            and "forward" not in vars(head)  # its hook brings weight and rows to one device
         )
 
 

@@ -87,7 +87,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Candidate]]:
     where = device_of(model)
     for name, module in model.named_modules():
         cls = type(module)
-        if isinstance(module, Fast):
+        if isinstance(module, Fast) or "forward" in vars(module):  # its own, or a hook's, runs
             continue
         if cls is nn.Linear:
             yield name, module, layer(module, FastLinear, where)

@@ -1,0 +1,101 @@
+"""Modules that change their class in place, and the forwards that an instance keeps of the old one.
+
+`module.forward = wrapper` shadows the class's forward. Such a wrapper keeps the bound forward that
+was there before it: as accelerate's hooks do, as a partial, or in a closure. When the module's
+class changes, what is kept must be the new class's forward, or the change would have no effect.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from inlay.model.seams.accelerate import KEPT_FORWARDS
+
+DEPTH = 6
+"""How many wrappers deep a kept forward is looked for."""
+
+
+def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class, and the forwards that its instance keeps with it."""
+    leaving = type(module)
+    object.__setattr__(module, "__class__", cls)
+    if "forward" not in vars(module):
+        return
+    for kept, put in kept_forwards(module):
+        if kept.__func__ in forwards_of(leaving):
+            put(types.MethodType(cls.forward, module))
+
+
+def is_shadowed(module: nn.Module) -> bool:
+    """Say whether an instance's own forward stands before the class's and does not lead to it."""
+    if "forward" not in vars(module):
+        return False
+    own = forwards_of(type(module))
+    return not any(kept.__func__ in own for kept, _ in kept_forwards(module))
+
+
+def forwards_of(cls: type[nn.Module]) -> set[Any]:
+    """Return every forward that a class has or inherits."""
+    return {vars(c)["forward"] for c in cls.__mro__ if "forward" in vars(c)}
+
+
+Put = Callable[[types.MethodType], None]
+
+
+def kept_forwards(module: nn.Module) -> Iterator[tuple[types.MethodType, Put]]:
+    """Every bound forward of the module that its instance keeps, with what puts another there."""
+    for name in ("forward", *KEPT_FORWARDS):
+        if name in vars(module):
+            put = functools.partial(vars(module).__setitem__, name)
+            yield from within(vars(module)[name], put, module, DEPTH)
+
+
+def within(
+    held: Any, put: Callable[[Any], None], module: nn.Module, depth: int
+) -> Iterator[tuple[types.MethodType, Put]]:
+    """Every bound forward of the module inside a callable: itself, a partial's, a closure's."""
+    if not depth or not callable(held):
+        return
+    if isinstance(held, types.MethodType):
+        if held.__self__ is module and getattr(held, "__name__", "") == "forward":
+            yield held, put
+        elif isinstance(held.__func__, types.FunctionType):
+            yield from in_function(held.__func__, module, depth - 1)
+    elif isinstance(held, functools.partial):
+        again = functools.partial(with_function, held, put)
+        yield from within(held.func, again, module, depth - 1)
+    elif isinstance(held, types.FunctionType):
+        yield from in_function(held, module, depth - 1)
+
+
+def in_function(
+    function: types.FunctionType, module: nn.Module, depth: int
+) -> Iterator[tuple[types.MethodType, Put]]:
+    """Every bound forward of the module in a function's closure or its parameters' defaults."""
+    for cell in function.__closure__ or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+        yield from within(content, functools.partial(setattr, cell, "cell_contents"), module, depth)
+    for place, default in enumerate(function.__defaults__ or ()):
+        yield from within(default, functools.partial(set_default, function, place), module, depth)
+
+
+def with_function(held: functools.partial[Any], put: Put, function: Any) -> None:
+    """Put a partial of another function where one was, with what was noted on it."""
+    made = functools.partial(function, *held.args, **held.keywords)
+    made.__dict__.update(held.__dict__)
+    put(made)  # pyright: ignore[reportArgumentType]
+
+
+def set_default(function: types.FunctionType, place: int, value: Any) -> None:
+    """Change one default value of a function's parameters."""
+    defaults = list(function.__defaults__ or ())
+    defaults[place] = value
+    function.__defaults__ = tuple(defaults)

@@ -1,0 +1,91 @@
+"""A layer's `weight` as others read it: tools get the parameter, the model's own code the value.
+
+Some models multiply by `layer.weight` themselves (attention of WavLM, Mamba's steps, torch's fused
+encoder layers). What they read must be the matrix that the layer stands for: dequantised, adapters
+included. Libraries that place, save, shard or initialise parameters must get the parameter itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlay.errors import StorageError
+
+TOOLS = (
+    "inlay", "accelerate", "bitsandbytes", "deepspeed", "peft", "safetensors", "torch.distributed",
+    "torch.nn.modules.module", "torch.nn.parallel", "torch.nn.utils", "torch.optim",
+    "transformers.core_model_loading", "transformers.initialization", "transformers.modeling_utils",
+    "transformers.integrations.accelerate", "transformers.integrations.bitsandbytes",
+    "transformers.integrations.deepspeed", "transformers.quantizers", "transformers.trainer",
+)  # fmt: skip
+"""Libraries and modules that handle parameters rather than compute with their values."""
+VIEWS = frozenset({"detach", "__getitem__", "view", "reshape", "t", "transpose"})
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def asked_by_tool(depth: int = 2) -> bool:
+    """Say whether the code that reads an attribute handles parameters; never while compiling."""
+    if torch.compiler.is_compiling():
+        return False
+    return is_tool(sys._getframe(depth).f_globals.get("__name__", ""))
+
+
+@cache
+def is_tool(module: str) -> bool:
+    """Say whether a module is one of `TOOLS` or lies below one."""
+    return any(module == tool or module.startswith(tool + ".") for tool in TOOLS)
+
+
+def as_value(value: Tensor, what: str) -> Tensor:
+    """Return a value made for one reader; to write into it, which would be lost, raises."""
+    if torch.compiler.is_compiling() or type(value) not in PLAIN:
+        return value
+    read = value.as_subclass(Value)
+    read.what = what
+    return read
+
+
+class Value(Tensor):
+    """A weight that was computed when it was read; every operation on it gives plain tensors."""
+
+    what: str
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the operation, unless it writes into a value that nothing else holds."""
+        del types
+        name = getattr(func, "__name__", "")
+        if args and isinstance(args[0], cls) and writes(name):
+            if args[1:] == (False,) and "requires_grad" in str(func):
+                return args[0]  # it is frozen already
+            raise StorageError(
+                f"{args[0].what} is written to from outside ({name}), but it is computed from the "
+                "layer's packed or adapted weight each time that it is read, so that the change "
+                "would be lost; change the model before it is quantised or adapted"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+        if (name in VIEWS or func == DATA) and type(found) in PLAIN:
+            return as_value(found, args[0].what)
+        return found
+
+
+DATA: Any = torch.Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
+ITEMS = ("__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+
+
+def writes(name: str) -> bool:
+    """Say whether an operation of this name changes its first argument."""
+    return name in ITEMS or (name.endswith("_") and not name.endswith("__"))
