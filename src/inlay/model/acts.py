@@ -81,15 +81,13 @@ class Watch:
         if self.trains and not read:
             self.trained.add(name)
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, *_: Any) -> None:
         """Note that a module is called that holds places."""
-        del args
         if not torch.compiler.is_compiling():
             self.entered.add(module)
 
-    def before_forward(self, model: nn.Module, args: Any) -> None:
+    def before_forward(self, *_: Any) -> None:
         """Begin a pass: whether it can train decides what it is to show."""
-        del model, args
         if torch.compiler.is_compiling():
             return
         acts = any(layer.active for layer in self.layers.values()) or "" in self.params
@@ -100,9 +98,8 @@ class Watch:
             self.entered.add(self.model)
             self.wait_for_gradients()
 
-    def after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+    def after_forward(self, *_: Any) -> None:
         """Name the places that the first pass passed by."""
-        del model, args, output
         if torch.compiler.is_compiling() or not any(m.active for m in self.layers.values()):
             return
         if not self.seen_forward:
@@ -156,7 +153,8 @@ class Watch:
 
     def trains_here(self) -> bool:
         """Say whether this backward pass is the whole one: its graph is not kept for another."""
-        keeps: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+        engine: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+        keeps = getattr(engine, "_get_current_graph_task_keep_graph", None)
         return keeps is None or not keeps()
 
     def after_backward(self) -> None:

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import (
 )
 
 from inlay.model.fast.base import with_signature
+from inlay.model.instance import change_class
 from inlay.model.layer import AdaptedLayer, own_modules
 from inlay.storage.base import FrozenLinear
 from inlay.storage.registry import kind
@@ -92,14 +93,14 @@ def hold_statistics(model: nn.Module) -> None:
         ):
             continue
         is_norm = isinstance(module, NormBase)
-        module.__class__ = steady_class(type(module), SteadyNorm if is_norm else SteadyBuffers)
+        change_class(module, steady_class(type(module), SteadyNorm if is_norm else SteadyBuffers))
 
 
 def release_statistics(model: nn.Module) -> None:
     """Let the model's buffers move again."""
     for module in model.modules():
         if isinstance(module, Steady):
-            object.__setattr__(module, "__class__", type(module).moving)
+            change_class(module, type(module).moving)
 
 
 @cache
