@@ -18,7 +18,8 @@ from torch import nn
 
 from inlay.errors import TrainingError
 from inlay.methods.base import Params
-from inlay.model.layer import AdaptedLayer, own_modules
+from inlay.model.layer import AdaptedLayer
+from inlay.model.places import module_at
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,9 @@ class Watch:
     def __init__(self, model: nn.Module, params: dict[str, list[Params]]) -> None:
         """Watch a model's places, given the trained tensors at each; "" is the whole model."""
         self.model, self.params = model, params
-        modules = dict(own_modules(model))
-        self.layers = {n: modules[n] for n in params if isinstance(modules[n], AdaptedLayer)}
-        self.parents = {n: parent_of(n, modules) for n in self.layers}
+        at = {name: module_at(model, name) for name in params}
+        self.layers = {n: m for n, (m, _) in at.items() if isinstance(m, AdaptedLayer)}
+        self.parents = {n: parent_of(model, n, at[n][1]) for n in self.layers}
         self.used: set[str] = set()
         """Places that were called or read in any forward pass."""
         self.trained: set[str] = set()
@@ -61,9 +62,12 @@ class Watch:
 
     def begin_at_layers(self) -> None:
         """Note every use of the places that are not proven, and of the modules that hold them."""
+        names: dict[AdaptedLayer, list[str]] = {}
         for name, layer in self.layers.items():
-            if name not in self.reached:
-                vars(layer)["watch"] = partial(self.note, name)
+            names.setdefault(layer, []).append(name)
+        for layer, here in names.items():
+            if not self.reached.issuperset(here):
+                vars(layer)["watch"] = partial(self.note, here)
         parents = {p for n, p in self.parents.items() if p is not None and n not in self.reached}
         self.at_layers = [p.register_forward_pre_hook(self.enter) for p in parents]
 
@@ -75,11 +79,11 @@ class Watch:
             handle.remove()
         self.at_layers = []
 
-    def note(self, name: str, read: bool) -> None:
-        """Note that a place is called, or that its weight is read."""
-        self.used.add(name)
+    def note(self, names: list[str], read: bool) -> None:
+        """Note that the layer of these places is called, or that a weight of it is read."""
+        self.used.update(names)
         if self.trains and not read:
-            self.trained.add(name)
+            self.trained.update(names)
 
     def enter(self, module: nn.Module, *_: Any) -> None:
         """Note that a module is called that holds places."""
@@ -210,13 +214,11 @@ class Reach:
             self.watch.reach(self.name)
 
 
-def parent_of(name: str, modules: dict[str, nn.Module]) -> nn.Module | None:
+def parent_of(model: nn.Module, name: str, parameter: str | None) -> nn.Module | None:
     """Return the module that is to call a layer; None where that may choose by the input."""
-    above = name.rpartition(".")[0]
-    parent = modules.get(above)
-    if not name or parent is None or isinstance(parent, CONTAINERS):
-        return None
-    return parent
+    layer = name if parameter is None else name.rpartition(".")[0]
+    parent = model.get_submodule(layer.rpartition(".")[0])
+    return None if not layer or isinstance(parent, CONTAINERS) else parent
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -64,19 +64,21 @@ class Value(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run the operation, unless it writes into a value that nothing else holds."""
+        """Run the operation, unless it changes a value that nothing else holds."""
         del types
         name = getattr(func, "__name__", "")
-        if args and isinstance(args[0], cls) and writes(name):
-            if args[1:] == (False,) and "requires_grad" in str(func):
-                return args[0]  # it is frozen already
-            raise StorageError(
-                f"{args[0].what} is written to from outside ({name}), but it is computed from the "
-                "layer's packed or adapted weight each time that it is read, so that the change "
-                "would be lost; change the model before it is quantised or adapted"
-            )
+        into = args[0] if args and isinstance(args[0], cls) and writes(name) else None
+        if into is not None and args[1:] == (False,) and "requires_grad" in str(func):
+            return into  # it is frozen already
         with torch._C.DisableTorchFunctionSubclass():
+            before = None if into is None else into.detach().clone()
             found = func(*args, **(kwargs or {}))
+            if into is not None and before is not None and not torch.equal(into.detach(), before):
+                raise StorageError(
+                    f"{into.what} is written to from outside ({name}), but it is computed from the "
+                    "layer's packed or adapted weight each time that it is read, so that the "
+                    "change would be lost; change the model before it is quantised or adapted"
+                )
         if (name in VIEWS or func == DATA) and type(found) in PLAIN:
             return as_value(found, args[0].what)
         return found
