@@ -149,6 +149,78 @@ LAYERS = {
 }
 
 
+class Gated(nn.Linear):
+    """A subclass whose output is no product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).sigmoid() * 2
+
+
+class Scaled(nn.Embedding):
+    """A subclass that gives its rows times a number."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 3.0
+
+
+class Experts(nn.Module):
+    """Two matrices with biases in one parameter."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.up = nn.Parameter(torch.zeros(2, 6, 8) if is_transposed else torch.zeros(2, 8, 6))
+        self.up_bias = nn.Parameter(torch.zeros(2, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.up if self.is_transposed else self.up.transpose(1, 2)
+        return x @ w + self.up_bias[:, None]
+
+
+class Attended(nn.MultiheadAttention):
+    """Attention of a sequence to itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+@dataclass(frozen=True)
+class Own:
+    """A layer that keeps its own forward: how to build it, its input, which parameters change."""
+
+    make: Callable[[], nn.Module]
+    x: tuple[int, ...]
+    parameters: tuple[str, ...] = ("weight",)
+
+    def build(self) -> nn.Module:
+        layer = self.make().double()
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=seeded()) * 0.3)
+        return layer.requires_grad_(False).eval()
+
+    def inputs(self) -> Tensor:
+        if isinstance(self.make(), nn.Embedding):
+            return torch.randint(1, 8, self.x, generator=seeded(1))
+        return torch.randn(self.x, generator=seeded(1), dtype=torch.float64)
+
+
+OWN = {
+    "gated": Own(lambda: Gated(6, 8), (2, 3, 6)),
+    "scaled": Own(lambda: Scaled(8, 6), (2, 3)),
+    "conv1d": Own(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+    "conv2d": Own(lambda: nn.Conv2d(4, 6, (3, 2), dilation=2, padding="same"), (2, 4, 7, 7)),
+    "conv2d-groups": Own(
+        lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1, padding_mode="circular", bias=False),
+        (2, 4, 7, 7),
+    ),
+    "conv3d": Own(lambda: nn.Conv3d(2, 3, 2), (2, 2, 4, 4, 4)),
+    "experts": Own(lambda: Experts(False), (2, 3, 6), ("up",)),
+    "experts-transposed": Own(lambda: Experts(True), (2, 3, 6), ("up",)),
+    "attention": Own(lambda: Attended(8, 2), (3, 2, 8), ("in_proj_weight", "out_proj.weight")),
+}
+
+
 def layer_cases() -> list[tuple[str, str, str, str]]:
     """(method, storage, layer, layer name) for every weight method that takes the layer."""
     return [

@@ -9,6 +9,7 @@ from law_cases import (
     LAYER_NAMES,
     LAYERS,
     ONE_LAYER,
+    OWN,
     STORED,
     Storage,
     far,
@@ -20,8 +21,11 @@ from law_cases import (
 from torch import Tensor, nn
 
 from inlay.methods.base import Params, WeightMethod
-from inlay.model.attach import attach, disabled
+from inlay.model.attach import adapter_tensors, attach, detach, disabled
+from inlay.model.merge import merge
+from inlay.model.places import view_at
 from inlay.storage.base import FrozenLinear
+from inlay.storage.own import ByWeight
 from inlay.storage.registry import STORAGES, frozen
 
 CASES = layer_cases()
@@ -147,3 +151,83 @@ def assert_compiled_is_eager(method: str, storage: str, backend: str) -> None:
         assert far(ours, dense) < 3 * STORED[storage].tolerance
     with disabled(model):
         assert far(model(x), eager) > 1e-3
+
+
+def own_cases() -> list[tuple[str, str, str]]:
+    """(method, layer, the layer's name) for layers that keep their own forward."""
+    return [
+        (method, layer, name)
+        for method, built in ONE_LAYER.items()
+        for layer in OWN
+        for name in ("k_proj", "down_proj")
+        if ("embedding" in built.kinds or layer != "scaled")
+        and (name == "k_proj" or built.for_layer(name) != built.for_layer("k_proj"))
+    ]
+
+
+def targets_of(layer: str, name: str) -> str:
+    return f"{name}.up" if layer.startswith("experts") else name
+
+
+@pytest.mark.parametrize(("method", "layer", "name"), own_cases(), ids="/".join)
+def test_a_layers_own_forward_runs_on_the_weight(method: str, layer: str, name: str) -> None:
+    plain = nn.ModuleDict({name: OWN[layer].build()})
+    model = nn.ModuleDict({name: OWN[layer].build()})
+    x = OWN[layer].inputs()
+    attach(model, ONE_LAYER[method], targets=targets_of(layer, name))
+    assert far(model[name](x), plain[name](x)) < 1e-12
+    randomise_adapter(model, scale=0.5)
+    wanted = torch.func.functional_call(plain[name], defined(plain, model, name), (x,))
+    got = model[name](x)
+    assert far(got, plain[name](x)) > 1e-4
+    assert far(got, wanted) < 1e-10
+    with disabled(model):
+        assert far(model[name](x), plain[name](x)) < 1e-12
+    trained = [p for p in model.parameters() if p.requires_grad]
+    drawn = torch.randn(got.shape, generator=seeded(5), dtype=torch.float64)
+    ours = torch.autograd.grad((got * drawn).sum(), trained)
+    dense = torch.autograd.grad((wanted * drawn).sum(), trained)
+    assert all(far(a, b) < 1e-9 for a, b in zip(ours, dense, strict=True))
+
+
+def defined(plain: nn.ModuleDict, model: nn.ModuleDict, name: str) -> dict[str, Tensor]:
+    """The parameters that the methods define, by their names in the layer."""
+    found: dict[str, Tensor] = {}
+    for place, params, here, _ in adapter_tensors(model, "default"):
+        assert isinstance(here, WeightMethod)
+        view = view_at(plain, place)
+        assert view is not None
+        inside = place.removeprefix(name).strip(".")
+        held = isinstance(view, ByWeight)
+        parameter = view.parameter if held else "weight"
+        w = here.weight(params, view.matrix())  # pyright: ignore
+        stored = view.as_stored(w) if held else view.turned(w)
+        key = parameter if inside in ("", parameter) else f"{inside}.{parameter}"
+        found[key] = stored
+        bias = here.bias(params, view.bias)
+        if bias is not None:
+            above = key.rpartition(".")[0]
+            own = (view.bias_name if held else "bias") or "bias"
+            found[f"{above}.{own}" if above else own] = bias
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("layer", OWN)
+def test_a_layer_with_its_own_forward_merges_and_comes_back(layer: str) -> None:
+    x = OWN[layer].inputs()
+    model = nn.Sequential(OWN[layer].build())
+    before = model(x)
+    attach(model, ONE_LAYER["lora"], targets="0.up" if "experts" in layer else "0")
+    randomise_adapter(model)
+    wanted = model(x)
+    key = "input"
+    merge(model, inputs=[{key: x}])
+    assert far(model(x), wanted) < 1e-7
+    assert far(model(x), before) > 1e-4
+    model = nn.Sequential(OWN[layer].build())
+    attach(model, ONE_LAYER["lora"], targets="0.up" if "experts" in layer else "0")
+    randomise_adapter(model)
+    detach(model)
+    assert far(model(x), before) < 1e-12
+    assert type(model[0]) is type(OWN[layer].build())

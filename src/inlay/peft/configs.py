@@ -14,6 +14,7 @@ from peft.utils import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from inlay.checkpoint.options import DEFAULTS, method_in
@@ -65,6 +66,7 @@ def prepared(config: PeftConfig, model: nn.Module) -> PeftConfig:
         given: list[str] = list(found.modules_to_save or ())
         found.modules_to_save = given + [h for h in heads if h not in given]
     if "target_modules" in DEFAULTS[plain(found.peft_type)]:
+        converted(found, model)
         fill_targets(found, model)
     else:
         method = method_of(found)
@@ -73,6 +75,29 @@ def prepared(config: PeftConfig, model: nn.Module) -> PeftConfig:
             if getattr(found, key) is None:
                 setattr(found, key, value)
     return found
+
+
+def converted(config: Any, model: nn.Module) -> None:
+    """Let a configuration mean, as HF PEFT does, a mixture's experts by their layers' former names.
+
+    Parameters that HF PEFT adds so and that this model has not are taken out again.
+
+    Raises:
+        TargetError: only some of the layers that are one parameter now are named.
+    """
+    given = set(getattr(config, "target_parameters", None) or ())
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError as error:
+        raise TargetError(f"{type(config).__name__}: {error}") from None
+    if getattr(config, "target_parameters", None):
+        names = [name for name, _ in model.named_parameters()]
+        there = {
+            t for t in config.target_parameters if any(n == t or n.endswith("." + t) for n in names)
+        }
+        config.target_parameters = sorted(there | given)
 
 
 def check_config(config: object) -> None:
@@ -143,17 +168,29 @@ def placement_of(config: PeftConfig, method: Method, model: nn.Module) -> dict[s
 def fill_targets(config: Any, model: nn.Module) -> None:
     """Fill in the modules that HF PEFT targets on this kind of model when none are given."""
     kind = str(BaseTuner.get_model_config(model).get("model_type", "custom"))
-    if config.target_modules is None and not getattr(config, "target_parameters", None):
-        tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(plain(config.peft_type))]
-        mapping: Mapping[str, Any] = getattr(
-            tuner, "target_module_mapping", TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    only_parameters = bool(getattr(config, "target_parameters", None))
+    if config.target_modules is None and not (only_parameters and not has_default(config, kind)):
+        config.target_modules = default_for(
+            targets_by_kind(config), kind, "target_modules", config, model
         )
-        config.target_modules = default_for(mapping, kind, "target_modules", config, model)
     if getattr(config, "feedforward_modules", ()) is None:
         mapping = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
         config.feedforward_modules = default_for(
             mapping, kind, "feedforward_modules", config, model
         )
+
+
+def targets_by_kind(config: Any) -> Mapping[str, Any]:
+    """Return which modules HF PEFT's tuner targets by default, by the model's type."""
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(plain(config.peft_type))]
+    return getattr(
+        tuner, "target_module_mapping", TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    )
+
+
+def has_default(config: Any, kind: str) -> bool:
+    """Say whether HF PEFT has default targets for a type of model."""
+    return kind in targets_by_kind(config)
 
 
 def default_for(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from inlay.checkpoint.layouts import Layout
+from inlay.checkpoint.tensors import slots
 from inlay.methods.base import (
     Kind,
     LowRank,
@@ -21,11 +23,14 @@ from inlay.methods.base import (
     token_rows,
 )
 from inlay.model.attach import adapter_tensors
+from inlay.model.places import module_at, view_at
 from inlay.peft.configs import options_of
 from inlay.peft.errors import AdapterError
-from inlay.storage.registry import frozen
+from inlay.storage.parameters import JOINED
 
 Options = dict[str, Any]
+Drawn = tuple[str, Params, Method | None, Kind | None]
+"""A place of an adapter: its name, tensors, method and kind."""
 
 
 @torch.no_grad()
@@ -39,9 +44,30 @@ def start(model: nn.Module, name: str, config: PeftConfig) -> None:
     draw = DRAWS.get(options["peft_type"])
     if draw is None:
         return
-    for place, params, method, layer_kind in adapter_tensors(model, name):
+    options["layouts"] = {(id(s.home), s.name): s.layout for s in slots(model, name)}
+    for place, params, method, layer_kind in in_order(model, name):
         if method is not None:
             draw(model, place, params, method, layer_kind, options)
+
+
+def in_order(model: nn.Module, name: str) -> Iterator[Drawn]:
+    """Yield the places of an adapter as HF PEFT comes to them, some of them twice.
+
+    It comes to single parameters last, and draws an attention module's output projection both
+    before and after its input projections.
+    """
+    found = list(adapter_tensors(model, name))
+    last: list[Drawn] = []
+    for each in found:
+        module, parameter = module_at(model, each[0])
+        if parameter == JOINED and isinstance(module, nn.MultiheadAttention):
+            below = each[0].removesuffix(JOINED) + "out_proj"
+            yield from (other for other in found if other[0] == below)
+        if parameter is None or parameter == JOINED:
+            yield each
+        else:
+            last.append(each)
+    yield from last
 
 
 def draw_lora(
@@ -56,8 +82,12 @@ def draw_lora(
     assert isinstance(method, LowRank)
     how = options["init_lora_weights"]
     draw = drawn_for_embedding if layer_kind == "embedding" else drawn_for_linear
-    a, b = draw(p.A.shape, p.B.shape, how)
-    base = frozen(model.get_submodule(place))
+    base = view_at(model, place)
+    assert base is not None
+    layouts: dict[tuple[int, str], Layout] = options["layouts"]
+    at = [layouts[id(p), n] for n in ("A", "B")]
+    drawn = draw(at[0].written(p.A).shape, at[1].written(p.B).shape, how)
+    a, b = (layout.read(value) for layout, value in zip(at, drawn, strict=True))
     put(p.A, a, base.dtype if base.storage == "dense" else None)
     put(p.B, b, base.dtype if base.storage == "dense" else None)
     if "magnitude" in p._parameters and bool(p.B.any()) and bool(p.A.any()):
@@ -101,7 +131,8 @@ def draw_ia3(
     """Draw one layer's vector, which starts at one unless `init_ia3_weights` is False."""
     del method, layer_kind
     drawn = torch.randn(p.l.shape)
-    base = frozen(model.get_submodule(place))
+    base = view_at(model, place)
+    assert base is not None
     value = torch.ones(p.l.shape) if options["init_ia3_weights"] else drawn
     put(p.l, value, base.dtype if base.storage == "dense" else None)
 

@@ -21,11 +21,11 @@ from inlay.model.attach import (
     set_trained,
     use,
 )
+from inlay.model.places import module_at, view_at
 from inlay.peft.configs import method_of, placement_of, prepared
 from inlay.peft.errors import AdapterError, as_peft_raises
 from inlay.peft.merging import Merging
 from inlay.peft.start import start
-from inlay.storage.registry import frozen, kind
 
 LACKING = frozenset({"add_weighted_adapter", "inject_adapter", "subtract_mutated_init"})
 """What HF PEFT's tuners do besides, and this one does not."""
@@ -105,7 +105,7 @@ class Tuner(Merging):
     def settle_dtype(self, name: str, autocast: bool) -> None:
         """Keep an adapter in fp32, or without autocast in the dtype of the layers it is on."""
         for place, params in () if autocast else adapter_places(self.model, name):
-            dtype = dtype_at(self.model.get_submodule(place))
+            dtype = dtype_at(self.model, place)
             for parameter in params.parameters() if dtype else ():
                 parameter.data = parameter.data.to(dtype)
 
@@ -140,7 +140,8 @@ class Tuner(Merging):
         owners: dict[tuple[str, str], str] = {}
         for name in names:
             for place, params in adapter_places(self.model, name):
-                own = self.model.get_submodule(place)._parameters
+                module, parameter = module_at(self.model, place)
+                own = {} if parameter else module._parameters
                 for key in set(params._parameters) & set(own):
                     other = owners.setdefault((place, key), name)
                     if other != name:
@@ -223,9 +224,10 @@ class Tuner(Merging):
                 parameter.requires_grad_(flag)
 
 
-def dtype_at(module: nn.Module) -> torch.dtype | None:
-    """Return the dtype a layer computes in; None for a whole model."""
-    if kind(module):
-        return frozen(module).dtype
-    own = (p.dtype for p in module._parameters.values() if p is not None)
+def dtype_at(model: nn.Module, place: str) -> torch.dtype | None:
+    """Return the dtype a place computes in; None for a whole model."""
+    view = view_at(model, place) if place else None
+    if view is not None:
+        return view.dtype
+    own = (p.dtype for p in module_at(model, place)[0]._parameters.values() if p is not None)
     return next((dtype for dtype in own if dtype.is_floating_point), None)
