@@ -9,11 +9,16 @@
 #include <string.h>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 enum { F32, BF16, F16 };
-enum { GENERIC, AVX2, AVX512 };
+enum { GENERIC, AVX2, AVX512, AVX512_BF16, AMX };
 enum { BLOCK = 64, NESTED_BLOCK = 256, TILE = 512 };
 
 #define SMALLEST 1e-38f
@@ -119,21 +124,62 @@ struct kernels {
 #endif
 #undef SET
 #undef LEVEL
+
+/* bfloat16 arithmetic, and tiles, where the compiler knows them. */
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define HAS_HALVES 1
+#define HAS_TILES 1
+#define TILED __attribute__((target("amx-tile,amx-bf16")))
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target( \
+    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")
+#endif
+#include "halves.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+#endif
+#ifndef HAS_HALVES
+#define HAS_HALVES 0
+#define HAS_TILES 0
 #endif
 
 static parallel_region region = 0;
 static const struct kernels *chosen = &kernels_generic;
+static int level_in_use = GENERIC;
 
 /* Threads come from this GOMP_parallel; null means none. */
 void inlay_set_runtime(parallel_region gomp_parallel) { region = gomp_parallel; }
+
+#if HAS_TILES && defined(__linux__)
+/* Whether the CPU has tiles, and the kernel lets this process use their registers. */
+static int allows_tiles(void) {
+    enum { REQUEST = 0x1023, TILE_DATA = 18 };
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    return (d >> 22 & 1) && (d >> 24 & 1) && !syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
+}
+#else
+static int allows_tiles(void) { return 0; }
+#endif
 
 int inlay_best_level(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return AVX512;
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+        if (!HAS_HALVES || !__builtin_cpu_supports("avx512bf16")) return AVX512;
+        return allows_tiles() ? AMX : AVX512_BF16;
+    }
     if (avx2) return AVX2;
 #endif
     return GENERIC;
@@ -143,9 +189,9 @@ void inlay_set_level(int level) {
     chosen = &kernels_generic;
 #if defined(__x86_64__)
     if (level == AVX2) chosen = &kernels_avx2;
-    if (level == AVX512) chosen = &kernels_avx512;
+    if (level >= AVX512) chosen = &kernels_avx512;
 #endif
-    (void)level;
+    level_in_use = level;
 }
 
 struct work { task run; const void *args; int64_t items, grain, next; };
@@ -253,20 +299,34 @@ void inlay_rotary(const struct rotary_args *a, int64_t batch, int threads) {
 /* Returns 0, with nothing done, where the instruction set in use has no such loop. */
 #if defined(__x86_64__)
 /* Threads share the rows of x where those are more than the columns of y, and else the columns:
- * what they do not share, each packs for itself. */
+ * what they do not share, each packs for itself. With `arithmetic` other than SINGLES, in the
+ * widest bfloat16 arithmetic of the level in use. */
 int64_t inlay_product(struct product_args *a, int threads) {
     if (chosen != &kernels_avx512) return 0;
-    int64_t blocks = (a->m + ROWS - 1) / ROWS, strips = (a->n + WIDTH - 1) / WIDTH;
+    int64_t most = ROWS, height = HEIGHT;
+    task run = multiply_pieces;
+#if HAS_HALVES
+    if (a->arithmetic != SINGLES) {
+        if (level_in_use < AVX512_BF16) return 0;
+        a->arithmetic = level_in_use == AMX ? TILES : PAIRS;
+        most = WIDE_ROWS;
+        height = a->arithmetic == TILES ? TALL : HEIGHT;
+        run = multiply_wide_pieces;
+    }
+#else
+    if (a->arithmetic != SINGLES) return 0;
+#endif
+    int64_t blocks = (a->m + most - 1) / most, strips = (a->n + WIDTH - 1) / WIDTH;
     if (a->n < a->m) blocks = (blocks + threads - 1) / threads * threads;
     int64_t share = (a->m + blocks - 1) / blocks;
     a->across = (threads + blocks - 1) / blocks;
-    a->rows = (share + HEIGHT - 1) / HEIGHT * HEIGHT;
+    a->rows = (share + height - 1) / height * height;
     a->strips = (strips + a->across - 1) / a->across;
     if (a->rows * a->strips > FAR) {
         a->strips = PANEL;
         a->across = (strips + PANEL - 1) / PANEL;
     }
-    spread(multiply_pieces, a, blocks * a->across, 1, threads);
+    spread(run, a, blocks * a->across, 1, threads);
     return 1;
 }
 #else

@@ -13,6 +13,8 @@ enum { HEIGHT = 14, WIDTH = 32, ROWS = 40 * HEIGHT, LATE = 64 };
 /* Sums of more rows times strips than FAR leave every cache: PANEL strips at a time stay. */
 enum { FAR = 1 << 17, PANEL = 16 };
 enum { FLOATS, HALVES, CODES, BYTES };
+/* What is multiplied: fp32 numbers, or bfloat16 ones (halves.h) in vectors or in tiles. */
+enum { SINGLES, PAIRS, TILES };
 
 /* y (m, n) = x (m, k) @ W + scale * left (m, rank) @ right + bias. The weight is (k, n), or (n, k)
  * if transposed, and its rows have no gaps; right is (rank, n) or (n, rank). */
@@ -23,7 +25,7 @@ struct product_args {
     const float *left, *right, *bias;
     float *sums; /* (m, n), between blocks of the depth; y itself if that is fp32 */
     void *y;
-    int x_dtype, y_dtype, kind, transposed, right_transposed;
+    int x_dtype, y_dtype, kind, arithmetic, transposed, right_transposed;
     float scale;
     int64_t m, k, n, rank;
     int64_t rows, strips, across; /* of a piece; how many pieces have the same rows */
@@ -284,14 +286,48 @@ INLINE void write_y(const struct product_args *a, int64_t at, __m512 low, __m512
     }
 }
 
+/* How the sums of a strip end. */
+struct ending {
+    __m512 bias[2];
+    __mmask32 lanes;
+    int last;
+};
+
+INLINE struct ending ending_of(const struct piece *p, int64_t column) {
+    const struct product_args *a = p->of;
+    struct ending e = {{_mm512_setzero_ps(), _mm512_setzero_ps()},
+                       first_lanes(a->n - column), is_last(p)};
+    if (e.last && a->bias) {
+        e.bias[0] = _mm512_maskz_loadu_ps((__mmask16)e.lanes, a->bias + column);
+        e.bias[1] = _mm512_maskz_loadu_ps((__mmask16)(e.lanes >> 16), a->bias + column + 16);
+    }
+    return e;
+}
+
+/* Add what was kept of the blocks before; keep the sums, or write y. */
+INLINE void end_row(const struct piece *p, const struct ending *e, int64_t at, __m512 low,
+                    __m512 high) {
+    const struct product_args *a = p->of;
+    __mmask16 first = (__mmask16)e->lanes, second = (__mmask16)(e->lanes >> 16);
+    float *kept = a->sums + at;
+    if (p->first) {
+        low = _mm512_add_ps(low, _mm512_maskz_loadu_ps(first, kept));
+        high = _mm512_add_ps(high, _mm512_maskz_loadu_ps(second, kept + 16));
+    }
+    if (e->last) {
+        write_y(a, at, _mm512_add_ps(low, e->bias[0]), _mm512_add_ps(high, e->bias[1]), e->lanes);
+    } else {
+        _mm512_mask_storeu_ps(kept, first, low);
+        _mm512_mask_storeu_ps(kept + 16, second, high);
+    }
+}
+
 /* What is written to is asked for late: before, it would be pushed out of the first-level cache
  * by the strip and x. */
 INLINE void multiply(const struct piece *p, const float *x, const float *strip, int64_t at,
                      int64_t column, int rows) {
     const struct product_args *a = p->of;
-    __m512 sums[HEIGHT][2], bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    __mmask32 lanes = first_lanes(a->n - column);
-    __mmask16 low = (__mmask16)lanes, high = (__mmask16)(lanes >> 16);
+    __m512 sums[HEIGHT][2];
     int64_t depth = p->depth + p->term, late = depth > LATE ? depth - LATE : 0, n = a->n;
     int last = is_last(p);
 #pragma GCC unroll 14
@@ -305,25 +341,9 @@ INLINE void multiply(const struct piece *p, const float *x, const float *strip, 
         __builtin_prefetch(a->sums + at + r * n + 16, 1);
     }
     add_products(sums, x, strip, late, depth, rows);
-    if (last && a->bias) {
-        bias[0] = _mm512_maskz_loadu_ps(low, a->bias + column);
-        bias[1] = _mm512_maskz_loadu_ps(high, a->bias + column + 16);
-    }
+    struct ending e = ending_of(p, column);
 #pragma GCC unroll 14
-    for (int r = 0; r < rows; r++, at += n) {
-        float *kept = a->sums + at;
-        if (p->first) {
-            sums[r][0] = _mm512_add_ps(sums[r][0], _mm512_maskz_loadu_ps(low, kept));
-            sums[r][1] = _mm512_add_ps(sums[r][1], _mm512_maskz_loadu_ps(high, kept + 16));
-        }
-        if (last) {
-            write_y(a, at, _mm512_add_ps(sums[r][0], bias[0]), _mm512_add_ps(sums[r][1], bias[1]),
-                    lanes);
-        } else {
-            _mm512_mask_storeu_ps(kept, low, sums[r][0]);
-            _mm512_mask_storeu_ps(kept + 16, high, sums[r][1]);
-        }
-    }
+    for (int r = 0; r < rows; r++) end_row(p, &e, at + r * n, sums[r][0], sums[r][1]);
 }
 
 typedef void (*multiplier)(const struct piece *p, const float *x, const float *strip, int64_t at,
@@ -358,33 +378,41 @@ static void multiply_strip(const struct piece *p, int64_t column, const struct p
 }
 
 /* Return the next block; a short rest of the term is taken into the block before it. */
-static struct piece deeper(struct piece p) {
+static struct piece deeper(struct piece p, int64_t most) {
     const struct product_args *a = p.of;
     p.first += p.depth + p.term;
     int64_t weight = p.first < a->k ? a->k - p.first : 0, rest = a->rank - term_of(&p);
-    p.depth = weight < DEPTH ? weight : DEPTH;
-    int64_t room = DEPTH - p.depth;
+    p.depth = weight < most ? weight : most;
+    int64_t room = most - p.depth;
     p.term = weight > p.depth ? 0 : rest <= room + SPARE ? rest : room;
     return p;
 }
 
-static void multiply_pieces(const void *args, int64_t begin, int64_t end) {
-    const struct product_args *a = args;
+typedef void (*row_packer)(const struct piece *p);
+typedef void (*strip_multiplier)(const struct piece *p, int64_t column, const struct piece *next,
+                                 int64_t next_column);
+
+static void walk_pieces(const struct product_args *a, int64_t begin, int64_t end, row_packer pack,
+                        strip_multiplier multiply_one, int64_t most) {
     for (; begin < end; begin++) {
         int64_t row = begin / a->across * a->rows, first = begin % a->across * a->strips * WIDTH;
         int64_t last = first + a->strips * WIDTH < a->n ? first + a->strips * WIDTH : a->n;
         struct piece p = {a, row, a->m - row, 0, 0, 0};
         if (p.rows > a->rows) p.rows = a->rows;
         if (p.rows <= 0) continue;
-        for (p = deeper(p); p.depth + p.term > 0; p = deeper(p)) {
-            struct piece next = deeper(p);
-            pack_rows(&p);
+        for (p = deeper(p, most); p.depth + p.term > 0; p = deeper(p, most)) {
+            struct piece next = deeper(p, most);
+            pack(&p);
             for (int64_t i = first; i < last; i += WIDTH) {
                 int ends = i + WIDTH >= last;
-                multiply_strip(&p, i, ends ? &next : &p, ends ? first : i + WIDTH);
+                multiply_one(&p, i, ends ? &next : &p, ends ? first : i + WIDTH);
             }
         }
     }
+}
+
+static void multiply_pieces(const void *args, int64_t begin, int64_t end) {
+    walk_pieces(args, begin, end, pack_rows, multiply_strip, DEPTH);
 }
 
 #undef MULTIPLY
