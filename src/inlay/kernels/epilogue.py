@@ -12,7 +12,7 @@ from inlay.kernels.scratch import cast
 
 
 class LowRank(NamedTuple):
-    """`scale * left @ right`; left: (n, r), right: (r, width), in the dtype of the product."""
+    """`scale * left @ right`; left: (n, r), right: (r, width)."""
 
     left: Tensor
     right: Tensor
@@ -40,7 +40,8 @@ class Epilogue:
     def applied(self, y: Tensor) -> Tensor:
         """Return what becomes of y, which is overwritten."""
         if self.term is not None:
-            y.addmm_(self.term.left, self.term.right, alpha=self.term.scale)
+            left, right = cast(self.term.left, y.dtype), cast(self.term.right, y.dtype)
+            y.addmm_(left, right, alpha=self.term.scale)
         if self.bias is not None:
             y = cast(y, torch.promote_types(y.dtype, self.dtype))
             y += self.bias

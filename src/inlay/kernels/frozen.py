@@ -20,6 +20,7 @@ from inlay.kernels import native
 from inlay.kernels.epilogue import Epilogue, LowRank
 from inlay.kernels.opaque import operator
 from inlay.kernels.scratch import cast, product_dtype, scratch, tile_rows, tiles
+from inlay.kernels.switches import is_on
 
 Dequantize = Callable[[Sequence[Tensor], Tensor, int], None]
 """`(parts, out, first)`: write the dense matrix's rows from `first` on into `out` (n, in)."""
@@ -33,9 +34,10 @@ def register_format(name: str, dequantize: Dequantize) -> None:
     FORMATS[name] = dequantize
 
 
-Product = Callable[[Tensor, Sequence[Tensor], int, bool, Epilogue], Tensor | None]
-"""`(x, parts, width, transposed, epilogue)` -> what the epilogue makes of `x @ W.T` if transposed,
-or of `x @ W`; (n, width), or None where the weight is unpacked first."""
+Product = Callable[[Tensor, Sequence[Tensor], int, bool, Epilogue, torch.dtype], Tensor | None]
+"""`(x, parts, width, transposed, epilogue, dtype)` -> what the epilogue makes of `x @ W.T` if
+transposed, or of `x @ W`, multiplied in `dtype`; (n, width), or None where the weight is unpacked
+first."""
 
 
 class OwnProduct(NamedTuple):
@@ -43,7 +45,7 @@ class OwnProduct(NamedTuple):
 
     product: Product
     on_cpu: Callable[[torch.dtype, int], bool]
-    """`(dtype, columns)` -> whether there is one on this CPU for x in that dtype."""
+    """`(dtype, columns)` -> whether it takes x in that dtype."""
 
 
 PRODUCTS: dict[str, OwnProduct] = {}
@@ -57,10 +59,17 @@ def register_product(
     PRODUCTS[name] = OwnProduct(product, on_cpu)
 
 
+FEWEST_ROWS = 8
+"""Rows of x below which bfloat16 arithmetic is left to PyTorch: a weight is not packed for them."""
+
+
 def reads_on_cpu(packing: str, x: Tensor, columns: int) -> bool:
     """Say whether a format's own product multiplies x on this CPU."""
-    wide = product_dtype(x) == torch.float32
-    return wide and packing in PRODUCTS and PRODUCTS[packing].on_cpu(x.dtype, columns)
+    dtype = product_dtype(x)
+    few = dtype != torch.float32 and x.numel() < FEWEST_ROWS * x.shape[-1]
+    if few or not is_on("products") or not native.multiplies(dtype):
+        return False
+    return packing in PRODUCTS and PRODUCTS[packing].on_cpu(x.dtype, columns)
 
 
 def copy_rows(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
@@ -69,24 +78,29 @@ def copy_rows(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
 
 
 def dense_product(
-    x: Tensor, parts: Sequence[Tensor], width: int, transposed: bool, epilogue: Epilogue
+    x: Tensor,
+    parts: Sequence[Tensor],
+    width: int,
+    transposed: bool,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
 ) -> Tensor | None:
-    """Return `x @ W.T`, or `x @ W`, a bfloat16 weight widened as it is read."""
+    """Return `x @ W.T`, or `x @ W`, a bfloat16 weight read as it is."""
     del width
     weight = parts[0]
     halves = weight.dtype == torch.bfloat16
-    return native.product(x, weight, transposed, epilogue) if halves else None
+    return native.product(x, weight, transposed, epilogue, dtype) if halves else None
 
 
-def widens_on_cpu(dtype: torch.dtype, columns: int) -> bool:
-    """Say whether a dense weight in this dtype is widened as it is read."""
+def is_half(dtype: torch.dtype, columns: int) -> bool:
+    """Say whether x, and with it a dense weight, is in bfloat16."""
     del columns
-    return dtype == torch.bfloat16 and native.multiplies()
+    return dtype == torch.bfloat16
 
 
 DENSE = "dense"
 register_format(DENSE, copy_rows)
-register_product(DENSE, dense_product, widens_on_cpu)
+register_product(DENSE, dense_product, is_half)
 
 
 @operator("dense")
@@ -145,12 +159,13 @@ class Matrix:
     def own(self, x: Tensor, width: int, transposed: bool, epilogue: Epilogue) -> Tensor | None:
         """Return the product by the format's own way, or None if it has none.
 
-        With a term or without, and so with an adapter on or off, the way is the same: on a CPU the
-        formats' own sum in float32, and are not for a dtype that the CPU has arithmetic for.
+        With a term or without, and so with an adapter on or off, the way is the same.
         """
-        fits = self.device.type != "cpu" or self.dtype == torch.float32
-        own = PRODUCTS.get(self.packing) if fits and self.whole is None else None
-        return own.product(x, self.parts, width, transposed, epilogue) if own else None
+        fits = self.reads or (self.device.type != "cpu" and self.whole is None)
+        own = PRODUCTS.get(self.packing) if fits else None
+        if own is None:
+            return None
+        return own.product(x, self.parts, width, transposed, epilogue, self.dtype)
 
     def by_tiles(self, x: Tensor) -> Tensor:
         """`x @ W.T`, the weight unpacked tile by tile if it is not held in the product's dtype."""
@@ -172,9 +187,15 @@ class Matrix:
             torch.addmm(x, g[:, part], tile, beta=0 if part.start == 0 else 1, out=x)
         return x
 
+    def factor(self, x: Tensor) -> Tensor:
+        """Return a low-rank factor as products read it: rounded by them, or in their dtype."""
+        return cast(x, torch.float32 if self.reads else self.dtype)
+
     def narrow(self, x: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
-        """`scale * x @ factor`, of which one is a low-rank factor, in the product's dtype."""
-        direct = None if x.dtype == factor.dtype else native.product(x, factor, transposed=False)
+        """`scale * x @ factor`, of which one is a low-rank factor; fp32, or the product's dtype."""
+        widened = self.dtype == torch.float32 and x.dtype == factor.dtype
+        own = self.reads and not widened
+        direct = native.product(x, factor, False, dtype=self.dtype) if own else None
         if direct is not None:
             return direct if scale == 1.0 else direct.mul_(scale)
         x, factor = cast(x, self.dtype), cast(factor, self.dtype)
@@ -301,8 +322,8 @@ def low_rank_linear(
     """
     matrix = matrix_of(parts, packing, rows, columns, x)
     flat = matrix.flat(x, columns)
-    inner = matrix.narrow(flat, cast(a, matrix.dtype).t())
-    term = LowRank(inner, cast(b, matrix.dtype).t(), scale)
+    inner = matrix.narrow(flat, matrix.factor(a).t())
+    term = LowRank(inner, matrix.factor(b).t(), scale)
     y = matrix.times(flat, Epilogue(x.dtype, term, bias))
     return y.view(*x.shape[:-1], rows)
 
@@ -323,7 +344,7 @@ def low_rank_linear_backward(
     """Return the gradients to x (empty unless `to_x`), a and b; `x @ a.T` is computed again."""
     matrix = matrix_of(parts, packing, rows, columns, x)
     flat, grad = matrix.flat(x, columns), matrix.flat(g, rows)
-    inner, outer = cast(a, matrix.dtype), cast(b, matrix.dtype)
+    inner, outer = matrix.factor(a), matrix.factor(b)
     through = matrix.narrow(grad, outer)
     to_a = matrix.narrow(through.t().contiguous(), flat, scale)
     to_b = matrix.narrow(matrix.narrow(flat, inner.t()).t().contiguous(), grad, scale)

@@ -81,12 +81,13 @@ def product(
     reads = target == "cpu" and reads_on_cpu(name, x, columns)
     as_is = reads and x.dtype in native.OUTPUTS
     depth = rows if back else columns
-    sums = output if in_8_bits or not as_is or native.keeps_sums(depth, rank) else 0
+    sums = output if in_8_bits or not as_is or native.keeps_sums(depth, rank, dtype) else 0
     widths = (*(() if as_is else inputs), rank, sums)
-    cast = () if dtype == x.dtype else tuple(count * w * dtype.itemsize for w in widths)
+    wide = torch.float32 if reads else dtype
+    cast = () if wide == x.dtype else tuple(count * w * wide.itemsize for w in widths)
     if in_8_bits:
         return Scratch((*cast, *in_int8(count, rows, columns, back)))
-    if name == DENSE and dtype == x.dtype:
+    if name == DENSE and dtype == x.dtype and not reads:
         return Scratch(cast, multiplied=(count, columns, rows))
     if reads:
         return Scratch(cast)

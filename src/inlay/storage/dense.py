@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from inlay.kernels.frozen import DENSE, biased_linear, frozen_linear, frozen_linear_t
+from inlay.kernels.frozen import (
+    DENSE,
+    biased_linear,
+    frozen_linear,
+    frozen_linear_t,
+    reads_on_cpu,
+)
 from inlay.kernels.scratch import product_dtype
 from inlay.kernels.switches import is_on
 from inlay.storage.base import FrozenLinear, Packed, whereabouts
@@ -84,7 +90,13 @@ class DenseView(FrozenLinear):
     def multiplied_elsewhere(self, x: Tensor) -> Packed | None:
         """Return the packed weight when x is to be multiplied in another dtype than its own."""
         as_it_is = product_dtype(x) == x.dtype and not self.eight_bits
-        return None if as_it_is or not is_on("products") else self.packed()
+        if not is_on("products") or (as_it_is and not self.read_by_own_product(x)):
+            return None
+        return self.packed()
+
+    def read_by_own_product(self, x: Tensor) -> bool:
+        """Return whether x and this weight are multiplied by a product of Inlay's own."""
+        return self.dtype == x.dtype and reads_on_cpu(DENSE, x, x.shape[-1])
 
     def matmul(self, x: Tensor) -> Tensor:
         packed = self.multiplied_elsewhere(x)

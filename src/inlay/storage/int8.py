@@ -101,18 +101,23 @@ def dequantized(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
 
 
 def product(
-    x: Tensor, parts: Sequence[Tensor], width: int, transposed: bool, epilogue: Epilogue
+    x: Tensor,
+    parts: Sequence[Tensor],
+    width: int,
+    transposed: bool,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
 ) -> Tensor | None:
     """Return `x @ W.T`, or `x @ W`, in one pass over the int8 weight; None on a GPU."""
     del width
     q, absmax = parts
-    return native.int8_product(x, q, absmax, transposed, epilogue)
+    return native.int8_product(x, q, absmax, transposed, epilogue, dtype)
 
 
 def read_on_cpu(dtype: torch.dtype, columns: int) -> bool:
     """Say whether rows of whole strips are multiplied as they are."""
     del dtype
-    return native.multiplies() and columns % native.STRIP == 0
+    return columns % native.STRIP == 0
 
 
 register_format(Int8Linear.storage, dequantized)

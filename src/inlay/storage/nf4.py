@@ -398,14 +398,19 @@ def check_sizes(
 
 
 def product(
-    x: Tensor, parts: Sequence[Tensor], width: int, transposed: bool, epilogue: Epilogue
+    x: Tensor,
+    parts: Sequence[Tensor],
+    width: int,
+    transposed: bool,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
 ) -> Tensor | None:
     """Return `x @ W.T`, or `x @ W`, in one pass over the packed weight.
 
     On a GPU None for `x @ W`, and for many rows of x.
     """
     if not runs_on(x.device):
-        return native.nf4_product(x, parts, width, transposed, epilogue)
+        return native.nf4_product(x, parts, width, transposed, epilogue, dtype)
     from inlay.kernels.gpu import nf4
 
     if not transposed or not nf4.multiplies(x):
@@ -416,7 +421,7 @@ def product(
 def read_on_cpu(dtype: torch.dtype, columns: int) -> bool:
     """Say whether rows of whole blocks are multiplied as they are."""
     del dtype
-    return native.multiplies() and columns % BLOCK == 0
+    return columns % BLOCK == 0
 
 
 def int8_rows(

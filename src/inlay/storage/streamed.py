@@ -90,13 +90,13 @@ class Source:
                     )  # fmt: skip
 
     def multiplied(
-        self, x: Tensor, width: int, transposed: bool, epilogue: Epilogue
+        self, x: Tensor, width: int, transposed: bool, epilogue: Epilogue, dtype: torch.dtype
     ) -> Tensor | None:
         """Return `x @ W.T`, or `x @ W`, by the product of the format; the weight is one segment."""
         (segment,) = self.segments
         with self.buffers.use(segment.block) as buffer:
             parts = segment.found_in(buffer)
-            return PRODUCTS[self.packing].product(x, parts, width, transposed, epilogue)
+            return PRODUCTS[self.packing].product(x, parts, width, transposed, epilogue, dtype)
 
 
 class Rows:
@@ -150,10 +150,15 @@ def dequantize_streamed(parts: Sequence[Tensor], out: Tensor, first: int) -> Non
 
 
 def product(
-    x: Tensor, parts: Sequence[Tensor], width: int, transposed: bool, epilogue: Epilogue
+    x: Tensor,
+    parts: Sequence[Tensor],
+    width: int,
+    transposed: bool,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
 ) -> Tensor | None:
     """Return `x @ W.T`, or `x @ W`, the weight brought in and read as it is held; or None."""
-    return source_of(parts).multiplied(x, width, transposed, epilogue)
+    return source_of(parts).multiplied(x, width, transposed, epilogue, dtype)
 
 
 @cache

@@ -6,7 +6,7 @@ are what opaque operators are made of. `use("off")`, or INLAY_NATIVE=0, switches
 
     available() -> bool
     status() -> str
-    use(level: "off" | "generic" | "avx2" | "avx512")      context manager
+    use(level: "off" | one of build.LEVELS)                context manager
     keep_memory() -> str | None;  release_memory() -> str | None;  return_free_memory()
     loss_tile(logits, labels) -> (log_p, entropy, top1)    logits become onehot - softmax
     rms_norm(x, weight, eps) -> (y, rstd)
@@ -25,12 +25,12 @@ The storages fall back to their own torch code where these say that they did not
     nf4_dequantize(parts, out, first) -> bool
     nf4_to_int8(parts, q, scale, first) -> bool
 
-And products that read a frozen weight as it is held, where `multiplies()` says that there are any:
+And products that read a frozen weight as it is held, where `multiplies(dtype)` says that there are any:
 
-    product(x, weight, transposed, epilogue) -> y | None
-    nf4_product(x, parts, width, transposed, epilogue) -> y | None
-    int8_product(x, q, absmax, transposed, epilogue) -> y | None
-    keeps_sums(k, rank) -> bool
+    product(x, weight, transposed, epilogue, dtype) -> y | None
+    nf4_product(x, parts, width, transposed, epilogue, dtype) -> y | None
+    int8_product(x, q, absmax, transposed, epilogue, dtype) -> y | None
+    keeps_sums(k, rank, dtype) -> bool
 """
 
 from __future__ import annotations

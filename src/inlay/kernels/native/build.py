@@ -41,7 +41,7 @@ class Recipe:
 
 KERNELS = Recipe(
     name="inlay_native",
-    sources=("inlay_native.c", "kernels.h", "product.h"),
+    sources=("inlay_native.c", "kernels.h", "product.h", "halves.h"),
     compilers=("CC", "cc", "gcc", "clang"),
     flags=(
         "-O3", "-shared", "-fPIC", "-std=gnu11", "-fopenmp-simd", "-ffp-contract=off",
@@ -57,7 +57,7 @@ MEMORY = Recipe(
     libraries=(f"-L{TORCH / 'lib'}", "-lc10"),
     depends=torch.__version__,
 )
-LEVELS = ("generic", "avx2", "avx512")
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 SWITCH = "INLAY_NATIVE"
 """Environment variable: 0 or off for none of this, or the widest instruction set to use."""
 SECONDS = 300

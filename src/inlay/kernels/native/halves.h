@@ -2,15 +2,17 @@
  *
  * As in product.h a block of x stays in the second-level cache, a strip of the weight in the first,
  * and a low-rank term is more depth. A strip holds pairs: word (i, j) is what rows 2i and 2i + 1 of
- * column j hold. What is no bfloat16 number yet is rounded as it is packed; sums are fp32. The
- * depth of a block, and of its term, is filled up with zeros to whole STEPs.
+ * column j hold. It is multiplied PART by PART of its depth, and the sums of a strip are kept
+ * beside it. What is no bfloat16 number yet is rounded as it is packed; sums are fp32. The depth of
+ * a block, and of its term, is filled up with zeros to whole STEPs.
  */
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { STEP = 32, WIDE_DEPTH = 512, WIDE_STRIDE = WIDE_DEPTH + SPARE + 3 * STEP, TALL = 32 };
-enum { WIDE_ROWS = 14 * TALL };
-_Static_assert(WIDE_ROWS * WIDE_STRIDE * 2 <= sizeof packed_rows, "x's buffer serves both");
+enum { STEP = 32, PART = 512, WIDE_DEPTH = 2 * PART, WIDE_FULL = WIDE_DEPTH + SPARE + 2 * STEP };
+enum { WIDE_STRIDE = WIDE_FULL + STEP, TALL = 32, WIDE_ROWS = 14 * TALL };
+
+static _Thread_local uint16_t wide_rows[WIDE_ROWS * WIDE_STRIDE] __attribute__((aligned(64)));
 
 INLINE int64_t whole_steps(int64_t depth) { return (depth + STEP - 1) / STEP * STEP; }
 
@@ -49,7 +51,7 @@ static void copy_row(const uint16_t *from, int64_t count, uint16_t *to) {
 
 static void pack_wide_rows(const struct piece *p) {
     const struct product_args *a = p->of;
-    uint16_t *to = (uint16_t *)packed_rows;
+    uint16_t *to = wide_rows;
     for (int64_t row = p->row; row < p->row + p->rows; row++, to += WIDE_STRIDE) {
         int64_t at = row * a->k + p->first;
         if (a->x_dtype == HALVES) copy_row((const uint16_t *)a->x + at, p->depth, to);
@@ -141,23 +143,29 @@ INLINE void add_pairs(__m512 (*sums)[2], const uint16_t *x, const uint32_t *stri
     }
 }
 
-INLINE void multiply_wide(const struct piece *p, const uint16_t *x, const uint32_t *strip,
-                          int64_t at, int64_t column, int rows) {
+/* Rows of a strip's sums, WIDTH apart, get the products of a part of the depth. */
+INLINE void multiply_wide(float *kept, const uint16_t *x, const uint32_t *strip, int64_t pairs,
+                          int begins, int rows) {
     __m512 sums[HEIGHT][2];
 #pragma GCC unroll 14
-    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-    add_pairs(sums, x, strip, (whole_steps(p->depth) + whole_steps(p->term)) / 2, rows);
-    struct ending e = ending_of(p, column);
+    for (int r = 0; r < rows; r++) {
+        sums[r][0] = begins ? _mm512_setzero_ps() : _mm512_load_ps(kept + r * WIDTH);
+        sums[r][1] = begins ? _mm512_setzero_ps() : _mm512_load_ps(kept + r * WIDTH + 16);
+    }
+    add_pairs(sums, x, strip, pairs, rows);
 #pragma GCC unroll 14
-    for (int r = 0; r < rows; r++) end_row(p, &e, at + r * p->of->n, sums[r][0], sums[r][1]);
+    for (int r = 0; r < rows; r++) {
+        _mm512_store_ps(kept + r * WIDTH, sums[r][0]);
+        _mm512_store_ps(kept + r * WIDTH + 16, sums[r][1]);
+    }
 }
 
-typedef void (*wide_multiplier)(const struct piece *p, const uint16_t *x, const uint32_t *strip,
-                                int64_t at, int64_t column);
+typedef void (*wide_multiplier)(float *kept, const uint16_t *x, const uint32_t *strip,
+                                int64_t pairs, int begins);
 #define MULTIPLY(rows) \
-    static void multiply_wide_##rows(const struct piece *p, const uint16_t *x, \
-                                     const uint32_t *strip, int64_t at, int64_t column) { \
-        multiply_wide(p, x, strip, at, column, rows); \
+    static void multiply_wide_##rows(float *kept, const uint16_t *x, const uint32_t *strip, \
+                                     int64_t pairs, int begins) { \
+        multiply_wide(kept, x, strip, pairs, begins, rows); \
     }
 MULTIPLY(1) MULTIPLY(2) MULTIPLY(3) MULTIPLY(4) MULTIPLY(5) MULTIPLY(6) MULTIPLY(7)
 MULTIPLY(8) MULTIPLY(9) MULTIPLY(10) MULTIPLY(11) MULTIPLY(12) MULTIPLY(13) MULTIPLY(14)
@@ -170,11 +178,18 @@ static const wide_multiplier wide_multipliers[HEIGHT] = {
 };
 
 #if HAS_TILES
+/* GCC's tile intrinsics do not say which memory they read. */
+#define WRITTEN __asm__ volatile("" ::: "memory")
+
 struct tiles { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; };
 
 TILED static void open_tiles(void) {
-    struct tiles t = {.palette = 1};
-    for (int i = 0; i < 8; i++) t.bytes[i] = 64, t.rows[i] = 16;
+    static const struct tiles t = {
+        .palette = 1,
+        .bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+        .rows = {16, 16, 16, 16, 16, 16, 16, 16},
+    };
+    WRITTEN;
     _tile_loadconfig(&t);
 }
 
@@ -182,25 +197,21 @@ TILED static void close_tiles(void) { _tile_release(); }
 
 /* Tiles 0 to 3 hold the sums of 32 rows and 32 columns: (0 1; 2 3). Rows of x beyond those at hand
  * are whatever the buffer holds, and what becomes of them is not written. */
-TILED static void multiply_tiles(const struct piece *p, const uint16_t *x, const uint32_t *strip,
-                                 int64_t at, int64_t column, int64_t rows) {
-    const struct product_args *a = p->of;
-    float block[TALL * WIDTH] __attribute__((aligned(64)));
-    int64_t steps = (whole_steps(p->depth) + whole_steps(p->term)) / STEP;
-    int whole = rows == TALL && column + WIDTH <= a->n, last = is_last(p);
-    float *kept = a->sums + at;
-    if (whole && p->first && !last) {
-        _tile_loadd(0, kept, a->n * 4);
-        _tile_loadd(1, kept + 16, a->n * 4);
-        _tile_loadd(2, kept + 16 * a->n, a->n * 4);
-        _tile_loadd(3, kept + 16 * a->n + 16, a->n * 4);
-    } else {
+TILED static void multiply_tiles(float *kept, const uint16_t *x, const uint32_t *strip,
+                                 int64_t pairs, int begins) {
+    WRITTEN;
+    if (begins) {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
+    } else {
+        _tile_loadd(0, kept, WIDTH * 4);
+        _tile_loadd(1, kept + 16, WIDTH * 4);
+        _tile_loadd(2, kept + 16 * WIDTH, WIDTH * 4);
+        _tile_loadd(3, kept + 16 * WIDTH + 16, WIDTH * 4);
     }
-    for (int64_t k = 0; k < steps; k++, x += STEP, strip += STEP / 2 * WIDTH) {
+    for (int64_t k = 0; k < pairs; k += STEP / 2, x += STEP, strip += STEP / 2 * WIDTH) {
         _tile_loadd(6, strip, WIDTH * 4);
         _tile_loadd(4, x, WIDE_STRIDE * 2);
         _tile_dpbf16ps(0, 4, 6);
@@ -210,44 +221,79 @@ TILED static void multiply_tiles(const struct piece *p, const uint16_t *x, const
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    if (whole && !last) {
-        _tile_stored(0, kept, a->n * 4);
-        _tile_stored(1, kept + 16, a->n * 4);
-        _tile_stored(2, kept + 16 * a->n, a->n * 4);
-        _tile_stored(3, kept + 16 * a->n + 16, a->n * 4);
-        return;
-    }
-    _tile_stored(0, block, WIDTH * 4);
-    _tile_stored(1, block + 16, WIDTH * 4);
-    _tile_stored(2, block + 16 * WIDTH, WIDTH * 4);
-    _tile_stored(3, block + 16 * WIDTH + 16, WIDTH * 4);
-    struct ending e = ending_of(p, column);
-    for (int64_t r = 0; r < rows; r++)
-        end_row(p, &e, at + r * a->n, _mm512_load_ps(block + r * WIDTH),
-                _mm512_load_ps(block + r * WIDTH + 16));
+    _tile_stored(0, kept, WIDTH * 4);
+    _tile_stored(1, kept + 16, WIDTH * 4);
+    _tile_stored(2, kept + 16 * WIDTH, WIDTH * 4);
+    _tile_stored(3, kept + 16 * WIDTH + 16, WIDTH * 4);
 }
 #else
 static void open_tiles(void) {}
 static void close_tiles(void) {}
-#define multiply_tiles(p, x, strip, at, column, rows) ((void)0)
+#define multiply_tiles(kept, x, strip, pairs, begins) ((void)0)
 #endif
+
+/* Sums of whole strips are rounded by the CPU's own instruction. */
+INLINE void end_wide_row(const struct piece *p, const struct ending *e, int64_t at, __m512 low,
+                         __m512 high) {
+    if (e->last && !p->first && p->of->y_dtype == HALVES) {
+        __m512i both = pairs_of(_mm512_add_ps(low, e->bias[0]), _mm512_add_ps(high, e->bias[1]));
+        _mm512_mask_storeu_epi16((uint16_t *)p->of->y + at, e->lanes, both);
+    } else {
+        end_row(p, e, at, low, high);
+    }
+}
+
+/* Part of a strip: its pairs, from where in the depth they are, and whether the sums end there. */
+struct part {
+    uint32_t *strip;
+    int64_t first, pairs;
+    int ends;
+};
+
+/* Where lines of the next strip are asked for, and how many at a time. */
+struct ahead {
+    const struct piece *next;
+    int64_t column, asked, share;
+};
+
+static void multiply_part(const struct piece *p, const struct part *of, float *sums,
+                          int64_t column, struct ahead *ahead) {
+    const struct product_args *a = p->of;
+    int64_t height = a->arithmetic == TILES ? TALL : HEIGHT;
+    struct ending e = ending_of(p, column);
+    for (int64_t i = 0; i < p->rows; i += height, ahead->asked += ahead->share) {
+        int64_t rows = p->rows - i < height ? p->rows - i : height;
+        const uint16_t *x = wide_rows + i * WIDE_STRIDE + of->first;
+        float *kept = sums + i * WIDTH;
+        fetch(ahead->next, ahead->column, ahead->asked, ahead->asked + ahead->share);
+        if (a->arithmetic == TILES) multiply_tiles(kept, x, of->strip, of->pairs, !of->first);
+        else wide_multipliers[rows - 1](kept, x, of->strip, of->pairs, !of->first);
+        for (int64_t r = 0; of->ends && r < rows; r++)
+            end_wide_row(p, &e, (p->row + i + r) * a->n + column, _mm512_load_ps(kept + r * WIDTH),
+                         _mm512_load_ps(kept + r * WIDTH + 16));
+    }
+}
 
 static void multiply_wide_strip(const struct piece *p, int64_t column, const struct piece *next,
                                 int64_t next_column) {
     const struct product_args *a = p->of;
-    uint32_t strip[(WIDE_DEPTH + SPARE + 2 * STEP) / 2 * WIDTH] __attribute__((aligned(64)));
+    float sums[WIDE_ROWS * WIDTH] __attribute__((aligned(64)));
+    uint32_t strip[WIDE_FULL / 2 * WIDTH] __attribute__((aligned(64)));
     int64_t height = a->arithmetic == TILES ? TALL : HEIGHT;
     int64_t lines = a->transposed ? WIDTH * ((next->depth + 31) / 32) : next->depth;
-    int64_t share = lines * height / p->rows + 1;
-    if (a->transposed) pack_pairs_transposed(p, column, strip);
-    else pack_pairs(p, column, strip);
-    if (p->term) pack_wide_term(p, column, strip + whole_steps(p->depth) / 2 * WIDTH);
-    for (int64_t i = 0, asked = 0; i < p->rows; i += height, asked += share) {
-        int64_t rows = p->rows - i < height ? p->rows - i : height, at = (p->row + i) * a->n + column;
-        const uint16_t *x = (const uint16_t *)packed_rows + i * WIDE_STRIDE;
-        fetch(next, next_column, asked, asked + share);
-        if (a->arithmetic == TILES) multiply_tiles(p, x, strip, at, column, rows);
-        else wide_multipliers[rows - 1](p, x, strip, at, column);
+    int64_t turns = p->rows / height * ((p->depth + PART - 1) / PART) + 1;
+    struct ahead ahead = {next, next_column, 0, lines / turns + 1};
+    for (int64_t done = 0; done < p->depth || (!done && p->term); done += PART) {
+        struct piece some = *p;
+        some.first += done;
+        some.depth = p->depth - done < PART ? p->depth - done : PART;
+        struct part of = {strip, done, whole_steps(some.depth) / 2, done + PART >= p->depth};
+        some.term = of.ends ? p->term : 0;
+        if (a->transposed) pack_pairs_transposed(&some, column, strip);
+        else pack_pairs(&some, column, strip);
+        if (some.term) pack_wide_term(&some, column, strip + of.pairs * WIDTH);
+        of.pairs += whole_steps(some.term) / 2;
+        multiply_part(p, &of, sums, column, &ahead);
     }
 }
 
