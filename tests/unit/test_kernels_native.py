@@ -34,7 +34,11 @@ HALVES = (torch.float32, torch.bfloat16, torch.float16)
 BOTH = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(params=LEVELS)
+WIDE = LEVELS[3:]
+"""Those that differ from avx512 in products alone, which multiply in bfloat16 arithmetic."""
+
+
+@pytest.fixture(params=LEVELS[:3])
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     with native.use(request.param):
         yield request.param
@@ -194,6 +198,97 @@ def test_product_ends_with_a_low_rank_term_and_a_bias(
         plain = native.product(x, stored, turned[0])
         assert plain is not None
         assert torch.allclose(end.applied(plain).double(), y.double(), rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("level", WIDE)
+@pytest.mark.parametrize("sizes", [
+    (1, 1, 1), (13, 33, 31), (14, 512, 32), (33, 513, 97), (449, 100, 40), (40, 1040, 33),
+    (21, 2100, 70),
+])  # fmt: skip
+@pytest.mark.parametrize("rank", [0, 1, 40, 1100])
+@pytest.mark.parametrize("turned", [True, False])
+def test_bfloat16_arithmetic_rounds_its_inputs_and_nothing_else(
+    level: str, sizes: tuple[int, int, int], rank: int, turned: bool
+) -> None:
+    m, k, n = sizes
+    left, bias, scale = drawn(m, rank, seed=2), drawn(n, seed=4), 1.7
+    right = drawn(n, rank, seed=3).t() if turned else drawn(rank, n, seed=3)
+    term = LowRank(left, right, scale) if rank else None
+    for dtype in BOTH:
+        x, weight = drawn(m, k, dtype=dtype), drawn(n, k, dtype=dtype, seed=1)
+        stored = weight if turned else weight.t().contiguous()
+        pairs = [(x, weight.t()), (scale * left, right)]
+        exact = [(a.bfloat16().double(), b.bfloat16().double()) for a, b in pairs]
+        expected = sum((a @ b for a, b in exact), bias.double())
+        sizes_ = sum((a.abs() @ b.abs() for a, b in exact), bias.double().abs())
+        with native.use(level):
+            wide = native.product(x, stored, turned, Epilogue(torch.float32, term, bias),
+                                  torch.bfloat16)  # fmt: skip
+            half = native.product(x, stored, turned, Epilogue(torch.bfloat16, term, bias),
+                                  torch.bfloat16)  # fmt: skip
+        assert wide is not None
+        bound = sizes_ * (k + rank + 1) * torch.finfo(torch.float32).eps
+        assert ((wide - expected).abs() <= bound).all()
+        assert half is not None
+        assert torch.equal(half, wide.bfloat16())
+
+
+@pytest.mark.parametrize("level", WIDE)
+@pytest.mark.parametrize("transposed", [True, False])
+def test_packed_weights_are_rounded_to_bfloat16_as_a_dense_weight_would_be(
+    level: str, transposed: bool
+) -> None:
+    out, width = 96, 192
+    x = drawn(50, width if transposed else out, dtype=torch.bfloat16)
+    parts = nf4_parts(out, width, True)
+    packed = dense(list(parts), "nf4", out, width, torch.float32).bfloat16()
+    q, absmax = native.int8_quantize(drawn(out, width, seed=5))
+    whole = (q * absmax[:, None] * (1 / 127)).bfloat16()
+    with native.use(level):
+        half = torch.bfloat16
+        found = [
+            native.nf4_product(x, parts, out if transposed else width, transposed, None, half),
+            native.int8_product(x, q, absmax, transposed, None, half),
+        ]
+        wanted = [native.product(x, w, transposed, None, half) for w in (packed, whole)]
+    for a, b in zip(found, wanted, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.allclose(a, b, rtol=0, atol=float(b.abs().max()) * 2**-9)
+
+
+@pytest.mark.parametrize("level", WIDE)
+def test_a_row_of_a_bfloat16_product_depends_on_that_row_alone(level: str) -> None:
+    x, weight = drawn(700, 300, dtype=torch.bfloat16), drawn(90, 300, dtype=torch.bfloat16, seed=1)
+    with native.use(level):
+        whole = native.product(x, weight, True, dtype=torch.bfloat16)
+        assert whole is not None
+        for rows in (slice(0, 1), slice(3, 20), slice(440, 700)):
+            part = native.product(x[rows], weight, True, dtype=torch.bfloat16)
+            assert part is not None
+            assert torch.equal(part, whole[rows])
+        for threads in (2, 3):
+            with on_threads(threads):
+                assert same(native.product(x, weight, True, dtype=torch.bfloat16), whole)
+
+
+@pytest.mark.parametrize("level", WIDE)
+def test_a_bfloat16_product_keeps_what_is_not_finite(level: str) -> None:
+    x, weight = drawn(20, 50, dtype=torch.bfloat16), drawn(50, 40, dtype=torch.bfloat16)
+    x[3, 4], weight[7, 11] = float("inf"), float("nan")
+    with native.use(level):
+        y = native.product(x, weight, False, Epilogue(torch.bfloat16), torch.bfloat16)
+    assert y is not None
+    assert y[:, 11].isnan().all()
+    assert not y[3].isfinite().any()
+    assert y[:3, :11].isfinite().all()
+
+
+def test_bfloat16_arithmetic_is_left_to_torch_below_its_level(level: str) -> None:
+    x, weight = drawn(20, 50, dtype=torch.bfloat16), drawn(50, 40, dtype=torch.bfloat16)
+    assert not native.multiplies(torch.bfloat16)
+    assert native.product(x, weight, False, None, torch.bfloat16) is None
+    assert not native.multiplies(torch.float16)
 
 
 def test_a_product_is_rounded_to_bfloat16_as_torch_rounds() -> None:

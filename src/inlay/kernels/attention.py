@@ -23,6 +23,10 @@ flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
+STEP = 32
+"""Lengths of halves that are attended to on a CPU are multiples of this."""
+
+
 def spans(segments: Tensor, rows: int, length: int) -> list[tuple[slice, slice]] | None:
     """Return every segment as (rows, positions), or None where they are the batch's whole rows."""
     listed: list[list[int]] = segments.tolist()
@@ -48,6 +52,16 @@ def ready(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def in_steps(x: Tensor) -> Tensor:
+    """Return x (b, heads, s, d), where it is in halves filled up with zeros to whole STEPs of s.
+
+    Causal queries see none of the keys that are added, and what is added to the queries has no
+    gradient. oneDNN, which multiplies halves, keeps code for every length that it has met.
+    """
+    missing = -x.shape[2] % STEP if x.dtype.itemsize < 4 and x.device.type == "cpu" else 0
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
 def repeated(x: Tensor, heads: int) -> Tensor:
     """Repeat key or value heads (b, kv, s, d) for the query heads that share them."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
@@ -70,10 +84,11 @@ def attended(qkv: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     if in_blocks(*qkv[:2]):
         out = block_attention.attended(query, key, value, scale)
         return out.transpose(1, 2), query.new_zeros(query.shape[:-1])
-    width = value.shape[-1]
+    length, width = query.shape[2], value.shape[-1]
+    query, key, value = map(in_steps, (query, key, value))
     key, value = (repeated(x, query.shape[1]) for x in (key, value))
     out, sums = flash(*of_one_width(query, key, value), is_causal=True, scale=scale)
-    return out[..., :width].transpose(1, 2), sums
+    return out[:, :, :length, :width].transpose(1, 2), sums[:, :, :length]
 
 
 def attended_backward(
@@ -85,12 +100,14 @@ def attended_backward(
     if in_blocks(*qkv[:2]):
         found = block_attention.attended_backward(grad, query, key, value, scale)
     else:
+        length, part = query.shape[2], ready(out.transpose(1, 2), dtype)
+        query, key, value, grad, part = map(in_steps, (query, key, value, grad, part))
         key, value = (repeated(x, query.shape[1]) for x in (key, value))
-        part = ready(out.transpose(1, 2), dtype)
         wide = of_one_width(grad, query, key, value, part)
+        sums = F.pad(sums, (0, query.shape[2] - length))
         found = flash_backward(*wide, sums, 0.0, True, scale=scale)
     for x, to in zip(qkv, found, strict=True):
-        to = to[..., : x.shape[-1]]
+        to = to[:, :, : x.shape[2], : x.shape[-1]]
         shared = to.shape[1] // x.shape[1]
         yield (to if shared == 1 else to.unflatten(1, (-1, shared)).sum(2)).transpose(1, 2)
 

@@ -7,6 +7,7 @@ matrix, unless that is as large as an output head, and the caching allocator kee
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from math import ceil
@@ -24,18 +25,22 @@ kept = threading.local()
 """Each thread's buffer; the backward pass on a GPU has a thread of its own."""
 
 
-FAST_HALVES_ON_CPU = frozenset(
-    dtype
-    for dtype, has in (
-        (
-            torch.bfloat16,
-            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
-        ),
-        (torch.float16, torch.cpu._is_amx_fp16_supported()),
-    )
-    if has
-)
-"""The half-precision dtypes that this CPU has arithmetic for."""
+BELOW_HALVES = ("generic", "avx2", "avx512")
+"""Values of INLAY_NATIVE that stand for a CPU without arithmetic on halves."""
+
+
+def fast_halves_on_cpu() -> frozenset[torch.dtype]:
+    """Return the half-precision dtypes that this CPU has arithmetic for."""
+    if os.environ.get("INLAY_NATIVE", "").lower() in BELOW_HALVES:
+        return frozenset()
+    has = {
+        torch.bfloat16: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        torch.float16: torch.cpu._is_amx_fp16_supported(),
+    }
+    return frozenset(dtype for dtype, there in has.items() if there)
+
+
+FAST_HALVES_ON_CPU = fast_halves_on_cpu()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

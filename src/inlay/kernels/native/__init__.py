@@ -25,7 +25,7 @@ The storages fall back to their own torch code where these say that they did not
     nf4_dequantize(parts, out, first) -> bool
     nf4_to_int8(parts, q, scale, first) -> bool
 
-And products that read a frozen weight as it is held, where `multiplies(dtype)` says that there are any:
+Products that read a frozen weight as it is held, where `multiplies(dtype)` says that there are any:
 
     product(x, weight, transposed, epilogue, dtype) -> y | None
     nf4_product(x, parts, width, transposed, epilogue, dtype) -> y | None

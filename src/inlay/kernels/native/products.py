@@ -1,7 +1,7 @@
 """Products in C that read a frozen weight as it is held, sums in fp32; with AVX-512.
 
-Numbers are multiplied in fp32, or in bfloat16 on a CPU that has such arithmetic. A row of the result
-depends on that row of x alone: neither on how many rows there are nor on the threads.
+Numbers are multiplied in fp32, or in bfloat16 on a CPU that has such arithmetic. A row of the
+result depends on that row of x alone: neither on how many rows there are nor on the threads.
 """
 
 from __future__ import annotations
