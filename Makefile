@@ -37,6 +37,7 @@ bench-full: .venv/.dev     ## every case, growth, streaming and planned memory t
 	$(BIN)/python benchmarks/streaming.py memory --tokens 2048
 	$(BIN)/python benchmarks/streaming.py speed
 	$(BIN)/python benchmarks/plan_table.py
+	$(BIN)/python benchmarks/plan_runs.py
 	$(BIN)/python docs/performance.py
 
 bench-results: .venv/.dev  ## what each method reaches on the real data in ../shared

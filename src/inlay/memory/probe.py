@@ -66,6 +66,9 @@ def status(field: str) -> int | None:
     return None
 
 
+LATER = 32 << 20
+"""Bytes that a run comes to hold after it is planned, beside its tensors: code of the trainer and of
+checkpoints, products of other lengths, and rows; by benchmarks/plan_runs.py."""
 MOST_ROWS, MOST_COLUMNS, MOST_OUTPUTS = 512, 4096, 1 << 15
 """Larger products are tried at this size: the multiplying library's buffers grow no more."""
 
@@ -81,7 +84,7 @@ def runtime(products: frozenset[tuple[int, int, int]]) -> int:
         (min(m, MOST_ROWS), min(k, MOST_COLUMNS), min(n, MOST_OUTPUTS)) for m, k, n in products
     }
     widest = {shape for shape in tried if not any(covers(other, shape) for other in tried)}
-    return held_after(frozenset(widest))
+    return held_after(frozenset(widest)) + LATER
 
 
 def covers(other: tuple[int, int, int], shape: tuple[int, int, int]) -> bool:
