@@ -67,8 +67,8 @@ def status(field: str) -> int | None:
 
 
 LATER = 32 << 20
-"""Bytes that a run comes to hold after it is planned, beside its tensors: code of the trainer and of
-checkpoints, products of other lengths, and rows; by benchmarks/plan_runs.py."""
+"""Bytes that a run comes to hold after it is planned, beside its tensors: code of the trainer and
+of checkpoints, products of other lengths, and rows; by benchmarks/plan_runs.py."""
 MOST_ROWS, MOST_COLUMNS, MOST_OUTPUTS = 512, 4096, 1 << 15
 """Larger products are tried at this size: the multiplying library's buffers grow no more."""
 
