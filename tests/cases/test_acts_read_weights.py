@@ -199,3 +199,16 @@ def test_a_compiled_model_reads_the_same() -> None:
     x = torch.randn(3, 64)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_bitsandbytes_layer_stays_readable_after_it_ran_without_its_adapter() -> None:
+    """Its own forward repacks the weight on a CPU in evaluation, and fails on narrow layers."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(32, 32, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    model = nn.Sequential(layer.to("cpu")).eval()
+    moved(inlay.attach(model, inlay.LoRA(rank=2)))
+    x = torch.randn(2, 32)
+    with torch.no_grad():
+        with inlay.disabled(model):
+            torch.testing.assert_close(model(x), x @ layer.base.dequantize().T)
+        assert not torch.allclose(model(x), x @ layer.base.dequantize().T, atol=1e-3)

@@ -72,6 +72,8 @@ class AdaptedLayer(Base):
         elif changed:
             self.keep_up(self.weight_methods())
             h = self.on_weights(changed, args, kwargs)
+        elif self.base is not None and self.base.replaces_forward:
+            h = self.base.linear(read(args, kwargs))
         else:
             h = super().forward(*args, **kwargs)
         for method, p in here:

@@ -31,6 +31,8 @@ class FrozenLinear(ABC):
     """The name users type: `dense`, `nf4`, `int8`."""
     layer_kind: ClassVar[Kind] = "linear"
     """Which kind of layer a module that is itself a storage is to a method."""
+    replaces_forward: ClassVar[bool] = False
+    """Whether the layer's own forward is not to be run while adapters are on it."""
     stands_for: Kind = "linear"
     """The kind of the dense layer in whose place it is; Conv1D's weight lies as (in, out)."""
     by_weight: ClassVar[bool] = False
