@@ -17,8 +17,9 @@ from torch import nn
 
 from inlay.checkpoint.base import base_name, describe_base, keep_description
 from inlay.checkpoint.card import card
-from inlay.checkpoint.config import Placement, config_of, extras_of, hyperparameters, trained_names
+from inlay.checkpoint.config import Placement, config_of, extras_of, hyperparameters, replaced_by
 from inlay.checkpoint.differs import warn_where_peft_differs
+from inlay.checkpoint.embeddings import saved_embeddings
 from inlay.checkpoint.folder import (
     CARD,
     CONFIG,
@@ -84,6 +85,7 @@ def save_adapter(
     *,
     base_model: str | None = None,
     recorded: Mapping[str, Any] | None = None,
+    embeddings: bool | None = None,
 ) -> Path:
     """Save one adapter in HF PEFT's layout, all of it or, on failure, nothing.
 
@@ -97,6 +99,8 @@ def save_adapter(
         base_model: the base's name to record; default: what the model was loaded as.
         recorded: more of HF PEFT's options to record, such as its task type; only those that do
             not change what the adapter computes.
+        embeddings: whether to write the base's input embedding and head as well; None: where
+            the vocabulary was changed, so that no checkpoint of the base has their rows.
 
     Returns:
         The folder.
@@ -110,11 +114,12 @@ def save_adapter(
     base = base_model or base_name(model)
     config = config_of(model, attached, base) | checked_records(recorded or {})
     differs = warn_where_peft_differs(model, attached, f"the adapter saved in {directory}")
+    whole = saved_embeddings(model, attached, embeddings)
 
     def put(folder: Path) -> None:
         write_json(folder / CONFIG, config)
-        write_tensors(folder / TENSORS, found, shared_once=attached.method.peft_type is None)
-        write_json(folder / EXTRAS, extras_of(model, attached, base, folder))
+        write_tensors(folder / TENSORS, found, whole, shared_once=attached.method.peft_type is None)
+        write_json(folder / EXTRAS, extras_of(model, attached, base, folder, whole))
         count = sum({id(s.tensor): s.tensor.numel() for s in found}.values())
         text = card(attached.method, hyperparameters(attached.method), base, count, differs)
         (folder / CARD).write_text(text, encoding="utf-8")
@@ -158,7 +163,7 @@ def load_adapter(
         about = f"the adapter in {file.folder.path} does not fit this {described(model)}"
         about += f"; it was made for {made_for(file.folder)}"
         path = located(file.folder.path, TENSORS)
-        fill(model, slots(model, name), path, file.folder.tensors, about)
+        fill(model, name, path, file.folder.tensors, about)
         if file.folder.extras is None:
             warn_where_peft_differs(model, adapters(model)[name], f"the adapter in {directory}")
         if file.folder.extras is not None:
@@ -313,7 +318,7 @@ def check_base(model: nn.Module, attached: Attached, folder: AdapterFolder) -> N
     recorded = (folder.extras or {}).get("base")
     if not isinstance(recorded, dict):
         raise CheckpointError(f"{folder.path / EXTRAS} must describe the base; it is damaged")
-    now = describe_base(model, None, trained_names(model, attached.name))
+    now = describe_base(model, None, replaced_by(model, attached.name, folder.tensors))
     comparable = "float16" not in (now["dtype"], recorded.get("dtype")) or (
         now["dtype"] == recorded.get("dtype")
     )
@@ -324,14 +329,17 @@ def check_base(model: nn.Module, attached: Attached, folder: AdapterFolder) -> N
     what = "weights of the same shapes but other values" if same_shapes else "other weights"
     raise CheckpointError(
         f"the adapter in {folder.path} was trained on {made_for(folder)}, and this "
-        f"{described(model)} has {what}; load that base, or delete {EXTRAS} to use the adapter on "
-        "this one all the same"
+        f"{described(model)} has {what}; load that base. Rows of tokens that were added to it are "
+        "in this folder only if it was saved with embeddings=True. Without "
+        f"{EXTRAS} the folder is read unchecked, and computes something else on this base"
     )
 
 
 def keep_base_description(model: nn.Module, name: str = "default") -> None:
     """Keep what a saved adapter says of its base; call it before the weights are divided."""
-    keep_description(model, trained_names(model, name))
+    keep_description(
+        model, replaced_by(model, name, saved_embeddings(model, adapters(model)[name], None))
+    )
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,23 +23,23 @@ DESCRIBED = "described_base"
 
 
 def describe_base(
-    model: nn.Module, base_model: str | None, trained: Collection[str]
+    model: nn.Module, base_model: str | None, replaced: Mapping[str, set[int] | None]
 ) -> dict[str, Any]:
     """Return what inlay.json says of a base model.
 
-    `trained` names the parameters that the adapter replaces, whose values are left out: a new
-    classifier starts from other values on every load.
+    `replaced` names the parameters that the adapter replaces, whole or in some rows, whose values
+    are left out: a new classifier starts from other values on every load.
     """
     kept: dict[str, Any] = vars(model).get(DESCRIBED) or {}
-    return {"model": base_model, **(kept or description(model, trained))}
+    return {"model": base_model, **(kept or description(model, replaced))}
 
 
-def keep_description(model: nn.Module, trained: Collection[str]) -> None:
+def keep_description(model: nn.Module, replaced: Mapping[str, set[int] | None]) -> None:
     """Describe a base while its weights are whole; they are divided among processes next."""
-    vars(model)[DESCRIBED] = description(model, trained)
+    vars(model)[DESCRIBED] = description(model, replaced)
 
 
-def description(model: nn.Module, trained: Collection[str]) -> dict[str, Any]:
+def description(model: nn.Module, replaced: Mapping[str, set[int] | None]) -> dict[str, Any]:
     """Return what is found out about a base from the model itself."""
     return {
         "architecture": type(model).__name__,
@@ -47,7 +47,7 @@ def description(model: nn.Module, trained: Collection[str]) -> dict[str, Any]:
         "head_storage": head_storage_of(model),
         "dtype": dtype_of(model),
         "shapes_sha256": shapes_digest(model),
-        "values_sha256": values_digest(model, trained),
+        "values_sha256": values_digest(model, replaced),
     }
 
 
@@ -96,7 +96,7 @@ def shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield f"{name}.{parameter}", tuple(value.shape)
 
 
-def values_digest(model: nn.Module, trained: Collection[str]) -> str:
+def values_digest(model: nn.Module, replaced: Mapping[str, set[int] | None]) -> str:
     """Return the SHA-256 of a sample of the values that no storage packs, in bf16.
 
     That is every vector (norms, biases) and a few rows of every embedding: equal for a dense and
@@ -105,20 +105,24 @@ def values_digest(model: nn.Module, trained: Collection[str]) -> str:
     digest = hashlib.sha256()
     for name, module in own_modules(model):
         with brought_in(module):
-            for full, value in sampled(name, module, trained):
+            for full, value in sampled(name, module, replaced):
                 digest.update(full.encode())
                 digest.update(as_bytes(value))
     return digest.hexdigest()
 
 
-def sampled(name: str, module: nn.Module, trained: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+def sampled(
+    name: str, module: nn.Module, replaced: Mapping[str, set[int] | None]
+) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of one module that is sampled, with the values taken."""
     for parameter, value in own_parameters(module):
         full = f"{name}.{parameter}"
-        if full not in trained and is_sampled(module, parameter, value):
-            yield full, sample(value)
-    if isinstance(module, FrozenLinear) and kind(module) == "embedding":
-        yield f"{name}.weight", module.matmul(sampled_rows(module.shape[1]))
+        rows = replaced.get(full, set())
+        if rows is not None and is_sampled(module, parameter, value):
+            yield full, sample(value, rows)
+    rows = replaced.get(f"{name}.weight", set())
+    if isinstance(module, FrozenLinear) and kind(module) == "embedding" and rows is not None:
+        yield f"{name}.weight", module.matmul(sampled_rows(module.shape[1], rows))
 
 
 def is_sampled(module: nn.Module, parameter: str, value: Tensor) -> bool:
@@ -131,16 +135,17 @@ def is_sampled(module: nn.Module, parameter: str, value: Tensor) -> bool:
     )
 
 
-def sample(value: Tensor) -> Tensor:
+def sample(value: Tensor, without: Collection[int]) -> Tensor:
     """Return a vector whole, or evenly spaced rows of a matrix."""
     if value.ndim == 1:
         return value
-    return value[sampled_rows(value.shape[0]).to(value.device)]
+    return value[sampled_rows(value.shape[0], without).to(value.device)]
 
 
-def sampled_rows(count: int) -> Tensor:
-    """Return the numbers of evenly spaced rows of a matrix of `count`."""
-    return torch.linspace(0, count - 1, min(SAMPLED_ROWS, count)).long()
+def sampled_rows(count: int, without: Collection[int]) -> Tensor:
+    """Return the numbers of evenly spaced rows of a matrix of `count`, but some."""
+    numbers = torch.linspace(0, count - 1, min(SAMPLED_ROWS, count)).long()
+    return torch.tensor([n for n in numbers.tolist() if n not in without], dtype=torch.long)
 
 
 def as_bytes(value: Tensor) -> bytes:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from pydantic import ConfigDict
 from torch import nn
 
 from inlay.checkpoint.base import describe_base
+from inlay.checkpoint.embeddings import brought
 from inlay.checkpoint.folder import FORMAT, TENSORS, sha256_of
 from inlay.checkpoint.options import COMMON, DEFAULTS
 from inlay.checkpoint.placement import (
@@ -28,6 +29,7 @@ from inlay.methods.base import Method, PromptMethod, SelectMethod, replaced
 from inlay.model.attach import Attached, adapter_places
 from inlay.model.heads import head_of
 from inlay.model.places import module_at, view_at
+from inlay.model.tokens import input_name
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,22 @@ class Placement:
     exclude: tuple[str, ...] = ()
     layers: str | tuple[int, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
+    trainable_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def placement_of(model: nn.Module, attached: Attached) -> Placement:
     """Return what to ask `attach` for to get the same places again, on this or a larger model."""
-    saved = saved_roots(model, attached)
+    saved, tokens = saved_roots(model, attached), attached.trainable_tokens
     if isinstance(attached.method, SelectMethod):
-        return Placement(attached.targets, attached.exclude, attached.layers, saved)
+        return Placement(attached.targets, attached.exclude, attached.layers, saved, tokens)
     if isinstance(attached.method, PromptMethod):
-        return Placement(modules_to_save=saved)
+        return Placement(modules_to_save=saved, trainable_tokens=tokens)
     exact = suffixes(attached.found.names, place_names(model))
-    return Placement(exact if isinstance(exact, str) else tuple(exact), modules_to_save=saved)
+    return Placement(
+        exact if isinstance(exact, str) else tuple(exact),
+        modules_to_save=saved,
+        trainable_tokens=tokens,
+    )
 
 
 def config_of(model: nn.Module, attached: Attached, base: str | None) -> dict[str, Any]:
@@ -67,6 +74,8 @@ def config_of(model: nn.Module, attached: Attached, base: str | None) -> dict[st
         "peft_type": method.peft_type or f"INLAY_{method.name.upper()}",
         "task_type": task_type(model, saved),
     }
+    if attached.trainable_tokens:
+        config |= tokens_config(model, attached)
     if "fan_in_fan_out" in config:
         views = (view_at(model, name) for name in attached.found.names)
         config["fan_in_fan_out"] = any(v is not None and v.stands_for == "conv1d" for v in views)
@@ -76,6 +85,21 @@ def config_of(model: nn.Module, attached: Attached, base: str | None) -> dict[st
     by_weight = {n for n in names if told_by_weight(model, method, n)}
     patterned = with_patterns(config, method, names, by_weight)
     return json.loads(json.dumps(patterned, sort_keys=True))
+
+
+def tokens_config(model: nn.Module, attached: Attached) -> dict[str, Any]:
+    """Return what the configuration says of tokens whose rows train.
+
+    HF PEFT has no place for them beside other methods than LoRA, so it is not to read these.
+    """
+    tokens = {name: list(ids) for name, ids in attached.trainable_tokens.items()}
+    only = list(tokens) == [input_name(model)]
+    found: dict[str, Any] = {
+        "trainable_token_indices": next(iter(tokens.values())) if only else tokens
+    }
+    if attached.method.peft_type != "LORA":
+        found["peft_type"] = f"INLAY_{attached.method.name.upper()}"
+    return found
 
 
 def with_patterns(
@@ -108,18 +132,25 @@ def unread(method: Method, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def extras_of(
-    model: nn.Module, attached: Attached, base: str | None, folder: Path
+    model: nn.Module,
+    attached: Attached,
+    base: str | None,
+    folder: Path,
+    written: Mapping[str, object],
 ) -> dict[str, Any]:
-    """Return the contents of inlay.json, once the tensors are written."""
+    """Return the contents of inlay.json, once the tensors are written.
+
+    `written` has the keys of whole embeddings beside the adapter's own tensors.
+    """
     return {
         "format": FORMAT,
         "inlay": version("inlay"),
         "method": attached.method.name,
         "hyperparameters": hyperparameters(attached.method),
-        "placement": dataclasses.asdict(placement_of(model, attached)),
+        "placement": recorded_placement(placement_of(model, attached)),
         "modules": list(attached.found.names),
         **head_record(model),
-        "base": describe_base(model, base, trained_names(model, attached.name)),
+        "base": describe_base(model, base, replaced_by(model, attached.name, written)),
         "files": {TENSORS: sha256_of(folder / TENSORS)},
     }
 
@@ -169,3 +200,21 @@ def own_names(model: nn.Module, place: str) -> Sequence[str]:
     """Return the names of the parameters that a module holds; none for a single parameter."""
     module, parameter = module_at(model, place)
     return () if parameter is not None else tuple(module._parameters)
+
+
+def replaced_by(
+    model: nn.Module, name: str, keys: Mapping[str, object]
+) -> dict[str, set[int] | None]:
+    """Return the base's parameters whose values an adapter brings: whole ones, or these rows.
+
+    `keys` are those of the adapter's file.
+    """
+    return {**brought(model, name, keys), **dict.fromkeys(trained_names(model, name))}
+
+
+def recorded_placement(placement: Placement) -> dict[str, Any]:
+    """Return a placement as inlay.json has it; tokens are named only where some train."""
+    found = dataclasses.asdict(placement)
+    if not placement.trainable_tokens:
+        del found["trainable_tokens"]
+    return found

@@ -103,7 +103,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 PLACEMENT = frozenset({
     "exclude_modules", "feedforward_modules", "layers_pattern", "layers_to_transform",
     "modules_to_save", "target_modules", "target_parameters", "num_attention_heads", "num_layers",
-    "num_transformer_submodules", "token_dim",
+    "num_transformer_submodules", "token_dim", "trainable_token_indices",
 })  # fmt: skip
 """Options that say where an adapter goes; `placement` reads them."""
 

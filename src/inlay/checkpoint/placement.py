@@ -70,14 +70,14 @@ def placement_in(
         CheckpointError: an option is not of its type, matches nothing, or is for another model.
     """
     names = names_of(model)
-    saved = saved_modules(config, names, where)
+    saved, tokens = saved_modules(config, names, where), tokens_in(config, where)
     if isinstance(method, PromptMethod):
         check_dimensions(model, method, config, where)
         return {"modules_to_save": saved}
     single = parameter_places(model, config, where)
     if config.get("target_modules") == "all-linear":
         if not config.get("exclude_modules") and not single and not stacks_in(model):
-            return {"targets": "all-linear", "modules_to_save": saved}
+            return {"targets": "all-linear", "modules_to_save": saved, **tokens}
         config = {**config, "target_modules": list(find_targets(model, "all-linear").names)}
     check_not_renamed(model, config, where)
     asked = config.get("target_modules") not in (None, []) or not single
@@ -85,7 +85,7 @@ def placement_in(
     if config.get("ensure_weight_tying"):
         found, saved = with_tied(model, found), with_tied(model, saved)
     found += [place for place in single if place not in found]
-    return {"targets": suffixes(found, place_names(model)), "modules_to_save": saved}
+    return {"targets": suffixes(found, place_names(model)), "modules_to_save": saved, **tokens}
 
 
 def parameter_places(model: nn.Module, config: Mapping[str, Any], where: str) -> list[str]:
@@ -139,6 +139,24 @@ def place_names(model: nn.Module) -> list[str]:
 def stacks_in(model: nn.Module) -> bool:
     """Say whether a model holds experts' weights in one parameter."""
     return any(True for n, m in own_modules(model) for _ in expert_stacks(n, m))
+
+
+def tokens_in(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return `attach`'s argument for the tokens whose rows train; nothing when there are none.
+
+    Raises:
+        CheckpointError: they are no whole numbers, by module or for the input embedding.
+    """
+    value = config.get("trainable_token_indices")
+    if not value:
+        return {}
+    lists: list[Any] = list(value.values()) if isinstance(value, dict) else [value]
+    if not all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in lists):
+        raise CheckpointError(
+            f"{where}: trainable_token_indices must be a list of whole numbers, or such lists by "
+            f"the names of modules, not {value!r}"
+        )
+    return {"trainable_tokens": value}
 
 
 def peft_targets(config: Mapping[str, Any], names: Sequence[str], where: str) -> list[str]:

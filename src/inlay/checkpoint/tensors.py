@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from inlay.checkpoint.embeddings import PREFIX, ends_of, keep_embeddings, module_of
 from inlay.checkpoint.folder import Entry, share_as_usual
 from inlay.checkpoint.layouts import AS_IT_IS, TWICE, Layout, layout_of
 from inlay.checkpoint.placement import saved_roots, under_any
@@ -23,7 +24,8 @@ from inlay.model.selected import own_parameters
 from inlay.storage.parameters import JOINED
 from inlay.storage.streamed import StreamedEmbedding
 
-PREFIX = "base_model.model."
+TOKEN_KEY = "token_adapter.trainable_tokens_delta"
+"""HF PEFT's key of the rows of tokens that train."""
 DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -71,6 +73,8 @@ def slots(model: nn.Module, name: str) -> list[Slot]:
         prefix = prefix_of(model, name, place)
         view = view_at(model, place) if method is not None and place else None
         for tensor in params.names():
+            if tensor == "kept_rows":  # part of a whole matrix in the file
+                continue
             module, parameter = module_at(model, place)
             own = () if parameter else module._parameters
             key = key_of(attached, saved, own, place, prefix, tensor, method, kind)
@@ -130,6 +134,8 @@ def key_of(
     """
     if isinstance(method, PromptMethod):
         return method.peft_tensors("linear").get(tensor_name, tensor_name)
+    if tensor_name == "token_rows":
+        return place + TOKEN_KEY
     if method is not None and tensor_name not in own:
         return place + method.peft_tensors(kind or "linear").get(tensor_name, tensor_name)
     if under_any(module_name, saved):
@@ -139,14 +145,17 @@ def key_of(
     return place + ("base_layer." if method is not None else "") + tensor_name
 
 
-def write_tensors(path: Path, found: list[Slot], *, shared_once: bool) -> None:
-    """Write an adapter's tensors; `shared_once` leaves out the repetitions of shared ones.
+def write_tensors(
+    path: Path, found: list[Slot], more: Mapping[str, Tensor], *, shared_once: bool
+) -> None:
+    """Write an adapter's tensors and `more`; `shared_once` leaves out repetitions of shared ones.
 
     Raises:
         CheckpointError: a tensor holds a NaN or an infinity.
     """
-    kept = first_of_shared(found) if shared_once else found
-    values = {s.key: s.written.to("cpu", copy=True).contiguous() for s in kept}
+    kept = first_of_shared(found) if shared_once else without_tied_rows(found)
+    tensors = {s.key: s.written for s in kept} | dict(more)
+    values = {key: t.to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     bad = sorted(key for key, value in values.items() if not bool(torch.isfinite(value).all()))
     if bad:
         raise CheckpointError(
@@ -162,17 +171,21 @@ def first_of_shared(found: list[Slot]) -> list[Slot]:
     return list({id(slot.tensor): slot for slot in reversed(found)}.values())
 
 
-def fill(
-    model: nn.Module, found: list[Slot], path: Path, entries: Mapping[str, Entry], about: str
-) -> None:
+def without_tied_rows(found: list[Slot]) -> list[Slot]:
+    """Leave out the rows of a tied head: HF PEFT saves those of the embedding alone."""
+    once = first_of_shared(found)
+    return [slot for slot in found if slot.name != "token_rows" or slot in once]
+
+
+def fill(model: nn.Module, name: str, path: Path, entries: Mapping[str, Entry], about: str) -> None:
     """Copy the file's tensors into an adapter's, after checking every one of them.
 
     Raises:
         CheckpointError: a tensor is missing, unread, misshapen, of another dtype, or not finite.
     """
+    found = slots(model, name)
     expected = {slot.key: slot.written for slot in found}
-    modules = dict(model.named_modules())
-    copies = {key: base for key in entries if key not in expected for base in base_of(modules, key)}
+    copies = {k: base for k in entries if k not in expected for base in base_of(model, k)}
     problems = Problems()
     problems.add("missing", missing(found, entries))
     problems.add("not used by it", (k for k in entries if k not in expected and k not in copies))
@@ -184,13 +197,17 @@ def fill(
         values: dict[str, Tensor] = {key: file.get_tensor(key) for key in entries}
     bad = (key for key, value in values.items() if not bool(torch.isfinite(value).all()))
     problems.add("NaN or infinite", bad)
-    problems.add("unlike the base's own", (k for k, b in copies.items() if differs(values[k], b)))
+    brought = {module_of(key): values[key] for key in copies if module_of(key) in ends_of(model)}
+    others = {key: base for key, base in copies.items() if module_of(key) not in brought}
+    problems.add("unlike the base's own", (k for k, b in others.items() if differs(values[k], b)))
     problems.raise_if_any(about)
     separate(found, values)
     with torch.no_grad():
         for slot in found:
             if slot.key in values:
                 slot.tensor.copy_(slot.layout.read(values[slot.key]))
+    whole = {slot.key.removeprefix(PREFIX) for slot in found if slot.name == "weight"}
+    keep_embeddings(model, name, {n: v for n, v in brought.items() if f"{n}.weight" not in whole})
 
 
 def separate(found: list[Slot], values: Mapping[str, Tensor]) -> None:
@@ -217,7 +234,10 @@ def missing(found: list[Slot], entries: Mapping[str, Entry]) -> Iterator[str]:
 def misfit(key: str, entry: Entry, tensor: Tensor, is_copy: bool) -> Iterator[str]:
     """Say how one tensor of the file differs in shape or dtype from what the model needs."""
     if entry.shape != tuple(tensor.shape):
-        yield f"{key} of shape {list(entry.shape)}, expected {list(tensor.shape)}"
+        wanted = f"expected {list(tensor.shape)}"
+        if is_copy and entry.shape[1:] == tuple(tensor.shape[1:]):
+            wanted += f", for which model.resize_token_embeddings({entry.shape[0]}) is to be called"
+        yield f"{key} of shape {list(entry.shape)}, {wanted}"
     elif not tensor.is_floating_point():
         if COUNTS.get(entry.dtype) != tensor.dtype:
             yield f"{key} of dtype {entry.dtype}, expected {tensor.dtype}"
@@ -227,15 +247,18 @@ def misfit(key: str, entry: Entry, tensor: Tensor, is_copy: bool) -> Iterator[st
         yield f"{key} of dtype {entry.dtype}, which does not fit into {tensor.dtype}"
 
 
-def base_of(modules: Mapping[str, nn.Module], key: str) -> Iterator[Tensor]:
+def base_of(model: nn.Module, key: str) -> Iterator[Tensor]:
     """Return the base's own parameter that a key is a copy of, if it is one.
 
     HF PEFT writes the whole embeddings beside an adapter that targets them.
     """
-    module_name, _, parameter = key.removeprefix(PREFIX).rpartition(".")
-    module_name = module_name.removesuffix(".base_layer")
-    if key.startswith(PREFIX) and module_name in modules:
-        module = modules[module_name]
+    module_name = module_of(key)
+    parameter = "weight"
+    if not module_name:
+        module_name, _, parameter = key.removeprefix(PREFIX).rpartition(".")
+        module_name = module_name.removesuffix(".base_layer")
+    if key.startswith(PREFIX) and module_name in dict(model.named_modules()):
+        module = model.get_submodule(module_name)
         if isinstance(module, StreamedEmbedding) and parameter == "weight":
             yield module.turned(module.dequantize())
         yield from (p for n, p in own_parameters(module) if n == parameter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -14,6 +14,7 @@ from inlay.methods.base import Kind, Method, Params, PromptMethod, WeightMethod
 from inlay.model.acts import Watch
 from inlay.model.derived import note
 from inlay.model.fast.install import install, uninstall
+from inlay.model.guards import guard, unguard
 from inlay.model.layer import AdaptedLayer, become_adapted, become_original, own_modules
 from inlay.model.places import module_at
 from inlay.model.placing import Place, places_for
@@ -22,6 +23,7 @@ from inlay.model.seams.accelerate import brought_in, keep_resident
 from inlay.model.selected import trained_modules
 from inlay.model.steady import hold_statistics, release_statistics
 from inlay.model.targets import Found
+from inlay.model.tokens import Tokens, check_apart, token_rows
 from inlay.model.trunk import keep_trunk_free_of_gradients
 from inlay.storage.bitsandbytes import tell_dtype
 from inlay.storage.parameters import Parameter
@@ -39,6 +41,8 @@ class Attached:
     layers: str | tuple[int, ...] | None
     modules_to_save: tuple[str, ...]
     found: Found
+    trainable_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Ids whose rows train, by the module that they are rows of."""
 
 
 @dataclass
@@ -62,6 +66,7 @@ def attach(
     exclude: str | Sequence[str] = (),
     layers: str | Iterable[int] | None = None,
     modules_to_save: Sequence[str] = (),
+    trainable_tokens: Tokens = (),
     name: str = "default",
     seed: int = 0,
 ) -> nn.Module:
@@ -79,6 +84,8 @@ def attach(
         layers: Transformer block numbers, as integers or as `0-3,8`.
         modules_to_save: modules trained whole beside the adapter, such as a new classifier; the
             method does not go to them.
+        trainable_tokens: ids of tokens whose rows of the input embedding train beside the adapter,
+            and of the head where it is tied; or ids by the name of an embedding or a head.
         name: the adapter's name on this model.
         seed: the seed of the adapter's initial values.
 
@@ -98,7 +105,11 @@ def attach(
     saved = trained_modules(model, modules_to_save)
     with disabled(model) if registry.adapters else nullcontext():
         places, found = places_for(model, method, targets, exclude, wanted, modules_to_save, seed)
+        rows, tokens = token_rows(model, trainable_tokens, saved)
     for module_name, copies in saved.items():
+        places.setdefault(module_name, Place(None, Params({}))).add(copies)
+    check_apart(rows, found)
+    for module_name, copies in rows.items():
         places.setdefault(module_name, Place(None, Params({}))).add(copies)
     if isinstance(method, PromptMethod):
         hook = registry.prompt or PromptHook(model)
@@ -121,8 +132,10 @@ def attach(
         layers=wanted,
         modules_to_save=tuple(modules_to_save),
         found=found,
+        trainable_tokens=tokens,
     )
     model.__dict__["inlay"] = registry
+    guard(model)
     keep_trunk_free_of_gradients(model)
     set_trained(model, (name,), False)
     return use(model, *(registry.active or (name,)))
@@ -221,6 +234,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(registry.required_grad.get(parameter_name, False))
     del model.__dict__["inlay"]
+    unguard(model)
     release_statistics(model)
     uninstall(model)
     model.__dict__.pop("enable_input_require_grads", None)

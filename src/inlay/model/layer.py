@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from inlay.methods.base import HiddenMethod, Method, Params, WeightMethod
+from inlay.methods.tokens import ROWS, TOKENS, TokenRows, tokens_of
 from inlay.model.by_weight import Changed, made_again
 from inlay.model.derived import follow, follow_loaded
 from inlay.model.instance import change_class
@@ -175,8 +176,22 @@ class AdaptedLayer(Base):
         return [(m, p) for m, p in self.here() if isinstance(m, WeightMethod)]
 
     def here(self) -> list[tuple[Method | None, Params]]:
-        """Return what the active adapters have at this layer."""
-        return [(self.methods[n], self.params(n)) for n in self.active if n in self.methods]
+        """Return what the active adapters have at this layer, tokens' rows before the method."""
+        found: list[tuple[Method | None, Params]] = []
+        for name in self.active:
+            if name in self.methods:
+                params = self.params(name)
+                found += [(rows, params) for rows in self.rows_in(params)]
+                found.append((self.methods[name], params))
+        return found
+
+    def rows_in(self, params: Params) -> list[TokenRows]:
+        """Return what puts an adapter's rows of tokens in place of the layer's own."""
+        if self.base is None or TOKENS not in vars(params):
+            return []
+        kinds = (self.base.layer_kind, self.base.stands_for)
+        kind = "embedding" if "embedding" in kinds else "linear"
+        return [TokenRows(rows=r, kind=kind) for r in ROWS if tokens_of(params, r)]
 
     @property
     def keeps_class(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from inlay.errors import MergeError, ModelError
+from inlay.methods.tokens import TokenRows
 from inlay.model.attach import active, adapted_layers, adapters, detach, disabled
 from inlay.model.fidelity import (
     LEAST_EFFECT,
@@ -234,6 +235,7 @@ class Plan(Update):
         self.dtype = torch.float64
         self.places: list[tuple[nn.Module, str, nn.Module | Tensor]] = []
         self.before: list[tuple[nn.Module, str, Any]] = []
+        self.tied: dict[tuple[int, ...], nn.Parameter] = {}
 
     @torch.no_grad()
     def layer(self, model: nn.Module, name: str, layer: AdaptedLayer) -> None:
@@ -253,6 +255,7 @@ class Plan(Update):
         self.account(before, w, got)
         self.note_dtype(base.dtype)
         if base.storage == "dense":
+            self.keep_tied(layer, new)
             self.places += [(layer, key, p) for key, p in changed(layer, new, bias)]
             return
         if not name:
@@ -264,6 +267,15 @@ class Plan(Update):
         parent, _, leaf = name.rpartition(".")
         carry_over(layer, new)
         self.places.append((model.get_submodule(parent), leaf, new))
+
+    def keep_tied(self, layer: AdaptedLayer, new: nn.Module) -> None:
+        """Give tied layers one weight again where they have the same rows of tokens and no more."""
+        own, merged = layer._parameters.get("weight"), new._parameters.get("weight")
+        rows = [(m, p) for m, p in layer.weight_methods() if isinstance(m, TokenRows)]
+        if own is None or merged is None or len(rows) < len(layer.weight_methods()):
+            return
+        key = (id(own), *(id(getattr(p, method.rows)) for method, p in rows))
+        new._parameters["weight"] = self.tied.setdefault(key, merged)
 
     @property
     def dtype_name(self) -> str:

@@ -18,6 +18,7 @@ from inlay.methods.base import (
     SelectMethod,
     WeightMethod,
 )
+from inlay.methods.tokens import ROWS, give_tokens, tokens_of
 from inlay.model.instance import is_shadowed
 from inlay.model.layer import rate_of
 from inlay.model.places import Matrix, matrices_at
@@ -45,6 +46,9 @@ class Place:
             self.params.register_parameter(name, copy)
         for name, copy in copies.named_buffers():
             self.params.register_buffer(name, copy)
+        for rows in ROWS:
+            if tokens_of(copies, rows):
+                give_tokens(self.params, rows, tokens_of(copies, rows))
 
 
 def places_for(

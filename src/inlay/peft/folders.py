@@ -89,16 +89,23 @@ def read_again(model: nn.Module, name: str, folder: Path) -> None:
             f"{attached.method}; load it under another name"
         )
     about = f"the adapter in {folder} does not fit adapter {name!r} of this {described(model)}"
-    fill(model, slots(model, name), located(folder, TENSORS), file.folder.tensors, about)
+    fill(model, name, located(folder, TENSORS), file.folder.tensors, about)
     if file.folder.extras is not None:
         check_recorded(model, attached, file.folder)
 
 
-def write(wrapped: Any, name: str, directory: Path, tags: str | Sequence[str] | None) -> None:
+def write(
+    wrapped: Any,
+    name: str,
+    directory: Path,
+    tags: str | Sequence[str] | None,
+    embeddings: bool | None = None,
+) -> None:
     """Save one adapter as HF PEFT reads it; a card that a user wrote there stays."""
     readme, model = directory / CARD, wrapped.get_base_model()
     earlier = readme.read_text(encoding="utf-8") if readme.is_file() else OURS
-    save_adapter(model, directory, name, recorded=recorded_of(wrapped.peft_config[name], model))
+    recorded = recorded_of(wrapped.peft_config[name], model)
+    save_adapter(model, directory, name, recorded=recorded, embeddings=embeddings)
     text = earlier if OURS not in earlier else readme.read_text(encoding="utf-8")
     card = ModelCard(text, ignore_metadata_errors=True)
     mark(card, wrapped, [tags] if isinstance(tags, str) else list(tags or ()))

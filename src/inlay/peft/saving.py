@@ -46,7 +46,6 @@ class Saved(Wrapped):
             kwargs.pop(key, None)
         refuse(
             {
-                "save_embedding_layers=True": save_embedding_layers is True,
                 "path_initial_model_for_weight_conversion": bool(
                     path_initial_model_for_weight_conversion
                 ),
@@ -59,6 +58,7 @@ class Saved(Wrapped):
                 "is saved as safetensors, which HF PEFT reads as well",
                 stacklevel=2,
             )
+        embeddings = None if isinstance(save_embedding_layers, str) else save_embedding_layers
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         for name in names:
             self.base_model.check_has(name)
@@ -66,7 +66,7 @@ class Saved(Wrapped):
             for name in names if is_main_process else ():
                 folder = Path(save_directory) / ("" if name == "default" else name)
                 with folders.holding(self, name, given):
-                    folders.write(self, name, folder, tags)
+                    folders.write(self, name, folder, tags, embeddings)
 
     def load_adapter(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -1,0 +1,198 @@
+"""Embeddings and heads in an adapter's file: those of a base whose vocabulary was changed.
+
+A base that got new tokens is in no checkpoint, so an adapter made on it brings these matrices, as
+HF PEFT's `save_embedding_layers` does. Read back, the rows unlike the base's belong to the adapter:
+they act while it does, and the base stays what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from inlay.errors import ModelError
+from inlay.methods.base import Params
+from inlay.methods.tokens import ROWS, give_tokens, tokens_of
+from inlay.model.attach import Attached, activate, adapter_places, put, required_registry
+from inlay.model.folder import EMBEDDED, looks_like_hub_id
+from inlay.model.layer import AdaptedLayer
+from inlay.model.placing import Place
+from inlay.model.targets import output_head
+from inlay.model.tokens import (
+    input_embeddings,
+    is_embedding,
+    name_of,
+    row_count,
+    rows_of,
+    tied_to,
+)
+from inlay.storage.registry import frozen, matrix_kind
+
+PREFIX = "base_model.model."
+HOMES = ("token_adapter.base_layer.", "base_layer.", "original_module.", "modules_to_save.", "")
+"""Where in a module HF PEFT keeps the weight, by what is around the module."""
+
+
+def ends_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the input embedding and the output head by name; those that hold no matrix left out.
+
+    A head that is tied to the embedding is named by itself, too.
+    """
+    ends = (input_embeddings(model), output_head(model))
+    held = [module for module in ends if module is not None and matrix_kind(module)]
+    return {name: module for module in held if (name := name_of(model, module))}
+
+
+def resized_from(model: nn.Module) -> int | None:
+    """Return the vocabulary's size before it was changed, or None where nothing shows a change.
+
+    It shows against the checkpoint's configuration, and in a body that keeps the size it was made
+    with.
+    """
+    config: Any = getattr(model, "config", None)
+    embedding = input_embeddings(model)
+    if not isinstance(config, PreTrainedConfig) or embedding is None:
+        return None
+    now = getattr(config.get_text_config(), "vocab_size", None)
+    name = name_of(model, embedding) or ""
+    around = [model.get_submodule(name[:end]) for end in dots(name)]
+    sizes = [vars(module).get("vocab_size") for module in around]
+    sizes.append(stored_size(config, getattr(model, "name_or_path", "")))
+    other = [size for size in sizes if isinstance(size, int) and size != now]
+    return min(other) if other and isinstance(now, int) else None
+
+
+def dots(name: str) -> Iterator[int]:
+    """Return where a dotted name can be cut to name what is around the module; 0 is the model."""
+    yield 0
+    yield from (at for at, letter in enumerate(name) if letter == ".")
+
+
+def stored_size(config: PreTrainedConfig, path: str) -> int | None:
+    """Return the vocabulary's size in the checkpoint's configuration, if that is on this disk."""
+    folder = EMBEDDED.get(path, path)
+    if not path or not (Path(folder).is_dir() or looks_like_hub_id(path)):
+        return None
+    try:
+        found = type(config).from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, ModelError):
+        return None
+    return getattr(found.get_text_config(), "vocab_size", None)
+
+
+def saved_embeddings(
+    model: nn.Module, attached: Attached, wanted: bool | None
+) -> dict[str, Tensor]:
+    """Return the whole matrices to write beside an adapter, under HF PEFT's keys.
+
+    Args:
+        model: the adapted model.
+        attached: the adapter.
+        wanted: whether to write them; None: where the vocabulary was changed, or the adapter was
+            read with rows of its own.
+    """
+    before = resized_from(model)
+    here = dict(adapter_places(model, attached.name))
+    kept = any(tokens_of(p, "kept_rows") for p in here.values())
+    if wanted is False or not (wanted or kept or before is not None):
+        return {}
+    found: dict[str, Tensor] = {}
+    for name, module in ends_of(model).items():
+        params = here.get(name)
+        shared = set(tied_to(model, name)) & found_modules(found)
+        covered = params is not None and not wanted and covers(params, module, before)
+        copied = params is not None and "weight" in params._parameters
+        if not shared and not copied and not covered:
+            home = home_of(name, attached, params)
+            found[f"{PREFIX}{name}.{home}weight"] = whole(module, params)
+    return found
+
+
+def found_modules(found: Mapping[str, Tensor]) -> set[str]:
+    """Return the modules that keys of whole matrices stand for."""
+    return {module_of(key) for key in found}
+
+
+def module_of(key: str) -> str:
+    """Return the module whose weight a key is, whatever HF PEFT puts around it; "" for another."""
+    name = key.removeprefix(PREFIX)
+    endings = (f".{home}weight" for home in HOMES)
+    return next((name.removesuffix(end) for end in endings if name.endswith(end)), "")
+
+
+def home_of(name: str, attached: Attached, params: Params | None) -> str:
+    """Return what stands between a module's name and `weight` in HF PEFT's key."""
+    if name in attached.found.names:
+        return "base_layer."
+    trains = params is not None and bool(tokens_of(params, "token_rows"))
+    return "token_adapter.base_layer." if trains else ""
+
+
+def covers(params: Params, module: nn.Module, before: int | None) -> bool:
+    """Say whether an adapter trains every row that a changed vocabulary has brought."""
+    if before is None or tokens_of(params, "kept_rows"):
+        return False
+    return set(range(before, row_count(module))) <= set(tokens_of(params, "token_rows"))
+
+
+@torch.no_grad()
+def whole(module: nn.Module, params: Params | None) -> Tensor:
+    """Return a matrix of tokens' rows, an adapter's kept ones in their places."""
+    matrix = frozen(module)
+    rows = matrix.dequantize()
+    rows = (rows.T if is_embedding(matrix) else rows).clone()
+    if params is not None and tokens_of(params, "kept_rows"):
+        ids = torch.tensor(tokens_of(params, "kept_rows"), device=rows.device)
+        rows[ids] = params.kept_rows.to(rows.dtype)
+    return rows
+
+
+@torch.no_grad()
+def keep_embeddings(model: nn.Module, name: str, values: Mapping[str, Tensor]) -> None:
+    """Give an adapter the rows of whole matrices, by module, that are unlike the base's own."""
+    copied = {n for n, p in adapter_places(model, name) if "weight" in p._parameters}
+    for module_name, value in values.items():
+        module = model.get_submodule(module_name)
+        everywhere = rows_of(module, range(row_count(module)))
+        wanted = value.to(everywhere)
+        ids = (wanted != everywhere).any(1).nonzero().squeeze(1)
+        if not len(ids):
+            continue
+        kept = value.to(frozen(module).device)[ids].to(frozen(module).dtype)
+        tied = [n for n in tied_to(model, module_name) if n not in values and n not in copied]
+        for each in (module_name, *tied):
+            keep_rows(model.get_submodule(each), name, kept, ids.tolist())
+    registry = required_registry(model)
+    activate(model, registry, registry.active)
+
+
+def keep_rows(module: nn.Module, name: str, rows: Tensor, ids: list[int]) -> None:
+    """Put rows that came with an adapter on one module."""
+    if not (isinstance(module, AdaptedLayer) and name in module.adapters):
+        put(module, Place(None, Params({})), name)
+    assert isinstance(module, AdaptedLayer)
+    params = module.params(name)
+    params.register_buffer("kept_rows", rows)
+    give_tokens(params, "kept_rows", ids)
+
+
+def brought(model: nn.Module, name: str, keys: Mapping[str, object]) -> dict[str, set[int] | None]:
+    """Return the weights whose values come with an adapter's file: these ids' rows, or all (None).
+
+    `keys` are those of the file.
+    """
+    found: dict[str, set[int] | None] = {}
+    for place, params in adapter_places(model, name):
+        for rows in ROWS:
+            if tokens_of(params, rows):
+                weight = f"{place}.weight"
+                found[weight] = (found.get(weight) or set()) | set(tokens_of(params, rows))
+    for end in ends_of(model):
+        if any(module_of(key) == end for key in keys):
+            found |= {f"{each}.weight": None for each in (end, *tied_to(model, end))}
+    return found
