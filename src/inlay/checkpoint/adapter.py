@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from inlay.checkpoint.base import base_name, describe_base, keep_description
+from inlay.checkpoint.base import base_name, describe_base, keep_description, warn_unfrozen
 from inlay.checkpoint.card import card
 from inlay.checkpoint.config import Placement, config_of, extras_of, hyperparameters, replaced_by
 from inlay.checkpoint.differs import warn_where_peft_differs
@@ -110,6 +110,7 @@ def save_adapter(
         AdapterError: the model has no such adapter.
     """
     found = slots(model, name)
+    warn_unfrozen(model)
     attached = adapters(model)[name]
     base = base_model or base_name(model)
     config = config_of(model, attached, base) | checked_records(recorded or {})

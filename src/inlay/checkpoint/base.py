@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,24 @@ def describe_base(
     """
     kept: dict[str, Any] = vars(model).get(DESCRIBED) or {}
     return {"model": base_model, **(kept or description(model, replaced))}
+
+
+def warn_unfrozen(model: nn.Module) -> None:
+    """Warn when the base's own parameters train, whose values no adapter's file holds."""
+    found = [
+        f"{name}.{key}" if name else key
+        for name, module in own_modules(model)
+        for key, parameter in own_parameters(module)
+        if parameter.requires_grad
+    ]
+    if found:
+        warnings.warn(
+            f"{len(found)} of the base's own parameters are set to train, such as {found[0]}, and "
+            "what they learn is not in the adapter that is saved; call inlay.use after "
+            "requires_grad_(True) to freeze them, or name what is to train in modules_to_save",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def keep_description(model: nn.Module, replaced: Mapping[str, set[int] | None]) -> None:

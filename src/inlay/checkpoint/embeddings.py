@@ -192,7 +192,8 @@ def brought(model: nn.Module, name: str, keys: Mapping[str, object]) -> dict[str
             if tokens_of(params, rows):
                 weight = f"{place}.weight"
                 found[weight] = (found.get(weight) or set()) | set(tokens_of(params, rows))
-    for end in ends_of(model):
+    copied = {n for n, p in adapter_places(model, name) if "weight" in p._parameters}
+    for end in ends_of(model).keys() - copied:
         if any(module_of(key) == end for key in keys):
             found |= {f"{each}.weight": None for each in (end, *tied_to(model, end))}
     return found

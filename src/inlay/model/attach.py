@@ -14,7 +14,7 @@ from inlay.methods.base import Kind, Method, Params, PromptMethod, WeightMethod
 from inlay.model.acts import Watch
 from inlay.model.derived import note
 from inlay.model.fast.install import install, uninstall
-from inlay.model.guards import guard, unguard
+from inlay.model.guards import guard, say_shared, unguard
 from inlay.model.layer import AdaptedLayer, become_adapted, become_original, own_modules
 from inlay.model.places import module_at
 from inlay.model.placing import Place, places_for
@@ -136,6 +136,7 @@ def attach(
     )
     model.__dict__["inlay"] = registry
     guard(model)
+    say_shared(place.params for place in places.values())
     keep_trunk_free_of_gradients(model)
     set_trained(model, (name,), False)
     return use(model, *(registry.active or (name,)))

@@ -7,16 +7,22 @@ adapter on a layer of another size, so that is refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from inlay.errors import AdapterError
+from inlay.methods.base import Params
 from inlay.model.layer import AdaptedLayer, own_modules
 
 TIES = ("tie_weights",)
-RESIZES = ("resize_token_embeddings", "resize_position_embeddings")
-REPLACES = ("set_input_embeddings", "set_output_embeddings")
+ENDS = {
+    "resize_token_embeddings": ("get_input_embeddings", "get_output_embeddings"),
+    "set_input_embeddings": ("get_input_embeddings",),
+    "set_output_embeddings": ("get_output_embeddings",),
+}
+"""The methods that put other embeddings in place -> what gets the present ones."""
 
 
 class Guard:
@@ -59,11 +65,10 @@ class KeepEnds(Guard):
         Raises:
             AdapterError: an adapter is at the input embedding or the output head.
         """
-        if not (args or any(v is not None for v in kwargs.values())):
-            return self.own(*args, **kwargs)
-        for getter in ("get_input_embeddings", "get_output_embeddings"):
+        for getter in ENDS[self.method]:
             end = getattr(self.owner, getter)() if hasattr(self.owner, getter) else None
-            if isinstance(end, AdaptedLayer) and len(end.adapters):
+            same = end is None or self.leaves(end, *args, **kwargs)
+            if not same and isinstance(end, AdaptedLayer) and len(end.adapters):
                 name = next((n for n, m in own_modules(self.owner) if m is end), getter)
                 raise AdapterError(
                     f"{self.method} would put other weights at {name}, where adapter "
@@ -72,11 +77,17 @@ class KeepEnds(Guard):
                 )
         return self.own(*args, **kwargs)
 
+    def leaves(self, end: nn.Module, *args: Any, **kwargs: Any) -> bool:
+        """Say whether a call leaves an embedding or a head as it is."""
+        given = [value for value in (*args[:1], *kwargs.values()) if value is not None]
+        size = getattr(end, "num_embeddings", getattr(end, "out_features", None))
+        return all(value is end or (isinstance(value, int) and value == size) for value in given)
+
 
 def guard(model: nn.Module) -> None:
     """Put the guards on a model and on the models inside it; on a guarded one nothing changes."""
     for _, module in list(own_modules(model)):
-        for names, kind in ((TIES, TieBase), (RESIZES + REPLACES, KeepEnds)):
+        for names, kind in ((TIES, TieBase), (tuple(ENDS), KeepEnds)):
             for name in names:
                 if callable(getattr(type(module), name, None)) and name not in vars(module):
                     vars(module)[name] = kind(module, name)
@@ -85,6 +96,20 @@ def guard(model: nn.Module) -> None:
 def unguard(model: nn.Module) -> None:
     """Take the guards off."""
     for _, module in own_modules(model):
-        for name in (*TIES, *RESIZES, *REPLACES):
+        for name in (*TIES, *ENDS):
             if isinstance(vars(module).get(name), Guard):
                 del vars(module)[name]
+
+
+def say_shared(tables: Iterable[Params]) -> None:
+    """Say which of an adapter's tensors are another's again, as transformers reads it.
+
+    `save_pretrained` writes a shared tensor once, where a module says that it is tied.
+    """
+    seen: set[int] = set()
+    for params in tables:
+        own = {name: id(p) for name, p in params._parameters.items() if p is not None}
+        again = [name for name, number in own.items() if number in seen]
+        if again:
+            vars(params)["_tied_weights_keys"] = dict.fromkeys(again, "")
+        seen |= set(own.values())

@@ -44,7 +44,9 @@ def token_rows(
         module = model.get_submodule(name)
         check_ids(name, module, ids)
         rows = nn.Parameter(rows_of(module, ids))
-        sharing = [n for n in tied_to(model, name) if asked.get(n, ids) == ids and n not in saved]
+        leads = name == input_name(model)  # what follows a head alone is no matter of the embedding
+        tied = tied_to(model, name) if leads else ()
+        sharing = [n for n in tied if asked.get(n, ids) == ids and n not in saved]
         for each in (name, *sharing):
             found[each] = Params({"token_rows": rows})
             give_tokens(found[each], "token_rows", ids)
