@@ -16,7 +16,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import inlay
 import inlay.peft
+from inlay.memory.devices import Device
 from inlay.model.attach import adapter_places
+from inlay.model.tokens import ids_of
+from inlay.train.config import load_config
+from inlay.train.planning import built
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 IDS = torch.randint(1, 70, (2, 12), generator=torch.Generator().manual_seed(4))
@@ -310,3 +314,31 @@ def test_a_base_that_was_not_resized_is_told_to(tmp_path: Path) -> None:
     inlay.save_adapter(model, tmp_path)
     with pytest.raises(inlay.CheckpointError, match="resize_token_embeddings"):
         inlay.load_adapter(llama(), tmp_path)
+
+
+class Vocabulary:
+    """As much of a tokenizer as is asked."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"<tool>": 64, "the": 3, "7": 9}
+
+
+def test_tokens_of_a_run_are_named_by_themselves_or_by_their_ids() -> None:
+    assert ids_of(["<tool>", "3", 64, "the", "7", 7], Vocabulary()) == [64, 3, 9, 7]
+    with pytest.raises(inlay.UsageError, match=r"'<tol>', which is no token .* mean '<tool>'"):
+        ids_of(["<tol>"], Vocabulary())
+
+
+def test_a_run_s_key_reaches_its_plan() -> None:
+    given = {"model": "pocket", "data": "reports", "output": "out"}
+    config = load_config(None, {**given, "trainable_tokens": ["the", "3"]})
+    assert config.trainable_tokens == ["the", "3"]
+    cpu = Device("a CPU", "cpu", 1 << 30, 1e10, 1e11, 1e11)
+    shape = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4,
+    )  # fmt: skip
+    plain, more = (
+        inlay.report(built(shape, c, cpu)).trainable for c in (load_config(None, given), config)
+    )
+    assert more - plain == 2 * 32

@@ -188,7 +188,6 @@ def test_an_unknown_peft_type(plain: Path, kind: Any) -> None:
         ("use_qalora", True),
         ("layer_replication", [[0, 2], [1, 2]]),
         ("alora_invocation_tokens", [1, 2]),
-        ("trainable_token_indices", [3]),
         ("lora_bias", True),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "olora"),

@@ -546,7 +546,6 @@ def test_the_users_configuration_is_left_as_it_was() -> None:
         ({"init_lora_weights": "orthogonal"}, "init_lora_weights"),
         ({"lora_bias": True}, "lora_bias"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"ensure_weight_tying": True}, "ensure_weight_tying"),
         ({"use_qalora": True}, "use_qalora"),
         ({"r": 0}, "rank"),
@@ -597,7 +596,6 @@ def test_a_second_wrap_and_a_taken_name_are_refused() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"save_embedding_layers": True},
         {"path_initial_model_for_weight_conversion": "x"},
         {"push_to_hub": True},
     ],

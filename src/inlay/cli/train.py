@@ -45,7 +45,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "model", "revision", "storage", "double_quant", "head_storage",
         "embedding_storage", "stream", "dtype", "eight_bits",
     ),
-    "method": ("method", "targets", "exclude", "layers", "modules_to_save"),
+    "method": ("method", "targets", "exclude", "layers", "modules_to_save", "trainable_tokens"),
     "data": (
         "task", "data", "eval_data", "format", "prompt", "completion", "text", "text_pair", "label",
         "kind", "anchor", "positive", "negative", "score", "pooling", "split", "split_by",

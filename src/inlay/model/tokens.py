@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.errors import AdapterError, TargetError
+from inlay.errors import AdapterError, TargetError, UsageError, did_you_mean
 from inlay.methods.base import Params, stored
 from inlay.methods.tokens import give_tokens
 from inlay.model.layer import own_modules
@@ -159,3 +159,24 @@ def check_apart(rows: Collection[str], found: Found) -> None:
             f"{both[0]} is both a target of the method and a layer whose tokens' rows train; "
             "leave it out of targets or of trainable_tokens (a tied head goes with its embedding)"
         )
+
+
+def ids_of(words: Sequence[str | int], tokenizer: Any) -> list[int]:
+    """Return the ids of tokens that are named by themselves or by their ids, each once.
+
+    Raises:
+        UsageError: a word is no token of the tokenizer.
+    """
+    known: Mapping[str, int] = tokenizer.get_vocab() if words else {}
+    found: dict[int, None] = {}
+    for each in words:
+        word = str(each)
+        if word not in known and not word.isdecimal():
+            raise UsageError(
+                f"trainable_tokens names {word!r}, which is no token of the model's tokenizer"
+                f"{did_you_mean(word, known)}; give a token as the vocabulary spells it, or its "
+                "id. To train new tokens, add them to a copy of the model first: "
+                "tokenizer.add_tokens, model.resize_token_embeddings, save_pretrained of both"
+            )
+        found[known[word] if each in known else int(word)] = None
+    return list(found)

@@ -93,6 +93,11 @@ class RunConfig(BaseModel):
     modules_to_save: list[Text] = Field(
         default_factory=list, description="modules to train and save in full, such as a new head"
     )
+    trainable_tokens: list[Text | int] = Field(
+        default_factory=list,
+        description="tokens, or their ids, whose rows of the embedding (and of a tied head) train "
+        "beside the adapter, such as ones that were added",
+    )
 
     eval_data: Text | None = Field(
         None, description="held-out data; default: a part split off the training data"

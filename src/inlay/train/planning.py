@@ -163,6 +163,7 @@ def built(
         exclude=[*config.exclude, *not_adapted(model)],
         layers=config.layers,
         modules_to_save=[*config.modules_to_save, *to_train(model)],
+        trainable_tokens=range(len(set(config.trainable_tokens))),  # which ones costs the same
     )
     return (compute_in_8_bits(model) if config.eight_bits else model).train()
 

@@ -32,6 +32,7 @@ from inlay.model.load import load
 from inlay.model.report import report
 from inlay.model.shard import let_go, resident_bytes, shard
 from inlay.model.tokenizer import read_tokenizer
+from inlay.model.tokens import ids_of
 from inlay.model.vision import tokenizer_in
 from inlay.train import checkpoints, planning, provenance
 from inlay.train.arguments import check_optimizer
@@ -293,6 +294,7 @@ class Running(ABC, Generic[Row]):
             exclude=[*config.exclude, *not_adapted(model)],
             layers=config.layers,
             modules_to_save=[*config.modules_to_save, *to_train(model)],
+            trainable_tokens=ids_of(config.trainable_tokens, tokenizer_in(reader)),
             seed=config.seed,
         )
         return model, tokenizer_in(reader)
