@@ -55,6 +55,7 @@ from inlay.model.places import matrices_at, module_at
 from inlay.model.placing import shape_and_place
 from inlay.model.selected import own_parameters
 from inlay.model.targets import entries, find_targets, matches, reach
+from inlay.model.wrapped import gains, looks_through
 
 FAR_MORE = 16
 """More than this many times the file's values cannot be a mere misfit."""
@@ -78,6 +79,7 @@ class AdapterFile:
         return self.folder.storage
 
 
+@looks_through
 def save_adapter(
     model: nn.Module,
     directory: str | Path,
@@ -140,6 +142,7 @@ def checked_records(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return dict(recorded)
 
 
+@gains
 def load_adapter(
     model: nn.Module, directory: str | Path, name: str = "default", *, seed: int = 0
 ) -> nn.Module:
@@ -336,6 +339,7 @@ def check_base(model: nn.Module, attached: Attached, folder: AdapterFolder) -> N
     )
 
 
+@looks_through
 def keep_base_description(model: nn.Module, name: str = "default") -> None:
     """Keep what a saved adapter says of its base; call it before the weights are divided."""
     keep_description(

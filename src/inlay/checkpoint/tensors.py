@@ -21,6 +21,7 @@ from inlay.model.attach import Attached, adapter_tensors, adapters, check_known,
 from inlay.model.layer import AdaptedLayer
 from inlay.model.places import module_at, view_at
 from inlay.model.selected import own_parameters
+from inlay.model.wrapped import looks_through
 from inlay.storage.parameters import JOINED
 from inlay.storage.streamed import StreamedEmbedding
 
@@ -64,6 +65,7 @@ class Slot:
         return self.layout.written(self.tensor.detach())
 
 
+@looks_through
 def slots(model: nn.Module, name: str) -> list[Slot]:
     """Return every tensor of an adapter under its key; shared ones once for each module."""
     attached = known(model, name)

@@ -25,6 +25,7 @@ from inlay.model.steady import hold_statistics, release_statistics
 from inlay.model.targets import Found
 from inlay.model.tokens import Tokens, check_apart, token_rows
 from inlay.model.trunk import keep_trunk_free_of_gradients
+from inlay.model.wrapped import gains, looks_through, unwrapped
 from inlay.storage.bitsandbytes import tell_dtype
 from inlay.storage.parameters import Parameter
 from inlay.storage.registry import frozen, matrix_kind
@@ -58,6 +59,7 @@ class Registry:
     watch: Watch | None = None
 
 
+@gains
 def attach(
     model: nn.Module,
     method: Method,
@@ -123,7 +125,7 @@ def attach(
         registry.notes = install(model)
         hold_statistics(model)
     for module_name, place in places.items():
-        put(model.get_submodule(module_name), place, name)
+        put(unwrapped(model.get_submodule(module_name)), place, name)
     registry.adapters[name] = Attached(
         name=name,
         method=method,
@@ -163,6 +165,7 @@ def put(module: nn.Module, place: Place, name: str) -> None:
             layer.part_views.setdefault(parameter, Parameter(layer, parameter))
 
 
+@looks_through
 def use(model: nn.Module, *names: str) -> nn.Module:
     """Make exactly these adapters active, applied in this order, and train only them.
 
@@ -205,6 +208,7 @@ def set_trained(model: nn.Module, names: tuple[str, ...], wanted: bool) -> None:
             params.requires_grad_(wanted)
 
 
+@looks_through
 @contextmanager
 def disabled(model: nn.Module) -> Generator[nn.Module]:
     """Run the base model: no adapter acts inside the `with` block; safe to nest."""
@@ -221,6 +225,7 @@ def disabled(model: nn.Module) -> Generator[nn.Module]:
             registry.prompt.active = prompt
 
 
+@looks_through
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take one adapter, or all, off the model unmerged; the base is what it was, bit for bit."""
     registry = required_registry(model)
@@ -266,29 +271,34 @@ def activate(model: nn.Module, registry: Registry, names: tuple[str, ...]) -> No
         registry.prompt.active = prompts[0] if prompts else None
 
 
+@looks_through
 def adapters(model: nn.Module) -> dict[str, Attached]:
     """Return the adapters on a model by name; empty when there is none."""
     registry = registry_of(model)
     return dict(registry.adapters) if registry else {}
 
 
+@looks_through
 def notes(model: nn.Module) -> tuple[str, ...]:
     """Return what is to be known of the fast paths that stepped aside on a model."""
     registry = registry_of(model)
     return registry.notes if registry else ()
 
 
+@looks_through
 def active(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the active adapters, in order."""
     registry = registry_of(model)
     return registry.active if registry else ()
 
 
+@looks_through
 def adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
     """Every layer of the model that carries adapters."""
     return (m for _, m in own_modules(model) if isinstance(m, AdaptedLayer))
 
 
+@looks_through
 def adapter_places(model: nn.Module, name: str) -> Iterator[tuple[str, Params]]:
     """Every place that one adapter has tensors at, with them; "" is the whole model.
 
@@ -306,6 +316,7 @@ def adapter_places(model: nn.Module, name: str) -> Iterator[tuple[str, Params]]:
         yield "", registry.prompt.params(name)
 
 
+@looks_through
 def adapter_tensors(
     model: nn.Module, name: str
 ) -> Iterator[tuple[str, Params, Method | None, Kind | None]]:
@@ -323,11 +334,13 @@ def adapter_tensors(
         yield module_name, params, method, matrix_kind(module)
 
 
+@looks_through
 def registry_of(model: nn.Module) -> Registry | None:
     """Return the model's adapters, or None when it has none."""
     return model.__dict__.get("inlay")
 
 
+@looks_through
 def required_registry(model: nn.Module) -> Registry:
     """Return the model's adapters; raise when it has none."""
     registry = registry_of(model)

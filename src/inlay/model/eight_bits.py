@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from inlay.errors import ModelError
+from inlay.model.wrapped import looks_through
 from inlay.storage.registry import frozen, kind
 
 ACCEPTED = 0.005
@@ -33,6 +34,7 @@ class Gate:
         return self.difference <= ACCEPTED
 
 
+@looks_through
 def compute_in_8_bits(model: nn.Module, on: bool = True) -> nn.Module:
     """Multiply every frozen linear weight in 8 bits, both directions, or as it is held again.
 

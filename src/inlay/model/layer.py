@@ -17,6 +17,7 @@ from inlay.methods.tokens import ROWS, TOKENS, TokenRows, tokens_of
 from inlay.model.by_weight import Changed, made_again
 from inlay.model.derived import follow, follow_loaded
 from inlay.model.instance import change_class
+from inlay.model.wrapped import unwrapped
 from inlay.storage.base import FrozenLinear, whereabouts
 from inlay.storage.dense import DenseView
 from inlay.storage.own import ByWeight
@@ -441,7 +442,7 @@ def own_modules(
 
     As `named_modules` orders them; the time does not depend on how many adapters there are.
     """
-    seen = set() if seen is None else seen
+    seen, module = set() if seen is None else seen, unwrapped(module)
     if module in seen or isinstance(module, Params):
         return
     seen.add(module)

@@ -32,6 +32,7 @@ from inlay.model.quantize import describe_quantization, others_than_first
 from inlay.model.seams.accelerate import carry_over
 from inlay.model.stream import is_streamed
 from inlay.model.untie import Ties
+from inlay.model.wrapped import looks_through
 from inlay.model.written import check_place, check_written, write_whole
 from inlay.storage.base import FrozenLinear
 from inlay.storage.registry import frozen
@@ -63,6 +64,7 @@ class MergeReport:
     reloaded_logit_difference: float | None = None
 
 
+@looks_through
 def merge(
     model: nn.Module,
     *,
@@ -103,6 +105,7 @@ def merge(
     return MergeReport(**{**asdict(report), **asdict(found)})
 
 
+@looks_through
 def inputs_for(model: nn.Module) -> Batches:
     """Return inputs of the model's family, once it can be merged at all."""
     check_mergeable(model)
@@ -112,6 +115,7 @@ def inputs_for(model: nn.Module) -> Batches:
         raise MergeError(f"merge compares outputs, and {error}") from None
 
 
+@looks_through
 def merged(
     model: nn.Module,
     batches: Batches,
@@ -363,6 +367,7 @@ def held(base: FrozenLinear, w: Tensor, bias: Tensor | None, storage: str) -> nn
     return frozen(plain.to(base.dtype)).requantized(w, bias)
 
 
+@looks_through
 def check_mergeable(model: nn.Module) -> None:
     """Raise when nothing is active or an active method is not a map on weights."""
     names = active(model)
@@ -373,6 +378,7 @@ def check_mergeable(model: nn.Module) -> None:
         raise MergeError("no adapter is active, so there is nothing to merge; call inlay.use first")
 
 
+@looks_through
 def why_not_mergeable(model: nn.Module, names: Sequence[str]) -> str | None:
     """Return why these adapters cannot merge: the weights lie elsewhere, or a method is no map."""
     if is_streamed(model):

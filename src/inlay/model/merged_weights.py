@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from inlay.model.layer import AdaptedLayer, own_modules
 from inlay.model.merge import check_mergeable, trained_copy
+from inlay.model.wrapped import looks_through
 from inlay.storage.base import FrozenLinear
 
 __all__ = ["merged_weights"]
 
 
+@looks_through
 @torch.no_grad()
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight by the name it has in the plain model, the active adapters merged in.

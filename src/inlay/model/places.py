@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from inlay.errors import AdapterError
+from inlay.model.wrapped import unwrapped
 from inlay.storage.base import FrozenLinear
 from inlay.storage.own import holds_floats
 from inlay.storage.parameters import Parameter, is_expert_stack, projections
@@ -58,13 +59,13 @@ def module_at(model: nn.Module, place: str) -> tuple[nn.Module, str | None]:
     """
     owner, _, leaf = place.rpartition(".")
     try:
-        above = model.get_submodule(owner)
+        above = unwrapped(model.get_submodule(owner))
     except AttributeError:
         above = None
     if place == "":
         return model, None
     if above is not None and isinstance(above._modules.get(leaf), nn.Module):
-        return above.get_submodule(leaf), None
+        return unwrapped(above.get_submodule(leaf)), None
     if above is not None and leaf in above._parameters:
         return above, leaf
     raise AdapterError(f"the {type(model).__name__} has no module or parameter {place!r}")

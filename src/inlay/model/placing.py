@@ -25,6 +25,7 @@ from inlay.model.places import Matrix, matrices_at
 from inlay.model.seams.accelerate import brought_in
 from inlay.model.selected import selected_copies
 from inlay.model.targets import Found, entries, find_targets, reach
+from inlay.model.wrapped import unwrapped
 from inlay.storage.base import FrozenLinear
 from inlay.storage.convolution import is_convolution
 from inlay.storage.parameters import Parameter
@@ -103,14 +104,15 @@ def add_places(
     if isinstance(method, HiddenMethod):
         here = method.for_layer(name)
         assert isinstance(here, HiddenMethod)
-        check_not_shadowed(model.get_submodule(name), name, here)
-        places[name] = Place(here, here.init(*shape_and_place(model.get_submodule(name)), seed))
+        block = unwrapped(model.get_submodule(name))
+        check_not_shadowed(block, name, here)
+        places[name] = Place(here, here.init(*shape_and_place(block), seed))
         return
     for at in matrices_at(model, name):
         here = method.for_layer(at.place)
         assert isinstance(here, WeightMethod)
         check_dropout(here, at)
-        module = model.get_submodule(at.name)
+        module = unwrapped(model.get_submodule(at.name))
         check_not_shadowed(module, at.place, here, at.view)
         with brought_in(module):
             params = initial(here, at, matrix_kind(module) or "linear", seed)

@@ -15,6 +15,7 @@ from inlay.model.heads import head_modules
 from inlay.model.seams.transformers import get_keys_to_not_convert
 from inlay.model.targets import output_head
 from inlay.model.vision import parts_of
+from inlay.model.wrapped import looks_through
 from inlay.storage.dense import DenseView
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.registry import frozen, kind, layer_class, storage_class
@@ -22,6 +23,7 @@ from inlay.storage.registry import frozen, kind, layer_class, storage_class
 logger = logging.getLogger(__name__)
 
 
+@looks_through
 def quantize(
     model: nn.Module,
     storage: str = "nf4",

@@ -11,6 +11,7 @@ from torch import nn
 from inlay.methods.base import Params
 from inlay.model.attach import active, adapter_places, adapters, notes
 from inlay.model.places import module_at
+from inlay.model.wrapped import looks_through
 from inlay.storage.base import FrozenLinear
 
 
@@ -58,6 +59,7 @@ class Report:
         return "\n".join(lines)
 
 
+@looks_through
 def report(model: nn.Module) -> Report:
     """Return what the model's adapters matched, left out and train; an empty report for none."""
     here = active(model)
@@ -95,6 +97,7 @@ def trained_sizes(model: nn.Module) -> tuple[dict[int, int], dict[int, int]]:
     return trained, added
 
 
+@looks_through
 def base_size(model: nn.Module) -> int:
     """Count the base model's parameters: as many as before quantisation, tied ones once."""
     adapter = {id(p) for m in model.modules() if isinstance(m, Params) for p in m.parameters()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from inlay.errors import ModelError, StorageError
 from inlay.model.heads import to_train
 from inlay.model.quantize import check_not_adapted, shared_parameters
+from inlay.model.wrapped import looks_through
 from inlay.storage.buffers import Buffers, Statistics
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.registry import frozen, storage_class
@@ -30,6 +31,7 @@ BUFFERS = 2
 """Blocks in memory at once: one in use, one on its way."""
 
 
+@looks_through
 def stream(
     model: nn.Module, device: str | torch.device | None = None, *, buffers: int = BUFFERS
 ) -> nn.Module:
@@ -146,6 +148,7 @@ def embedding_on_host(model: Any, device: str | torch.device) -> nn.Module:
     return model
 
 
+@looks_through
 def is_streamed(model: nn.Module) -> bool:
     """Say whether the model's linear layers are streamed."""
     return any(isinstance(m, StreamedLinear) for m in model.modules())
