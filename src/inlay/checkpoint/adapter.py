@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from inlay.checkpoint.base import base_name, describe_base, keep_description, warn_unfrozen
 from inlay.checkpoint.card import card
 from inlay.checkpoint.config import Placement, config_of, extras_of, hyperparameters, replaced_by
+from inlay.checkpoint.converted import fitted
 from inlay.checkpoint.differs import warn_where_peft_differs
 from inlay.checkpoint.embeddings import saved_embeddings
 from inlay.checkpoint.folder import (
@@ -26,7 +27,6 @@ from inlay.checkpoint.folder import (
     EXTRAS,
     TENSORS,
     AdapterFolder,
-    located,
     read_folder,
     write_folder,
 )
@@ -38,7 +38,7 @@ from inlay.checkpoint.placement import (
     placement_in,
     suffixes,
 )
-from inlay.checkpoint.tensors import PREFIX, fill, slots, write_tensors
+from inlay.checkpoint.tensors import PREFIX, fill, gathered, slots, write_tensors
 from inlay.errors import CheckpointError, TargetError
 from inlay.methods.base import (
     HiddenMethod,
@@ -88,6 +88,7 @@ def save_adapter(
     base_model: str | None = None,
     recorded: Mapping[str, Any] | None = None,
     embeddings: bool | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Save one adapter in HF PEFT's layout, all of it or, on failure, nothing.
 
@@ -103,6 +104,8 @@ def save_adapter(
             not change what the adapter computes.
         embeddings: whether to write the base's input embedding and head as well; None: where
             the vocabulary was changed, so that no checkpoint of the base has their rows.
+        state: values to write in place of the model's own, by their names in its state, as a
+            library has gathered them from several processes.
 
     Returns:
         The folder.
@@ -111,7 +114,7 @@ def save_adapter(
         CheckpointError: the disk is full, or the adapter holds values that are not finite.
         AdapterError: the model has no such adapter.
     """
-    found = slots(model, name)
+    found = gathered(model, slots(model, name), state)
     warn_unfrozen(model)
     attached = adapters(model)[name]
     base = base_model or base_name(model)
@@ -162,12 +165,12 @@ def load_adapter(
         AdapterError: the name is taken.
     """
     file = read_adapter(directory)
+    file = AdapterFile(file.method, fitted(model, file.method, file.folder))
     with unchanged_on_failure(model, name):
         attach_from(model, file, name, seed)
         about = f"the adapter in {file.folder.path} does not fit this {described(model)}"
         about += f"; it was made for {made_for(file.folder)}"
-        path = located(file.folder.path, TENSORS)
-        fill(model, name, path, file.folder.tensors, about)
+        fill(model, name, file.folder, about)
         if file.folder.extras is None:
             warn_where_peft_differs(model, adapters(model)[name], f"the adapter in {directory}")
         if file.folder.extras is not None:

@@ -1,4 +1,4 @@
-"""An adapter's folder: whole or not there, and read without opening a pickle or importing torch."""
+"""An adapter's folder: whole or not there, and read without running code or importing torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ CARD = "README.md"
 FORMAT = 1
 """The version of `inlay.json`; a reader refuses a later one."""
 
-PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
+PICKLES = ("adapter_model.bin", "adapter_model.pt")
+"""torch's own format, of which tensors alone are read."""
+WHOLE = "pytorch_model.bin"
 PICKLE_STARTS = (b"\x80", b"PK\x03\x04")
 """How a bare pickle and torch.save's zip archive of one begin."""
 
@@ -49,6 +51,10 @@ class AdapterFolder:
     extras: dict[str, Any] | None
     """The contents of inlay.json; None in a plain HF PEFT folder."""
     tensors: dict[str, Entry]
+    source: str = TENSORS
+    """The file that holds the tensors."""
+    renamed: Mapping[str, str] = field(default_factory=dict[str, str])
+    """A tensor's key here -> its key in the file, where it was converted."""
 
     @property
     def base_model(self) -> str | None:
@@ -83,11 +89,12 @@ def read_folder(directory: str | Path) -> AdapterFolder:
     with reading(path):
         check_files(path)
         config = read_json(located(path, CONFIG))
-        tensors = read_header(located(path, TENSORS))
+        source = next(n for n in (TENSORS, *PICKLES) if located(path, n).is_file())
+        tensors = (read_header if source == TENSORS else header_of_pickle)(located(path, source))
         extras = read_json(located(path, EXTRAS)) if located(path, EXTRAS).is_file() else None
         if extras is not None:
             check_extras(path, extras)
-    return AdapterFolder(path, config, extras, tensors)
+    return AdapterFolder(path, config, extras, tensors, source)
 
 
 @contextmanager
@@ -106,13 +113,12 @@ def check_files(path: Path) -> None:
         raise CheckpointError(f"{path} {found}; an adapter is a folder with {CONFIG} and {TENSORS}")
     if not located(path, CONFIG).is_file():
         raise CheckpointError(f"{path} holds no {CONFIG}, so it is no adapter{below(path)}")
-    if located(path, TENSORS).is_file():
+    if located(path, TENSORS).is_file() or any((path / name).is_file() for name in PICKLES):
         return
-    pickle = next((name for name in PICKLES if (path / name).is_file()), None)
-    if pickle:
+    if (path / WHOLE).is_file():
         raise CheckpointError(
-            f"{path} holds its tensors in {pickle}, a pickle, which can run any code when opened "
-            f"and is never read; save the adapter as {TENSORS} where you trust it"
+            f"{path} holds {WHOLE}, the name of a whole model's weights, and no {TENSORS}; where "
+            f"it holds an adapter's tensors, call it {PICKLES[0]}"
         )
     raise CheckpointError(f"{path} holds no {TENSORS}; its configuration alone is no adapter")
 
@@ -150,6 +156,14 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise CheckpointError(
             f"{path} is truncated or corrupt ({error}); copy it again or take an earlier checkpoint"
         ) from None
+
+
+def header_of_pickle(path: Path) -> dict[str, Entry]:
+    """Read the names, dtypes and shapes of a file of torch.save that holds tensors alone."""
+    from inlay.checkpoint.pickled import read_pickled, spelled
+
+    tensors = read_pickled(path).items()
+    return {name: Entry(spelled(t.dtype), tuple(t.shape)) for name, t in tensors}
 
 
 def check_no_pickle(path: Path) -> None:

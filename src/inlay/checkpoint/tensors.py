@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,9 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from inlay.checkpoint.converted import plainly
 from inlay.checkpoint.embeddings import PREFIX, ends_of, keep_embeddings, module_of
-from inlay.checkpoint.folder import Entry, share_as_usual
+from inlay.checkpoint.folder import TENSORS, AdapterFolder, Entry, located, share_as_usual
 from inlay.checkpoint.layouts import AS_IT_IS, TWICE, Layout, layout_of
+from inlay.checkpoint.pickled import read_pickled
 from inlay.checkpoint.placement import saved_roots, under_any
 from inlay.errors import CheckpointError
 from inlay.methods.base import Kind, Method, Params, PromptMethod, SelectMethod
@@ -54,15 +56,18 @@ class Slot:
     name: str
     layout: Layout = AS_IT_IS
 
+    value: Tensor | None = None
+    """What to write in its place, where another process holds part of it."""
+
     @property
     def tensor(self) -> Tensor:
         """The tensor itself."""
-        return getattr(self.home, self.name)
+        return getattr(self.home, self.name) if self.value is None else self.value
 
     @property
     def written(self) -> Tensor:
         """The tensor as it lies in the file."""
-        return self.layout.written(self.tensor.detach())
+        return self.layout.written(whole(self.tensor.detach()))
 
 
 @looks_through
@@ -166,6 +171,50 @@ def write_tensors(
         )
     save_file(values, path, metadata={"format": "pt"})
     share_as_usual(path)
+    check_written(path, values)
+
+
+def check_written(path: Path, values: Mapping[str, Tensor]) -> None:
+    """Read back what was written, and raise unless it is the same, bit by bit.
+
+    Raises:
+        CheckpointError: it is not: the disk or the memory is at fault.
+    """
+    with safe_open(path, framework="pt") as file:
+        read: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    wrong = sorted(k for k in {*read, *values} if not same_bits(read.get(k), values.get(k)))
+    if wrong:
+        raise CheckpointError(
+            f"the adapter is not saved: read back, {listed(wrong)} of the file written are not "
+            "what the model holds; check the disk"
+        )
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Say whether two tensors are there, and equal in dtype, shape and every bit."""
+    if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return (
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        if (a.ndim)
+        else torch.equal(a, b)
+    )
+
+
+def gathered(model: nn.Module, found: list[Slot], state: Mapping[str, Tensor] | None) -> list[Slot]:
+    """Return the slots with the values of a model's gathered state, where it has theirs."""
+    if not state:
+        return found
+    names = {id(m): name for name, m in model.named_modules() if isinstance(m, Params)}
+    held = {plainly(key): value for key, value in state.items()}
+    keys = [plainly(f"{names[id(s.home)]}.{s.name}") if id(s.home) in names else "" for s in found]
+    return [replace(s, value=held.get(key)) for s, key in zip(found, keys, strict=True)]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that processes hold parts of as one; any other as it is."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
 
 
 def first_of_shared(found: list[Slot]) -> list[Slot]:
@@ -179,13 +228,24 @@ def without_tied_rows(found: list[Slot]) -> list[Slot]:
     return [slot for slot in found if slot.name != "token_rows" or slot in once]
 
 
-def fill(model: nn.Module, name: str, path: Path, entries: Mapping[str, Entry], about: str) -> None:
-    """Copy the file's tensors into an adapter's, after checking every one of them.
+def values_in(folder: AdapterFolder) -> dict[str, Tensor]:
+    """Read every tensor of an adapter's folder, by the keys that it is read under."""
+    path = located(folder.path, folder.source)
+    names = {key: folder.renamed.get(key, key) for key in folder.tensors}
+    if folder.source != TENSORS:
+        held = read_pickled(path)
+        return {key: held[name] for key, name in names.items()}
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(name) for key, name in names.items()}
+
+
+def fill(model: nn.Module, name: str, folder: AdapterFolder, about: str) -> None:
+    """Copy a folder's tensors into an adapter's, after checking every one of them.
 
     Raises:
         CheckpointError: a tensor is missing, unread, misshapen, of another dtype, or not finite.
     """
-    found = slots(model, name)
+    found, entries = slots(model, name), folder.tensors
     expected = {slot.key: slot.written for slot in found}
     copies = {k: base for k in entries if k not in expected for base in base_of(model, k)}
     problems = Problems()
@@ -195,8 +255,7 @@ def fill(model: nn.Module, name: str, path: Path, entries: Mapping[str, Entry], 
         if key in entries:
             problems.add("misfits", misfit(key, entries[key], tensor, key in copies))
     problems.raise_if_any(about)
-    with safe_open(path, framework="pt") as file:
-        values: dict[str, Tensor] = {key: file.get_tensor(key) for key in entries}
+    values = values_in(folder)
     bad = (key for key, value in values.items() if not bool(torch.isfinite(value).all()))
     problems.add("NaN or infinite", bad)
     brought = {module_of(key): values[key] for key in copies if module_of(key) in ends_of(model)}

@@ -12,6 +12,7 @@ from torch import nn
 from inlay.errors import AdapterError, did_you_mean
 from inlay.methods.base import Kind, Method, Params, PromptMethod, WeightMethod
 from inlay.model.acts import Watch
+from inlay.model.attached import answer_for, stop_answering
 from inlay.model.derived import note
 from inlay.model.fast.install import install, uninstall
 from inlay.model.guards import guard, say_shared, unguard
@@ -139,6 +140,7 @@ def attach(
     model.__dict__["inlay"] = registry
     guard(model)
     say_shared(place.params for place in places.values())
+    answer_for(model)
     keep_trunk_free_of_gradients(model)
     set_trained(model, (name,), False)
     return use(model, *(registry.active or (name,)))
@@ -241,6 +243,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         parameter.requires_grad_(registry.required_grad.get(parameter_name, False))
     del model.__dict__["inlay"]
     unguard(model)
+    stop_answering(model)
     release_statistics(model)
     uninstall(model)
     model.__dict__.pop("enable_input_require_grads", None)

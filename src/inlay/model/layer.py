@@ -17,6 +17,7 @@ from inlay.methods.tokens import ROWS, TOKENS, TokenRows, tokens_of
 from inlay.model.by_weight import Changed, made_again
 from inlay.model.derived import follow, follow_loaded
 from inlay.model.instance import change_class
+from inlay.model.rebuild import MADE_BY, reduced
 from inlay.model.wrapped import unwrapped
 from inlay.storage.base import FrozenLinear, whereabouts
 from inlay.storage.dense import DenseView
@@ -338,7 +339,8 @@ def adapted_class(
     body: dict[str, Any] = {name: property(reader(name)) for name in parameters}
     body |= {name: property(own_or_moved(name)) for name in buffers}
     body |= {"original": original, "moved": buffers, "__module__": original.__module__}
-    body |= {"__qualname__": original.__qualname__}
+    body |= {"__qualname__": original.__qualname__, "__reduce_ex__": reduced}
+    body[MADE_BY] = (adapted_class, original, parameters, buffers)
     return type(original.__name__, (AdaptedLayer, original), body)
 
 

@@ -62,7 +62,8 @@ def looks_through(verb: Callable[Concatenate[Any, P], T]) -> Callable[Concatenat
     def acting(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> T:
         inner = unwrapped(model)
         result: Any = verb(inner, *args, **kwargs)
-        return model if result is inner else result
+        given: Any = model
+        return given if result is inner else result
 
     return acting
 

@@ -13,6 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 
 from inlay.checkpoint.adapter import check_recorded, load_adapter, read_adapter, save_adapter
+from inlay.checkpoint.converted import fitted
 from inlay.checkpoint.folder import CARD, CONFIG, EXTRAS, TENSORS, located, read_json
 from inlay.checkpoint.placement import described
 from inlay.checkpoint.tensors import Slot, fill, slots
@@ -89,7 +90,7 @@ def read_again(model: nn.Module, name: str, folder: Path) -> None:
             f"{attached.method}; load it under another name"
         )
     about = f"the adapter in {folder} does not fit adapter {name!r} of this {described(model)}"
-    fill(model, name, located(folder, TENSORS), file.folder.tensors, about)
+    fill(model, name, fitted(model, file.method, file.folder), about)
     if file.folder.extras is not None:
         check_recorded(model, attached, file.folder)
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from inlay.model.instance import change_class
+from inlay.model.rebuild import MADE_BY, reduced
 
 
 class Fast(nn.Module):
@@ -54,6 +55,8 @@ def fast_class(plain: type[nn.Module], fast: type[Fast]) -> type[nn.Module]:
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,
+        "__reduce_ex__": reduced,
+        MADE_BY: (fast_class, plain, fast),
         # In the body, so that transformers wraps a block's forward for checkpointing.
         "forward": with_signature(fast.forward, plain),
     }

@@ -1,0 +1,66 @@
+"""Adapters in torch's own format (`adapter_model.bin`): tensors are read, and never any code."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlay.errors import CheckpointError
+
+NAMES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+"""How safetensors spells a dtype."""
+NESTED = ("state_dict", "model")
+"""Under which a training script may have put the tensors."""
+
+
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """Read a file of torch.save that holds tensors by name, with torch's reader of tensors alone.
+
+    Raises:
+        CheckpointError: it holds anything else, which would have to run code, or it is damaged.
+    """
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} is a pickle that holds more than tensors: it could run any code when opened, "
+            f"so it is not. Where you trust it, write its tensors as safetensors: {command(path)}"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{path} is a pickle that is truncated or corrupt ({reason}); copy it again"
+        ) from None
+    for key in NESTED:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise CheckpointError(
+            f"{path} is a pickle that does not hold tensors by name, as an adapter's file does"
+        )
+    return {str(key): value for key, value in found.items()}
+
+
+def spelled(dtype: torch.dtype) -> str:
+    """Return a dtype as safetensors spells it."""
+    return NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def command(path: Path) -> str:
+    """Return the line that converts a file which its user trusts."""
+    new = path.with_name("adapter_model.safetensors")
+    return (
+        'python -c "import torch, safetensors.torch as s; '
+        f"s.save_file(torch.load('{path}', weights_only=False), '{new}')\""
+    )
