@@ -169,4 +169,6 @@ def sampled_rows(count: int, without: Collection[int]) -> Tensor:
 
 def as_bytes(value: Tensor) -> bytes:
     """Return a tensor's values in bf16 as bytes."""
+    full = getattr(value, "full_tensor", None)  # Divided among processes by FSDP2.
+    value = value if full is None else full()
     return value.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()

@@ -47,8 +47,7 @@ def fitted(model: nn.Module, method: Method, folder: AdapterFolder) -> AdapterFo
         found = {key: PREFIX + rename(name) for key, name in plain.items()}
         if len(set(found.values())) == len(found) and places.have(found.values()):
             return converted(folder, found, places)
-    found = {key: PREFIX + name for key, name in plain.items()}
-    return converted(folder, found, places) if len(set(found.values())) == len(found) else folder
+    return folder
 
 
 def plainly(key: str) -> str:
@@ -111,8 +110,8 @@ class Places:
 
 def converted(folder: AdapterFolder, keys: Mapping[str, str], places: Places) -> AdapterFolder:
     """Return the folder with keys of other names, and its targets taken from them."""
-    old = next(key for key, new in keys.items() if key != new) if keys else ""
-    if all(key == new for key, new in keys.items()):
+    old = next((key for key, new in keys.items() if key != new), None)
+    if old is None:
         return folder
     warnings.warn(
         f"the adapter in {folder.path} was converted to this model's names ({old} is read as "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -181,6 +182,13 @@ def refuse_unknown(
                 f"{where} sets {key} to {shortened(value)}, which this version of inlay does not "
                 f"have; {remedy or plain}"
             )
+    newer = [key for key in options if key not in {*ours, *PLACEMENT, *WITHOUT_EFFECT, *neutral}]
+    if newer and remedy is None:
+        warnings.warn(
+            f"{where} has options that this version of inlay does not know ({', '.join(newer)}); "
+            "they are off there, and left out",
+            stacklevel=6,
+        )
 
 
 def checked(spec: MethodSpec, mine: str, theirs: str, value: Any, where: str) -> Any:

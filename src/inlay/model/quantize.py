@@ -57,6 +57,11 @@ def quantize(
     if storage == head_storage == "dense":
         return model
     check_not_adapted(model)
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        raise ModelError(
+            "the model's weights are divided among processes (FSDP2), and quantising needs them "
+            "whole; quantise first, then divide"
+        )
     if is_dense_linear(model):
         view = dense_view(model)
         held_as = storage_class(storage)
