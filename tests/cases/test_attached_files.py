@@ -13,7 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 import inlay
 from inlay.errors import AdapterError, CheckpointError
@@ -54,7 +62,7 @@ def logits(model: Any) -> Tensor:
 
 def test_save_pretrained_writes_the_adapter(tmp_path: Path) -> None:
     model = made()
-    with pytest.warns(UserWarning, match=r"writes the adapter alone .* inlay\.merge"):
+    with pytest.warns(UserWarning, match=r"writes the adapter alone, .*inlay\.merge"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
     assert torch.equal(logits(inlay.load_adapter(llama(), tmp_path)), logits(model))
@@ -88,7 +96,7 @@ def test_values_that_a_library_gathered_are_written(tmp_path: Path) -> None:
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(
         str(folder), per_device_train_batch_size=2, learning_rate=3e-2, use_cpu=True, seed=1,
-        report_to=[], disable_tqdm=True, logging_strategy="no", **options,
+        report_to=[], disable_tqdm=True, logging_strategy="no", lr_scheduler_type="constant", **options,
     )  # fmt: skip
 
 
@@ -297,3 +305,42 @@ def test_regions_that_are_compiled_are_looked_through(tmp_path: Path) -> None:
     inlay.save_adapter(model, tmp_path)
     assert not [k for k in load_file(tmp_path / "adapter_model.safetensors") if "_orig" in k]
     assert torch.equal(logits(inlay.load_adapter(llama(), tmp_path)), logits(made()))
+
+
+def test_names_that_transformers_has_changed_since(tmp_path: Path) -> None:
+    """LLaVA's language model lay at `language_model.model` until transformers 4.52."""
+    text = {
+        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 48, "num_key_value_heads": 2,
+    }  # fmt: skip
+    image = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 48, "image_size": 32, "patch_size": 8,
+    }  # fmt: skip
+
+    def llava() -> Any:
+        torch.manual_seed(0)
+        config = LlavaConfig(
+            text_config=LlamaConfig(**text), vision_config=CLIPVisionConfig(**image),
+            image_token_index=63,
+        )  # fmt: skip
+        return LlavaForConditionalGeneration(config).eval()
+
+    model = moved(inlay.attach(llava(), inlay.LoRA(rank=2), targets=["q_proj"]))
+    folder = inlay.save_adapter(model, tmp_path / "new")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    new = load_file(folder / "adapter_model.safetensors")
+    before = {
+        f"{PREFIX}model.language_model.": f"{PREFIX}language_model.model.",
+        f"{PREFIX}model.vision_tower.": f"{PREFIX}vision_tower.",
+    }
+    old = dict(new)
+    for now, then in before.items():
+        old = {key.replace(now, then): value for key, value in old.items()}
+    assert f"{PREFIX}language_model.model.layers.0.self_attn.q_proj.lora_A.weight" in old
+    config["target_modules"] = r"language_model\.model\..*q_proj|vision_tower\..*q_proj"
+    with pytest.warns(UserWarning, match="was converted"):
+        again = inlay.load_adapter(llava(), folder_of(tmp_path / "old", config, old, binary=False))
+    ids = IDS.clamp(max=60)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)

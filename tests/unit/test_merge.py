@@ -23,7 +23,8 @@ from inlay.methods.norms import NormTuning
 from inlay.methods.prefix import PrefixTuning
 from inlay.methods.prompt import PromptTuning
 from inlay.model.attach import adapter_places, adapters, attach, use
-from inlay.model.merge import Plan, merge
+from inlay.model.merge import merge
+from inlay.model.merge_plan import Plan
 from inlay.model.quantize import quantize
 from inlay.model.stream import embedding_on_host
 from inlay.storage.nf4 import NF4Linear

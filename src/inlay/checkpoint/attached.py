@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from inlay.checkpoint.adapter import check_recorded, read_adapter, save_adapter
 from inlay.checkpoint.adapter import load_adapter as load_new
+from inlay.checkpoint.base import base_name
 from inlay.checkpoint.folder import CONFIG, located
 from inlay.checkpoint.placement import described
-from inlay.checkpoint.tensors import fill, slots
+from inlay.checkpoint.tensors import fill
 from inlay.errors import AdapterError, CheckpointError
 from inlay.model.attach import active, adapters, check_known, required_registry, use
 
@@ -29,6 +30,11 @@ SAVED = (
     "save_pretrained of a model with adapters writes the adapter alone, as HF PEFT does "
     "(adapter_config.json, adapter_model.safetensors); for a whole model call "
     "inlay.merge(model, output=...)"
+)
+
+UNNAMED = (
+    ". The base was built from a configuration, so it has no name that from_pretrained could find "
+    "it under: inlay.load_adapter puts the adapter on it"
 )
 
 
@@ -70,7 +76,7 @@ def save_pretrained(
     folder = Path(save_directory)
     for name in adapters(model):
         save_adapter(model, home_of(model, name, folder), name, state=state_dict)
-    warnings.warn(SAVED, stacklevel=4)
+    warnings.warn(SAVED if base_name(model) else SAVED + UNNAMED, stacklevel=4)
     if push_to_hub:
         api = HfApi(token=token)
         repo = hub.pop("repo_id", None) or folder.name

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from inlay.model.layer import AdaptedLayer, own_modules
-from inlay.model.merge import check_mergeable, trained_copy
+from inlay.model.merge import check_mergeable
+from inlay.model.merge_plan import trained_copy
 from inlay.model.wrapped import looks_through
 from inlay.storage.base import FrozenLinear
 
