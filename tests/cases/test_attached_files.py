@@ -96,7 +96,8 @@ def test_values_that_a_library_gathered_are_written(tmp_path: Path) -> None:
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(
         str(folder), per_device_train_batch_size=2, learning_rate=3e-2, use_cpu=True, seed=1,
-        report_to=[], disable_tqdm=True, logging_strategy="no", lr_scheduler_type="constant", **options,
+        report_to=[], disable_tqdm=True, logging_strategy="no",
+        lr_scheduler_type="constant", **options,
     )  # fmt: skip
 
 
