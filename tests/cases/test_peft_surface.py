@@ -23,6 +23,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.trainer_pt_utils import get_parameter_names
 
@@ -148,6 +150,38 @@ def test_a_layers_numbers_are_hf_pefts(name: str) -> None:
             assert torch.allclose(here.get_delta_weight("default"),
                                   theirs_here.get_delta_weight("default"))  # fmt: skip
             assert torch.equal(here.base_layer.weight, theirs_here.base_layer.weight)
+
+
+def experts() -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, head_dim=8,
+                            moe_intermediate_size=16, num_key_value_heads=2)  # fmt: skip
+    return Qwen3MoeForCausalLM(config)
+
+
+@pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match:RuntimeWarning")  # peft's
+@pytest.mark.filterwarnings("ignore:.*alpha_pattern keys did not match:RuntimeWarning")
+def test_experts_are_adapted_by_their_former_names_as_hf_peft_does() -> None:
+    models: list[Any] = []
+    for library in (inlay.peft, peft):
+        names = ["gate_proj", "up_proj", "down_proj", "q_proj"]
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, target_modules=names, init_lora_weights=False)
+        models.append(library.get_peft_model(experts(), config))
+    ours, theirs = models
+    assert trained(ours).keys() == trained(theirs).keys()
+    assert all(ours.get_parameter(key) is parameter for key, parameter in trained(ours).items())
+    found = inlay.peft.get_peft_model_state_dict(ours)
+    wanted = peft.get_peft_model_state_dict(theirs)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    assert apart(ours(input_ids=IDS), theirs(input_ids=IDS)) < 1e-5
+    with peft.helpers.rescale_adapter_scale(ours, 0.5):
+        with peft.helpers.rescale_adapter_scale(theirs, 0.5):
+            assert apart(ours(input_ids=IDS), theirs(input_ids=IDS)) < 1e-5
+    ours.load_state_dict({key: value + 1 for key, value in ours.state_dict().items()})
+    with pytest.raises(inlay.TargetError, match="fused"):
+        inlay.peft.get_peft_model(experts(), LoraConfig(target_modules=["gate_proj"]))
 
 
 def test_a_scale_that_is_set_is_the_scale_that_acts() -> None:

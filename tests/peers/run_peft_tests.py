@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import fcntl
 import importlib
 import inspect
 import json
@@ -152,10 +153,14 @@ def take_over() -> None:
 
 def record(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     """Put one run's counts beside the others."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    entry = results.setdefault(f"{arguments.of}/{arguments.suite}", {})
-    entry[arguments.implementation] = found
-    RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+    with RESULTS.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # several suites may run at once
+        file.seek(0)
+        results = json.loads(file.read() or "{}")
+        entry = results.setdefault(f"{arguments.of}/{arguments.suite}", {})
+        entry[arguments.implementation] = found
+        file.truncate(0)
+        file.write(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
 
 
 class Counts:

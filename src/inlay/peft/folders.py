@@ -149,12 +149,14 @@ def holding(wrapped: Any, name: str, state: Mapping[str, Tensor] | None) -> Gene
                 f"the state_dict given lacks {slot.key} of adapter {name!r}; give the model's own "
                 "state_dict(), or leave it out to save the values as they are"
             )
-        values.append((slot, before, state[keys[0]]))
-        if state[keys[0]].shape != before.shape:
+        value = state[keys[0]]
+        expected = slot.written.shape if keys[0] == slot.key else before.shape
+        if value.shape != expected:
             raise AdapterError(
-                f"the state_dict given has {keys[0]} of shape {list(state[keys[0]].shape)}, "
-                f"expected {list(before.shape)}; gather a sharded state before it is saved"
+                f"the state_dict given has {keys[0]} of shape {list(value.shape)}, expected "
+                f"{list(expected)}; gather a sharded state before it is saved"
             )
+        values.append((slot, before, slot.layout.read(value) if keys[0] == slot.key else value))
     try:
         for slot, before, value in values:
             place(slot, nn.Parameter(value, False) if isinstance(before, nn.Parameter) else value)

@@ -21,7 +21,7 @@ from inlay.methods.base import LowRank, SelectMethod, replaced
 from inlay.model.attach import Attached, adapters, own_modules
 from inlay.model.layer import AdaptedLayer
 from inlay.peft.errors import AdapterError
-from inlay.peft.views import Dropout, Scaling, Word, tables
+from inlay.peft.views import Dropout, Scaling, Word, low_rank_of, tables
 from inlay.storage.registry import kind
 
 Words = tuple[tuple[str, tuple[Word, ...]], ...]
@@ -45,7 +45,8 @@ class Presented(AdaptedLayer):
 
     def __getattr__(self, name: str) -> Any:
         """Return a table of tensors by HF PEFT's name, or the layer's attribute."""
-        if any(name == word.table for _, words in type(self).words for word in words):
+        tops = (word.table.partition(".")[0] for _, words in type(self).words for word in words)
+        if name in tops:
             return tables(self, type(self).words)[name]
         return super().__getattr__(name)
 
@@ -93,7 +94,8 @@ class Presented(AdaptedLayer):
         for adapter, words in type(self).words:
             for word in words:
                 theirs = ".".join(part for part in (word.table, adapter, word.below) if part)
-                yield f"{prefix}adapters.{adapter}.{word.tensor}", prefix + theirs
+                at = f"{word.part}.{word.tensor}" if word.part else word.tensor
+                yield f"{prefix}adapters.{adapter}.{at}", prefix + theirs
 
 
 class PresentedTuner(Presented):
@@ -143,7 +145,7 @@ class PresentedTuner(Presented):
 
     def low_rank(self) -> dict[str, LowRank]:
         """Return the adapters here that are a low-rank product, with their method."""
-        return {n: m for n, m in self.methods.items() if isinstance(m, LowRank)}
+        return low_rank_of(self)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Every child by name, and the dropout that TRL looks for to turn it off."""
@@ -181,8 +183,8 @@ class PresentedTuner(Presented):
 
     @property
     def base_layer(self) -> nn.Module:
-        """The layer without adapters, on the same tensors."""
-        return self.get_base_layer()
+        """The layer without adapters, on the same tensors; or what HF PEFT wraps further in."""
+        return tables(self, type(self).words).get("base_layer") or self.get_base_layer()
 
     def get_base_weight(self) -> Tensor:
         """Return the frozen weight, (out, in), dense."""
@@ -248,6 +250,15 @@ def words_of(
 ) -> tuple[Word, ...]:
     """Return what HF PEFT calls one adapter's tensors at a layer; no word for those it lacks."""
     method, found = layer.methods[adapter], list[Word]()
+    parts = layer.params(adapter).parts
+    inside = [name for name in layer._parameters if name in parts]
+    for depth, name in enumerate(reversed(inside)):  # HF PEFT wraps once for each parameter
+        acts = layer.part_methods[adapter][name]
+        for tensor in parts[name]._parameters:
+            table, _, below = acts.peft_tensors("linear").get(tensor, "").partition(".")
+            if table:
+                nested = "base_layer." * depth + table
+                found.append(Word(tensor, nested, below or BELOW.get(table, ""), name))
     for tensor in layer.params(adapter)._parameters:
         copied = method is None or tensor in layer._parameters
         if not copied and method is not None:
@@ -269,7 +280,7 @@ def presented(
     plain: type[AdaptedLayer], words: Words, alphas: Alphas, layer_kind: str | None
 ) -> type[Presented]:
     """Return the subclass of an adapted class that has HF PEFT's look."""
-    found = {word.table.partition("_")[0] for _, each in words for word in each}
+    found = {word.table.rpartition(".")[2].partition("_")[0] for _, each in words for word in each}
     acts = found & {"lora", "ia3", "ln"}
     body: dict[str, Any] = {"plain": plain, "words": words, "alphas": alphas}
     body |= {

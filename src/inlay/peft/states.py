@@ -69,9 +69,10 @@ def get_peft_model_state_dict(
         return GET(model, state_dict, adapter_name, unwrap_compiled, save_embedding_layers)
     found = keyed(inner, adapter_name)
     if state_dict is None:
-        return {key: slot.tensor.detach() for key, slot in found}
+        return {key: slot.written for key, slot in found}
     names = {id(value): name for name, value in inner.state_dict(keep_vars=True).items()}
-    return {key: state_dict[names[id(slot.tensor)]] for key, slot in found}
+    given = {key: state_dict[names[id(slot.tensor)]] for key, slot in found}
+    return {key: slot.layout.written(given[key]) for key, slot in found}
 
 
 def is_ours(model: Any) -> bool:
@@ -116,8 +117,8 @@ def set_peft_model_state_dict(
         return SET(model, peft_model_state_dict, adapter_name)
     pairs, values = keyed(model, adapter_name), dict(peft_model_state_dict)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    found = [Slot(key, slot.home, slot.name) for key, slot in pairs]
-    expected = {slot.key: slot.tensor for slot in found}
+    found = [Slot(key, slot.home, slot.name, slot.layout) for key, slot in pairs]
+    expected = {slot.key: slot.written for slot in found}
     entries = {k: Entry(SPELLED.get(v.dtype, str(v.dtype)), tuple(v.shape)) for k, v in
                values.items()}  # fmt: skip
     problems = Problems()
@@ -131,7 +132,7 @@ def set_peft_model_state_dict(
     separate(found, values)
     for slot in found:
         if slot.key in values:
-            slot.tensor.copy_(values[slot.key])
+            slot.tensor.copy_(slot.layout.read(values[slot.key]))
     return _IncompatibleKeys([], [])
 
 

@@ -26,6 +26,8 @@ class Word:
     tensor: str
     table: str
     below: str
+    part: str = ""
+    """Which single parameter of the layer it is for, if not for the layer."""
 
 
 class Linked(dict[str, Any]):
@@ -102,11 +104,25 @@ def tables(
         for word in each if isinstance(home, Params) else ():
             assert isinstance(home, Params)
             below = homes.setdefault(word.table, {}).setdefault(adapter, {})
-            below[word.below] = (home, word.tensor)
-    found = {table: table_of(there) for table, there in homes.items()}
+            below[word.below] = (home.parts[word.part] if word.part else home, word.tensor)
+    found: dict[str, nn.Module] = {}
+    for table, there in homes.items():
+        nested(found, table, table_of(there))
     for module in (m for view in found.values() for m in view.modules()):
         module.training = layer.training
     return found
+
+
+def nested(found: dict[str, nn.Module], table: str, view: nn.Module) -> None:
+    """Put a view under its name, and under a module for each part of the name."""
+    first, *rest = table.split(".")
+    if not rest:
+        found[first] = view
+        return
+    below = found.setdefault(first, nn.ModuleDict())
+    inner = dict(below.named_children())
+    nested(inner, ".".join(rest), view)
+    found[first] = nn.ModuleDict(inner)
 
 
 def table_of(found: Mapping[str, Mapping[str, tuple[Params, str]]]) -> nn.Module:
@@ -116,18 +132,33 @@ def table_of(found: Mapping[str, Mapping[str, tuple[Params, str]]]) -> nn.Module
     return nn.ModuleDict({adapter: Leaf(below) for adapter, below in found.items()})
 
 
+def low_rank_of(layer: AdaptedLayer) -> dict[str, LowRank]:
+    """Return the adapters at a layer that are low-rank products, with their method.
+
+    Where an adapter stands on single parameters of the layer, the first one's counts.
+    """
+    found: dict[str, LowRank] = {}
+    for name in layer.methods:
+        here = [table[key] for table, key in homes_of_methods(layer, name)]
+        first = next((method for method in here if isinstance(method, LowRank)), None)
+        if first is not None:
+            found[name] = first
+    return found
+
+
 class Scaling(dict[str, float]):
     """What each adapter's product is multiplied by; to set one changes what the layer computes."""
 
     def __init__(self, layer: AdaptedLayer) -> None:
         self.layer = layer
-        low = ((n, m) for n, m in layer.methods.items() if isinstance(m, LowRank))
-        super().__init__({name: method.scale for name, method in low})
+        super().__init__({name: method.scale for name, method in low_rank_of(layer).items()})
 
     def __setitem__(self, name: str, scale: float) -> None:
-        method = self.layer.methods[name]
-        assert isinstance(method, LowRank)
-        self.layer.methods[name] = scaled(method, float(scale))
+        factor = scale / self[name] if self[name] else None
+        for table, key in list(homes_of_methods(self.layer, name)):
+            method = table[key]
+            if isinstance(method, LowRank):
+                table[key] = scaled(method, scale if factor is None else method.scale * factor)
         super().__setitem__(name, scale)
 
     def copy(self) -> dict[str, float]:
@@ -151,14 +182,22 @@ class Dropout(nn.Dropout):
 
     def __init__(self, layer: AdaptedLayer, adapter: str) -> None:
         self.where = weakref.ref(layer), adapter
-        method = layer.methods[adapter]
-        super().__init__(method.dropout if isinstance(method, LowRank) else 0.0)
+        super().__init__(low_rank_of(layer)[adapter].dropout)
         self.training = layer.training
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "p" and "where" in vars(self):
             layer, adapter = vars(self)["where"][0](), vars(self)["where"][1]
-            method = layer.methods[adapter] if layer is not None else None
-            if layer is not None and isinstance(method, LowRank) and method.dropout != value:
-                layer.methods[adapter] = replaced(method, dropout=float(value))
+            for table, key in homes_of_methods(layer, adapter) if layer is not None else ():
+                method = table[key]
+                if isinstance(method, LowRank) and method.dropout != value:
+                    table[key] = replaced(method, dropout=float(value))
+
+
+def homes_of_methods(layer: AdaptedLayer, adapter: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every place where a layer keeps the method of an adapter, as a table and its key."""
+    if adapter in layer.methods:
+        yield layer.methods, adapter
+    for part in layer.part_methods.get(adapter, {}):
+        yield layer.part_methods[adapter], part
