@@ -5,7 +5,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test check lint bench bench-full bench-results bench-gpu bench-vision docs versions clean
+.PHONY: demo test check lint families bench bench-full bench-results bench-gpu bench-vision docs versions clean
 
 demo: .venv/.demo          ## the main job, offline, on the embedded model and data
 	$(BIN)/inlay demo --output demo
@@ -19,6 +19,10 @@ check: .venv/.dev          ## what CI runs: lint, types, import rules, tests
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(MAKE) --no-print-directory test
+
+families: .venv/.dev       ## every class of transformers' mappings on tiny models: about an hour
+	$(BIN)/python tests/families/run.py
+	$(BIN)/python docs/families.py
 
 bench: .venv/.dev          ## speed and memory against peers on this CPU: minutes
 	$(BIN)/python benchmarks/speed.py

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from train_tiny import losses_of, make_run
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GraniteMoeForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeForCausalLM,
+)
 
 from inlay.train.run import train
 
@@ -37,3 +42,20 @@ def test_the_loss_holds_the_routers_share(tmp_path: Path, task: str) -> None:
     low, middle, high = (first_loss(tmp_path, task, share) for share in (0.25, 0.5, 0.75))
     assert middle - low == pytest.approx(high - middle, rel=0.01)
     assert (middle - low) / 0.25 >= 1.9, "balanced experts, two a token, have a loss of 2"
+
+
+@pytest.mark.parametrize(
+    "made_as", [MixtralForCausalLM, Qwen3MoeForCausalLM, GraniteMoeForCausalLM]
+)
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_mixture_of_experts_trains_and_answers(tmp_path: Path, made_as: Any, asked: bool) -> None:
+    config = make_run(tmp_path, max_steps=2, generate_rows=2, generate_tokens=3)
+    saved: dict[str, Any] = json.loads((Path(config.model) / "config.json").read_text())
+    special = {k: saved[k] for k in ("vocab_size", "eos_token_id", "pad_token_id")}
+    torch.manual_seed(0)
+    shape = EXPERTS | special | {"output_router_logits": asked}
+    made_as(made_as.config_class(**shape, bos_token_id=None)).save_pretrained(config.model)
+    found = train(config)
+    assert found.run["comparison"] is not None
+    assert found.model is not None
+    assert found.model.config.output_router_logits is asked

@@ -20,9 +20,12 @@ from inlay.errors import DataError, ModelError
 from inlay.evaluate.losses import Progress, buckets
 from inlay.methods.base import PromptMethod, evaluating
 from inlay.model.attach import active, adapters
+from inlay.model.purpose import check_one_text
 
 Prompt = str | Sequence[int]
 """A prompt as text, or as tokens."""
+ROUTER = "output_router_logits"
+"""The setting that makes a mixture of experts give its router's logits, too."""
 Fill = Callable[[Sequence[int], int], Mapping[str, torch.Tensor]]
 """(the prompts' numbers, the batch's width) -> what the model needs of them beside tokens."""
 
@@ -94,6 +97,7 @@ def answer(
         raise ModelError(
             f"a {type(model).__name__} cannot generate text; expected a causal language model"
         )
+    check_one_text(type(model).__name__, model.config)
     ends = end_tokens(model, tokenizer)
     tokens = [as_tokens(tokenizer, prompt) for prompt in prompts]
     room = context_length(model)
@@ -211,15 +215,30 @@ def continued(
     ids = [[config.pad_token_id] * (longest - len(p)) + [*p] for p in prompts]
     mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
     device = next(model.parameters()).device
-    found = model.generate(
-        input_ids=torch.tensor(ids, device=device),
-        attention_mask=torch.tensor(mask, device=device),
-        generation_config=config,
-        logits_processor=processors,
-        synced_gpus=synced,
-        **{name: value.to(device) for name, value in (more or {}).items()},
-    )
+    with without_router_logits(model):
+        found = model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=config,
+            logits_processor=processors,
+            synced_gpus=synced,
+            **{name: value.to(device) for name, value in (more or {}).items()},
+        )
     return [until_end(row[longest:], config) for row in found.tolist()]
+
+
+@contextmanager
+def without_router_logits(model: Any) -> Generator[None]:
+    """Ask a mixture of experts for its answer alone: its balance is of whole sequences only."""
+    said: Any = model.config.get_text_config()
+    before = getattr(said, ROUTER, False)
+    if before:
+        setattr(said, ROUTER, False)
+    try:
+        yield
+    finally:
+        if before:
+            setattr(said, ROUTER, True)
 
 
 def until_end(tokens: list[int], config: GenerationConfig) -> list[int]:

@@ -16,6 +16,7 @@ from inlay.errors import DataError, ModelError
 from inlay.kernels.loss import most_rows
 from inlay.methods.base import evaluating
 from inlay.model.packing import mixes_rows, positions
+from inlay.model.purpose import check_one_text
 from inlay.model.shapes import length_multiple
 
 PADDING = 0
@@ -73,10 +74,11 @@ def losses(
 
     Raises:
         DataError: a row has no token to measure.
-        ModelError: a row's loss is not finite.
+        ModelError: a row's loss is not finite, or the model is an encoder-decoder.
     """
     if not encoded:
         return []
+    check_one_text(type(model).__name__, getattr(model, "config", None))
     named = list(lines) if lines is not None else list(range(1, len(encoded) + 1))
     check_measurable(encoded, named)
     found: dict[int, RowLoss] = {}

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from inlay.errors import ModelError
+from inlay.errors import InlayError, ModelError
 from inlay.memory import policy as policies
 from inlay.memory.costs import planning_for
 from inlay.memory.gathers import Gathers
@@ -30,6 +30,7 @@ from inlay.memory.known import Literals, known_tensor
 from inlay.memory.ledger import CATEGORIES, HOST, Ledger, Work
 from inlay.memory.optimisers import Optimiser
 from inlay.memory.policy import Policy
+from inlay.model.libraries import in_model_code
 from inlay.model.stream import BUFFERS
 from inlay.model.targets import output_head
 from inlay.storage.quantized import QuantizedLinear
@@ -110,8 +111,13 @@ def fake_tensors() -> Generator[FakeTensorMode]:
             f"the step cannot be planned: what the model computes depends on values that are "
             f"known only in training ({error.func})"
         ) from None
-    except RuntimeError as error:
+    except InlayError:
+        raise
+    except Exception as error:
         sentence = unplannable(str(error))
+        if sentence is None and in_model_code(error):
+            said = (str(error).strip().splitlines() or [""])[0]
+            sentence = f"the model's own code ends in {type(error).__name__}: {said}"
         if sentence is None:
             raise
         raise ModelError(f"the step cannot be planned: {sentence}") from None

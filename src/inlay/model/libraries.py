@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,13 @@ def failures_as_sentences(folder: Path, what: str) -> Generator[None]:
         raise ModelError(
             f"the {what} in {folder} cannot be used: {type(error).__name__}: {reason}"
         ) from error
+
+
+def in_model_code(error: BaseException) -> bool:
+    """Say whether it was transformers' own code of a model that failed, or torch under it."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    own = [file for file in files if "/torch/" not in file.replace("\\", "/")]
+    return bool(own) and "/transformers/" in own[-1].replace("\\", "/")
 
 
 @contextmanager

@@ -56,20 +56,23 @@ def mixes_rows(model: nn.Module, rows: Sequence[Sequence[int]]) -> str | None:
         except (InlayError, RuntimeError, ValueError, IndexError) as error:
             return f"a sequence of two rows fails: {str(error).splitlines()[0]}"
     full = alone.dtype in FULL
-    return too_different(packed, alone, ALONE[full]) or too_different(
-        changed, packed, CHANGED[full]
-    )
+    moved, off = furthest(changed, packed), furthest(packed, alone)
+    if moved > CHANGED[full]:
+        return (
+            f"in {type(model).__name__} a row sees the row before it in its sequence: its logits "
+            f"change by {moved:.1%} when that row's words do"
+        )
+    if off > ALONE[full]:
+        return (
+            f"{type(model).__name__} does not begin a row anew behind another one: its logits "
+            f"change by {off:.1%} against the row alone"
+        )
+    return None
 
 
-def too_different(found: Tensor, expected: Tensor, allowed: float) -> str | None:
-    """Return by how much a row's logits change with the row before it, if that is too much."""
-    difference = float((found - expected).abs().max() / expected.abs().max())
-    if difference <= allowed:
-        return None
-    return (
-        f"in one sequence with another row a row's logits change by {difference:.1%} with this "
-        "model, attention and method"
-    )
+def furthest(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference as a share of the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:

@@ -63,6 +63,9 @@ class Pictures(Running[Row]):
         self.seeing = Seeing(self.cache or ImageInputs(self.images, model.dtype))
         return self.seeing
 
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Try nothing on text alone: some models see a prompt with images both ways."""
+
     def see_afresh(self, model: PreTrainedModel) -> Seeing:
         """Return what gives a model the images of rows of which nothing is kept any more."""
         self.seeing = Seeing(ImageInputs(self.images, model.dtype))

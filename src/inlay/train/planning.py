@@ -30,6 +30,7 @@ from inlay.model.eight_bits import compute_in_8_bits
 from inlay.model.folder import located
 from inlay.model.heads import Head, not_adapted, to_train
 from inlay.model.libraries import quiet_transformers
+from inlay.model.purpose import check_writes
 from inlay.model.shapes import length_multiple
 from inlay.model.tokenizer import has_tokenizer, read_tokenizer
 from inlay.train.collate import IGNORED, Concatenate
@@ -335,7 +336,8 @@ def row_reader(config: RunConfig, device: Device, has_data: bool) -> Callable[[R
     verbs = TASKS[config.task].verbs
     if verbs:
         return import_module(verbs).row_reader(config, device, has_data)
-    _, where = config_of(config.model, config.revision)
+    shape, where = config_of(config.model, config.revision)
+    check_writes(shape)
     hub = not where.exists()
     if not has_data or config.packing == "bfd" or not (hub or has_tokenizer(where)):
         return assumed_rows

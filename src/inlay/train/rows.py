@@ -17,7 +17,7 @@ from inlay.data.read import RawRow, first_row, read_rows
 from inlay.data.rows import Rows, first_lines
 from inlay.data.similar import normalise_similar
 from inlay.data.split import content, split
-from inlay.data.tokens import Encoded, encode
+from inlay.data.tokens import Encoded, encode, own_template
 from inlay.errors import DataError, UsageError
 from inlay.train.config import RunConfig
 from inlay.train.judge import judge_of
@@ -252,9 +252,14 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
     None when the tokenizer's own does, or when TRL does not know it; the assistant's words are
     then found by what each turn adds.
+
+    Raises:
+        ModelError: the tokenizer has no chat template.
     """
     from trl.chat_template_utils import get_training_chat_template
 
+    if own_template(tokenizer) != tokenizer.chat_template:
+        return None  # one of several, which TRL does not look among
     try:
         return get_training_chat_template(tokenizer)
     except ValueError:

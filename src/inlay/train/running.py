@@ -23,12 +23,14 @@ from inlay.evaluate.report import write_report
 from inlay.memory.devices import Device, this_machine
 from inlay.memory.plan import Plan
 from inlay.memory.policy import applied
+from inlay.memory.skeleton import config_of
 from inlay.methods.base import Method
 from inlay.model.attach import attach
 from inlay.model.folder import located
 from inlay.model.heads import Head, not_adapted, to_train
 from inlay.model.libraries import quiet_transformers
 from inlay.model.load import load
+from inlay.model.purpose import check_continues, check_writes
 from inlay.model.report import report
 from inlay.model.shard import let_go, resident_bytes, shard
 from inlay.model.tokenizer import read_tokenizer
@@ -54,6 +56,7 @@ from inlay.train.recorder import Recorder, read_metrics
 from inlay.train.rows import RunRows, check_image_keys, counted, rows_of_run, sample
 from inlay.train.run_record import begun_record, ended_record, planned_record
 from inlay.train.share import Share
+from inlay.train.tasks import TASKS
 from inlay.train.trainer import AdapterLoop, left_as_it_was
 
 Row = TypeVar("Row")
@@ -112,6 +115,7 @@ class Running(ABC, Generic[Row]):
         planned, self.shards = self.world.from_leader(lambda: (self.planned(tokens), self.shards))
         self.stage("loading the model")
         model, tokenizer = self.loaded()
+        self.check_model(model)
         record = self.begin(model, rows)
         self.prepare(model, tokens, record)
         record["memory"] = planned_record(planned)
@@ -187,6 +191,11 @@ class Running(ABC, Generic[Row]):
         """The layers to adapt; None stands for the method's own."""
         return self.config.targets
 
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raise where what the task trains on would teach this model nothing."""
+        if self.head is None:
+            check_continues(model)
+
     def prepare(self, model: PreTrainedModel, tokens: Tokens[Row], record: dict[str, Any]) -> None:
         """Make the loaded model ready in the task's own way."""
 
@@ -203,6 +212,8 @@ class Running(ABC, Generic[Row]):
 
     def tokens(self) -> tuple[Tokens[Row], RunRows]:
         """Read the rows and encode them; raise for whatever would make training on them vain."""
+        if not TASKS[self.config.task].verbs:
+            check_writes(config_of(self.config.model, self.config.revision)[0])
         rows = rows_of_run(self.config)
         if not rows.train.pictured:
             check_image_keys(self.config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -374,10 +376,13 @@ def as_trl_expects(model: PreTrainedModel) -> Generator[None]:
 
 @contextmanager
 def left_as_it_was(model: PreTrainedModel) -> Generator[None]:
-    """Undo, after training, what the trainers change on the model beside the adapter."""
-    forward, settings = vars(model).get("forward"), vars(model.config)
-    use_cache = settings.get("use_cache")
-    training = model.training
+    """Undo, after training, what the trainers change on the model beside the adapter.
+
+    Its configurations are whole again, too: a trainer may ask for router logits, which generation
+    cannot do with, or align special tokens.
+    """
+    forward, training = vars(model).get("forward"), model.training
+    said = [(part, dict(vars(part))) for part in configurations(model)]
     dropouts = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}
     try:
         yield
@@ -385,10 +390,19 @@ def left_as_it_was(model: PreTrainedModel) -> Generator[None]:
         vars(model).pop("forward", None)
         if forward is not None:
             vars(model)["forward"] = forward
-        if use_cache is None:
-            settings.pop("use_cache", None)
-        else:
-            model.config.use_cache = use_cache
+        for part, settings in said:
+            vars(part).clear()
+            vars(part).update(settings)
         model.train(training)
         for module, share in dropouts.items():
             module.p = share
+
+
+def configurations(model: PreTrainedModel) -> Iterator[object]:
+    """Yield a model's configuration, those inside it, and how it generates."""
+    waiting: list[object] = [model.config, getattr(model, "generation_config", None)]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, PreTrainedConfig | GenerationConfig):
+            yield part
+            waiting.extend(vars(part).values())
