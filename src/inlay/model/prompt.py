@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from inlay.errors import AdapterError
-from inlay.methods.base import Params, PromptMethod
-from inlay.model.seams.transformers import cache_argument
+from inlay.methods.base import Params, PromptMethod, attention_shape
+from inlay.model.fast.proof import in_clean_thread
+from inlay.model.fast.shrink import small_model
+from inlay.model.seams.transformers import cache_argument, cache_in
+from inlay.storage.registry import layer_class
 
 
 class PromptHook:
@@ -107,20 +110,57 @@ class PromptHook:
 def check_takes_prompts(model: Any, cache: str) -> None:
     """Raise unless a model's tokens attend to what its key-value cache holds before them.
 
+    Tried on a small model of the same class, where one can be built.
+
     Raises:
         AdapterError: it has no such cache, or encodes rather than generates.
     """
-    name, config = type(model).__name__, getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    why = None if cache else "it takes no key-value cache"
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        why = "it is an encoder-decoder"
+    if why is None and isinstance(model, PreTrainedModel):
+        known = (layer_class(model), repr(sorted(model.config.to_dict().items(), key=repr)))
+        if known not in reasons:
+            reasons[known] = in_clean_thread(lambda: refusal(model, cache))
+        why = reasons[known]
+    if why is not None:
         raise AdapterError(
-            f"{name} is an encoder-decoder, and prompt methods put virtual tokens before the text "
-            "of a decoder alone; use a weight method such as LoRA"
+            f"{type(model).__name__} cannot have a prompt: {why}, and prompt methods put virtual "
+            "tokens before the text of a decoder, by their keys and values; use a decoder model, "
+            "or a weight method such as LoRA"
         )
-    if not cache:
-        raise AdapterError(
-            f"{name} takes no key-value cache, which prompt methods need; use a decoder model, or "
-            "a weight method such as LoRA"
-        )
+
+
+reasons: dict[Any, str | None] = {}
+"""Class and configuration -> why it takes no prompt, or None where it does."""
+
+
+def refusal(model: PreTrainedModel, cache: str) -> str | None:
+    """Return why a model of this class takes no prompt, found on a small one, or None."""
+    ids = torch.randint(3, 8, (1, 6), generator=torch.Generator().manual_seed(0))
+    try:
+        twin: Any = small_model(model, lambda built: built(input_ids=ids)).eval()
+    except ValueError:
+        return None  # where none can be tried, the model itself will say
+    with torch.no_grad():
+        whole = twin(input_ids=ids)[0]
+        held: Any = cache_in(twin(input_ids=ids[:, :3], use_cache=True).values())
+        if held is None:
+            return "it gives no key-value cache"
+        if not all(isinstance(getattr(x, "keys", None), Tensor) for x in held.layers):
+            return "some of its layers keep a state in place of keys and values"
+        heads, width = attention_shape(twin.config)[1:]
+        shapes = {(1, heads, 3, width)}
+        if {tuple(t.shape) for x in held.layers for t in (x.keys, x.values)} != shapes:
+            return "its layers differ in the shape of their keys and values"
+        alone = DynamicCache()
+        for number, layer in enumerate(held.layers):
+            alone.update(layer.keys, layer.values, number)
+        second = twin(input_ids=ids[:, 3:], use_cache=True, **{cache: alone})[0]
+    by_token = whole.shape[1] == ids.shape[1] and second.shape[1] == 3
+    wanted = whole[:, 3:] if by_token else whole
+    near = second.shape == wanted.shape and torch.allclose(second, wanted, rtol=1e-3, atol=1e-4)
+    return None if near else "its tokens see more, or less, than keys and values before them"
 
 
 def repeated(x: Tensor, batch: int) -> Tensor:

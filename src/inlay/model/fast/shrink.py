@@ -61,9 +61,9 @@ def small_model(model: PreTrainedModel, runs: Callable[[PreTrainedModel], Any]) 
     tried: list[str] = []
     large = sum(p.numel() for p in model.parameters()) > LARGEST
     made_as: Any = layer_class(model)
-    for narrower in (True, False):
+    for cut in (WHOLLY, WHOLLY - {cut_heads}, WHOLLY - {cut_heads, cut_layers}):
         try:
-            config = small_configuration(model.config, narrower)
+            config = small_configuration(model.config, cut)
             size = size_of(made_as, config) if large else 0
             if size > LARGEST:
                 raise ValueError(f"it still has {size:,} parameters when it is small")
@@ -83,21 +83,15 @@ def size_of(made_as: Any, config: Any) -> int:
         return sum(p.numel() for p in made_as(copy.deepcopy(config)).parameters())
 
 
-def small_configuration(config: Any, narrower: bool = True) -> Any:
-    """Return a copy of a configuration with few layers and small sizes.
-
-    Args:
-        config: a transformers configuration.
-        narrower: whether heads and hidden size are cut, too.
-    """
+def small_configuration(config: Any, cut: frozenset[Cut] | None = None) -> Any:
+    """Return a copy of a configuration with small sizes: all that can be cut, by default."""
     small = copy.deepcopy(config)
     for part in parts_of(small):
         vars(part).pop("quantization_config", None)
-        cut_layers(part)
-        if narrower:
-            cut_heads(part)
-        cut_integers(part)
-    if attention_of(small) not in (SDPA, EAGER):
+        for each in (cut_layers, cut_heads, cut_integers):
+            if each in (WHOLLY if cut is None else cut):
+                each(part)
+    if attention_of(small) not in (None, SDPA, EAGER):
         set_attention(small, SDPA if attention_of(config) == ATTENTION else EAGER)
     return small
 
@@ -112,7 +106,7 @@ def parts_of(config: Any) -> Iterator[Any]:
 
 def cut_layers(config: Any) -> None:
     """Leave two layers at least, one of each kind that the configuration lists, and the last."""
-    count = getattr(config, "num_hidden_layers", None)
+    count = said(config, "num_hidden_layers")
     if not isinstance(count, int) or count <= 2:
         return
     lists = {
@@ -125,17 +119,19 @@ def cut_layers(config: Any) -> None:
     kept = kept if len(kept) > 1 else [0, count - 1]
     for name, value in lists.items():
         setattr(config, name, type(value)(value[i] for i in kept))
+    for name, value in list(vars(config).items()):
+        if name.endswith("layers") and value == count:  # the encoder's and the decoder's, too
+            setattr(config, name, len(kept))
     config.num_hidden_layers = len(kept)
 
 
 def cut_heads(config: Any) -> None:
     """Leave two or four heads of the width they have, and a hidden size to match."""
-    heads = getattr(config, "num_attention_heads", None)
-    hidden = getattr(config, "hidden_size", None)
+    heads, hidden = said(config, "num_attention_heads"), said(config, "hidden_size")
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads <= 4:
         return
-    kept = getattr(config, "num_key_value_heads", None)
-    width = getattr(config, "head_dim", None) or hidden // heads
+    kept = said(config, "num_key_value_heads")
+    width = said(config, "head_dim") or hidden // heads
     shared = isinstance(kept, int) and 1 < kept < heads
     few = 4 if shared and width <= NARROW_HEAD else 2
     if isinstance(kept, int):
@@ -163,10 +159,22 @@ def cut_integers(config: Any) -> None:
                 if cut != value:
                     setattr(config, name, cut)
                 break
-    vocabulary = getattr(config, "vocab_size", None)
+    vocabulary = said(config, "vocab_size")
     for name, value in list(vars(config).items()):
         if name.endswith("token_id") and isinstance(value, int) and isinstance(vocabulary, int):
             setattr(config, name, value if value < vocabulary else 0)
+
+
+def said(config: Any, name: str) -> Any:
+    """Return a configuration's value; None where it has none, or one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
+
+
+Cut = Callable[[Any], None]
+WHOLLY: frozenset[Cut] = frozenset({cut_layers, cut_heads, cut_integers})
 
 
 def no_more(value: Any, most: int) -> Any:
