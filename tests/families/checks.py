@@ -187,7 +187,12 @@ def hf_peft(case: Case) -> Outcome:
     model = case.adapted()
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
-        theirs = peft.PeftModel.from_pretrained(case.fresh(), folder, is_trainable=True)
+        try:
+            theirs = peft.PeftModel.from_pretrained(case.fresh(), folder, is_trainable=True)
+        except ValueError as error:
+            if "is incompatible with" in str(error):
+                return f"HF PEFT refuses it: {first_line(error)}"
+            raise
         must(
             far(output(model, case.unlabelled), output(theirs, case.unlabelled)),
             VALUES,

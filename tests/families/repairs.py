@@ -57,6 +57,7 @@ REPAIRS: dict[str, Mapping[str, Any]] = {
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lilt": {"hidden_size": 48},
+    "longcat_flash": {"head_dim": 8},
     "mamba2": {"head_dim": 32},
     "mobilebert": {"intra_bottleneck_size": 64},
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},

@@ -46,8 +46,14 @@ Move = Callable[[Tensor], Any]
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear")
 ATTENTION = ("aten::_scaled_dot_product_", "aten::_flash_attention", "aten::_efficient_attention")
+CHANGED = "has been mutated"
+"""What PyTorch says where something that was kept is not what it was."""
 REDONE = ("norm", "gated", "rotary", "dense")
 """Words in the names of our own operators that are not worth their room."""
+
+
+class KeptChangedError(ModelError):
+    """A block changes in place what a policy keeps of it."""
 
 
 def apply(
@@ -100,8 +106,31 @@ def block_runner(
     if policy == "offload":
         return offloading(again, to_host, back)
     wide = wide_outputs(model) if policy == "recompute-mlp" else frozenset()
-    context = partial(create_selective_checkpoint_contexts, partial(choice, wide))
-    return partial(again, context_fn=context)
+
+    def contexts() -> tuple[Any, Any]:
+        keeping, redoing = create_selective_checkpoint_contexts(partial(choice, wide))
+        return keeping, unchanged(redoing, type(model).__name__, policy)
+
+    return partial(again, context_fn=contexts)
+
+
+@contextmanager
+def unchanged(redoing: Any, name: str, policy: Policy) -> Generator[None]:
+    """Compute a block again; say so where it changed in place what was kept of it.
+
+    Raises:
+        KeptChangedError: it did, as Llama 4's experts do.
+    """
+    try:
+        with redoing:
+            yield
+    except RuntimeError as error:
+        if CHANGED not in str(error):
+            raise
+        raise KeptChangedError(
+            f"{name} changes a product in place, so that the activation policy {policy!r} cannot "
+            "keep it; 'layer-inputs' computes it again, and 'keep-all' keeps all that it needs"
+        ) from error
 
 
 def offloading(
