@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from inlay.errors import ModelError, did_you_mean
 from inlay.model.folder import EMBEDDED, looks_like_hub_id
@@ -18,6 +17,7 @@ from inlay.model.heads import Head, configured
 from inlay.model.libraries import failures_as_sentences
 from inlay.model.load import checked_dtype, model_class, packed_storage
 from inlay.model.quantize import dense_view, storages
+from inlay.model.seams.transformers import built_empty, no_init_weights
 from inlay.model.stream import embedding_on_host
 from inlay.storage.registry import storage_class
 
@@ -87,7 +87,7 @@ def empty_model(
         text.pad_token_id = text.pad_token_id or 0
     if made_as is AutoModelForCausalLM:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return made_as._from_config(config, dtype=dtype)
+    return built_empty(made_as, config, dtype)
 
 
 def computing_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from inlay.errors import ModelError
-from inlay.model.seams.transformers import mark_initialised
+from inlay.model.seams.transformers import initialise_weights, mark_initialised
 
 __all__ = [
     "Head",
@@ -221,7 +221,7 @@ def initialise(model: PreTrainedModel, new: Sequence[str], kept: bool, seed: int
             module = model.get_submodule(name)
             for tensor in (module, *module.parameters()):
                 mark_initialised(tensor, False)
-            model._init_weights(module)
+            initialise_weights(model, module)
     model.__dict__[NEW] = tuple(name for name in names if name.split(".")[0] not in heads)
 
 

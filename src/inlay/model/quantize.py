@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from inlay.errors import ModelError, StorageError, did_you_mean
 from inlay.model.heads import head_modules
-from inlay.model.seams.transformers import get_keys_to_not_convert
+from inlay.model.seams.transformers import get_keys_to_not_convert, kept_in_full
 from inlay.model.targets import output_head
 from inlay.model.vision import parts_of
 from inlay.model.wrapped import looks_through
@@ -170,7 +170,7 @@ def kept_by_default(model: nn.Module) -> set[str]:
     heads = head_modules(model)
     in_head = {n for n, _ in model.named_modules() if n.split(".")[0] in heads}
     seeing = {name for name, part in parts_of(model).items() if part != "language"}
-    full = [f".{part}." for part in model._keep_in_fp32_modules or ()]
+    full = [f".{part}." for part in kept_in_full(model)]
     in_full = {n for n, _ in model.named_modules() if any(part in f".{n}." for part in full)}
     return set(get_keys_to_not_convert(model)) | in_head | seeing | in_full
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import ModelError
+from inlay.model.seams.transformers import checkpointing_function
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,7 @@ class InputGradients:
 
 def needs_no_input_gradients(model: nn.Module) -> bool:
     """Say whether activations are recomputed, and nowhere by reentrant checkpointing."""
-    functions = [
-        module._gradient_checkpointing_func
-        for module in model.modules()
-        if getattr(module, "gradient_checkpointing", False)
-    ]
+    found = (checkpointing_function(module) for module in model.modules())
+    functions = [function for function in found if function is not None]
     reentrant = [getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions]
     return bool(functions) and not any(reentrant)

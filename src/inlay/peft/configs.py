@@ -8,13 +8,6 @@ from enum import Enum
 from typing import Any
 
 from peft import PeftConfig, PeftType
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
-    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
-)
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from inlay.checkpoint.options import DEFAULTS, method_in
@@ -22,6 +15,13 @@ from inlay.checkpoint.placement import names_of, placement_in, prompt_dimensions
 from inlay.errors import CheckpointError
 from inlay.methods.base import Method, PromptMethod, replaced
 from inlay.peft.errors import AdapterError, TargetError
+from inlay.peft.seam import (
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    BaseTuner,
+    convert_peft_config_for_transformers,
+)
 
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),

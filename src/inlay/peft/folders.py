@@ -9,7 +9,6 @@ from typing import Any
 
 from huggingface_hub import ModelCard, snapshot_download
 from peft import PeftConfig, PeftModelForCausalLM, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 
 from inlay.checkpoint.adapter import check_recorded, load_adapter, read_adapter, save_adapter
@@ -21,6 +20,7 @@ from inlay.errors import CheckpointError
 from inlay.model.attach import adapters
 from inlay.peft.configs import recorded_of
 from inlay.peft.errors import AdapterError
+from inlay.peft.seam import PEFT_TYPE_TO_CONFIG_MAPPING
 
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 """Options of HF PEFT's loading that say where on the hub an adapter is.

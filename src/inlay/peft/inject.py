@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from inlay.model.attach import adapters
 from inlay.peft.configs import check_config, prepared
 from inlay.peft.errors import AdapterError
+from inlay.peft.seam import check_target_module_exists
 from inlay.peft.tuner import Tuner
 from inlay.storage.registry import kind
 

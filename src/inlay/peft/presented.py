@@ -12,8 +12,6 @@ from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
-from peft.tuners import ia3, lora
-from peft.tuners.ln_tuning.layer import LNTuningLayer
 from torch import Tensor, nn
 
 from inlay.checkpoint.placement import saved_roots, under_any
@@ -21,6 +19,7 @@ from inlay.methods.base import LowRank, SelectMethod, replaced
 from inlay.model.attach import Attached, adapters, own_modules
 from inlay.model.layer import AdaptedLayer
 from inlay.peft.errors import AdapterError
+from inlay.peft.seam import LNTuningLayer, ia3, lora
 from inlay.peft.views import Dropout, Scaling, Word, low_rank_of, tables
 from inlay.storage.registry import kind
 

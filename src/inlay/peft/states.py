@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft.utils import save_and_load as theirs
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
@@ -27,6 +26,7 @@ from inlay.methods.base import Params
 from inlay.model.attach import adapters, registry_of
 from inlay.peft.errors import AdapterError, StateError
 from inlay.peft.model import PeftModel
+from inlay.peft.seam import save_and_load as theirs
 
 SPELLED = {dtype: word for word, dtype in DTYPES.items()}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from peft.peft_model import TunerLayerStatus, TunerModelStatus
 from torch import nn
 
 from inlay.model.layer import AdaptedLayer, own_modules
+from inlay.peft.seam import TunerLayerStatus, TunerModelStatus
 from inlay.peft.tuner import Tuner
 from inlay.storage.registry import frozen, kind
 

@@ -11,13 +11,13 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.import_utils import TRLExperimentalWarning
-from trl.trainer.utils import add_fused_lm_head
 
 from inlay.data.preference import Pair
 from inlay.model.fast.causal_lm import IGNORED
 from inlay.train.preference_trainer import columns, longer_sides
 from inlay.train.reference import Telling, call_of
 from inlay.train.scoring import Scoring
+from inlay.train.seams.trl import score_by_fused_head
 
 with warnings.catch_warnings():  # that it may change; the tests hold it to its own results
     warnings.simplefilter("ignore", TRLExperimentalWarning)
@@ -46,7 +46,7 @@ class OddsTrainer(Telling, ORPOTrainer):
     ) -> None:
         rows = AsTheyCome.from_dict(columns(pairs))
         super().__init__(model, tokenizer, rows, args, **kept)
-        add_fused_lm_head(model)
+        score_by_fused_head(model)
 
     @property
     def lengths(self) -> list[int]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,6 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl.trainer import grpo_trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -31,6 +29,7 @@ from inlay.train.judge import Answers, Judge
 from inlay.train.prompt_order import Group, PromptOrder
 from inlay.train.reference import Telling
 from inlay.train.scoring import Scoring
+from inlay.train.seams.trl import checkpointing_left_on
 from inlay.train.share import Part
 from inlay.train.shared_answers import Stream, drawn_together
 from inlay.train.shared_steps import SharedSteps
@@ -203,7 +202,7 @@ class RewardTrainer(Telling, GRPOTrainer):
         self.here = [int(each["row"]) for each in inputs]
         beta, self.beta = self.beta, 0.0  # else TRL looks for a second model, or HF PEFT's adapter
         try:
-            with unswitched():
+            with checkpointing_left_on():
                 batch = super()._generate_and_score_completions(inputs)
         finally:
             self.beta = beta
@@ -358,21 +357,6 @@ def moved(x: Tensor, left: Tensor) -> Tensor:
     """Return rows (n, length) moved to the left, each by its own number; what falls off follows."""
     length = x.shape[1]
     return x.gather(1, (torch.arange(length, device=x.device) + left) % length)
-
-
-@contextmanager
-def unswitched() -> Generator[None]:
-    """Keep TRL from switching off what is recomputed, by deprecated names, and on in its own way.
-
-    Nothing goes through the model there that keeps activations.
-    """
-    trl: Any = grpo_trainer
-    before = trl.disable_gradient_checkpointing
-    trl.disable_gradient_checkpointing = lambda *model: nullcontext()
-    try:
-        yield
-    finally:
-        trl.disable_gradient_checkpointing = before
 
 
 def named(name: str) -> Any:

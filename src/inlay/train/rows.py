@@ -21,6 +21,7 @@ from inlay.data.tokens import Encoded, encode, own_template
 from inlay.errors import DataError, UsageError
 from inlay.train.config import RunConfig
 from inlay.train.judge import judge_of
+from inlay.train.seams import trl
 from inlay.train.tasks import IMAGES, TASKS, seeing_tasks
 
 if TYPE_CHECKING:
@@ -256,12 +257,10 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     Raises:
         ModelError: the tokenizer has no chat template.
     """
-    from trl.chat_template_utils import get_training_chat_template
-
     if own_template(tokenizer) != tokenizer.chat_template:
         return None  # one of several, which TRL does not look among
     try:
-        return get_training_chat_template(tokenizer)
+        return trl.training_chat_template(tokenizer)
     except ValueError:
         return None
 

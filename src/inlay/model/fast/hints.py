@@ -7,12 +7,8 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaMLP,
-    LlamaRMSNorm,
-)
 
+from inlay.model.seams.transformers import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 from inlay.model.source import assigned, computes_as, text, variables
 from inlay.storage.registry import layer_class
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import SiLUActivation
 
 from inlay.kernels.gate import gated
 from inlay.kernels.norm import rms_norm
 from inlay.kernels.switches import is_on
 from inlay.model.fast.base import Fast
+from inlay.model.seams.transformers import SiLUActivation
 from inlay.storage.dense import DenseLinear
 
 

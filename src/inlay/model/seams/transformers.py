@@ -11,11 +11,14 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.core_model_loading import ConversionOps
+from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.generic import ModelOutput
@@ -25,11 +28,16 @@ __all__ = [
     "ConversionOps",
     "ForCausalLMLoss",
     "HfQuantizer",
+    "LlamaDecoderLayer",
+    "LlamaMLP",
+    "LlamaRMSNorm",
     "ModelOutput",
     "QuantizationConfigMixin",
+    "SiLUActivation",
     "cache_argument",
     "cache_in",
     "get_keys_to_not_convert",
+    "no_init_weights",
     "register_attention",
     "register_quantization_config",
     "register_quantizer",
@@ -112,3 +120,25 @@ def mark_initialised(tensor_or_layer: Tensor | nn.Module, done: bool) -> None:
         vars(tensor_or_layer)["_is_hf_initialized"] = True
     else:
         vars(tensor_or_layer).pop("_is_hf_initialized", None)
+
+
+def initialise_weights(model: PreTrainedModel, module: nn.Module) -> None:
+    """Give a module of a model the initial values of its kind."""
+    own: Any = model
+    own._init_weights(module)
+
+
+def kept_in_full(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the parts of names of modules that a model keeps in float32."""
+    return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
+def checkpointing_function(module: nn.Module) -> Any:
+    """Return what a module recomputes its activations with, or None where it keeps them."""
+    on = getattr(module, "gradient_checkpointing", False)
+    return getattr(module, "_gradient_checkpointing_func", None) if on else None
+
+
+def built_empty(made_as: Any, config: PreTrainedConfig, dtype: Any) -> PreTrainedModel:
+    """Build a model of a class from its configuration, in a dtype."""
+    return made_as._from_config(config, dtype=dtype)

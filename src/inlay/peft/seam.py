@@ -1,0 +1,34 @@
+"""What we touch of HF PEFT beside its own top-level names: its hooks, in one place.
+
+`tests/unit/test_seams.py` holds each hook to what we expect.
+"""
+
+from __future__ import annotations
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.peft_model import TunerLayerStatus, TunerModelStatus
+from peft.tuners import ia3, lora
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    save_and_load,
+)
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+__all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",
+    "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING",
+    "BaseTuner",
+    "LNTuningLayer",
+    "TunerLayerStatus",
+    "TunerModelStatus",
+    "check_target_module_exists",
+    "convert_peft_config_for_transformers",
+    "ia3",
+    "lora",
+    "save_and_load",
+]
