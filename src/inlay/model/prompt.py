@@ -156,7 +156,10 @@ def refusal(model: PreTrainedModel, cache: str) -> str | None:
         alone = DynamicCache()
         for number, layer in enumerate(held.layers):
             alone.update(layer.keys, layer.values, number)
-        second = twin(input_ids=ids[:, 3:], use_cache=True, **{cache: alone})[0]
+        try:
+            second = twin(input_ids=ids[:, 3:], use_cache=True, **{cache: alone})[0]
+        except Exception:  # whatever another library's class may raise
+            return "its layers keep more than keys and values"
     by_token = whole.shape[1] == ids.shape[1] and second.shape[1] == 3
     wanted = whole[:, 3:] if by_token else whole
     near = second.shape == wanted.shape and torch.allclose(second, wanted, rtol=1e-3, atol=1e-4)

@@ -142,7 +142,7 @@ def mask_of_layers(
 
     Segments are (1, 1, n, 3) integers, which transformers passes on as they are.
     """
-    rows = running.rows
+    rows = None if torch.compiler.is_compiling() else running.rows
     window = more.get("local_size")
     if rows is not None and not args and rows.say(batch_size, q_length, kv_length, window, **more):
         return rows.segments[None, None]

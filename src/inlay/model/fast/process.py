@@ -46,7 +46,7 @@ def leave(model: nn.Module) -> None:
 
 def give_back_unused() -> None:
     """Give back what was changed once no adapted model is left."""
-    if len(settings.models):
+    if next(iter(settings.models), None) is not None:
         return
     if settings.keeps_memory:
         release_memory()
