@@ -90,7 +90,7 @@ def judged(trials: Callable[[], Iterable[Trial]]) -> Verdict:
     except Exception as error:
         return Verdict(frozenset(), (f"it cannot be tried: {said(error)}",))
     if ALWAYS in failed:
-        return Verdict(frozenset(), (next(iter(failed.values())),))
+        return Verdict(frozenset(), (failed[ALWAYS],))
     if not ways - {ALWAYS}:
         return Verdict(frozenset(), (f"it cannot be tried: {untried}",))
     against = tuple(f"for {way} rows, {why}" for way, why in failed.items())

@@ -155,8 +155,8 @@ class ModelTried(Tried):
         self.model: Any = self.twin
         self.spread = OTHER_EXPERTS if has_experts(self.model.config) else 0.0
         config = self.model.config.get_text_config()
-        most = min(config.vocab_size, getattr(config, "max_position_embeddings", None) or LONG)
-        self.long = LONG if most == config.vocab_size else min(LONG, most - 4)
+        positions = getattr(config, "max_position_embeddings", None)
+        self.long = min(LONG, positions - 4) if isinstance(positions, int) else LONG
         self.short = min(SHORT, self.long // 2)
         high = config.vocab_size
         generator = torch.Generator().manual_seed(2)
