@@ -476,3 +476,59 @@ def test_a_copy_of_an_adapted_model_is_its_own() -> None:
         wanted = output(name, model)
         moved(model)
         assert far(output(name, twin), wanted) == 0
+
+
+def test_a_computed_weight_is_listed_and_refused_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3))
+            self.linear, self.token = nn.Linear(4, 4), nn.Parameter(torch.zeros(1, 1, 4))
+
+    model = inlay.attach(Normed(), inlay.LoRA(rank=2))
+    over = adapters(model)["default"].found.passed_over
+    assert dict(over) == {"conv": "weight that a parametrisation computes"}
+    with pytest.raises(TargetError, match="'conv', a ParametrizedConv1d"):
+        inlay.attach(Normed(), inlay.LoRA(rank=2), targets="conv")
+    inlay.quantize(built("mixed"), "nf4")
+    assert "layers of class Tanh stay dense (1)" in caplog.text
+
+
+def test_torchs_fused_encoder_reads_the_adapted_weights() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    inlay.attach(model, inlay.LoRA(rank=2), targets="self_attn")
+    moved(model)
+    plain = model(SEQUENCE).detach()
+    with torch.no_grad():
+        fused = model(SEQUENCE)
+    assert far(fused, plain) < 1e-5
+    with torch.no_grad(), inlay.disabled(model):
+        assert far(fused, model(SEQUENCE)) > 1e-2
+
+
+def test_hf_peft_s_configurations_start_and_act_as_there() -> None:
+    import inlay.peft as ours
+
+    def both(name: str, **options: Any) -> tuple[Any, Any]:
+        config = peft.LoraConfig(r=4, init_lora_weights=False, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(5)
+            first = ours.get_peft_model(built(name), copy.deepcopy(config)).eval()
+            torch.manual_seed(5)
+            return first, peft.get_peft_model(built(name), copy.deepcopy(config)).eval()
+
+    for name, options in (
+        ("mixtral", {"target_modules": "all-linear"}),
+        ("mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
+        ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}),
+        ("convolutions", {"target_modules": ["one", "two", "three", "point"]}),
+        ("attention", {"target_modules": ["attn", "out"]}),
+    ):
+        model, theirs = both(name, **options)
+        assert far(output(name, model), output(name, theirs)) < 1e-5
+        assert model.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    with pytest.raises(TargetError, match="without also targeting w3"):
+        both("mixtral", target_modules=["w1"])

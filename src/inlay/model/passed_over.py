@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from inlay.model.layer import own_modules
 from inlay.model.places import expert_stacks, loose_parameters
@@ -26,6 +27,8 @@ def passed_over(model: nn.Module, chosen: Collection[str]) -> Iterator[tuple[str
             continue
         if name in chosen or name.rpartition(".")[0] in attention:
             continue
+        if isinstance(module, ParametrizationList):
+            continue
         what = described(module)
         if what is not None:
             yield name, what
@@ -33,12 +36,21 @@ def passed_over(model: nn.Module, chosen: Collection[str]) -> Iterator[tuple[str
         stacks = list(expert_stacks(name, module))
         yield from ((each, "3-D expert weights") for each in stacks if each not in chosen)
         for each in loose_parameters(name, module):
-            if each not in chosen and each not in stacks:
-                yield each, f"parameter of a {type(module).__name__}"
+            shape = module._parameters[each.rpartition(".")[2]]
+            if each not in chosen and each not in stacks and is_matrix(shape):
+                yield each, f"parameter of a {own_class(module).__name__}"
+
+
+def is_matrix(parameter: nn.Parameter | None) -> bool:
+    """Say whether a parameter has two directions at least, and is no vector written as a matrix."""
+    return parameter is not None and sum(size > 1 for size in parameter.shape) > 1
 
 
 def described(module: nn.Module) -> str | None:
     """Return what a module with a matrix is; None when it holds none, or is a linear layer."""
+    holds = isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS))
+    if holds and is_parametrized(module, "weight"):
+        return "weight that a parametrisation computes"
     if isinstance(module, CONVOLUTIONS):
         return "convolution"
     for base in SUBCLASSED:

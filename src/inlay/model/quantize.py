@@ -17,6 +17,7 @@ from inlay.model.targets import output_head
 from inlay.model.vision import parts_of
 from inlay.model.wrapped import looks_through
 from inlay.storage.dense import DenseView
+from inlay.storage.own import own_kind
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.registry import frozen, kind, layer_class, storage_class
 
@@ -77,7 +78,20 @@ def quantize(
     describe_quantization(model)
     for held, count in Counter(names.values()).items():
         logger.info("%d linear layers are held in %s", count, held)
+    for name, count in Counter(own_forwards(model)).items():
+        logger.warning(
+            "layers of class %s stay dense (%d): tried, their forward is no plain product",
+            name,
+            count,
+        )
     return model
+
+
+def own_forwards(model: nn.Module) -> Iterator[str]:
+    """Yield the class of every linear layer that computes in its own way, and so stays dense."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and kind(module) is None and own_kind(module):
+            yield layer_class(module).__name__
 
 
 def replace(
