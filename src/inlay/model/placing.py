@@ -17,6 +17,7 @@ from inlay.methods.base import (
     PromptMethod,
     SelectMethod,
     WeightMethod,
+    replaced,
 )
 from inlay.methods.tokens import ROWS, give_tokens, tokens_of
 from inlay.model.instance import is_shadowed
@@ -111,7 +112,7 @@ def add_places(
     for at in matrices_at(model, name):
         here = method.for_layer(at.place)
         assert isinstance(here, WeightMethod)
-        check_dropout(here, at)
+        here = without_dropout(here, at)
         module = unwrapped(model.get_submodule(at.name))
         check_not_shadowed(module, at.place, here, at.view)
         with brought_in(module):
@@ -137,13 +138,13 @@ def initial(method: WeightMethod, at: Matrix, layer_kind: Kind, seed: torch.Gene
     return Params(trained, fixed, derived)
 
 
-def check_dropout(method: WeightMethod, at: Matrix) -> None:
-    """Raise where a method would drop out an input that only the layer itself reads."""
-    if at.view.by_weight and not at.view.linear_in_weight and rate_of(method):
-        raise AdapterError(
-            f"{at.place} is adapted through its weight, which has no input of its own to drop "
-            f"out, and dropout is {rate_of(method)}; set dropout to 0, or leave it out with exclude"
-        )
+def without_dropout(method: WeightMethod, at: Matrix) -> WeightMethod:
+    """Return the method as it acts here: nothing drops out an input that only the layer reads."""
+    if not at.view.by_weight or at.view.linear_in_weight or not rate_of(method):
+        return method
+    changed = replaced(method, dropout=0.0)
+    assert isinstance(changed, WeightMethod)
+    return changed
 
 
 def check_not_shadowed(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from inlay.methods.base import Params
-from inlay.model.attach import active, adapter_places, adapters, notes
+from inlay.methods.base import Params, WeightMethod
+from inlay.model.attach import active, adapter_places, adapter_tensors, adapters, notes
+from inlay.model.layer import rate_of
 from inlay.model.places import module_at
 from inlay.model.wrapped import looks_through
 from inlay.storage.base import FrozenLinear
@@ -25,6 +27,8 @@ class AdapterReport:
     parameters: int
     matched: tuple[str, ...]
     left_out: tuple[str, ...]
+    undropped: tuple[str, ...]
+    """Where the method's dropout does not act: the layer alone reads its input."""
     passed_over: tuple[tuple[str, str], ...]
     """What is no linear layer, holds weights and stays frozen, with what it is."""
 
@@ -51,6 +55,7 @@ class Report:
             state = "active" if adapter.active else "not active"
             lines.append(f"{adapter.name}: {adapter.method}, {adapter.parameters:,} ({state})")
             lines += [f"  on {line}" for line in grouped(adapter.matched)]
+            lines += [f"  without dropout: {line}" for line in grouped(adapter.undropped)]
             lines += [f"  left out: {line}" for line in grouped(adapter.left_out)]
             for what in dict.fromkeys(kind for _, kind in adapter.passed_over):
                 names = tuple(name for name, kind in adapter.passed_over if kind == what)
@@ -71,6 +76,7 @@ def report(model: nn.Module) -> Report:
             parameters=count_once(model, name),
             matched=attached.found.names,
             left_out=attached.found.left_out,
+            undropped=tuple(undropped(model, name)),
             passed_over=attached.found.passed_over,
         )
         for name, attached in adapters(model).items()
@@ -78,6 +84,15 @@ def report(model: nn.Module) -> Report:
     trained, added = trained_sizes(model)
     total = base_size(model) + sum(added.values())
     return Report(found, sum(trained.values()), total, notes(model))
+
+
+def undropped(model: nn.Module, name: str) -> Iterator[str]:
+    """Every place where an adapter's method drops nothing out, though elsewhere it does."""
+    if not getattr(adapters(model)[name].method, "dropout", 0.0):
+        return
+    for place, _, method, _ in adapter_tensors(model, name):
+        if isinstance(method, WeightMethod) and not rate_of(method):
+            yield place
 
 
 def trained_sizes(model: nn.Module) -> tuple[dict[int, int], dict[int, int]]:
