@@ -15,6 +15,7 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -257,6 +258,19 @@ def test_pefts_optimisers_do_to_both_the_same(made: Callable[[Any], Any]) -> Non
         torch.testing.assert_close(ours[key], theirs[key], atol=2e-5, rtol=1e-3)
     if made is lorafa:
         assert not any(p.requires_grad for key, p in ours.items() if "lora_A" in key)
+
+
+def test_an_adapter_is_swapped_while_it_is_hot(tmp_path: Path) -> None:
+    made = lambda alpha: inlay.peft.get_peft_model(  # noqa: E731
+        llama(), LoraConfig(lora_alpha=alpha, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    first, second = made(8), made(32)
+    second.save_pretrained(tmp_path)
+    hotswap_adapter(first, str(tmp_path), adapter_name="default")
+    assert apart(first(input_ids=IDS), second(input_ids=IDS)) < 1e-6
+    first.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        hotswap_adapter(first, str(tmp_path), adapter_name="default")
 
 
 # Saving.

@@ -67,7 +67,7 @@ class Merging(nn.Module):
         if registry is not None:
             acts = self.enabled and not self.merged
             activate(self.model, registry, registry.active if acts else ())
-            present(self.model)
+            present(self.model, self.merged_adapters if self.enabled else (), self.enabled)
 
     @contextmanager
     def at_rest(self) -> Generator[None]:

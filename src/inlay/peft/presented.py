@@ -7,7 +7,7 @@ what is seen here are views (views.py), through which they are read and set.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from functools import cache
 from typing import Any, ClassVar, cast
 
@@ -41,6 +41,8 @@ class Presented(AdaptedLayer):
     plain: ClassVar[type[AdaptedLayer]]
     words: ClassVar[Words]
     alphas: ClassVar[Alphas]
+    merged_in: ClassVar[tuple[str, ...]]
+    disable_adapters: ClassVar[bool]
 
     def __getattr__(self, name: str) -> Any:
         """Return a table of tensors by HF PEFT's name, or the layer's attribute."""
@@ -104,6 +106,16 @@ class PresentedTuner(Presented):
     quantization_backend = None
     fan_in_fan_out = False
     cast_input_dtype_enabled = True
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The names of the adapters that are merged into the weight now."""
+        return list(type(self).merged_in)
+
+    @property
+    def merged(self) -> bool:
+        """Whether an adapter is merged into the weight now."""
+        return bool(type(self).merged_in)
 
     @property
     def r(self) -> dict[str, int]:
@@ -228,7 +240,7 @@ class PresentedTuner(Presented):
                 self.scaling[name] /= scale
 
 
-def present(model: nn.Module) -> None:
+def present(model: nn.Module, merged: Collection[str] = (), enabled: bool = True) -> None:
     """Give every adapted layer of a model HF PEFT's look, as its adapters are now."""
     there = adapters(model)
     roots = {name: saved_roots(model, attached) for name, attached in there.items()}
@@ -241,7 +253,8 @@ def present(model: nn.Module) -> None:
             )  # fmt: skip
             methods = {n: there[n].method.for_layer(place) for n in layer.methods if n in there}
             alphas = tuple((n, m.alpha) for n, m in methods.items() if isinstance(m, LowRank))
-            layer.__class__ = presented(plain, words, alphas, kind(layer))
+            now = tuple(name for name in merged if name in layer.methods)
+            layer.__class__ = presented(plain, words, alphas, kind(layer), now, enabled)
 
 
 def words_of(
@@ -276,12 +289,18 @@ def words_of(
 
 @cache
 def presented(
-    plain: type[AdaptedLayer], words: Words, alphas: Alphas, layer_kind: str | None
+    plain: type[AdaptedLayer],
+    words: Words,
+    alphas: Alphas,
+    layer_kind: str | None,
+    merged: tuple[str, ...],
+    enabled: bool,
 ) -> type[Presented]:
     """Return the subclass of an adapted class that has HF PEFT's look."""
     found = {word.table.rpartition(".")[2].partition("_")[0] for _, each in words for word in each}
     acts = found & {"lora", "ia3", "ln"}
     body: dict[str, Any] = {"plain": plain, "words": words, "alphas": alphas}
+    body |= {"merged_in": merged, "disable_adapters": not enabled}
     body |= {
         "original": plain.original,
         "__module__": plain.__module__,
