@@ -95,8 +95,12 @@ class DenseView(FrozenLinear):
         return self.packed()
 
     def read_by_own_product(self, x: Tensor) -> bool:
-        """Return whether x and this weight are multiplied by a product of Inlay's own."""
-        return self.dtype == x.dtype and reads_on_cpu(DENSE, x, x.shape[-1])
+        """Return whether x and this weight are multiplied by a product of Inlay's own.
+
+        A compiler is given PyTorch's product, as it cannot follow whether the C library is there.
+        """
+        compiled = torch.compiler.is_compiling()
+        return not compiled and self.dtype == x.dtype and reads_on_cpu(DENSE, x, x.shape[-1])
 
     def matmul(self, x: Tensor) -> Tensor:
         packed = self.multiplied_elsewhere(x)
