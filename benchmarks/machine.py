@@ -21,11 +21,25 @@ THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 PACKAGES = ("inlay", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
+CLASSES = {"": "no bfloat16 arithmetic", "_avx512bf16": "AVX512-BF16", "_amx": "AMX"}
+"""Classes of CPU, by what the names of their results end in."""
+
+
+def class_of_cpu() -> str:
+    """Return which of CLASSES this CPU is of: what its products of bfloat16 run on."""
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        return "_amx"
+    return "_avx512bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+
+
 def machine() -> dict[str, Any]:
     """Describe this machine and the versions on it."""
     cpu = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
     return {
         "cpu": cpu[0].split(":")[1].strip() if cpu else platform.processor(),
+        "class": CLASSES[class_of_cpu()],
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),

@@ -6,7 +6,7 @@ Every contestant trains the same adapter on the same weights and the same tokens
 its own; one works at a time. An alternation gives each a turn of a few optimiser steps and, in the
 same minute, measures the machine's matrix products. Ratios are of one alternation; their median
 and quartiles are reported. The quick run is the 0.5B shape at 512 tokens; `--full` adds a 1.5B
-shape and other lengths.
+shape and other lengths. Results of a CPU with bfloat16 arithmetic are in files of their own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from cases import FULL, QUICK, SMOKE, Case
 from contestants import CONTESTANTS, Contestant
-from machine import THREADS, cases_before, spread, write
+from machine import THREADS, cases_before, class_of_cpu, spread, write
 from shapes import (
     ALPHA,
     RANK,
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.layers:
         cases = [replace(case, layers=options.layers) for case in cases]
     cases = [case for case in cases if any(part in case.name for part in options.only)]
-    output = options.output or f"speed_{options.size}"
+    output = options.output or f"speed_{options.size}{class_of_cpu()}"
     results = cases_before(output, {case.name for case in cases})
     for case in cases:
         results.append(measured(case, options.alternations, options.steps))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 NOT_YET = "not yet measured"
+HALVES = {"_avx512bf16": "AVX512-BF16", "_amx": "AMX"}
+"""What results on CPUs with bfloat16 arithmetic end in, and what they have."""
 STOCK = {"bf16": "peft", "nf4": "peft + bitsandbytes"}
 """The peer of each storage, as it comes."""
 
@@ -68,6 +70,7 @@ def all_goals(found: dict[str, Any]) -> list[Goal]:
     return [
         *step_goals(found, "bf16", 1.8, 1.25),
         *step_goals(found, "nf4", 1.8, 1.2),
+        *halves_goals(found),
         *nf4_goals(found),
         *eight_bit_goals(found),
         *real_goals(found),
@@ -94,6 +97,26 @@ def step_goals(found: dict[str, Any], storage: str, stock: float, kept: float) -
         loss_goal("the same, final loss", first and first["final_loss_difference"]),
     ]
     return goals + floor_goals(case, where, first) if storage == "bf16" else goals
+
+
+def halves_goals(found: dict[str, Any]) -> list[Goal]:
+    """Return the goals for the same step on CPUs with bfloat16 arithmetic."""
+    goals: list[Goal] = []
+    for on, name in HALVES.items():
+        case = cases(found, on).get("0.5B bf16 512")
+        if case is None:
+            continue
+        where = f"on a CPU with {name}: bf16 LoRA step, 0.5B, 512 tokens"
+        stock, kept = (ratio(case, "inlay", peer) for peer in ("peft", "peft, allocator set"))
+        eight = ratio(case, "inlay, 8-bit compute", "inlay")
+        share = case["contestants"]["inlay"]["share_of_gemm_floor"]
+        goals += [
+            at_least(f"{where}: over peft", 1.5, stock and stock["speed"], in_readme=True),
+            at_least(f"{where}: over peft, allocator set", 1.25, kept and kept["speed"]),
+            share_goal(f"{where}: share of the GEMM floor", 0.85, share, most=False),
+            at_least(f"{where}: 8-bit compute over our own bf16", 1.3, eight and eight["speed"]),
+        ]
+    return goals
 
 
 def floor_goals(
@@ -210,11 +233,14 @@ def growth_goals(found: dict[str, Any]) -> list[Goal]:
     return goals
 
 
-def cases(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the measured steps by name, the small ones first; the quick run's own count."""
+def cases(found: dict[str, Any], on: str = "") -> dict[str, Any]:
+    """Return the measured steps by name, the small ones first; the quick run's own count.
+
+    `on`: what the names of results on a class of CPU end in.
+    """
     measured = {
         case["case"]: case
-        for run in ("speed_full", "speed_quick")
+        for run in (f"speed_full{on}", f"speed_quick{on}")
         for case in found.get(run, {}).get("cases", [])
     }
     in_order = sorted(measured.values(), key=lambda c: (c["shape"], c["tokens"], c["storage"]))

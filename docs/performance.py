@@ -15,6 +15,7 @@ from typing import Any
 
 from drawing import COLOURS, Bar, Curve, Panel, bars, panels
 from goals import (
+    HALVES,
     NOT_YET,
     STOCK,
     Goal,
@@ -37,7 +38,7 @@ START, END = "<!-- performance: docs/performance.py -->", "<!-- end of performan
 MIB = 2**20
 ON_THIS_PAGE = (
     "speed_", "real_data_", "nf4_speed", "native_kernels", "growth", "plan_table", "streaming",
-    "trunk_cache", "gpu",
+    "trunk_cache", "gpu", "plan_runs", "self_proof",
 )  # fmt: skip
 """How the names begin of the results that are shown here."""
 
@@ -102,10 +103,23 @@ def steps_section(found: dict[str, Any]) -> list[str]:
         "peak above what it held with model and adapter in place. The bitsandbytes peer neither "
         "upcasts nor recomputes, which makes it faster than its documentation's set-up.",
         "![speed over the stock peer](pictures/speed.svg)",
+        "On a CPU without bfloat16 arithmetic, where PyTorch's products of bfloat16 are slower "
+        "than those of float32:",
         steps_table(measured),
         *left_out(measured),
         *unmeasured(measured),
+        *halves_section(found),
     ]
+
+
+def halves_section(found: dict[str, Any]) -> list[str]:
+    """Describe the steps on CPUs with bfloat16 arithmetic, class by class."""
+    parts: list[str] = []
+    for on, name in HALVES.items():
+        measured = cases(found, on)
+        shown = [steps_table(measured), *left_out(measured)] if measured else [NOT_YET + "."]
+        parts += [f"### On a CPU with {name}", *shown]
+    return parts
 
 
 def speed_picture(measured: dict[str, Any]) -> str:
@@ -403,7 +417,8 @@ def machine(m: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in m["versions"].items())
     if "device" in m:
         return f"{m['device']}; {versions}."
-    return f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB; {versions}."
+    kind = m.get("class", "no bfloat16 arithmetic")
+    return f"{m['cpu']} ({kind}), {m['cores']} cores, {m['memory_gib']} GiB; {versions}."
 
 
 if __name__ == "__main__":
