@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -29,11 +30,17 @@ def failures_as_sentences(folder: Path, what: str) -> Generator[None]:
         ) from error
 
 
+MODEL_CODE = re.compile(
+    r"/transformers/(models/|integrations/|loss/|masking_utils|modeling_|utils/|cache_utils|pytorch_utils)"
+)
+"""The files of transformers that a model's forward is made of."""
+
+
 def in_model_code(error: BaseException) -> bool:
     """Say whether it was transformers' own code of a model that failed, or torch under it."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     own = [file for file in files if "/torch/" not in file.replace("\\", "/")]
-    return bool(own) and "/transformers/" in own[-1].replace("\\", "/")
+    return bool(own) and MODEL_CODE.search(own[-1].replace("\\", "/")) is not None
 
 
 @contextmanager

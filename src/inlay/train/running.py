@@ -28,7 +28,7 @@ from inlay.methods.base import Method
 from inlay.model.attach import attach
 from inlay.model.folder import located
 from inlay.model.heads import Head, not_adapted, to_train
-from inlay.model.libraries import quiet_transformers
+from inlay.model.libraries import in_model_code, quiet_transformers
 from inlay.model.load import load
 from inlay.model.purpose import check_continues, check_writes
 from inlay.model.report import report
@@ -410,6 +410,15 @@ class Running(ABC, Generic[Row]):
             where = f"; the last good state is {last}" if last else ""
             self.folder.write_record({**record, "stopped": str(error)})
             raise TrainingError(f"{error}{where}") from None
+        except Exception as error:
+            if not in_model_code(error):
+                raise
+            said = (str(error).strip().splitlines() or [""])[0]
+            raise ModelError(
+                f"{self.config.model} cannot be trained on these rows: the model's own code ends "
+                f"in {type(error).__name__}: {said}. It may take other inputs than text, or miss "
+                "tokens that its tokenizer should add; choose another model or task"
+            ) from error
 
     # Afterwards
 
