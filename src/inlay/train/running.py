@@ -121,6 +121,7 @@ class Running(ABC, Generic[Row]):
         record["memory"] = planned_record(planned)
         check_optimizer(self.config.optimizer, model.device.type)
         with (
+            self.naming_the_model(),
             self.stopping(record),
             self.world.together(),
             left_as_it_was(model),
@@ -131,7 +132,8 @@ class Running(ABC, Generic[Row]):
             with self.around(model, tokens):
                 self.fit(trainer)
         self.save(model, trainer)
-        record["comparison"] = self.compared(model, tokenizer, tokens)
+        with self.naming_the_model():
+            record["comparison"] = self.compared(model, tokenizer, tokens)
         let_go(model)
         self.finish(model, trainer, record)
         return TrainResult(self.folder, record, model, tokenizer, self.world.leads)
@@ -401,15 +403,10 @@ class Running(ABC, Generic[Row]):
         trainer.check_agreement()
 
     @contextmanager
-    def stopping(self, record: dict[str, Any]) -> Generator[None]:
-        """Write into run.json why a run stopped, and say where the last good state lies."""
+    def naming_the_model(self) -> Generator[None]:
+        """Say in a sentence where it is the model's own code that fails on the run's rows."""
         try:
             yield
-        except TrainingError as error:
-            last = checkpoints.latest(self.folder.checkpoints)
-            where = f"; the last good state is {last}" if last else ""
-            self.folder.write_record({**record, "stopped": str(error)})
-            raise TrainingError(f"{error}{where}") from None
         except Exception as error:
             if not in_model_code(error):
                 raise
@@ -419,6 +416,17 @@ class Running(ABC, Generic[Row]):
                 f"in {type(error).__name__}: {said}. It may take other inputs than text, or miss "
                 "tokens that its tokenizer should add; choose another model or task"
             ) from error
+
+    @contextmanager
+    def stopping(self, record: dict[str, Any]) -> Generator[None]:
+        """Write into run.json why a run stopped, and say where the last good state lies."""
+        try:
+            yield
+        except TrainingError as error:
+            last = checkpoints.latest(self.folder.checkpoints)
+            where = f"; the last good state is {last}" if last else ""
+            self.folder.write_record({**record, "stopped": str(error)})
+            raise TrainingError(f"{error}{where}") from None
 
     # Afterwards
 
