@@ -13,6 +13,9 @@ PAGE = (ROOT / "docs" / "peft.md").read_text(encoding="utf-8")
 RESULTS = json.loads((ROOT / "tests" / "peers" / "peft_results.json").read_text(encoding="utf-8"))
 
 
+PEERS = json.loads((ROOT / "tests" / "peers" / "peers_results.json").read_text(encoding="utf-8"))
+
+
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -46,4 +49,28 @@ def test_every_reason_to_leave_a_test_out_was_used() -> None:
     given = {f"test: {reason}" for reason in rules["tests"]}
     given |= {f"layer: {reason}" for reason in rules["models"].values()}
     given |= {f"option: {reason}" for reason in rules["options"].values()}
-    assert given - {"option: Arrow", "layer: bare parameters"} <= set(RESULTS["left_out"])
+    used = {*RESULTS["left_out"], *(r for s in PEERS.values() for r in s["inlay"]["left_out"])}
+    unused = {
+        "option: Arrow", "option: aLoRA", "layer: bare parameters",
+        "test: it wraps a model a second time, which Inlay refuses",
+    }  # fmt: skip
+    assert given - unused <= used
+
+
+@pytest.mark.parametrize("suite", PEERS)
+def test_the_page_has_the_counts_of_each_file(suite: str) -> None:
+    ours, theirs = PEERS[suite]["inlay"], PEERS[suite]["peft"]
+    assert (ours["run"], ours["left_out"]) == (theirs["run"], theirs["left_out"])
+    for counts in (ours, theirs):
+        ran = counts["passed"] + counts["failed"]
+        assert len(counts["failures"]) == counts["failed"]
+        assert ran + counts["skipped_by_the_tests_themselves"] == counts["run"]
+    assert not any("allclose" in said for said in ours["failures"].values())
+    project, _, file = suite.partition("/")
+    cells = (
+        f"`{file}`" if project == "peft" else f"TRL `{file}`",
+        f"{ours['run']:,} of {ours['selected']:,} of {ours['collected']:,}",
+        f"{theirs['passed']:,}",
+        f"{ours['passed']:,}",
+    )
+    assert f"| {' | '.join(cells)} |" in PAGE
