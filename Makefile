@@ -61,7 +61,7 @@ bench-vision: .venv/.dev   ## models that see: digits, the kept features, planne
 	$(BIN)/python docs/vision_tables.py
 
 versions: .venv/.dev       ## test on the oldest and the newest libraries allowed: 20 minutes
-	$(BIN)/python tests/versions/run.py
+	$(BIN)/python tests/versions/run_versions.py
 
 docs: .venv/.dev           ## write docs/methods from the docstrings
 	$(BIN)/python docs/build.py

@@ -1,6 +1,6 @@
 """Run the laws, the oracles and a part of the suite on the oldest and the newest libraries allowed.
 
-    python tests/versions/run.py [oldest] [newest] [--processes 2]
+    python tests/versions/run_versions.py [oldest] [newest] [--processes 2]
 
 Each environment is made in a temporary folder and thrown away. `oldest` has the lowest release that
 `pyproject.toml` allows of each library in `inlay.versions.CHECKED`, `newest` the highest; torch is
@@ -145,7 +145,7 @@ def page(results: dict[str, Any]) -> str:
     failures = [f"- {n}: `{f}`" for n, r in results.items() for f in r["failures"]]
     parts = [
         "# Tested releases",
-        "Written by `make versions` (`tests/versions/run.py`) from `tests/versions/results.json`. "
+        "Written by `make versions` (`tests/versions/run_versions.py`) from `tests/versions/results.json`. "
         "`oldest` has the lowest release that `pyproject.toml` allows of each library, `newest` "
         "the highest; torch is the CPU build that was at hand. Run there: the laws, the oracles, "
         "the cases, and the tests of attaching, loading, merging, planning, `inlay.peft`, training "
