@@ -145,7 +145,8 @@ def page(results: dict[str, Any]) -> str:
     failures = [f"- {n}: `{f}`" for n, r in results.items() for f in r["failures"]]
     parts = [
         "# Tested releases",
-        "Written by `make versions` (`tests/versions/run_versions.py`) from `tests/versions/results.json`. "
+        "Written by `make versions` (`tests/versions/run_versions.py`) from "
+        "`tests/versions/results.json`. "
         "`oldest` has the lowest release that `pyproject.toml` allows of each library, `newest` "
         "the highest; torch is the CPU build that was at hand. Run there: the laws, the oracles, "
         "the cases, and the tests of attaching, loading, merging, planning, `inlay.peft`, training "
