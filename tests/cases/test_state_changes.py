@@ -128,6 +128,7 @@ def test_other_weights_are_loaded_into_the_base_alone(where: dict[str, Any]) -> 
         assert all(torch.equal(p, trained[n, k]) for k, p in params.named_parameters())
 
 
+@pytest.mark.filterwarnings("ignore:save_pretrained of a model with adapters writes")
 @pytest.mark.parametrize("where", [WHERE[1], WHERE[3], WHERE[4]], ids=lambda w: str(w))
 @TIES
 def test_trainer_writes_its_checkpoints(where: dict[str, Any], tie: bool, tmp_path: Path) -> None:

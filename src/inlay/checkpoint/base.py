@@ -36,12 +36,15 @@ def describe_base(
 
 
 def warn_unfrozen(model: nn.Module) -> None:
-    """Warn when the base's own parameters train, whose values no adapter's file holds."""
+    """Warn when the base's own parameters train, whose values no adapter's file holds.
+
+    A parameter that accelerate has put away is a place holder, which does not train.
+    """
     found = [
         f"{name}.{key}" if name else key
         for name, module in own_modules(model)
         for key, parameter in own_parameters(module)
-        if parameter.requires_grad
+        if parameter.requires_grad and not parameter.is_meta
     ]
     if found:
         warnings.warn(
