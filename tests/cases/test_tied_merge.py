@@ -109,6 +109,7 @@ def outputs(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.*no longer equal what they were tied to")
+@pytest.mark.filterwarnings("ignore::inlay.model.acts.InertAdapterWarning")
 @pytest.mark.parametrize(("name", "how", "members"), CASES)
 def test_what_is_written_is_what_was_measured(
     name: str, how: str, members: list[str], tmp_path: Path

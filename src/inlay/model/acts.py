@@ -116,7 +116,7 @@ class Watch:
         """Warn of places that were passed by; note those that this input did not lead to."""
         if is_compiled(self.model):
             return
-        missed = [n for n in self.layers if n not in self.used]
+        missed = [n for n in self.layers if n not in self.used and not self.is_used_elsewhere(n)]
         passed = [n for n in missed if self.is_passed_by(n)]
         skipped = [n for n in missed if n not in passed]
         if passed:
@@ -128,6 +128,12 @@ class Watch:
             )
         if skipped:
             logger.info("not reached by the first input: the adapter at %s", listed(skipped))
+
+    def is_used_elsewhere(self, name: str) -> bool:
+        """Say whether a place's tensors are those of used places: trained copies that are tied."""
+        there = {id(p) for used in self.used for p in self.parameters(used)}
+        own = self.parameters(name)
+        return bool(own) and all(id(p) in there for p in own)
 
     def is_passed_by(self, name: str) -> bool:
         """Say whether a place was not called by code that ran: not left out with all around it."""
