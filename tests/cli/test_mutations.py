@@ -441,7 +441,14 @@ def removed(folder: Path, r: random.Random) -> None:
 def renamed_tensor(folder: Path, r: random.Random) -> None:
     tensors = tensors_of(folder)
     name = r.choice(sorted(tensors))
-    new = r.choice([name + "x", name.replace("layers.0", "layers.9") + "_", "q_proj", name[17:]])
+    new = r.choice(
+        [
+            name + "x",
+            name.replace("layers.0", "layers.9") + "_",
+            "q_proj",
+            "transformer." + name[17:],
+        ]
+    )
     tensors[new] = tensors.pop(name)
     recorded_or_not(folder, tensors, r)
 
