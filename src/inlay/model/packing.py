@@ -57,12 +57,12 @@ def mixes_rows(model: nn.Module, rows: Sequence[Sequence[int]]) -> str | None:
             return f"a sequence of two rows fails: {str(error).splitlines()[0]}"
     full = alone.dtype in FULL
     moved, off = furthest(changed, packed), furthest(packed, alone)
-    if moved > CHANGED[full]:
+    if not moved <= CHANGED[full]:  # nor where it is no number
         return (
             f"in {type(model).__name__} a row sees the row before it in its sequence: its logits "
             f"change by {moved:.1%} when that row's words do"
         )
-    if off > ALONE[full]:
+    if not off <= ALONE[full]:
         return (
             f"{type(model).__name__} does not begin a row anew behind another one: its logits "
             f"change by {off:.1%} against the row alone"

@@ -137,7 +137,7 @@ def whereabouts(tensor: Tensor) -> tuple[object, ...]:
     """Return where a tensor lies and how often it was changed in place, as far as it says."""
     version = 0 if tensor.is_inference() else tensor._version
     try:
-        place = tensor.data_ptr()
+        place = -1 if hasattr(tensor, "fake_mode") else tensor.data_ptr()
     except RuntimeError:  # a tensor that stands for others, as under torch.func
         place = -1
     return place, version, tensor.device, tensor.dtype, tensor.shape

@@ -155,8 +155,7 @@ class ModelTried(Tried):
         self.model: Any = self.twin
         self.spread = OTHER_EXPERTS if has_experts(self.model.config) else 0.0
         config = self.model.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None)
-        self.long = min(LONG, positions - 4) if isinstance(positions, int) else LONG
+        self.long = longest(config)
         self.short = min(SHORT, self.long // 2)
         high = config.vocab_size
         generator = torch.Generator().manual_seed(2)
@@ -192,7 +191,14 @@ class ModelTried(Tried):
 def runs_on_ids(model: PreTrainedModel) -> None:
     """Run a model on two rows of ids."""
     called: Any = model
-    called(input_ids=torch.full((2, SHORT), FIRST))
+    length = min(SHORT, longest(model.config.get_text_config()))
+    called(input_ids=torch.full((2, length), FIRST))
+
+
+def longest(config: Any) -> int:
+    """Return how many tokens a row may have by a configuration, a few positions left free."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return min(LONG, positions - 4) if isinstance(positions, int) else LONG
 
 
 def has_experts(config: Any) -> bool:
