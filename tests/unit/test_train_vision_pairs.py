@@ -154,10 +154,9 @@ def test_other_judged_answers_learn_too(tmp_path: Path, task: str):
     key, name = OF_TASK[task]
     held = [line for line in losses_of(config.output) if "eval_loss" in line]
     assert held[-1]["eval_loss"] < held[0]["eval_loss"]
-    later = [line[key] for line in held[len(held) // 2 :]]  # one alone is decided by a few rows
-    assert sum(later) / len(later) > 0.55
+    assert held[-1][key] > 0.7
     metrics = {m["name"]: m for m in run["comparison"]["metrics"]}
-    assert metrics[name]["tuned"]["value"] > 0.5
+    assert metrics[name]["tuned"]["value"] > 0.7
 
 
 @pytest.mark.parametrize(
