@@ -85,15 +85,13 @@ def dense_product(
     epilogue: Epilogue,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """Return `x @ W.T`, or `x @ W`, a bfloat16 weight read as it is."""
+    """Return `x @ W.T`, or `x @ W`, the weight read as it is."""
     del width
-    weight = parts[0]
-    halves = weight.dtype == torch.bfloat16
-    return native.product(x, weight, transposed, epilogue, dtype) if halves else None
+    return native.product(x, parts[0], transposed, epilogue, dtype)
 
 
 def is_half(dtype: torch.dtype, columns: int) -> bool:
-    """Say whether x, and with it a dense weight, is in bfloat16."""
+    """Say whether x is in bfloat16."""
     del columns
     return dtype == torch.bfloat16
 
@@ -149,7 +147,8 @@ class Matrix:
             return direct
         if self.whole is None:
             return epilogue.applied(self.by_tiles(x))
-        return epilogue.without_bias.applied(F.linear(x, self.whole, epilogue.bias_in(self.dtype)))
+        y = F.linear(cast(x, self.dtype), self.whole, epilogue.bias_in(self.dtype))
+        return epilogue.without_bias.applied(y)
 
     def times_t(self, g: Tensor, epilogue: Epilogue) -> Tensor:
         """`g @ W`; g: (n, rows) -> (n, columns)."""
@@ -169,9 +168,9 @@ class Matrix:
 
     def by_tiles(self, x: Tensor) -> Tensor:
         """`x @ W.T`, the weight unpacked tile by tile if it is not held in the product's dtype."""
+        x = cast(x, self.dtype)
         if self.whole is not None:
             return F.linear(x, self.whole)
-        x = cast(x, self.dtype)
         y = x.new_empty(x.shape[0], self.rows)
         for part, tile in self.each_tile():
             torch.mm(x, tile.t(), out=y[:, part])
@@ -179,9 +178,9 @@ class Matrix:
 
     def by_tiles_t(self, g: Tensor) -> Tensor:
         """`g @ W`, the weight unpacked likewise."""
+        g = cast(g, self.dtype)
         if self.whole is not None:
             return g @ self.whole
-        g = cast(g, self.dtype)
         x = g.new_empty(g.shape[0], self.columns)
         for part, tile in self.each_tile():
             torch.addmm(x, g[:, part], tile, beta=0 if part.start == 0 else 1, out=x)
