@@ -77,6 +77,7 @@ def mutated_bytes(path: Path, draw: random.Random) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.filterwarnings("ignore:.*has options that this version of inlay does not know")
 @pytest.mark.parametrize("recorded", [True, False], ids=["inlay", "peft"])
 @pytest.mark.parametrize("chunk", range(5))
 def test_mutated_folders(saved: Path, tmp_path: Path, chunk: int, recorded: bool) -> None:

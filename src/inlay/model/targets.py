@@ -270,10 +270,11 @@ def nearest(entry: str, names: Iterable[str]) -> str:
 
 
 def all_linear(model: nn.Module, linear: Sequence[str]) -> Iterator[str]:
-    """Every linear layer but the output head, which stands outside the blocks."""
+    """Every linear layer of the blocks that are read; the output head stands outside them."""
     heads = {id(head) for head in output_heads(model)}
-    modules = dict(own_modules(model))
-    return (n for n in linear if id(modules[n]) not in heads)
+    modules, unread = dict(own_modules(model)), unread_blocks(model)
+    inside = (n for n in linear if id(modules[n]) not in heads)
+    return (n for n in inside if not any(is_within(n, block) for block in unread))
 
 
 def linear_in(
@@ -284,12 +285,7 @@ def linear_in(
     experts: Sequence[str],
 ) -> list[str]:
     """Return the linear layers of a part; raise when it has none that can be adapted."""
-    unread = unread_blocks(model)
-    found = [
-        name
-        for name in all_linear(model, linear)
-        if parts.get(name) == part and not any(is_within(name, block) for block in unread)
-    ]
+    found = [name for name in all_linear(model, linear) if parts.get(name) == part]
     found += [name for name in experts if parts.get(name.rpartition(".")[0]) == part]
     if not found:
         raise TargetError(

@@ -20,7 +20,7 @@ from inlay.evaluate.losses import PADDING, EncodedRow, buckets, joined, padded
 from inlay.memory.devices import available_memory
 from inlay.methods.base import evaluating
 from inlay.model.packing import mixes_rows, positions, segments
-from inlay.model.seams.transformers import cache_in
+from inlay.model.seams.transformers import has_cache
 from inlay.model.shapes import length_multiple
 from inlay.model.trunk import Trunk, changes, trunk_of
 
@@ -85,7 +85,7 @@ class TrunkCache:
 
     def get(self, call: dict[str, Any]) -> Tensor | None:
         """Return the trunk's output for a call, or None unless all of its rows are here."""
-        if call.get("input_ids") is None or cache_in(call.values()) is not None:
+        if call.get("input_ids") is None or has_cache(call):
             return None
         if call.get("position_ids") is not None and self.keeps_keys(call):
             return None

@@ -198,7 +198,9 @@ def runs_on_ids(model: PreTrainedModel) -> None:
 def longest(config: Any) -> int:
     """Return how many tokens a row may have by a configuration, a few positions left free."""
     positions = getattr(config, "max_position_embeddings", None)
-    return min(LONG, positions - 4) if isinstance(positions, int) else LONG
+    if not isinstance(positions, int):
+        return LONG
+    return min(LONG, max(positions - 4, min(positions, 4)))
 
 
 def has_experts(config: Any) -> bool:

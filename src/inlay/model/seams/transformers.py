@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -95,6 +95,12 @@ def cache_argument(forward: Callable[..., Any]) -> str | None:
 def cache_in(values: Iterable[Any]) -> Cache | None:
     """Return the key-value cache among some values, or None."""
     return next((v for v in values if isinstance(v, Cache)), None)
+
+
+def has_cache(call: Mapping[str, Any]) -> bool:
+    """Return whether a call brings a cache: a `Cache`, or anything under a cache's name."""
+    named = any(call.get(name) is not None for name in CACHE_NAMES)
+    return named or cache_in(call.values()) is not None
 
 
 def cache_field(output: type[Any]) -> str:
