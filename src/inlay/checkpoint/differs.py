@@ -13,6 +13,7 @@ from inlay.checkpoint.placement import told_by_weight
 from inlay.methods.base import Method
 from inlay.model.attach import Attached
 from inlay.model.places import matrices_at
+from inlay.model.seams.renames import renaming
 from inlay.storage.base import FrozenLinear
 from inlay.storage.convolution import Convolution
 from inlay.storage.own import OwnEmbedding, OwnLinear
@@ -42,13 +43,23 @@ def differences(model: nn.Module, attached: Attached) -> Iterator[tuple[str, str
     if method.peft_type is None:
         return
     old = renamed(model) if method.peft_type == "LORA" else {}
+    convert = renaming(model) if method.peft_type == "LORA" else None
     for target in attached.found.names:
+        keys = [f"{prefix}{target}.lora_A.weight" for prefix in ("base_model.model.", "")]
+        lost = convert is not None and any(not key.endswith(convert(key)) for key in keys)
+        if lost and has_layer(model, target):
+            yield target, "it takes the layer's name for one of older checkpoints, and loses it"
         leaf = target.rpartition(".")[2]
         if leaf in old and not told_by_weight(model, method, target) and has_layer(model, target):
             yield target, f"it takes the name {leaf} for the experts', and has no other way to it"
         for at in matrices_at(model, target):
             above, _, last = at.name.rpartition(".")
             inside = isinstance(model.get_submodule(above), nn.MultiheadAttention)
+            if not inside and vars(model.get_submodule(at.name)).get("read_past_forward"):
+                yield (
+                    at.place,
+                    "it adapts the layer's forward alone, and the model reads the weight",
+                )
             if inside and last == "out_proj" and above not in attached.found.names:
                 yield at.place, "it does not reach an attention module's output projection alone"
             reason = reason_at(method, at.view, model.get_submodule(at.name))

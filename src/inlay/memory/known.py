@@ -53,6 +53,8 @@ def followed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return literal
     if func is torch.ops.aten.embedding.default:
         check_within(*args[:2])
+    if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+        return grouped_product(func, args, kwargs)
     inputs = tensors_in((args, kwargs))
     if all(hasattr(t, "known") for t in inputs) and (inputs or makes_integers(func, kwargs)):
         return with_values(func, args, kwargs)
@@ -60,6 +62,18 @@ def followed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for t in tensors_in(out) if func._schema.is_mutable else ():
         vars(t).pop("known", None)
     return out
+
+
+def grouped_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return experts' products without data, which PyTorch follows in bfloat16 alone."""
+
+    def halves(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        return torch.empty_strided(x.shape, x.stride(), dtype=torch.bfloat16, device=x.device)
+
+    out = func(*tree_map_only(Tensor, halves, args), **tree_map_only(Tensor, halves, kwargs))
+    return torch.empty_strided(out.shape, out.stride(), dtype=args[0].dtype, device=out.device)
 
 
 def check_within(table: Tensor, ids: Tensor) -> None:

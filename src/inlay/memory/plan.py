@@ -16,7 +16,7 @@ from inlay.memory.devices import CUDA_RUNTIME, Device
 from inlay.memory.generating import Answered, Answering, simulate_answers
 from inlay.memory.ledger import Work
 from inlay.memory.optimisers import Optimiser
-from inlay.memory.policy import POLICIES, KeptChangedError, Policy
+from inlay.memory.policy import POLICIES, Policy
 from inlay.memory.simulate import Frozen, Simulation, fake_tensors, frozen_bytes, simulate
 
 Product = tuple[int, int, int]
@@ -120,21 +120,16 @@ def plan(
     if not task.streamed and weights_of(task) / task.shards > room:
         tried = tried[-1:]
     for policy in tried:
-        try:
-            simulation = simulate(
-                task.build,
-                task.batch,
-                task.loss,
-                optimiser=task.optimiser,
-                policy=policy,
-                accumulation=task.accumulation,
-                kind=device.kind,
-                shards=task.shards,
-            )
-        except KeptChangedError:
-            if policy == tried[-1] and not options:
-                raise
-            continue  # the next policy keeps less
+        simulation = simulate(
+            task.build,
+            task.batch,
+            task.loss,
+            optimiser=task.optimiser,
+            policy=policy,
+            accumulation=task.accumulation,
+            kind=device.kind,
+            shards=task.shards,
+        )
         trained, frozen = simulation.trained, simulation.frozen
         held = CUDA_RUNTIME
         if device.kind == "cpu":

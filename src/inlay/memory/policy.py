@@ -15,6 +15,7 @@ made to require a gradient, so that blocks below the lowest adapter cost no back
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
@@ -22,10 +23,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
+    get_device_states,
+    set_device_states,
 )
 
 from inlay.errors import ModelError
@@ -46,14 +50,20 @@ Move = Callable[[Tensor], Any]
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear")
 ATTENTION = ("aten::_scaled_dot_product_", "aten::_flash_attention", "aten::_efficient_attention")
-CHANGED = "has been mutated"
-"""What PyTorch says where something that was kept is not what it was."""
 REDONE = ("norm", "gated", "rotary", "dense")
 """Words in the names of our own operators that are not worth their room."""
 
 
-class KeptChangedError(ModelError):
-    """A block changes in place what a policy keeps of it."""
+Product = tuple[Any, int]
+"""One product of a block: the operation, and which call of it in the block this is."""
+
+
+class KeptChangedError(Exception):
+    """A block changes in place what is kept of it; it is begun again without keeping that."""
+
+    def __init__(self, product: Product) -> None:
+        super().__init__(product)
+        self.product = product
 
 
 def apply(
@@ -105,32 +115,7 @@ def block_runner(
         return again
     if policy == "offload":
         return offloading(again, to_host, back)
-    wide = wide_outputs(model) if policy == "recompute-mlp" else frozenset()
-
-    def contexts() -> tuple[Any, Any]:
-        keeping, redoing = create_selective_checkpoint_contexts(partial(choice, wide))
-        return keeping, unchanged(redoing, type(model).__name__, policy)
-
-    return partial(again, context_fn=contexts)
-
-
-@contextmanager
-def unchanged(redoing: Any, name: str, policy: Policy) -> Generator[None]:
-    """Compute a block again; say so where it changed in place what was kept of it.
-
-    Raises:
-        KeptChangedError: it did, as Llama 4's experts do.
-    """
-    try:
-        with redoing:
-            yield
-    except RuntimeError as error:
-        if CHANGED not in str(error):
-            raise
-        raise KeptChangedError(
-            f"{name} changes a product in place, so that the activation policy {policy!r} cannot "
-            "keep it; 'layer-inputs' computes it again, and 'keep-all' keeps all that it needs"
-        ) from error
+    return keeping(again, wide_outputs(model) if policy == "recompute-mlp" else frozenset())
 
 
 def offloading(
@@ -149,11 +134,81 @@ def offloading(
     return run
 
 
-def choice(wide: frozenset[int], context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
-    """Say whether to keep an operation's result or to compute it again."""
-    del context, kwargs
-    kept = is_product(op) and not (wide and output_width(op, args) in wide)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def keeping(again: Callable[..., Any], wide: frozenset[int]) -> Callable[..., Any]:
+    """Return what runs a block and keeps its products, apart from those that it changes in place.
+
+    Which those are shows in the first pass, which is then begun again.
+    """
+    changed: set[Product] = set()
+
+    def run(function: Callable[..., Any], *inputs: Any) -> Any:
+        while True:
+            random = torch.get_rng_state(), get_device_states(*inputs)
+            kept = Kept(wide, changed)
+            try:
+                return kept.checked(again(function, *inputs, context_fn=kept.contexts))
+            except KeptChangedError as found:
+                changed.add(found.product)
+                torch.set_rng_state(random[0])
+                set_device_states(*random[1])
+
+    return run
+
+
+class Kept:
+    """The products that are kept of one pass through a block."""
+
+    def __init__(self, wide: frozenset[int], changed: set[Product]) -> None:
+        self.wide, self.changed = wide, changed
+        self.calls: Counter[Any] = Counter()
+        self.products: dict[int, Product] = {}
+        """What is kept, by its storage. It lives as long as this, so that no other has its key."""
+        self.unseen: set[int] = set()
+        """Storages of which PyTorch would not see a later change."""
+
+    def contexts(self) -> tuple[Any, Any]:
+        """Return what is around the pass, and around the one that computes again."""
+        return create_selective_checkpoint_contexts(self.choice)
+
+    def choice(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+        """Say whether to keep the result of an operation, which has just run.
+
+        Raises:
+            KeptChangedError: it changed what is kept.
+        """
+        if op._schema.is_mutable:
+            named = dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | kwargs
+            written = [named.get(a.name) for a in op._schema.arguments if a.is_write]
+            self.check(written, self.products)
+        if op._schema.name == "aten::_unsafe_view":
+            self.unseen.update(storages(args[0]))
+        self.calls[op] += 1
+        product = (op, self.calls[op])
+        wide = bool(self.wide) and output_width(op, args) in self.wide
+        if not is_product(op) or wide or product in self.changed:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        self.products |= dict.fromkeys(storages(context.op_output), product)
+        return CheckpointPolicy.MUST_SAVE
+
+    def checked(self, output: Any) -> Any:
+        """Return a block's output, which code behind it may change in place.
+
+        Raises:
+            KeptChangedError: it is kept, and PyTorch would not see such a change.
+        """
+        self.check(output, {k: p for k, p in self.products.items() if k in self.unseen})
+        return output
+
+    def check(self, values: Any, products: dict[int, Product]) -> None:
+        """Raise where one of these values shares its memory with one of these products."""
+        for storage in storages(values):
+            if storage in products:
+                raise KeptChangedError(products[storage])
+
+
+def storages(values: Any) -> list[int]:
+    """Return the keys of the memory that tensors lie in."""
+    return [x.untyped_storage()._cdata for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
 def is_product(op: Any) -> bool:

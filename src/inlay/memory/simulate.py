@@ -36,8 +36,6 @@ from inlay.model.targets import output_head
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.streamed import SEGMENT, StreamedEmbedding
 
-BFLOAT16_ALONE = "Expected inputs of BF16 type"
-"""What PyTorch says of grouped products without data in another dtype, which it does compute."""
 NO_DATA = "its data is not allocated"
 """What torch says where a fake tensor's values are read behind the operations' back."""
 
@@ -104,7 +102,7 @@ class Simulation:
 def fake_tensors() -> Generator[FakeTensorMode]:
     """Make every tensor of the `with` block one without data; say what cannot be followed."""
     try:
-        with FakeTensorMode() as mode:
+        with FakeTensorMode() as mode, conversions_to_the_same():
             yield mode
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ModelError(
@@ -123,13 +121,25 @@ def fake_tensors() -> Generator[FakeTensorMode]:
         raise ModelError(f"the step cannot be planned: {sentence}") from None
 
 
+@contextmanager
+def conversions_to_the_same() -> Generator[None]:
+    """Let a module that is converted to what it is keep its tensors, which fake ones cannot."""
+    convert = nn.Module._apply
+
+    def convert_if_needed(self: nn.Module, fn: Callable[[Tensor], Tensor], *args: Any) -> nn.Module:
+        with torch.no_grad():
+            same = all(fn(t) is t for t in (*self.parameters(), *self.buffers()))
+        return self if same else convert(self, fn, *args)
+
+    nn.Module._apply = convert_if_needed
+    try:
+        yield
+    finally:
+        nn.Module._apply = convert
+
+
 def unplannable(said: str) -> str | None:
     """Return why a step cannot be followed without data, from what PyTorch says; None if it can."""
-    if BFLOAT16_ALONE in said:
-        return (
-            "PyTorch follows the products of a mixture of experts in bfloat16 alone, and this run "
-            "computes in another dtype"
-        )
     if NO_DATA in said:
         return f"the model reads values that only training knows ({said.splitlines()[0]})"
     return None

@@ -102,15 +102,33 @@ class Watch:
             self.entered.add(self.model)
             self.wait_for_gradients()
 
-    def after_forward(self, *_: Any) -> None:
-        """Name the places that the first pass passed by."""
+    def after_forward(self, model: nn.Module, _: Any, output: Any) -> None:
+        """Name the places that the first pass passed by.
+
+        Raises:
+            TrainingError: the loss depends on nothing that trains.
+        """
         if torch.compiler.is_compiling() or not any(m.active for m in self.layers.values()):
             return
         if not self.seen_forward:
             self.seen_forward = True
             self.tell()
+        if self.trains and model.training:
+            self.check_loss(model, getattr(output, "loss", None))
         if not self.trains:
             self.end_at_layers()
+
+    def check_loss(self, model: nn.Module, loss: Any) -> None:
+        """Raise when a loss that the model computed cannot train anything."""
+        if not isinstance(loss, torch.Tensor) or loss.requires_grad:
+            return
+        if any(p.requires_grad for p in model.parameters()):
+            raise TrainingError(
+                f"the loss of {type(model).__name__} depends on nothing that trains, expected at "
+                f"least one adapter among {listed(self.params)} to act on it: choose targets that "
+                "the model uses on the way to its loss. A model that computes its blocks again by "
+                "itself may need model.enable_input_require_grads() first"
+            )
 
     def tell(self) -> None:
         """Warn of places that were passed by; note those that this input did not lead to."""

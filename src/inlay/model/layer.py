@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -60,6 +60,8 @@ class AdaptedLayer(Base):
     """Parameter -> its matrix, for those in `part_methods`."""
     reads_as: dict[str, Tensor | None] | None
     """What the parameters read as while the layer's own forward runs."""
+    read_past_forward: bool
+    """Whether the model's code was seen to compute with an adapted parameter itself."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer with its active adapters."""
@@ -240,7 +242,7 @@ class AdaptedLayer(Base):
         for changed in self.changed():
             if name in changed.names():
                 found = changed.parameters().get(name)
-                return None if found is None else as_value(found, self.described_as(name))
+                return None if found is None else self.read_as(name, found)
         base = self.base
         assert base is not None
         if name == "bias":
@@ -253,11 +255,12 @@ class AdaptedLayer(Base):
         with torch.autocast(w.device.type, enabled=False):
             for method, p in self.weight_methods():
                 w = method.weight(p, w)
-        return as_value(base.turned(w.to(base.dtype)), self.described_as(name))
+        return self.read_as(name, base.turned(w.to(base.dtype)))
 
-    def described_as(self, name: str) -> str:
-        """Name a parameter for a sentence."""
-        return f"the {name} of a {type(self).__name__}"
+    def read_as(self, name: str, value: Tensor) -> Tensor:
+        """Return a parameter's value for one reader; what computes with it is noted."""
+        used = partial(vars(self).__setitem__, "read_past_forward", True)
+        return as_value(value, f"the {name} of a {type(self).__name__}", used)
 
     def adapted_weight(self) -> tuple[Tensor, Tensor | None]:
         """Return the dense weight (out, in) and bias that the active weight methods define."""
@@ -415,6 +418,7 @@ def become_adapted(layer: nn.Module, base: FrozenLinear | None) -> AdaptedLayer:
         "part_methods": {},
         "part_views": {},
         "reads_as": None,
+        "read_past_forward": False,
     }
     layer.__dict__.update(state)
     adapted = adapted_class(type(layer), tuple(layer._parameters), moved_buffers(layer))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from inlay.errors import StorageError
 
@@ -42,12 +43,18 @@ def is_tool(module: str) -> bool:
     return any(module == tool or module.startswith(tool + ".") for tool in TOOLS)
 
 
-def as_value(value: Tensor, what: str) -> Tensor:
-    """Return a value made for one reader; to write into it, which would be lost, raises."""
+def as_value(value: Tensor, what: str, used: Callable[[], None] | None = None) -> Tensor:
+    """Return a value made for one reader; to write into it, which would be lost, raises.
+
+    Args:
+        value: what the weight stands for.
+        what: names it in the error.
+        used: called when something is computed of the value; its dtype and shape are not that.
+    """
     if torch.compiler.is_compiling() or type(value) not in PLAIN:
         return value
     read = value.as_subclass(Value)
-    read.what = what
+    read.what, read.used = what, used
     return read
 
 
@@ -55,6 +62,7 @@ class Value(Tensor):
     """A weight that was computed when it was read; every operation on it gives plain tensors."""
 
     what: str
+    used: Callable[[], None] | None
 
     @classmethod
     def __torch_function__(
@@ -80,7 +88,11 @@ class Value(Tensor):
                     "change would be lost; change the model before it is quantised or adapted"
                 )
         if (name in VIEWS or func == DATA) and type(found) in PLAIN:
-            return as_value(found, args[0].what)
+            return as_value(found, args[0].what, args[0].used)
+        if any(isinstance(x, Tensor) for x in tree_leaves(found)):
+            for each in tree_leaves((args, kwargs)):
+                if isinstance(each, cls) and each.used is not None:
+                    each.used()
         return found
 
 
