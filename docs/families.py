@@ -95,12 +95,24 @@ def verdict(found: dict[str, Any]) -> tuple[str, str]:
     if "not built" in found:
         return "not tried", short(found["not built"])
     checks = found["checks"].items()
-    wrong = [f"{c}: {short(f['why'])}" for c, f in checks if f["result"] == "FAULT"]
-    refused = [f"{c}: {short(f['why'])}" for c, f in checks if f["result"] == "refused"]
-    notes = dict.fromkeys(short(f["notes"]) for _, f in checks if f.get("notes"))
+    wrong = said({c: f for c, f in checks if f["result"] == "FAULT"})
+    refused = said({c: f for c, f in checks if f["result"] == "refused"})
+    notes = list(dict.fromkeys(short(f["notes"]) for _, f in checks if f.get("notes")))
+    if found.get("left out"):
+        notes.append(
+            f"without the adapter at {short(found['left out'])}, as no gradient reaches it"
+        )
     if wrong:
         return "fault", "; ".join(wrong)
     return ("works, but" if refused or notes else "works"), "; ".join([*refused, *notes])
+
+
+def said(checks: dict[str, Any]) -> list[str]:
+    """Return each sentence once, behind the checks that came to it."""
+    by_sentence: dict[str, list[str]] = {}
+    for check, found in checks.items():
+        by_sentence.setdefault(short(found["why"]), []).append(check)
+    return [f"{', '.join(names)}: {sentence}" for sentence, names in by_sentence.items()]
 
 
 def short(sentence: str) -> str:

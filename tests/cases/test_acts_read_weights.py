@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,3 +214,39 @@ def test_a_bitsandbytes_layer_stays_readable_after_it_ran_without_its_adapter() 
         with inlay.disabled(model):
             torch.testing.assert_close(model(x), x @ layer.base.dequantize().T)
         assert not torch.allclose(model(x), x @ layer.base.dequantize().T, atol=1e-3)
+
+
+class AsksForDtype(nn.Module):
+    """A layer that is called in the dtype of its weight, as T5's `wo` is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.layer.weight.shape == (16, 16)
+        return self.layer(x.to(self.layer.weight.dtype))
+
+
+@pytest.mark.parametrize("case", ADAPTED.values(), ids=ADAPTED)
+def test_saving_says_where_hf_peft_leaves_an_adapter_dead(case: Case, tmp_path: Path) -> None:
+    make, batch, targets = case
+    model = inlay.attach(made(make), inlay.LoRA(rank=2), targets=targets)
+    with torch.no_grad():
+        output(model, batch)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        inlay.save_adapter(model, tmp_path)
+    texts = " ".join(str(w.message) for w in said)
+    if make is Attends:  # which HF PEFT has its own layer for
+        assert "the model reads the weight" not in texts
+    else:
+        assert "it adapts the layer's forward, and the model reads the weight" in texts
+
+
+def test_a_weight_of_which_only_the_dtype_is_read_is_no_difference(tmp_path: Path) -> None:
+    model = inlay.attach(AsksForDtype(), inlay.LoRA(rank=2), targets="all-linear")
+    model(ROWS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inlay.save_adapter(model, tmp_path)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import SqueezeBertConfig, SqueezeBertForTokenClassification
 
 import inlay
 from inlay.model.acts import PASSED_BY, InertAdapterWarning
@@ -132,3 +133,19 @@ def test_a_hidden_method_past_forward_is_named() -> None:
     model = inlay.attach(Net(), inlay.Bottleneck(), targets=["called", "read"])
     with pytest.warns(InertAdapterWarning, match="'read'"), torch.no_grad():
         model(X)
+
+
+def test_a_loss_that_depends_on_nothing_that_trains_stops_training() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = SqueezeBertConfig(
+        vocab_size=64, intermediate_size=32, embedding_size=32, max_position_embeddings=32,
+        q_groups=1, k_groups=1, v_groups=1, post_attention_groups=1, intermediate_groups=1,
+        output_groups=1, **sizes,
+    )  # fmt: skip
+    model = inlay.attach(
+        SqueezeBertForTokenClassification(config), inlay.LoRA(rank=2), targets="all-linear"
+    )
+    ids = torch.ones(2, 6, dtype=torch.long)
+    model.eval()(input_ids=ids, labels=ids % 2)  # which need not train
+    with pytest.raises(inlay.TrainingError, match="SqueezeBertForTokenClassification depends on"):
+        model.train()(input_ids=ids, labels=ids % 2)

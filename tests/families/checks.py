@@ -6,6 +6,7 @@ A check that raises one of Inlay's own errors was refused; anything else that it
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ import inlay
 from inlay.checkpoint.adapter import save_adapter
 from inlay.checkpoint.differs import differences
 from inlay.memory.policy import applied
+from inlay.model.acts import listed
 from inlay.model.attach import adapter_places, adapters
 from inlay.model.fidelity import first_tensor
 from inlay.model.packing import mixes_rows, positions
@@ -91,9 +93,26 @@ class Case:
 
     def adapted(self, seed: int = 7) -> PreTrainedModel:
         """Return the model with an adapter whose values all matter."""
-        return randomised(
-            inlay.attach(self.fresh(), inlay.LoRA(rank=4, alpha=8), targets="all-linear"), seed
-        )
+        return randomised(self.attached(self.fresh()), seed)
+
+    def attached(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Adapt all linear layers, apart from those that no gradient reaches."""
+        lora = inlay.LoRA(rank=4, alpha=8)
+        return inlay.attach(model, lora, targets="all-linear", exclude=self.left_out)
+
+    @cached_property
+    def left_out(self) -> list[str]:
+        """The layers that no gradient reaches, as the model's first step in training says."""
+        model = inlay.attach(self.fresh(), inlay.LoRA(rank=4, alpha=8), targets="all-linear")
+        try:
+            gradients(randomised(model, 7), self.batch)
+        except inlay.TrainingError:
+            return [
+                re.escape(name)
+                for name, places in adapter_places(model, "default")
+                if all(p.grad is None or not p.grad.any() for p in places.parameters())
+            ]
+        return []
 
 
 @torch.no_grad()
@@ -348,12 +367,8 @@ def quantised(case: Case) -> Outcome:
             VALUES,
             f"values, {storage}",
         )
-        inlay.attach(model, inlay.LoRA(rank=4, alpha=8), targets="all-linear")
-        g = gradients(randomised(model, 7), case.batch)[1]
-        h = gradients(
-            randomised(inlay.attach(dense, inlay.LoRA(rank=4, alpha=8), targets="all-linear"), 7),
-            case.batch,
-        )[1]
+        g = gradients(randomised(case.attached(model), 7), case.batch)[1]
+        h = gradients(randomised(case.attached(dense), 7), case.batch)[1]
         must(apart(g, h), GRADIENTS, f"gradients, {storage}")
     return None
 
@@ -388,7 +403,7 @@ def detached(case: Case) -> Outcome:
     before = {n: x.clone() for n, x in model.state_dict().items()}
     classes = {n: type(m) for n, m in model.named_modules()}
     config = said(model)
-    inlay.attach(model, inlay.LoRA(rank=4, alpha=8), targets="all-linear")
+    case.attached(model)
     if far(output(model, case.unlabelled), wanted) > VALUES:
         raise WrongError("a new adapter changes the values")
     gradients(randomised(model, 7), case.batch)
@@ -536,4 +551,7 @@ def tried(
             "not built": f"{type(error).__name__}: {first_line(error)}",
             "at": place(error),
         }
-    return found | {"checks": {check: outcome(case, check) for check in only or CHECKS}}
+    found["checks"] = {check: outcome(case, check) for check in only or CHECKS}
+    if vars(case).get("left_out"):
+        found["left out"] = listed(name.replace("\\", "") for name in case.left_out)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -111,6 +112,52 @@ def test_a_model_that_cannot_compute_again_is_refused_all_but_keep_all() -> None
     apply(layer, "keep-all")
     with pytest.raises(ModelError, match="Linear cannot be computed again"):
         apply(layer, "layer-inputs")
+
+
+def added_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's forward whose result is changed in place behind it."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = function(x)
+        y += x.mean()
+        return y
+
+    return forward
+
+
+@pytest.mark.parametrize("policy", EXACT)
+@pytest.mark.parametrize("changed", ["self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"])
+@pytest.mark.parametrize("adapted", [["q_proj", "up_proj"], "all-linear"])
+def test_a_product_that_the_block_changes_in_place_is_not_kept(
+    adapted: str | list[str], changed: str, policy: Policy
+) -> None:
+    model = llama()
+    inlay.attach(model, inlay.LoRA(rank=4, dropout=0.1), targets=adapted)
+    for block in model.model.layers:
+        layer = block.get_submodule(changed)
+        layer.forward = added_in_place(layer.forward)
+    expected = gradients(model, "keep-all")
+    found = gradients(model, policy)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
+
+
+def doubled(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+    inputs[0].mul_(2)
+
+
+def test_a_product_that_the_next_block_changes_in_place_is_not_kept() -> None:
+    model = llama()
+    inlay.attach(model, inlay.LoRA(rank=4))
+    first = model.model.layers[0]
+    last = torch.nn.Linear(32, 32, bias=False)
+    run = first.forward
+    first.forward = lambda *a, **k: last(run(*a, **k))
+    model.model.layers[1].register_forward_pre_hook(doubled)
+    expected = gradients(model, "keep-all")
+    found = gradients(model, "keep-products")
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
 
 
 def test_blocks_below_the_lowest_adapter_are_not_computed_again() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -45,26 +45,35 @@ def differences(model: nn.Module, attached: Attached) -> Iterator[tuple[str, str
     old = renamed(model) if method.peft_type == "LORA" else {}
     convert = renaming(model) if method.peft_type == "LORA" else None
     for target in attached.found.names:
-        keys = [f"{prefix}{target}.lora_A.weight" for prefix in ("base_model.model.", "")]
-        lost = convert is not None and any(not key.endswith(convert(key)) for key in keys)
-        if lost and has_layer(model, target):
-            yield target, "it takes the layer's name for one of older checkpoints, and loses it"
         leaf = target.rpartition(".")[2]
+        if convert is not None and is_renamed(convert, target) and has_layer(model, target):
+            yield target, "it takes the layer's name for one of older checkpoints, and loses it"
         if leaf in old and not told_by_weight(model, method, target) and has_layer(model, target):
             yield target, f"it takes the name {leaf} for the experts', and has no other way to it"
         for at in matrices_at(model, target):
             above, _, last = at.name.rpartition(".")
             inside = isinstance(model.get_submodule(above), nn.MultiheadAttention)
-            if not inside and vars(model.get_submodule(at.name)).get("read_past_forward"):
-                yield (
-                    at.place,
-                    "it adapts the layer's forward alone, and the model reads the weight",
-                )
             if inside and last == "out_proj" and above not in attached.found.names:
                 yield at.place, "it does not reach an attention module's output projection alone"
+            if not inside and is_read(model, at.name):
+                yield at.place, "it adapts the layer's forward, and the model reads the weight"
             reason = reason_at(method, at.view, model.get_submodule(at.name))
             if reason is not None:
                 yield at.place, reason
+
+
+def is_renamed(convert: Callable[[str], str], name: str) -> bool:
+    """Say whether HF PEFT gives a layer's tensors another name when it reads them."""
+    keys = [f"{prefix}{name}.lora_A.weight" for prefix in ("base_model.model.", "")]
+    return any(not key.endswith(convert(key)) for key in keys)
+
+
+def is_read(model: nn.Module, name: str) -> bool:
+    """Say whether code past a layer's forward computes with its weight, as far as was seen."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return True  # in torch's fused path
+    return bool(vars(model.get_submodule(name)).get("read_past_forward"))
 
 
 def has_layer(model: nn.Module, name: str) -> bool:

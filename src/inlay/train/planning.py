@@ -16,6 +16,7 @@ from inlay.data.labelled import Labelled
 from inlay.data.preference import Pair
 from inlay.data.prompts import encode_prompts
 from inlay.data.tokens import Encoded
+from inlay.errors import ModelError
 from inlay.memory.devices import Device
 from inlay.memory.generating import Answering
 from inlay.memory.optimisers import Optimiser, adamw, adamw_8bit
@@ -135,7 +136,13 @@ def step_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     if other:
         with torch.no_grad():
             model(**other, use_cache=False)
-    return model(**own, use_cache=False).loss
+    loss = getattr(model(**own, use_cache=False), "loss", None)
+    if loss is None:
+        raise ModelError(
+            f"{type(model).__name__} gives no loss for a row with labels, expected the loss of "
+            "the next token: its class is trained by other means than this"
+        )
+    return loss
 
 
 def held_beside(loop: str, beside: int, products: frozenset[Product]) -> int:
