@@ -25,6 +25,7 @@ pytestmark = [
     for message in (
         # All from peft's own code, or from transformers about peft's code.
         "`is_gradient_checkpointing` is deprecated:FutureWarning",
+        "`past_key_values` is deprecated:FutureWarning",
         "Setting `save_embedding_layers`:UserWarning",
         "Model has `tie_word_embeddings=True`:UserWarning",
         "Unsupported layer type:UserWarning",

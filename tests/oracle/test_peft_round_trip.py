@@ -30,8 +30,9 @@ from inlay.model.stream import embedding_on_host
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")
     for message in (
-        # All four come from peft's own code, or from transformers about peft's code.
+        # All come from peft's own code, or from transformers about peft's code.
         "`is_gradient_checkpointing` is deprecated:FutureWarning",
+        "`past_key_values` is deprecated:FutureWarning",
         "Unsupported layer type:UserWarning",
         "Model has `tie_word_embeddings=True`:UserWarning",
         "Setting `save_embedding_layers`:UserWarning",

@@ -18,6 +18,7 @@ from inlay.storage.base import FrozenLinear
 from inlay.storage.convolution import Convolution
 from inlay.storage.own import OwnEmbedding, OwnLinear
 from inlay.storage.parameters import APART, Parameter
+from inlay.storage.reads import READ
 from inlay.storage.registry import layer_class
 
 
@@ -73,7 +74,7 @@ def is_read(model: nn.Module, name: str) -> bool:
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer):
         return True  # in torch's fused path
-    return bool(vars(model.get_submodule(name)).get("read_past_forward"))
+    return bool(vars(model.get_submodule(name)).get(READ))
 
 
 def has_layer(model: nn.Module, name: str) -> bool:

@@ -1,7 +1,9 @@
-"""Output head and cross-entropy in one opaque operator: logits exist for a few rows at a time.
+"""Output head and cross-entropy in one opaque operator: logits exist for a few at a time.
 
 The head is frozen, so the gradient of each row's log-probability to its hidden state is computed
-in the forward pass, while the row's logits are there; the backward pass only scales it.
+in the forward pass, while the row's logits are there; the backward pass only scales it. On a CPU
+a dense head is read once, part by part of its vocabulary, and the logits of a part never leave the
+cache: sums and gradient are those of exp(logit - highest so far), rescaled where that changes.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ from torch import Tensor
 
 from inlay.kernels import native
 from inlay.kernels.epilogue import Epilogue
-from inlay.kernels.frozen import matrix_of
+from inlay.kernels.frozen import DENSE, FEWEST_ROWS, Matrix, matrix_of
 from inlay.kernels.opaque import operator
 from inlay.kernels.scratch import cast
 
 LOGIT_BYTES = 160 << 20
-"""Room for the logits of the rows that are scored at once."""
+"""Room for the logits of the rows that are scored at once, where those are whole."""
+PART = 2048
+"""Tokens in a part of the vocabulary: the same for all, so that a row does not depend on others."""
+PART_ROWS = 512
+"""Rows that are scored at once by parts."""
 
 
 class Scores(NamedTuple):
@@ -63,6 +69,11 @@ def linear_cross_entropy(
     log-probabilities to h, (n, in) in h's dtype, or (0, in) unless `to_gradient`. The logits are
     divided by the temperature first.
     """
+    if len(h) and by_parts(h, packing):
+        native.check_labels(rows, labels)
+        like = h if len(h) >= FEWEST_ROWS else h.new_empty(FEWEST_ROWS, columns)
+        matrix = matrix_of(parts, packing, rows, columns, like)
+        return scored_by_parts(matrix, h, labels, bias, to_gradient, temperature)
     matrix = matrix_of(parts, packing, rows, columns, h)
     found: list[Scores] = []
     back = torch.empty_like(h) if to_gradient else h.new_empty(0, columns)
@@ -84,6 +95,72 @@ def linear_cross_entropy(
         return empty, empty.clone(), empty.bool(), back
     log_probs, entropy, is_top1 = (torch.cat(each) for each in zip(*found, strict=True))
     return log_probs, entropy, is_top1, back
+
+
+def by_parts(h: Tensor, packing: str) -> bool:
+    """Say whether hidden states are scored by parts of the vocabulary."""
+    return h.device.type == "cpu" and packing == DENSE and h.dtype != torch.float64
+
+
+def scored_by_parts(
+    matrix: Matrix,
+    h: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    to_gradient: bool,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Score hidden states by a dense head, PART_ROWS of them and PART tokens at a time."""
+    back = torch.empty_like(h) if to_gradient else h.new_empty(0, matrix.columns)
+    log_probs, entropy = torch.empty(len(h)), torch.empty(len(h))
+    is_top1 = torch.empty(len(h), dtype=torch.bool)
+    for start in range(0, len(h), PART_ROWS):
+        some = slice(start, start + PART_ROWS)
+        sums, others = pass_over_parts(
+            matrix, h[some], labels[some], bias, to_gradient, temperature
+        )
+        distance = sums.at_label.double() - sums.highest
+        total = sums.total + distance.exp()
+        log_probs[some] = distance - total.log()
+        entropy[some] = total.log() - (sums.weighted + distance.exp() * distance) / total
+        is_top1[some] = sums.at_label >= sums.highest
+        if others is not None:
+            rest = (sums.total / total / temperature)[:, None].float()
+            share = (1 / total / temperature)[:, None].float()
+            back[some] = matrix.parts[0][labels[some]].float() * rest - others * share
+    return log_probs, entropy, is_top1, back
+
+
+def pass_over_parts(
+    matrix: Matrix,
+    h: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    to_gradient: bool,
+    temperature: float,
+) -> tuple[native.LossSums, Tensor | None]:
+    """Return sums of exp(logit - highest) over all tokens but the label, and the weight's rows.
+
+    The second, (n, in) and fp32, is the sum of those terms times the head's rows; None unless
+    `to_gradient`.
+    """
+    sums = native.LossSums.start(len(h))
+    others = h.new_zeros(h.shape, dtype=torch.float32) if to_gradient else None
+    flat = matrix.flat(h, matrix.columns)
+    for first in range(0, matrix.rows, PART):
+        tokens = slice(first, min(first + PART, matrix.rows))
+        part = matrix.part(tokens)
+        logits = part.times(
+            flat, Epilogue(torch.float32, bias=None if bias is None else bias[tokens])
+        )
+        if temperature != 1.0:
+            logits /= temperature
+        terms = h.new_empty(logits.shape, dtype=matrix.dtype if to_gradient else torch.float32)
+        scale = native.loss_part(logits, labels, first, sums, terms)
+        if others is not None:
+            moved = part.times_t(terms, Epilogue(torch.float32))
+            torch.addcmul(moved, others, scale[:, None], out=others)
+    return sums, others
 
 
 @linear_cross_entropy.register_fake

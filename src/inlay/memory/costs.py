@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from inlay.kernels import block_attention, native
 from inlay.kernels.attention import in_blocks
 from inlay.kernels.eight_bits import PREFIX as EIGHT_BITS
-from inlay.kernels.frozen import DENSE, reads_on_cpu
-from inlay.kernels.loss import rows_at_once
+from inlay.kernels.frozen import DENSE, FEWEST_ROWS, reads_on_cpu
+from inlay.kernels.loss import PART, PART_ROWS, by_parts, rows_at_once
 from inlay.kernels.scratch import FAST_HALVES_ON_CPU, TILE_BYTES, product_dtype, tile_rows
 
 UNPACKING = (4 << 20, 4 << 20, 2 << 20)
@@ -218,6 +218,8 @@ def scored(
 ) -> Scratch:
     """Scratch of the loss: logits of some rows, which C overwrites, and the gradient to them."""
     del labels, bias, temperature, parts
+    if target == "cpu" and by_parts(h, packing):
+        return scored_by_parts(h, to_gradient, packing, rows, columns)
     count = rows_at_once(h.shape[0], rows)
     some = h.new_empty(count, columns)
     output = columns if to_gradient else 0
@@ -227,6 +229,17 @@ def scored(
     wide = 1 if target == "cpu" and native.available() else 2
     blocks = (*head.passing, *[4 * count * rows] * wide, *[2 * count * rows] * halves)
     return Scratch(blocks, head.kept, head.multiplied)
+
+
+def scored_by_parts(h: Tensor, to_gradient: bool, packing: str, rows: int, columns: int) -> Scratch:
+    """Scratch of the loss by parts: some rows' logits and terms of a part, and rows of sums."""
+    some = h.new_empty(min(max(h.shape[0], FEWEST_ROWS), PART_ROWS), columns)  # as it is read
+    count, part = some.shape[0], min(rows, PART)
+    head = product(some, part, columns, packing, (columns,), columns if to_gradient else 0)
+    terms = product_dtype(h).itemsize if to_gradient else 4
+    sums = 4 * count * columns if to_gradient else 0
+    passing = (*head.passing, 4 * count * part, terms * count * part, sums, sums)
+    return Scratch(max(passing, (sums,) * 4, key=sum), head.kept, head.multiplied)
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Scratch:

@@ -23,7 +23,7 @@ from inlay.storage.base import FrozenLinear, whereabouts
 from inlay.storage.dense import DenseView
 from inlay.storage.own import ByWeight
 from inlay.storage.parameters import Parameter
-from inlay.storage.reads import as_value, asked_by_tool
+from inlay.storage.reads import READ, as_value, asked_by_tool
 from inlay.storage.registry import is_exact
 
 if TYPE_CHECKING:
@@ -60,8 +60,6 @@ class AdaptedLayer(Base):
     """Parameter -> its matrix, for those in `part_methods`."""
     reads_as: dict[str, Tensor | None] | None
     """What the parameters read as while the layer's own forward runs."""
-    read_past_forward: bool
-    """Whether the model's code was seen to compute with an adapted parameter itself."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer with its active adapters."""
@@ -259,7 +257,7 @@ class AdaptedLayer(Base):
 
     def read_as(self, name: str, value: Tensor) -> Tensor:
         """Return a parameter's value for one reader; what computes with it is noted."""
-        used = partial(vars(self).__setitem__, "read_past_forward", True)
+        used = partial(vars(self).__setitem__, READ, True)
         return as_value(value, f"the {name} of a {type(self).__name__}", used)
 
     def adapted_weight(self) -> tuple[Tensor, Tensor | None]:
@@ -418,7 +416,6 @@ def become_adapted(layer: nn.Module, base: FrozenLinear | None) -> AdaptedLayer:
         "part_methods": {},
         "part_views": {},
         "reads_as": None,
-        "read_past_forward": False,
     }
     layer.__dict__.update(state)
     adapted = adapted_class(type(layer), tuple(layer._parameters), moved_buffers(layer))
@@ -434,8 +431,8 @@ def become_original(layer: AdaptedLayer) -> None:
     del layer.adapters
     for name in ("methods", "active", "base", "part_methods", "part_views", "reads_as"):
         del layer.__dict__[name]
-    layer.__dict__.pop("watch", None)
-    layer.__dict__.pop("divided", None)
+    for name in ("watch", "divided", READ):
+        layer.__dict__.pop(name, None)
     hooks = layer._load_state_dict_post_hooks
     for key in [key for key, hook in hooks.items() if hook is follow_loaded]:
         del hooks[key]

@@ -26,6 +26,8 @@ TOOLS = (
     "transformers.integrations.deepspeed", "transformers.quantizers", "transformers.trainer",
 )  # fmt: skip
 """Libraries and modules that handle parameters rather than compute with their values."""
+READ = "_read_past_forward"
+"""Attribute of a layer whose adapted weight was seen to be computed with past its forward."""
 VIEWS = frozenset({"detach", "__getitem__", "view", "reshape", "t", "transpose"})
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 

@@ -9,6 +9,7 @@ are what opaque operators are made of. `use("off")`, or INLAY_NATIVE=0, switches
     use(level: "off" | one of build.LEVELS)                context manager
     keep_memory() -> str | None;  release_memory() -> str | None;  return_free_memory()
     loss_tile(logits, labels) -> (log_p, entropy, top1)    logits become onehot - softmax
+    loss_part(logits, labels, first, sums, out) -> scale   the same for a part of the vocabulary
     rms_norm(x, weight, eps) -> (y, rstd)
     rms_norm_backward(g, x, weight, rstd) -> gx
     silu_gate(gate, up, out=None) -> h
@@ -66,10 +67,12 @@ from inlay.kernels.native.products import (
     nf4_product,
     product,
 )
+from inlay.kernels.native.reference import LossSums
 
 __all__ = [
     "OUTPUTS",
     "STRIP",
+    "LossSums",
     "available",
     "int8_dequantize",
     "int8_product",
@@ -77,6 +80,7 @@ __all__ = [
     "int8_rescale",
     "keep_memory",
     "keeps_sums",
+    "loss_part",
     "loss_tile",
     "multiplies",
     "nf4_dequantize",
@@ -215,7 +219,7 @@ def loss_tile(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     ready = takes((torch.float32,), logits) and takes((torch.int64,), labels)
     if not (ready and sized(len(logits), labels)):
-        check_labels(logits, labels)
+        check_labels(logits.shape[1], labels)
         return reference.loss_tile(logits, labels)
     log_p, entropy = torch.empty(2, len(logits)).unbind()
     top1 = torch.empty(len(logits), dtype=torch.bool)
@@ -223,13 +227,30 @@ def loss_tile(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sizes = (vocabulary, rows, vocabulary)
     wrong = called("inlay_loss", logits, *sizes, labels, log_p, entropy, top1)
     if wrong >= 0:
-        check_labels(logits, labels)
+        check_labels(logits.shape[1], labels)
     return log_p, entropy, top1
 
 
-def check_labels(logits: Tensor, labels: Tensor) -> None:
+def loss_part(logits: Tensor, labels: Tensor, first: int, sums: LossSums, out: Tensor) -> Tensor:
+    """Add the logits of tokens from `first` on to each row's sums; they are overwritten.
+
+    `out` gets exp(logit - highest), but for the label's, which is left out.
+    logits: (m, part) fp32, labels: (m,) int64, out: (m, part) fp32 or bf16 -> (m,) fp32, what the
+    terms of earlier parts are to be multiplied by.
+    """
+    ready = takes((torch.float32,), logits) and takes((torch.int64,), labels)
+    if not (ready and takes(OUTPUTS, out) and sized(logits.shape, out)):
+        return reference.loss_part(logits, labels, first, sums, out)
+    scale = torch.empty(len(logits))
+    part = logits.shape[1]
+    called(
+        "inlay_loss_part", logits, first, part, labels, *sums, scale, out, out.dtype, len(logits)
+    )
+    return scale
+
+
+def check_labels(vocabulary: int, labels: Tensor) -> None:
     """Raise unless every label is in the vocabulary."""
-    vocabulary = logits.shape[1]
     wrong = labels[(labels < 0) | (labels >= vocabulary)]
     if wrong.numel():
         raise DataError(

@@ -62,6 +62,10 @@ struct loss_args {
     float *logits; int64_t stride, vocabulary; const int64_t *labels;
     float *log_p, *entropy; uint8_t *top1;
 };
+struct loss_part_args {
+    float *logits; int64_t first, count; const int64_t *labels;
+    float *highest, *at_label; double *total, *weighted; float *scale; void *out; int dtype;
+};
 struct norm_args {
     const void *x, *w, *g; void *out; float *rstd; int dtype; int64_t columns; float eps;
 };
@@ -74,7 +78,7 @@ struct rotary_args {
 
 struct kernels {
     task quantize, nest, dequantize, to_int8, int8_dequantize, int8_quantize, rescale, loss,
-        norm, norm_backward, gate, gate_backward, rotary;
+        loss_part, norm, norm_backward, gate, gate_backward, rotary;
 };
 
 #define PASTE_(a, b) a##_##b
@@ -267,6 +271,14 @@ int64_t inlay_loss(float *logits, int64_t stride, int64_t rows, int64_t vocabula
     struct loss_args a = {logits, stride, vocabulary, labels, log_p, entropy, top1};
     spread(chosen->loss, &a, rows, rows_at_once(vocabulary), threads);
     return -1;
+}
+
+void inlay_loss_part(float *logits, int64_t first, int64_t count, const int64_t *labels,
+                     float *highest, float *at_label, double *total, double *weighted,
+                     float *scale, void *out, int dtype, int64_t rows, int threads) {
+    struct loss_part_args a = {logits, first, count, labels, highest, at_label,
+                               total, weighted, scale, out, dtype};
+    spread(chosen->loss_part, &a, rows, rows_at_once(count), threads);
 }
 
 void inlay_norm(const void *x, const void *w, float eps, void *y, float *rstd, int dtype,

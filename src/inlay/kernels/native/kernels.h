@@ -476,6 +476,43 @@ static void NAME(loss)(const void *args, int64_t begin, int64_t end) {
     }
 }
 
+/* A part of the vocabulary: its sums go to those of the parts before it, which are rescaled where
+ * a logit is higher than all of theirs. The label's own term is left out of the sums. */
+static void NAME(loss_part)(const void *args, int64_t begin, int64_t end) {
+    const struct loss_part_args *a = args;
+    for (int64_t row = begin; row < end; row++) {
+        float *x = a->logits + row * a->count;
+        int64_t n = a->count, label = a->labels[row] - a->first;
+        float before = a->highest[row], m = NAME(maximum)(x, n);
+        if (before > m || before != before) m = before;
+        if (label >= 0 && label < n) {
+            a->at_label[row] = x[label];
+            x[label] = -INFINITY;
+        }
+        double total = 0, weighted = 0;
+        for (int64_t c = 0; c < n; c += TILE) {
+            int64_t stop = c + TILE < n ? c + TILE : n;
+            float s = 0, t = 0;
+#pragma omp simd reduction(+ : s, t)
+            for (int64_t i = c; i < stop; i++) {
+                float d = x[i] - m, e = NAME(exp)(d);
+                s += e;
+                t += e * (d < -87.0f ? 0.0f : d);
+                x[i] = e;
+            }
+            total += s;
+            weighted += t;
+            NAME(store)(a->out, row * n + c, x + c, stop - c, a->dtype);
+        }
+        double fall = before == -INFINITY ? 0.0 : (double)before - m, scale = exp(fall);
+        if (before == -INFINITY) scale = 0.0;
+        a->weighted[row] = scale * (a->weighted[row] + fall * a->total[row]) + weighted;
+        a->total[row] = scale * a->total[row] + total;
+        a->highest[row] = m;
+        a->scale[row] = (float)scale;
+    }
+}
+
 /* ---- RMSNorm ---- */
 
 static void NAME(norm)(const void *args, int64_t begin, int64_t end) {
@@ -633,7 +670,7 @@ static void NAME(rotary)(const void *args, int64_t begin, int64_t end) {
 
 static const struct kernels NAME(kernels) = {
     NAME(quantize), NAME(nest), NAME(dequantize), NAME(to_int8), NAME(int8_dequantize),
-    NAME(int8_quantize), NAME(rescale), NAME(loss), NAME(norm), NAME(norm_backward), NAME(gate),
+    NAME(int8_quantize), NAME(rescale), NAME(loss), NAME(loss_part), NAME(norm), NAME(norm_backward), NAME(gate),
     NAME(gate_backward), NAME(rotary),
 };
 

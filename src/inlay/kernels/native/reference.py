@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +29,49 @@ def loss_tile(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     onehot = torch.zeros_like(p).scatter_(1, labels[:, None], 1.0)
     logits.copy_(onehot - p)
     return at_label.squeeze(1), entropy, top1
+
+
+class LossSums(NamedTuple):
+    """What is known of each row's logits after some parts of the vocabulary; all (m,)."""
+
+    highest: Tensor
+    """The highest logit; fp32."""
+    at_label: Tensor
+    """The label's; fp32."""
+    total: Tensor
+    """Of exp(logit - highest) but for the label's; fp64."""
+    weighted: Tensor
+    """Of exp(logit - highest) (logit - highest) likewise; fp64."""
+
+    @classmethod
+    def start(cls, rows: int) -> LossSums:
+        """Return the sums of no logits."""
+        highest, at_label = torch.full((2, rows), -torch.inf).unbind()
+        return cls(highest, at_label, *torch.zeros(2, rows, dtype=torch.float64).unbind())
+
+
+@torch.no_grad()
+def loss_part(logits: Tensor, labels: Tensor, first: int, sums: LossSums, out: Tensor) -> Tensor:
+    """Add a part of the vocabulary to each row's sums; out: exp(logit - highest) but the label's.
+
+    Returns what the earlier parts' terms are to be multiplied by, as the highest logit may be
+    another; (m,).
+    """
+    here = ((labels >= first) & (labels < first + logits.shape[1])).nonzero().squeeze(1)
+    at = labels[here] - first
+    before = sums.highest.clone()
+    sums.highest.copy_(torch.maximum(before, logits.amax(1)))
+    sums.at_label[here] = logits[here, at].float()
+    distance = (logits - sums.highest[:, None]).index_put_((here, at), torch.tensor(-torch.inf))
+    terms = distance.exp()
+    out.copy_(terms)
+    begun = before != -torch.inf
+    fall = torch.where(begun, before - sums.highest, 0.0).double()
+    scale = torch.where(begun, fall.exp(), 0.0)
+    weighted = torch.where(terms > 0, terms * distance, terms).double().sum(1)
+    sums.weighted.add_(fall * sums.total).mul_(scale).add_(weighted)
+    sums.total.mul_(scale).add_(terms.double().sum(1))
+    return scale.float()
 
 
 @torch.no_grad()
