@@ -33,32 +33,42 @@ INLINE __m512i rounded_pairs(const float *from, int64_t count) {
                     _mm512_maskz_loadu_ps((__mmask16)(lanes >> 16), from + 16));
 }
 
-/* `count` numbers times `scale`, as bfloat16, and zeros up to a whole step. */
-static void round_row(const float *from, int64_t count, float scale, uint16_t *to) {
+/* `count` numbers times `scale`, as bfloat16, and zeros up to a whole step. Steps of 32 numbers lie
+ * `apart` times that apart. */
+static void round_row(const float *from, int64_t count, float scale, uint16_t *to, int64_t apart) {
     __m512 times = _mm512_set1_ps(scale);
     for (int64_t i = 0; i < count; i += 32) {
         __mmask32 lanes = first_lanes(count - i);
         __m512 low = _mm512_maskz_loadu_ps((__mmask16)lanes, from + i);
         __m512 high = _mm512_maskz_loadu_ps((__mmask16)(lanes >> 16), from + i + 16);
-        _mm512_storeu_si512(to + i, pairs_of(_mm512_mul_ps(low, times), _mm512_mul_ps(high, times)));
+        _mm512_storeu_si512(to + i * apart,
+                            pairs_of(_mm512_mul_ps(low, times), _mm512_mul_ps(high, times)));
     }
 }
 
-static void copy_row(const uint16_t *from, int64_t count, uint16_t *to) {
+static void copy_row(const uint16_t *from, int64_t count, uint16_t *to, int64_t apart) {
     for (int64_t i = 0; i < count; i += 32)
-        _mm512_storeu_si512(to + i, _mm512_maskz_loadu_epi16(first_lanes(count - i), from + i));
+        _mm512_storeu_si512(to + i * apart, _mm512_maskz_loadu_epi16(first_lanes(count - i), from + i));
+}
+
+/* Where row `row` of a block begins. Tiles are read from TALL rows whose steps lie together, so that
+ * what is read one after another lies so. */
+INLINE uint16_t *wide_row(const struct product_args *a, int64_t row) {
+    if (a->arithmetic != TILES) return wide_rows + row * WIDE_STRIDE;
+    return wide_rows + row / TALL * TALL * WIDE_STRIDE + row % TALL * STEP;
 }
 
 static void pack_wide_rows(const struct piece *p) {
     const struct product_args *a = p->of;
-    uint16_t *to = wide_rows;
-    for (int64_t row = p->row; row < p->row + p->rows; row++, to += WIDE_STRIDE) {
-        int64_t at = row * a->k + p->first;
-        if (a->x_dtype == HALVES) copy_row((const uint16_t *)a->x + at, p->depth, to);
-        else round_row((const float *)a->x + at, p->depth, 1.0f, to);
+    int64_t apart = a->arithmetic == TILES ? TALL : 1;
+    for (int64_t i = 0; i < p->rows; i++) {
+        uint16_t *to = wide_row(a, i);
+        int64_t row = p->row + i, at = row * a->k + p->first;
+        if (a->x_dtype == HALVES) copy_row((const uint16_t *)a->x + at, p->depth, to, apart);
+        else round_row((const float *)a->x + at, p->depth, 1.0f, to, apart);
         if (p->term)
             round_row(a->left + row * a->rank + term_of(p), p->term, a->scale,
-                      to + whole_steps(p->depth));
+                      to + whole_steps(p->depth) * apart, apart);
     }
 }
 
@@ -211,13 +221,13 @@ TILED static void multiply_tiles(float *kept, const uint16_t *x, const uint32_t 
         _tile_loadd(2, kept + 16 * WIDTH, WIDTH * 4);
         _tile_loadd(3, kept + 16 * WIDTH + 16, WIDTH * 4);
     }
-    for (int64_t k = 0; k < pairs; k += STEP / 2, x += STEP, strip += STEP / 2 * WIDTH) {
+    for (int64_t k = 0; k < pairs; k += STEP / 2, x += TALL * STEP, strip += STEP / 2 * WIDTH) {
         _tile_loadd(6, strip, WIDTH * 4);
-        _tile_loadd(4, x, WIDE_STRIDE * 2);
+        _tile_loadd(4, x, STEP * 2);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, strip + 16, WIDTH * 4);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, x + 16 * WIDE_STRIDE, WIDE_STRIDE * 2);
+        _tile_loadd(5, x + 16 * STEP, STEP * 2);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
@@ -263,7 +273,7 @@ static void multiply_part(const struct piece *p, const struct part *of, float *s
     struct ending e = ending_of(p, column);
     for (int64_t i = 0; i < p->rows; i += height, ahead->asked += ahead->share) {
         int64_t rows = p->rows - i < height ? p->rows - i : height;
-        const uint16_t *x = wide_rows + i * WIDE_STRIDE + of->first;
+        const uint16_t *x = wide_row(a, i) + of->first * (a->arithmetic == TILES ? TALL : 1);
         float *kept = sums + i * WIDTH;
         fetch(ahead->next, ahead->column, ahead->asked, ahead->asked + ahead->share);
         if (a->arithmetic == TILES) multiply_tiles(kept, x, of->strip, of->pairs, !of->first);
