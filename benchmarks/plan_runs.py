@@ -99,7 +99,7 @@ def measured(case: dict[str, Any], model: str, folder: Path) -> dict[str, Any]:
     words += ["--storage", case["storage"], "--dtype", case["dtype"], "--threads", "1"]
     words += ["--max-length", str(case["length"]), "--batch-size", str(case["batch"])]
     words += ["--max-steps", str(STEPS), "--eval-rows", "8", "--generate-rows", "4"]
-    words += ["--generate-tokens", "16", "--max-rows", "400"]
+    words += ["--generate-tokens", "16", "--max-rows", "400", "--skip-empty"]
     words += [word for key, value in rows.items() for word in (f"--{key}", value)]
     done = subprocess.run(
         [sys.executable, "-m", "inlay", *words], capture_output=True, text=True, check=False

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 from inlay.methods.base import Params, WeightMethod
 from inlay.storage.base import FrozenLinear
@@ -16,14 +17,14 @@ SEEN = "seen_base"
 
 def note(method: WeightMethod, params: Params, base: FrozenLinear) -> None:
     """Note that a method's tensors were just computed from this weight."""
-    if method.reads_base and can_tell():
+    if method.reads_base and can_tell(params):
         vars(params)[SEEN] = base.state()
 
 
 @torch.no_grad()
 def follow(method: WeightMethod, params: Params, base: FrozenLinear) -> None:
     """Bring what a method computed from its base weight up to date with that weight."""
-    if not method.reads_base or not can_tell():
+    if not method.reads_base or not can_tell(params):
         return
     now = base.state()
     if now is not None and now == vars(params).get(SEEN):
@@ -39,6 +40,6 @@ def follow_loaded(layer: nn.Module, keys: object) -> None:
     adapted.keep_up(adapted.weight_methods())
 
 
-def can_tell() -> bool:
-    """Say whether tensors can be looked at: not while a graph is traced."""
-    return not torch.compiler.is_compiling()
+def can_tell(params: Params) -> bool:
+    """Say whether tensors can be looked at: not while a graph is traced, nor fake ones."""
+    return not torch.compiler.is_compiling() and not any(map(is_fake, params.parameters()))

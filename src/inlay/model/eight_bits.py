@@ -38,7 +38,8 @@ class Gate:
 def compute_in_8_bits(model: nn.Module, on: bool = True) -> nn.Module:
     """Multiply every frozen linear weight in 8 bits, both directions, or as it is held again.
 
-    int8 on a CPU, FP8 on a GPU that has it; where neither is, products stay as they are. Weights
+    int8 on a CPU, FP8 on a GPU that has it; where neither is, products stay as they are. A CPU with
+    AMX gains nothing: its bfloat16 tiles are faster than these int8 products. Weights
     stay as they are stored: each is quantised for the product alone, one scale a row, and
     activations and gradients too. A product differs by about 1%; measure what that does to the
     loss with `gate`.
