@@ -10,7 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import SqueezeBertConfig, SqueezeBertForTokenClassification
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    SqueezeBertConfig,
+    SqueezeBertForTokenClassification,
+)
 
 import inlay
 from inlay.model.acts import PASSED_BY, InertAdapterWarning
@@ -149,3 +155,36 @@ def test_a_loss_that_depends_on_nothing_that_trains_stops_training() -> None:
     model.eval()(input_ids=ids, labels=ids % 2)  # which need not train
     with pytest.raises(inlay.TrainingError, match="SqueezeBertForTokenClassification depends on"):
         model.train()(input_ids=ids, labels=ids % 2)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_blocks_that_are_computed_again_train(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    model = inlay.attach(LlamaForCausalLM(config), inlay.LoRA(rank=2), targets=["q_proj", "v_proj"])
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    ids = torch.arange(12).view(2, 6)
+    for _ in range(PASSED_BY + 2):
+        model.zero_grad()
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert not watched_places(model)
+
+
+def watched_places(model: nn.Module) -> list[str]:
+    return [n for n, m in model.named_modules() if "watch" in vars(m)]
+
+
+def test_what_a_backward_pass_of_parts_does_not_reach_stops_the_next_step() -> None:
+    model = net("called", "thrown")
+    called = model.called
+    run = called.forward
+    called.forward = lambda x: checkpoint(run, x, use_reentrant=True)
+    x = X.clone().requires_grad_()
+    model(x).sum().backward()
+    with pytest.raises(inlay.TrainingError, match="'thrown'"):
+        model(x)

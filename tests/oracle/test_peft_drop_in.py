@@ -181,9 +181,17 @@ def test_prompts_start_the_same_and_are_read_by_peft(name: str, tmp_path: Path) 
     generated = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(IDS)
     assert torch.equal(
-        ours.generate(input_ids=IDS, attention_mask=mask, **generated),
-        theirs.eval().generate(input_ids=IDS, attention_mask=mask, **generated),
+        ours.generate(input_ids=IDS, attention_mask=mask, **generated), greedy(theirs.eval(), 4)
     )
+
+
+@torch.no_grad()
+def greedy(model: Any, tokens: int) -> torch.Tensor:
+    """Return greedy answers by whole passes: peft's own generate loses it on 5.24."""
+    ids = IDS
+    for _ in range(tokens):
+        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    return ids
 
 
 def test_a_bf16_base_starts_from_the_values_that_peft_rounds_to_it() -> None:

@@ -51,6 +51,8 @@ class Watch:
         self.passes: dict[str, int] = {}
         self.reached: set[str] = set()
         self.seen_forward = self.trains = self.judging = self.over = False
+        self.in_parts = self.came = False
+        """Whether the backward pass is one for each block, and whether gradients came since."""
         self.backwards = 0
         self.handles: list[Any] = []
         self.at_layers: list[Any] = []
@@ -84,6 +86,7 @@ class Watch:
         self.used.update(names)
         if self.trains and not read:
             self.trained.update(names)
+            self.in_parts |= not torch.is_grad_enabled()
 
     def enter(self, module: nn.Module, *_: Any) -> None:
         """Note that a module is called that holds places."""
@@ -94,6 +97,8 @@ class Watch:
         """Begin a pass: whether it can train decides what it is to show."""
         if torch.compiler.is_compiling():
             return
+        if self.in_parts and self.came:
+            self.after_backward()
         acts = any(layer.active for layer in self.layers.values()) or "" in self.params
         self.trains = acts and torch.is_grad_enabled()
         if self.trains:
@@ -173,9 +178,14 @@ class Watch:
         return [p for here in self.params[name] for p in here.parameters() if p.requires_grad]
 
     def reach(self, name: str) -> None:
-        """Note a gradient; when the backward pass ends, judge what it did not reach."""
+        """Note a gradient; when the backward pass ends, judge what it did not reach.
+
+        Reentrant checkpointing runs each block without gradients, and again in a backward pass of
+        the block's own: what all of them reached is known when the next forward pass begins.
+        """
         self.reached.add(name)
-        if not self.judging and self.trains_here():
+        self.came = True
+        if not self.in_parts and not self.judging and self.trains_here():
             self.judging = True
             torch.autograd.Variable._execution_engine.queue_callback(self.after_backward)
 
@@ -187,7 +197,7 @@ class Watch:
 
     def after_backward(self) -> None:
         """Raise for places that took part in the forward pass, but got no gradient."""
-        self.judging = False
+        self.judging = self.came = False
         if self.over:
             return
         self.backwards += 1
