@@ -27,6 +27,10 @@ VERBS = {
 }
 """Every verb with what it does; the file of the same name in this folder runs it."""
 
+PRODUCTS_KEPT = "96"
+"""Shapes of products in halves whose code PyTorch keeps on a CPU. By default it is a thousand of
+0.7 MB each, and batches of other lengths bring ever more; a step needs some dozens."""
+
 FINE, BUG, WRONG, BROKEN_PIPE, INTERRUPTED = 0, 1, 2, 141, 130
 """Exit codes: done, a fault of Inlay's, a fault the user can mend, and the shell's two."""
 
@@ -160,6 +164,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, PRODUCTS_KEPT)
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     warnings.showwarning = show_warning
     if isinstance(sys.stdout, io.TextIOWrapper):

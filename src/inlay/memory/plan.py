@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import ModelError
+from inlay.kernels.scratch import FAST_HALVES_ON_CPU
 from inlay.kernels.switches import is_on
 from inlay.memory.devices import CUDA_RUNTIME, Device
 from inlay.memory.generating import Answered, Answering, simulate_answers
 from inlay.memory.ledger import Work
 from inlay.memory.optimisers import Optimiser
 from inlay.memory.policy import POLICIES, Policy
+from inlay.memory.probe import code_of_products
 from inlay.memory.simulate import Frozen, Simulation, fake_tensors, frozen_bytes, simulate
 
 Product = tuple[int, int, int]
@@ -134,6 +136,8 @@ def plan(
         held = CUDA_RUNTIME
         if device.kind == "cpu":
             held = runtime(simulation.products) + (GATHERING if task.shards > 1 else 0)
+            if task.dtype in FAST_HALVES_ON_CPU:
+                held += code_of_products(len(simulation.products))
         made = option(policy, simulation, task, device, held)
         options.append(
             made if answered is None else generating(made, answered, simulation, task, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,9 +67,13 @@ def status(field: str) -> int | None:
     return None
 
 
-LATER = 32 << 20
+LATER = 44 << 20
 """Bytes that a run comes to hold after it is planned, beside its tensors: code of the trainer and
 of checkpoints, products of other lengths, and rows; by benchmarks/plan_runs.py."""
+CODE = 700 << 10
+"""Bytes of code that PyTorch's library makes for one shape of a product in halves, and keeps."""
+LENGTHS = 32
+"""Lengths of batches in a run, each of which gives a product another shape."""
 MOST_ROWS, MOST_COLUMNS, MOST_OUTPUTS = 512, 4096, 1 << 15
 """Larger products are tried at this size: the multiplying library's buffers grow no more."""
 
@@ -85,6 +90,12 @@ def runtime(products: frozenset[tuple[int, int, int]]) -> int:
     }
     widest = {shape for shape in tried if not any(covers(other, shape) for other in tried)}
     return held_after(frozenset(widest)) + LATER
+
+
+def code_of_products(kinds: int) -> int:
+    """Return the bytes of code for this many kinds of products in halves, at several lengths."""
+    most = int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") or 1024)
+    return CODE * min(most, kinds * LENGTHS)
 
 
 def covers(other: tuple[int, int, int], shape: tuple[int, int, int]) -> bool:
