@@ -126,10 +126,10 @@ def conversions_to_the_same() -> Generator[None]:
     """Let a module that is converted to what it is keep its tensors, which fake ones cannot."""
     convert = nn.Module._apply
 
-    def convert_if_needed(self: nn.Module, fn: Callable[[Tensor], Tensor], *args: Any) -> nn.Module:
+    def convert_if_needed(self: nn.Module, fn: Any, recurse: bool = True) -> Any:
         with torch.no_grad():
             same = all(fn(t) is t for t in (*self.parameters(), *self.buffers()))
-        return self if same else convert(self, fn, *args)
+        return self if same else convert(self, fn, recurse)
 
     nn.Module._apply = convert_if_needed
     try:
