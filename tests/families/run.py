@@ -126,8 +126,9 @@ def write(file: Path, found: dict[str, Any]) -> None:
     """Write the results, in the order of their names."""
     file.parent.mkdir(exist_ok=True)
     releases = {name: version(name) for name in ("transformers", "torch", "peft")}
-    text = json.dumps({"releases": releases, "classes": dict(sorted(found.items()))}, indent=1)
-    file.write_text(text + "\n")
+    lines = [f"  {json.dumps(name)}: {json.dumps(one)}" for name, one in sorted(found.items())]
+    classes = ",\n".join(lines)
+    file.write_text(f'{{"releases": {json.dumps(releases)},\n "classes": {{\n{classes}\n }}}}\n')
 
 
 if __name__ == "__main__":
