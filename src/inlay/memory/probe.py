@@ -72,7 +72,7 @@ LATER = 44 << 20
 of checkpoints, products of other lengths, and rows; by benchmarks/plan_runs.py."""
 CODE = 700 << 10
 """Bytes of code that PyTorch's library makes for one shape of a product in halves, and keeps."""
-LENGTHS = 16
+LENGTHS = 8
 """Lengths of batches in a run, each of which gives a product another shape."""
 MOST_ROWS, MOST_COLUMNS, MOST_OUTPUTS = 512, 4096, 1 << 15
 """Larger products are tried at this size: the multiplying library's buffers grow no more."""

@@ -15,6 +15,7 @@ from torch import nn
 from inlay.errors import AdapterError
 from inlay.methods.base import Params
 from inlay.model.layer import AdaptedLayer, own_modules
+from inlay.model.untie import own_names
 
 TIES = ("tie_weights",)
 ENDS = {
@@ -50,7 +51,8 @@ class TieBase(Guard):
         for layer in layers:
             layer.active = ()
         try:
-            return self.own(*args, **kwargs)
+            with own_names(self.owner):
+                return self.own(*args, **kwargs)
         finally:
             for layer, names in zip(layers, active, strict=True):
                 layer.active = names

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -89,7 +91,7 @@ class Ties:
                 separate(self.model, names)
         if not self.set_false:
             forget(self.model, {name for group in apart for name in group})
-        keys = self.model.get_expanded_tied_weights_keys(all_submodels=True)
+        keys = tied_names(self.model, all_submodels=True)
         self.model.all_tied_weights_keys = keys
         return parted
 
@@ -102,11 +104,36 @@ def groups_of(model: nn.Module) -> list[list[str]]:
     return [names for names in found.values() if len(names) > 1]
 
 
+def tied_names(model: PreTrainedModel, *, all_submodels: bool = False) -> dict[str, str]:
+    """Return which parameter is tied to which, of the base's own: patterns may match adapters."""
+    with own_names(model):
+        return model.get_expanded_tied_weights_keys(all_submodels=all_submodels)
+
+
+@contextmanager
+def own_names(model: nn.Module) -> Generator[None]:
+    """Let the models of transformers inside this one list no adapter's tensors."""
+    inside = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    for module in inside:
+        for listing in ("named_parameters", "named_buffers"):
+            vars(module)[listing] = partial(without_adapters, getattr(module, listing))
+    try:
+        yield
+    finally:
+        for module in inside:
+            del vars(module)["named_parameters"], vars(module)["named_buffers"]
+
+
+def without_adapters(listing: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[Any]:
+    """Yield what a module lists, but for adapters' tensors."""
+    return (pair for pair in listing(*args, **kwargs) if ".adapters." not in f".{pair[0]}")
+
+
 def tying(model: nn.Module) -> Iterator[tuple[PreTrainedModel, set[str]]]:
     """Yield every model of transformers inside this one, with all names that its class ties."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PreTrainedModel):
-            keys = module.get_expanded_tied_weights_keys(all_submodels=False)
+            keys = tied_names(module)
             start = f"{prefix}." if prefix else ""
             yield module, {start + name for name in {*keys, *keys.values()}}
 
@@ -149,7 +176,7 @@ def forget(model: nn.Module, names: set[str]) -> None:
         if not isinstance(module, PreTrainedModel) or not keys:
             continue
         start = f"{prefix}." if prefix else ""
-        left = module.get_expanded_tied_weights_keys(all_submodels=False)
+        left = tied_names(module)
         kept = {t: s for t, s in left.items() if not {start + t, start + s} & names}
         if kept != left:
             vars(module)[KEYS] = kept
