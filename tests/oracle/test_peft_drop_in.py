@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from peft import (
     IA3Config,
     LNTuningConfig,
@@ -115,6 +116,10 @@ def same_start(build: Any, config: PeftConfig, other: PeftConfig) -> tuple[PeftM
     return ours, peft.get_peft_model(theirs, other)
 
 
+LOSES_PROMPTS = Version(transformers.__version__) >= Version("5.24")
+"""HF PEFT 0.21 hands prompts over as `past_key_values`; from 5.24 on generation ignores those."""
+
+
 def logits(model: Any) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
@@ -180,14 +185,15 @@ def test_prompts_start_the_same_and_are_read_by_peft(name: str, tmp_path: Path) 
     torch.testing.assert_close(logits(back), logits(ours))
     generated = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(IDS)
-    assert torch.equal(
-        ours.generate(input_ids=IDS, attention_mask=mask, **generated), greedy(theirs.eval(), 4)
-    )
+    said = ours.generate(input_ids=IDS, attention_mask=mask, **generated)
+    assert torch.equal(said, greedy(theirs.eval(), 4))
+    if not LOSES_PROMPTS:
+        assert torch.equal(said, theirs.generate(input_ids=IDS, attention_mask=mask, **generated))
 
 
 @torch.no_grad()
 def greedy(model: Any, tokens: int) -> torch.Tensor:
-    """Return greedy answers by whole passes: peft's own generate loses it on 5.24."""
+    """Return the likeliest answer by whole passes, without a cache."""
     ids = IDS
     for _ in range(tokens):
         ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)

@@ -10,7 +10,6 @@ for all the layers that read it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -128,13 +127,14 @@ class Matrix:
         self.whole = parts[0] if packing == DENSE and parts[0].dtype == self.dtype else None
         self.reads = like.dtype in native.OUTPUTS and reads_on_cpu(packing, like, columns)
 
-    def part(self, rows: slice) -> Matrix:
-        """Return some of a dense matrix's rows as a matrix of their own."""
-        some = copy(self)
-        some.parts = [self.parts[0][rows]]
-        some.rows = len(some.parts[0])
-        some.whole = None if self.whole is None else some.parts[0]
-        return some
+    def part(self, rows: slice, like: Tensor) -> Matrix:
+        """Return some rows as a dense matrix; unpacked ones are overwritten by the next part's."""
+        if self.packing == DENSE:
+            some = self.parts[0][rows]
+        else:
+            some = scratch(rows.stop - rows.start, self.columns, self.dtype, self.device)
+            FORMATS[self.packing](self.parts, some, rows.start)
+        return Matrix([some], DENSE, len(some), self.columns, like)
 
     def each_tile(self):
         """Every row range with those rows; a tile is overwritten by the next."""

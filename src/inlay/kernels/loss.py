@@ -2,7 +2,7 @@
 
 The head is frozen, so the gradient of each row's log-probability to its hidden state is computed
 in the forward pass, while the row's logits are there; the backward pass only scales it. On a CPU
-a dense head is read once, part by part of its vocabulary, and the logits of a part never leave the
+the head is read once, part by part of its vocabulary, and the logits of a part never leave the
 cache: sums and gradient are those of exp(logit - highest so far), rescaled where that changes.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inlay.kernels import native
 from inlay.kernels.epilogue import Epilogue
-from inlay.kernels.frozen import DENSE, FEWEST_ROWS, Matrix, matrix_of
+from inlay.kernels.frozen import FEWEST_ROWS, Matrix, matrix_of
 from inlay.kernels.opaque import operator
 from inlay.kernels.scratch import cast
 
@@ -71,8 +71,7 @@ def linear_cross_entropy(
     """
     if len(h) and by_parts(h, packing):
         native.check_labels(rows, labels)
-        like = h if len(h) >= FEWEST_ROWS else h.new_empty(FEWEST_ROWS, columns)
-        matrix = matrix_of(parts, packing, rows, columns, like)
+        matrix = matrix_of(parts, packing, rows, columns, h)
         return scored_by_parts(matrix, h, labels, bias, to_gradient, temperature)
     matrix = matrix_of(parts, packing, rows, columns, h)
     found: list[Scores] = []
@@ -99,7 +98,7 @@ def linear_cross_entropy(
 
 def by_parts(h: Tensor, packing: str) -> bool:
     """Say whether hidden states are scored by parts of the vocabulary."""
-    return h.device.type == "cpu" and packing == DENSE and h.dtype != torch.float64
+    return h.device.type == "cpu" and ":" not in packing and h.dtype != torch.float64
 
 
 def scored_by_parts(
@@ -110,13 +109,13 @@ def scored_by_parts(
     to_gradient: bool,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Score hidden states by a dense head, PART_ROWS of them and PART tokens at a time."""
+    """Score hidden states by a head, PART_ROWS of them and PART tokens at a time."""
     back = torch.empty_like(h) if to_gradient else h.new_empty(0, matrix.columns)
     log_probs, entropy = torch.empty(len(h)), torch.empty(len(h))
     is_top1 = torch.empty(len(h), dtype=torch.bool)
     for start in range(0, len(h), PART_ROWS):
         some = slice(start, start + PART_ROWS)
-        sums, others = pass_over_parts(
+        sums, others, at_label = pass_over_parts(
             matrix, h[some], labels[some], bias, to_gradient, temperature
         )
         distance = sums.at_label.double() - sums.highest
@@ -124,10 +123,10 @@ def scored_by_parts(
         log_probs[some] = distance - total.log()
         entropy[some] = total.log() - (sums.weighted + distance.exp() * distance) / total
         is_top1[some] = sums.at_label >= sums.highest
-        if others is not None:
+        if to_gradient:
             rest = (sums.total / total / temperature)[:, None].float()
             share = (1 / total / temperature)[:, None].float()
-            back[some] = matrix.parts[0][labels[some]].float() * rest - others * share
+            back[some] = at_label * rest - others * share
     return log_probs, entropy, is_top1, back
 
 
@@ -138,29 +137,33 @@ def pass_over_parts(
     bias: Tensor | None,
     to_gradient: bool,
     temperature: float,
-) -> tuple[native.LossSums, Tensor | None]:
-    """Return sums of exp(logit - highest) over all tokens but the label, and the weight's rows.
+) -> tuple[native.LossSums, Tensor, Tensor]:
+    """Return the sums of exp(logit - highest) over all tokens but the label, and rows of the head.
 
-    The second, (n, in) and fp32, is the sum of those terms times the head's rows; None unless
-    `to_gradient`.
+    The second, (n, in) and fp32, is the sum of those terms times the head's rows, the third the
+    labels' rows; both are empty unless `to_gradient`.
     """
     sums = native.LossSums.start(len(h))
-    others = h.new_zeros(h.shape, dtype=torch.float32) if to_gradient else None
+    shape = h.shape if to_gradient else (0, matrix.columns)
+    others, at_label = (h.new_zeros(shape, dtype=torch.float32) for _ in range(2))
     flat = matrix.flat(h, matrix.columns)
+    like = h if len(h) >= FEWEST_ROWS else h.new_empty(FEWEST_ROWS, matrix.columns)
     for first in range(0, matrix.rows, PART):
         tokens = slice(first, min(first + PART, matrix.rows))
-        part = matrix.part(tokens)
+        part = matrix.part(tokens, like)
         logits = part.times(
             flat, Epilogue(torch.float32, bias=None if bias is None else bias[tokens])
         )
         if temperature != 1.0:
             logits /= temperature
-        terms = h.new_empty(logits.shape, dtype=matrix.dtype if to_gradient else torch.float32)
+        terms = h.new_empty(logits.shape, dtype=part.dtype if to_gradient else torch.float32)
         scale = native.loss_part(logits, labels, first, sums, terms)
-        if others is not None:
+        if to_gradient:
             moved = part.times_t(terms, Epilogue(torch.float32))
             torch.addcmul(moved, others, scale[:, None], out=others)
-    return sums, others
+            here = ((labels >= first) & (labels < tokens.stop)).nonzero().squeeze(1)
+            at_label[here] = part.parts[0][labels[here] - first].float()
+    return sums, others, at_label
 
 
 @linear_cross_entropy.register_fake

@@ -235,11 +235,13 @@ def scored_by_parts(h: Tensor, to_gradient: bool, packing: str, rows: int, colum
     """Scratch of the loss by parts: some rows' logits and terms of a part, and rows of sums."""
     some = h.new_empty(min(max(h.shape[0], FEWEST_ROWS), PART_ROWS), columns)  # as it is read
     count, part = some.shape[0], min(rows, PART)
-    head = product(some, part, columns, packing, (columns,), columns if to_gradient else 0)
-    terms = product_dtype(h).itemsize if to_gradient else 4
+    head = product(some, part, columns, DENSE, (columns,), columns if to_gradient else 0)
+    dtype = product_dtype(h)
     sums = 4 * count * columns if to_gradient else 0
-    passing = (*head.passing, 4 * count * part, terms * count * part, sums, sums)
-    return Scratch(max(passing, (sums,) * 4, key=sum), head.kept, head.multiplied)
+    terms = dtype.itemsize if to_gradient else 4
+    passing = (*head.passing, 4 * count * part, terms * count * part, *[sums] * 3)
+    kept = 0 if packing == DENSE else max(part * columns * dtype.itemsize, TILE_BYTES)
+    return Scratch(passing, max(head.kept, kept), head.multiplied)
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> Scratch:
