@@ -446,6 +446,20 @@ static void NAME(rescale)(const void *args, int64_t begin, int64_t end) {
 
 /* ---- the loss ---- */
 
+/* x become exp(x - m); they, and they times x - m, are added to two sums. */
+INLINE void NAME(exps)(float *x, int64_t n, float m, double *total, double *weighted) {
+    float s = 0, t = 0;
+#pragma omp simd reduction(+ : s, t)
+    for (int64_t i = 0; i < n; i++) {
+        float d = x[i] - m, e = NAME(exp)(d);
+        s += e;
+        t += e * (d < -87.0f ? 0.0f : d);
+        x[i] = e;
+    }
+    *total += s;
+    *weighted += t;
+}
+
 static void NAME(loss)(const void *args, int64_t begin, int64_t end) {
     const struct loss_args *a = args;
     for (int64_t row = begin; row < end; row++) {
@@ -453,19 +467,8 @@ static void NAME(loss)(const void *args, int64_t begin, int64_t end) {
         int64_t n = a->vocabulary;
         float m = NAME(maximum)(x, n), at_label = x[a->labels[row]];
         double total = 0, weighted = 0;
-        for (int64_t c = 0; c < n; c += TILE) {
-            int64_t stop = c + TILE < n ? c + TILE : n;
-            float s = 0, t = 0;
-#pragma omp simd reduction(+ : s, t)
-            for (int64_t i = c; i < stop; i++) {
-                float d = x[i] - m, e = NAME(exp)(d);
-                s += e;
-                t += e * (d < -87.0f ? 0.0f : d);
-                x[i] = e;
-            }
-            total += s;
-            weighted += t;
-        }
+        for (int64_t c = 0; c < n; c += TILE)
+            NAME(exps)(x + c, n - c < TILE ? n - c : TILE, m, &total, &weighted);
         float inverse = (float)(-1.0 / total);
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) x[i] *= inverse;
@@ -491,18 +494,9 @@ static void NAME(loss_part)(const void *args, int64_t begin, int64_t end) {
         }
         double total = 0, weighted = 0;
         for (int64_t c = 0; c < n; c += TILE) {
-            int64_t stop = c + TILE < n ? c + TILE : n;
-            float s = 0, t = 0;
-#pragma omp simd reduction(+ : s, t)
-            for (int64_t i = c; i < stop; i++) {
-                float d = x[i] - m, e = NAME(exp)(d);
-                s += e;
-                t += e * (d < -87.0f ? 0.0f : d);
-                x[i] = e;
-            }
-            total += s;
-            weighted += t;
-            NAME(store)(a->out, row * n + c, x + c, stop - c, a->dtype);
+            int64_t count = n - c < TILE ? n - c : TILE;
+            NAME(exps)(x + c, count, m, &total, &weighted);
+            NAME(store)(a->out, row * n + c, x + c, count, a->dtype);
         }
         double fall = before == -INFINITY ? 0.0 : (double)before - m, scale = exp(fall);
         if (before == -INFINITY) scale = 0.0;
