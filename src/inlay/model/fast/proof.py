@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -129,6 +129,7 @@ def in_clean_thread(work: Callable[[], T]) -> T:
                 stack.enter_context(quiet_transformers())
                 stack.enter_context(torch.random.fork_rng(devices=[]))
                 stack.enter_context(switches.as_the_process_began())
+                stack.enter_context(one_core())
                 found.append(work())
         except BaseException as error:
             raised.append(error)
@@ -139,6 +140,17 @@ def in_clean_thread(work: Callable[[], T]) -> T:
     if raised:
         raise raised[0]
     return found[0]
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Compute on one core, since to share tiny tensors costs more than it saves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def compare(
