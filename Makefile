@@ -11,7 +11,7 @@ demo: .venv/.demo          ## the main job, offline, on the embedded model and d
 	$(BIN)/inlay demo --output demo
 
 test: .venv/.dev           ## every test
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.dev          ## what CI runs: lint, types, import rules, tests
 	$(BIN)/ruff check .

@@ -72,7 +72,8 @@ def tried(name: str, folder: Path, processes: int) -> dict[str, Any]:
     install(python, folder, name)
     report = folder / "report.xml"
     parts = [part for part in PARTS if (ROOT / part).exists()]
-    settings = ["-q", "-n", str(processes), "--dist", "worksteal", "-p", "no:cacheprovider"]
+    settings = ["-q", "-n", str(processes), "--dist", "loadfile"]
+    settings += ["--no-loadscope-reorder", "-p", "no:cacheprovider"]
     command = [str(python), "-m", "pytest", *settings, f"--junitxml={report}", *parts]
     subprocess.run(command, cwd=ROOT, check=False, env=os.environ | {"PYTHONPATH": ""})
     return {"versions": versions_in(python), **counted(report)}
