@@ -23,12 +23,18 @@ PACKAGES = ("inlay", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
 CLASSES = {"": "no bfloat16 arithmetic", "_avx512bf16": "AVX512-BF16", "_amx": "AMX"}
 """Classes of CPU, by what the names of their results end in."""
+STANDS_IN = "ONEDNN_MAX_CPU_ISA"
+"""Set to AVX512_CORE_VNNI, with INLAY_NATIVE=avx512, a CPU stands in for one without bfloat16."""
 
 
 def class_of_cpu() -> str:
     """Return which of CLASSES this CPU is of: what its products of bfloat16 run on."""
     import torch
 
+    from inlay.kernels.scratch import fast_halves_on_cpu
+
+    if not fast_halves_on_cpu():
+        return ""
     if torch.cpu._is_amx_tile_supported():
         return "_amx"
     return "_avx512bf16" if torch.cpu._is_avx512_bf16_supported() else ""
@@ -40,6 +46,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu[0].split(":")[1].strip() if cpu else platform.processor(),
         "class": CLASSES[class_of_cpu()],
+        **({"stands_in_by": os.environ[STANDS_IN]} if STANDS_IN in os.environ else {}),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from machine import PROBLEMS, REPORTS, write
+from machine import PROBLEMS, REPORTS, class_of_cpu, write
 
 STEPS = 12
 SHAPES = {
@@ -133,7 +133,7 @@ def main() -> None:
     within = sum(0 <= row["error"] <= 0.05 for row in rows)
     print(f"{within} of {len(rows)} planned within 5% over, none under")
     if not arguments.only:
-        write("plan_runs", {"steps": STEPS, "rows": rows})
+        write(f"plan_runs{class_of_cpu()}", {"steps": STEPS, "rows": rows})
 
 
 if __name__ == "__main__":

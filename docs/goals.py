@@ -77,6 +77,7 @@ def all_goals(found: dict[str, Any]) -> list[Goal]:
         *trunk_goals(found),
         *streaming_goals(found),
         plan_goal(found),
+        *runs_goals(found),
         *growth_goals(found),
         Goal(
             "on a GPU: 8B and 70B, bf16 and NF4",
@@ -205,6 +206,19 @@ def plan_goal(found: dict[str, Any]) -> Goal:
     worst = max(abs(row["error"]) for row in rows)
     shown = f"{within} of {len(rows)} within 5%; the worst {worst:.1%}"
     return Goal(what, target, shown, within == len(rows) >= 24)
+
+
+def runs_goals(found: dict[str, Any]) -> list[Goal]:
+    """Return the goals for planned memory of whole runs, on each class of CPU that was measured."""
+    goals = []
+    for name in sorted(n for n in found if n.startswith("plan_runs")):
+        errors = [row["error"] for row in found[name]["rows"]]
+        within = sum(0 <= error <= 0.05 for error in errors)
+        shown = f"{within} of {len(errors)} so; {min(errors):+.1%} to {max(errors):+.1%}"
+        what = f"planned peak of `inlay train` against its own, {found[name]['machine']['class']}"
+        target = "within 5%, never under, 24 cases"
+        goals.append(Goal(what, target, shown, within == len(errors) >= 24))
+    return goals
 
 
 GROWTH = {

@@ -61,6 +61,8 @@ def main() -> None:
         *kernels_section(found),
         *growth_section(found),
         *plan_section(found),
+        *runs_section(found),
+        *proofs_section(found),
         *gpu_section(found),
         "## Machines",
         *machines(found),
@@ -371,6 +373,52 @@ def plan_section(found: dict[str, Any]) -> list[str]:
     return ["## Planned memory", "\n".join([head, "|---" * 8 + "|", *rows])]
 
 
+def runs_section(found: dict[str, Any]) -> list[str]:
+    """Show planned against measured memory of whole runs, on each class of CPU."""
+    head = (
+        "| model | method | storage | dtype | rows | length, batch | planned MB | held MB | error |"
+    )
+    parts: list[str] = []
+    for name in sorted(n for n in found if n.startswith("plan_runs")):
+        rows = [
+            f"| {r['model']} | {r['method']} | {r['storage']} | {r['dtype']} | {r['rows']} "
+            f"| {r['length']}, {r['batch']} | {r['planned'] / 1e6:,.0f} "
+            f"| {r['measured'] / 1e6:,.0f} | {r['error']:+.1%} |"
+            for r in found[name]["rows"]
+        ]
+        parts += [f"On a CPU with {of_class(found[name]['machine'])}:"]
+        parts += ["\n".join([head, "|---" * 9 + "|", *rows])]
+    told = (
+        "The most that `inlay train` held as a process, its comparison included, against what it "
+        "planned before: real rows, one thread, a new process each (`benchmarks/plan_runs.py`)."
+    )
+    return ["## Planned memory of whole runs", told, *parts] if parts else []
+
+
+def of_class(m: dict[str, Any]) -> str:
+    """Name a machine's class of CPU, and what made it stand in for another."""
+    kind, by = m.get("class", "no bfloat16 arithmetic"), m.get("stands_in_by")
+    return f"{kind}, stood in for by `ONEDNN_MAX_CPU_ISA={by}`" if by else kind
+
+
+def proofs_section(found: dict[str, Any]) -> list[str]:
+    """Show what it costs that fast paths prove themselves."""
+    if "self_proof" not in found:
+        return []
+    rows = [
+        f"| {r['model']} | {r['dtype']} | {r['proof_seconds'] / r['run_seconds']:.1%} "
+        f"| {r['known_seconds'] / r['run_seconds']:.2%} |"
+        for r in found["self_proof"]["rows"]
+    ]
+    some = found["self_proof"]["rows"][0]
+    told = (
+        f"Processor time of the proofs beside {some['steps']} training steps of {some['tokens']} "
+        "tokens on a model of six small layers; once a process and class of model."
+    )
+    head = "| model | dtype | first attach | a later one |"
+    return ["## What proofs cost", told, "\n".join([head, "|---" * 4 + "|", *rows])]
+
+
 def gpu_section(found: dict[str, Any]) -> list[str]:
     """Show what was measured on a GPU."""
     if "gpu" not in found:
@@ -417,8 +465,7 @@ def machine(m: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in m["versions"].items())
     if "device" in m:
         return f"{m['device']}; {versions}."
-    kind = m.get("class", "no bfloat16 arithmetic")
-    return f"{m['cpu']} ({kind}), {m['cores']} cores, {m['memory_gib']} GiB; {versions}."
+    return f"{m['cpu']} ({of_class(m)}), {m['cores']} cores, {m['memory_gib']} GiB; {versions}."
 
 
 if __name__ == "__main__":
