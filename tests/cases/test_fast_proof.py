@@ -288,3 +288,13 @@ def test_settings_come_back_with_the_last_model_that_is_forgotten(
     del model
     gc.collect()
     assert done == ["released"]
+
+
+def test_models_with_one_configuration_object_are_all_fast():
+    config = LlamaConfig(**SMALL, num_key_value_heads=2)
+    models: list[Any] = [adapted(LlamaForCausalLM(config)) for _ in range(2)]
+    assert all(isinstance(model.model, attention.FastBackbone) for model in models)
+    for model in models:
+        assert_plain(model)
+    inlay.detach(models[0])
+    assert_plain(models[1])

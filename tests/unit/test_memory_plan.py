@@ -57,6 +57,19 @@ def loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs, use_cache=False).loss
 
 
+def test_a_skeleton_leaves_its_configuration_as_it_was_and_the_next_one_is_the_same():
+    config = shape()
+    config.quantization_config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    before = config.to_dict()
+    kinds = []
+    for _ in range(2):
+        model = skeleton(config, double_quant=True, dtype="auto")
+        inlay.attach(model, inlay.LoRA(rank=4))
+        kinds.append([(name, type(m).__mro__) for name, m in model.named_modules()])
+        assert config.to_dict() == before
+    assert kinds[0] == kinds[1]
+
+
 def simulated(storage: str = "dense", method: Any = None, **options: Any) -> Simulation:
     options.setdefault("optimiser", adamw)
     return simulate(build(storage, method), batch(), loss, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from copy import copy
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ def skeleton(
     embedding_on_device: bool = True,
 ) -> PreTrainedModel:
     """Build a model without values whose layers are held as `inlay.load` would hold them."""
+    config = deepcopy(config)  # a model writes into its own, and the next one is built of the same
     held = packed_storage(getattr(config, "quantization_config", None), "the model") or storage
     vars(config).pop("quantization_config", None)
     with no_init_weights():
@@ -81,7 +82,6 @@ def empty_model(
     """Build the model's own class, or the head's, with its weights in `dtype`."""
     made_as = model_class(config, head)
     if head is not None:
-        config = copy(config)
         configured(config, head)
         text: Any = config.get_text_config()
         text.pad_token_id = text.pad_token_id or 0

@@ -138,9 +138,12 @@ def whole_model(
 
 
 def attends_by_sdpa(module: nn.Module) -> bool:
-    """Say whether a model's attention is torch's, which ours stands for."""
+    """Say whether a model's attention is torch's, which ours stands for.
+
+    It is ours already where another model has the same configuration object.
+    """
     model: Any = module
-    return attention_of(model.config) == SDPA
+    return attention_of(model.config) in (SDPA, ATTENTION)
 
 
 def device_of(model: nn.Module) -> torch.device:
