@@ -171,8 +171,8 @@ def load_adapter(
 
 
 def say_finished(file: AdapterFile, directory: str | Path) -> None:
-    """Warn where an adapter has no encoder any more, and is about to train."""
-    if getattr(file.method, "finished", False):
+    """Warn where HF PEFT left an adapter's encoder out, and it is about to train."""
+    if file.folder.extras is None and getattr(file.method, "finished", False):
         warnings.warn(
             f"the adapter in {directory} holds the embeddings that its prompt encoder computed, as "
             "HF PEFT saves them, and not the encoder: it computes the same, and further training "
