@@ -50,8 +50,9 @@ class PTuning(PromptMethod):
     W2 relu(W1 h + b1) + b2 with W1 (2 size, 2 size) and W2 (width, 2 size). `size` is the width
     unless given. The MLP trains tokens * width + 2 size * width + size * size + 2 size + width
     parameters. E starts from a unit normal, the encoder as torch's layers do; attaching changes
-    the outputs. A folder holds E, the encoder and, for HF PEFT, E'. HF PEFT's own folders hold E'
-    alone: such an adapter is `finished`, has no encoder, and E' itself trains.
+    the outputs. Its learning rate is 4 times LoRA's. A folder holds E, the encoder and, for HF
+    PEFT, E'. HF PEFT's own folders hold E' alone: such an adapter is `finished`, has no encoder,
+    and E' itself trains.
     Paper: arXiv 2103.10385.
 
     Raises:
