@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from inlay.methods.ia3 import IA3
     from inlay.methods.lora import LoRA
     from inlay.methods.norms import NormTuning
+    from inlay.methods.p_tuning import PTuning
     from inlay.methods.prefix import PrefixTuning
     from inlay.methods.prompt import PromptTuning
     from inlay.model.attach import attach, detach, disabled, use
@@ -63,6 +64,7 @@ __all__ = [
     "MergeError",
     "ModelError",
     "NormTuning",
+    "PTuning",
     "PrefixTuning",
     "PromptTuning",
     "StorageError",

@@ -99,7 +99,9 @@ def test_a_cache_under_another_name_is_no_mask_to_ignore(given: str) -> None:
         assert body.rows({"input_ids": IDS[:, 7:], "unheard_of": torch.ones(1)}) is None
 
 
-@pytest.mark.parametrize("method", [inlay.PrefixTuning(tokens=3), inlay.PromptTuning(tokens=3)])
+@pytest.mark.parametrize(
+    "method", [inlay.PrefixTuning(tokens=3), inlay.PromptTuning(tokens=3), inlay.PTuning(tokens=3)]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_prompt_acts_and_generates(name: str, method: Any) -> None:
     model = built(name, method).eval()

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import IA3Config, LNTuningConfig, LoraConfig, PromptTuningConfig
+from peft import IA3Config, LNTuningConfig, LoraConfig, PromptEncoderConfig, PromptTuningConfig
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
@@ -48,8 +48,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "ia3": lambda: IA3Config(task_type="CAUSAL_LM"),
     "norms": lambda: LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"]),
     "prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": lambda: PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
 }  # fmt: skip
-LAYERED = [name for name in CONFIGS if name != "prompt"]
+LAYERED = [name for name in CONFIGS if name not in ("prompt", "p-tuning")]
 
 
 def llama() -> LlamaForCausalLM:

@@ -36,6 +36,7 @@ METHODS = [
     inlay.PrefixTuning(tokens=3),
     inlay.PrefixTuning(tokens=3, start="random"),
     inlay.PromptTuning(tokens=3),
+    inlay.PTuning(tokens=3),
 ]
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -81,7 +82,7 @@ TAKEN: dict[str, Callable[[], Any]] = {
 IDS = torch.randint(3, 64, (2, 8), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["prefix", "random prefix", "prompt"])
+@pytest.mark.parametrize("method", METHODS, ids=["prefix", "random prefix", "prompt", "p-tuning"])
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_have_a_prompt_says_so_at_once(name: str, method: Any) -> None:
     torch.manual_seed(0)
@@ -93,7 +94,7 @@ def test_what_cannot_have_a_prompt_says_so_at_once(name: str, method: Any) -> No
     inlay.attach(model, inlay.LoRA(rank=2))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["prefix", "random prefix", "prompt"])
+@pytest.mark.parametrize("method", METHODS, ids=["prefix", "random prefix", "prompt", "p-tuning"])
 @pytest.mark.parametrize("name", TAKEN)
 def test_a_decoder_that_has_one_runs_and_trains(name: str, method: Any) -> None:
     torch.manual_seed(0)

@@ -71,7 +71,8 @@ def methods() -> dict[str, Method]:
 METHODS = methods()
 ONE_LAYER = {n: m for n, m in METHODS.items() if isinstance(m, WeightMethod) and not m.also_selects}
 """The methods whose work is done at one layer."""
-PLAIN = {n: m for n, m in METHODS.items() if "=" not in n or "-variant=" in n}
+SORTS = ("-variant=", "-encoder=")
+PLAIN = {n: m for n, m in METHODS.items() if "=" not in n or any(sort in n for sort in SORTS)}
 """Each method once, and each of its variants in the field's own sense."""
 
 

@@ -16,6 +16,7 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
 )
 
@@ -166,6 +167,7 @@ def test_peft_reads_what_is_saved_and_the_other_way_round(name: str, tmp_path: P
 PROMPTS: dict[str, Any] = {
     "prefix": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": lambda: PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "sampled": lambda: PromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB"
     ),

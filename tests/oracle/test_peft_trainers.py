@@ -12,7 +12,7 @@ import pytest
 import torch
 import trl.trainer.dpo_trainer
 from datasets import Dataset
-from peft import LoraConfig, prepare_model_for_kbit_training
+from peft import LoraConfig, PromptEncoderConfig, prepare_model_for_kbit_training
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -204,6 +204,52 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert best.endswith("checkpoint-2"), run.evaluations
     read = inlay.peft.PeftModel.from_pretrained(bare(), best)
     assert torch.equal(logits(read), logits(trainer.model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ["MLP", "LSTM"])
+def test_p_tuning_trains_resumes_and_loads_its_best_checkpoint(
+    encoder: str, tmp_path: Path
+) -> None:
+    """With gradient checkpointing, TRL's default. HF PEFT's own resumed run differs."""
+
+    def trainer(name: str, **more: Any) -> SFTTrainer:
+        model = bare()
+        torch.manual_seed(1)
+        config = SFTConfig(**common(tmp_path / name), max_steps=4, save_steps=2, **more)
+        rows = Dataset.from_list(
+            [{"prompt": p["prompt"], "completion": p["chosen"]} for p in PAIRS]
+        )
+        return SFTTrainer(
+            model, config, train_dataset=rows, eval_dataset=rows.select(range(4)),
+            processing_class=tokenizer(),
+            peft_config=PromptEncoderConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=24,
+                encoder_reparameterization_type=encoder,
+            ),
+        )  # fmt: skip
+
+    peers = finished(trainer("peers"))
+    with inlay.peft.take_over():
+        mine = finished(trainer("mine"))
+        resumed = finished(trainer("mine"), str(tmp_path / "mine/checkpoint-2"))
+        worst = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+        best = finished(trainer("best", **worst, greater_is_better=True))
+    assert isinstance(mine.trainer.model, inlay.peft.PeftModel)
+    assert mine.losses == pytest.approx(peers.losses, rel=2e-4)
+    assert mine.losses[-1] < mine.losses[0]
+    assert resumed.losses == mine.losses
+    ends = [dict(run.trainer.model.named_parameters()) for run in (mine, resumed)]
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+    loaded = best.trainer.state.best_model_checkpoint
+    assert loaded is not None
+    assert loaded.endswith("checkpoint-2")
+    read = inlay.peft.PeftModel.from_pretrained(bare(), loaded)
+    assert torch.equal(logits(read), logits(best.trainer.model))
+    mine.trainer.save_model(str(tmp_path / "final"))
+    theirs = peft.PeftModel.from_pretrained(bare(), tmp_path / "final")
+    text = logits(theirs)[:, 4:]
+    torch.testing.assert_close(text, logits(mine.trainer.model), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -39,9 +39,10 @@ SHARED = {
     "peft": ("__init__.py", "conftest.py", "testing_common.py", "testing_utils.py"),
     "trl": ("__init__.py", "conftest.py", "testing_utils.py", "testing_constants.py"),
 }
-METHODS = frozenset(
-    {"LoraConfig", "IA3Config", "LNTuningConfig", "PrefixTuningConfig", "PromptTuningConfig"}
-)
+METHODS = frozenset({
+    "LoraConfig", "IA3Config", "LNTuningConfig", "PrefixTuningConfig", "PromptTuningConfig",
+    "PromptEncoderConfig",
+})  # fmt: skip
 """The configurations of these suites whose method Inlay has."""
 OPTIONS = frozenset(option.partition("=")[0] for option in RULES["options"])
 """The options that Inlay does not have."""

@@ -10,7 +10,14 @@ import peft
 import pytest
 import torch
 import trl.trainer.utils
-from peft import IA3Config, LNTuningConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -128,12 +135,14 @@ CONFIGS: dict[str, Any] = {
     "LN_TUNING": LNTuningConfig,
     "PREFIX_TUNING": PrefixTuningConfig,
     "PROMPT_TUNING": PromptTuningConfig,
+    "P_TUNING": PromptEncoderConfig,
 }
 TAKEN = PLACEMENT | {
     "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "bias", "rank_pattern",
     "alpha_pattern", "init_lora_weights", "init_ia3_weights", "init_weights", "fan_in_fan_out",
     "num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs",
-    "tokenizer_name_or_path", "task_type", "peft_type", "auto_mapping", "base_model_name_or_path",
+    "tokenizer_name_or_path", "encoder_reparameterization_type", "encoder_num_layers",
+    "encoder_dropout", "task_type", "peft_type", "auto_mapping", "base_model_name_or_path",
     "revision", "inference_mode", "peft_version", "runtime_config",
 }  # fmt: skip
 IDLE = {"qalora_group_size", "megatron_core", "encoder_hidden_size"}

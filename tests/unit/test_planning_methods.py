@@ -36,6 +36,16 @@ def test_a_step_is_planned(method: str, storage: str) -> None:
     assert found.trained > 0
 
 
+@pytest.mark.parametrize("policy", ["layer-inputs", "recompute-mlp"])
+@pytest.mark.parametrize("method", ["prefix", "prompt", "p-tuning"])
+def test_a_prompts_blocks_can_be_computed_again(method: str, policy: str) -> None:
+    found = planned(Qwen2Config(**SIZES), method=method, activations=policy)
+    kept = planned(Qwen2Config(**SIZES), method=method, activations="keep-all")
+    assert found.best is not None
+    assert kept.best is not None
+    assert found.best.kept < kept.best.kept or policy == "recompute-mlp"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_mixture_of_experts_is_planned_in_every_dtype(dtype: str) -> None:
     config = MixtralConfig(**SIZES, num_local_experts=4)

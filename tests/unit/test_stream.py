@@ -209,6 +209,7 @@ METHODS: dict[str, Method] = {
     "bottleneck": inlay.Bottleneck(reduction=8),
     "prefix": inlay.PrefixTuning(tokens=3),
     "prompt": inlay.PromptTuning(tokens=3),
+    "p-tuning": inlay.PTuning(tokens=3),
     "bitfit": inlay.BitFit(),
     "norms": inlay.NormTuning(),
 }

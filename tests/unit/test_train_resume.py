@@ -13,8 +13,8 @@ import pytest
 DRIVER = Path(__file__).parent / "train_kills.py"
 TRIED = {"lora": 5} | dict.fromkeys(
     (
-        "prefix", "full", "dpo", "kto", "orpo", "grpo", "classify", "reward", "embed", "images",
-        "images-dpo",
+        "prefix", "p-tuning", "full", "dpo", "kto", "orpo", "grpo", "classify", "reward", "embed",
+        "images", "images-dpo",
     ), 1,
 )  # fmt: skip
 """The methods and tasks, and how many runs of each are killed, each twice."""

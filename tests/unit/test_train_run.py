@@ -351,7 +351,7 @@ def test_adapters_on_a_quantised_base_stay_in_fp32(tmp_path: Path, storage: str)
     assert measured[-1] < measured[0]
 
 
-@pytest.mark.parametrize("method", ["dora", "ia3", "bottleneck", "prompt", "norms"])
+@pytest.mark.parametrize("method", ["dora", "ia3", "bottleneck", "prompt", "p-tuning", "norms"])
 def test_every_family_trains(tmp_path: Path, method: str):
     run = make_run(tmp_path, method=method, max_steps=3, evaluate=False)
     assert train(run).run["steps"] == 3

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import warnings
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from inlay.checkpoint.placement import (
     placement_in,
     suffixes,
 )
-from inlay.checkpoint.tensors import PREFIX, fill, gathered, slots, write_tensors
+from inlay.checkpoint.tensors import PREFIX, computed, fill, gathered, slots, write_tensors
 from inlay.errors import CheckpointError, TargetError
 from inlay.methods.base import (
     HiddenMethod,
@@ -120,11 +121,12 @@ def save_adapter(
     base = base_model or base_name(model)
     config = config_of(model, attached, base) | checked_records(recorded or {})
     differs = warn_where_peft_differs(model, attached, f"the adapter saved in {directory}")
-    whole = saved_embeddings(model, attached, embeddings)
+    whole, beside = saved_embeddings(model, attached, embeddings), computed(model, name, found)
 
     def put(folder: Path) -> None:
         write_json(folder / CONFIG, config)
-        write_tensors(folder / TENSORS, found, whole, shared_once=attached.method.peft_type is None)
+        once = attached.method.peft_type is None
+        write_tensors(folder / TENSORS, found, {**whole, **beside}, shared_once=once)
         write_json(folder / EXTRAS, extras_of(model, attached, base, folder, whole))
         count = sum({id(s.tensor): s.tensor.numel() for s in found}.values())
         text = card(attached.method, hyperparameters(attached.method), base, count, differs)
@@ -164,6 +166,25 @@ def load_adapter(
         CheckpointError: the files are missing, damaged, for another base, or of a kind not known.
         AdapterError: the name is taken.
     """
+    say_finished(put_adapter(model, directory, name, seed), directory)
+    return model
+
+
+def say_finished(file: AdapterFile, directory: str | Path) -> None:
+    """Warn where HF PEFT left an adapter's encoder out, and it is about to train."""
+    if file.folder.extras is None and getattr(file.method, "finished", False):
+        warnings.warn(
+            f"the adapter in {directory} holds the embeddings that its prompt encoder computed, as "
+            "HF PEFT saves them, and not the encoder: it computes the same, and further training "
+            "changes these embeddings themselves, as prompt tuning does",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+@gains
+def put_adapter(model: nn.Module, directory: str | Path, name: str, seed: int = 0) -> AdapterFile:
+    """Attach an adapter from its folder, and return what the folder holds."""
     file = read_adapter(directory)
     file = AdapterFile(file.method, fitted(model, file.method, file.folder))
     with unchanged_on_failure(model, name):
@@ -175,7 +196,22 @@ def load_adapter(
             warn_where_peft_differs(model, adapters(model)[name], f"the adapter in {directory}")
         if file.folder.extras is not None:
             check_recorded(model, adapters(model)[name], file.folder)
-    return model
+    return file
+
+
+def check_same(file: AdapterFile, attached: Attached, directory: str | Path) -> None:
+    """Raise unless a folder's adapter is the one that is on a model, of the same tensors.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    here, there = attached.method, file.method
+    same = there.to_peft() == here.to_peft()
+    if not same or there.peft_tensors("linear") != here.peft_tensors("linear"):
+        raise CheckpointError(
+            f"the adapter in {directory} is {there}, and adapter {attached.name!r} on this model "
+            f"is {here}; load it under another name"
+        )
 
 
 def read_adapter(directory: str | Path) -> AdapterFile:
@@ -187,7 +223,10 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     folder = read_folder(directory)
     if folder.extras is not None:
         return AdapterFile(recorded_method(folder.extras, str(folder.path / EXTRAS)), folder)
-    return AdapterFile(method_in(folder.config, str(folder.path / CONFIG)), folder)
+    method = method_in(folder.config, str(folder.path / CONFIG))
+    if isinstance(method, PromptMethod):
+        method = method.held_in(folder.tensors)
+    return AdapterFile(method, folder)
 
 
 def attach_from(model: nn.Module, file: AdapterFile, name: str, seed: int) -> None:

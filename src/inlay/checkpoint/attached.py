@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 
-from inlay.checkpoint.adapter import check_recorded, read_adapter, save_adapter
+from inlay.checkpoint.adapter import check_recorded, check_same, read_adapter, save_adapter
 from inlay.checkpoint.adapter import load_adapter as load_new
 from inlay.checkpoint.base import base_name
 from inlay.checkpoint.folder import CONFIG, located
@@ -114,11 +114,7 @@ def reload_adapter(model: nn.Module, directory: str | Path, name: str) -> None:
     """
     check_known(name, required_registry(model))
     file, attached = read_adapter(directory), adapters(model)[name]
-    if file.method.to_peft() != attached.method.to_peft():
-        raise CheckpointError(
-            f"the adapter in {directory} is {file.method}, and adapter {name!r} on this model is "
-            f"{attached.method}; load it under another name"
-        )
+    check_same(file, attached, directory)
     about = f"the adapter in {directory} does not fit adapter {name!r} of this {described(model)}"
     fill(model, name, file.folder, about)
     if file.folder.extras is not None:

@@ -85,6 +85,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "init_ia3_weights": True,
     },
     "LN_TUNING": LAYERS,
+    "P_TUNING": {
+        **PROMPT,
+        "encoder_dropout": 0.0,
+        "encoder_hidden_size": None,
+        "encoder_num_layers": 2,
+        "encoder_reparameterization_type": "MLP",
+    },
     "PREFIX_TUNING": {
         **PROMPT,
         "encoder_hidden_size": None,

@@ -152,6 +152,28 @@ def key_of(
     return place + ("base_layer." if method is not None else "") + tensor_name
 
 
+def computed(
+    model: nn.Module, name: str, found: Sequence[Slot], values: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return what the file holds beside an adapter's tensors: what HF PEFT computes from them.
+
+    From `values`, by their keys, where they are given; nothing where these lack one.
+    """
+    method = known(model, name).method
+    if not isinstance(method, PromptMethod):
+        return {}
+    own = {key: tensor for tensor, key in method.peft_tensors("linear").items()}
+    held = {own[s.key]: whole(s.tensor.detach()) for s in found if s.key in own}
+    if values is not None:
+        held = {
+            tensor: values[key].to(held[tensor]) for key, tensor in own.items() if key in values
+        }
+    if len(held) < len(own):
+        return {}
+    with torch.no_grad():
+        return dict(method.computed(Params(held)))
+
+
 def write_tensors(
     path: Path, found: list[Slot], more: Mapping[str, Tensor], *, shared_once: bool
 ) -> None:
@@ -250,8 +272,10 @@ def fill(model: nn.Module, name: str, folder: AdapterFolder, about: str) -> None
     copies = {k: base for k in entries if k not in expected for base in base_of(model, k)}
     problems = Problems()
     problems.add("missing", missing(found, entries))
-    problems.add("not used by it", (k for k in entries if k not in expected and k not in copies))
-    for key, tensor in {**copies, **expected}.items():
+    beside = computed(model, name, found)
+    read = {*expected, *copies, *beside}
+    problems.add("not used by it", (key for key in entries if key not in read))
+    for key, tensor in {**copies, **expected, **beside}.items():
         if key in entries:
             problems.add("misfits", misfit(key, entries[key], tensor, key in copies))
     problems.raise_if_any(about)
@@ -261,6 +285,8 @@ def fill(model: nn.Module, name: str, folder: AdapterFolder, about: str) -> None
     brought = {module_of(key): values[key] for key in copies if module_of(key) in ends_of(model)}
     others = {key: base for key, base in copies.items() if module_of(key) not in brought}
     problems.add("unlike the base's own", (k for k, b in others.items() if differs(values[k], b)))
+    beside = computed(model, name, found, values)
+    problems.add("unlike what its others give", unlike(values, beside))
     problems.raise_if_any(about)
     separate(found, values)
     with torch.no_grad():
@@ -290,6 +316,14 @@ def missing(found: list[Slot], entries: Mapping[str, Entry]) -> Iterator[str]:
     """Every key that the file lacks; a shared tensor needs only one of its keys."""
     there = {id(slot.tensor) for slot in found if slot.key in entries}
     return (slot.key for slot in found if id(slot.tensor) not in there)
+
+
+def unlike(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[str]:
+    """Name the values that are not, to rounding, what is computed from the others."""
+    for key in {*values} & {*expected}:
+        room = max(1e-4, 8 * torch.finfo(values[key].dtype).eps) * expected[key].abs().max()
+        if bool(((values[key].to(expected[key]) - expected[key]).abs() > room).any()):
+            yield key
 
 
 def misfit(key: str, entry: Entry, tensor: Tensor, is_copy: bool) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -306,6 +306,16 @@ class PromptMethod(Method):
         """Return, per Transformer layer, keys and values, each (1, kv heads, tokens, head dim)."""
         raise NotImplementedError
 
+    def computed(self, p: Params) -> Mapping[str, Tensor]:
+        """Return what HF PEFT's file has in place of the trained tensors, by its keys."""
+        del p
+        return {}
+
+    def held_in(self, keys: Collection[str]) -> PromptMethod:
+        """Return the method of an adapter whose file has these keys and no others."""
+        del keys
+        return self
+
 
 def stored(base: FrozenLinear | Tensor, *shape: int) -> Tensor:
     """Return an empty tensor where `base` lies, in fp32 or wider: how adapters are stored."""
@@ -399,6 +409,14 @@ def cache_of(output: Any) -> Cache:
             "or a weight method such as LoRA"
         )
     return found
+
+
+def prefilled(model: nn.Module, embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the keys and values of each layer of the frozen model for embeddings (n, width)."""
+    read = embeddings.to(table_of(input_embedding(model)).dtype)
+    body: Any = model.base_model
+    cache: Any = cache_of(body(inputs_embeds=read[None], use_cache=True))
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def attention_shape(config: Any) -> tuple[int, int, int]:

@@ -13,9 +13,9 @@ from inlay.methods.base import (
     Kind,
     Params,
     PromptMethod,
-    cache_of,
     checked_positive,
     input_embedding,
+    prefilled,
     stored,
     table_of,
     token_rows,
@@ -80,10 +80,7 @@ class PromptTuning(PromptMethod):
         return self.tokens * config.get_text_config(decoder=True).hidden_size
 
     def keys_values(self, p: Params, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        embeddings = p.embeddings.to(table_of(input_embedding(model)).dtype)
-        body: Any = model.base_model
-        cache: Any = cache_of(body(inputs_embeds=embeddings[None], use_cache=True))
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        return prefilled(model, p.embeddings)
 
     def peft_tensors(self, kind: Kind) -> dict[str, str]:
         return {"embeddings": "prompt_embeddings"}

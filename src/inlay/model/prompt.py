@@ -13,8 +13,25 @@ from inlay.errors import AdapterError
 from inlay.methods.base import Params, PromptMethod, attention_shape
 from inlay.model.fast.proof import in_clean_thread
 from inlay.model.fast.shrink import small_model
-from inlay.model.seams.transformers import cache_argument, cache_in
+from inlay.model.seams.transformers import (
+    Recomputed,
+    cache_argument,
+    cache_in,
+    recomputed,
+)
 from inlay.storage.registry import layer_class
+
+
+class ReadOnly(DynamicCache):
+    """The virtual tokens alone: blocks read it and add nothing, so each may be computed again."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return one layer's keys and values with the virtual tokens before them."""
+        held: Any = self.layers[layer_idx]
+        keys = torch.cat([held.keys, key_states], dim=-2)
+        return keys, torch.cat([held.values, value_states], dim=-2)
 
 
 class PromptHook:
@@ -32,13 +49,16 @@ class PromptHook:
         self.methods: dict[str, PromptMethod] = {}
         self.active: str | None = None
         self.model = model
+        self.again = Recomputed((), ())
+        """What of the model is computed again in the backward pass of the call that runs."""
 
     def add(self, name: str, method: PromptMethod, params: Params) -> None:
         """Add one adapter, not yet active; the hook is put on with the first."""
         if not self.methods:
             self.model.adapters = nn.ModuleDict()
             before = self.before_forward
-            self.handle = self.model.register_forward_pre_hook(before, with_kwargs=True)
+            after = self.model.register_forward_hook(self.after_forward, always_call=True)
+            self.handles = self.model.register_forward_pre_hook(before, with_kwargs=True), after
         self.methods[name] = method
         self.table[name] = params
 
@@ -50,7 +70,8 @@ class PromptHook:
         self.active = None if self.active == name else self.active
         if self.methods:
             return False
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
         del self.model.adapters
         return True
 
@@ -73,7 +94,7 @@ class PromptHook:
         """Change one call's arguments so that attention sees the virtual tokens."""
         if self.active is None:
             return None
-        check_cache_survives(model)
+        self.again = computed_again(model)
         bound = self.signature.bind_partial(*args, **kwargs).arguments
         call: dict[str, Any] = {**bound, **bound.get("kwargs", {})}
         call.pop("kwargs", None)
@@ -83,6 +104,9 @@ class PromptHook:
         cache: Cache | None = call.pop(under, None)
         empty = cache is None or cache.get_seq_length() == 0
         call[self.cache] = self.filled(cache, batch) if empty else cache
+        if self.again.blocks and torch.is_grad_enabled():
+            call[self.cache] = read_only(call[self.cache], own=empty)
+        self.again.read_cache(True)
         mask = call.get("attention_mask")
         if mask is not None:
             ones = torch.ones(batch, tokens, dtype=mask.dtype, device=device)
@@ -92,6 +116,11 @@ class PromptHook:
                 call[key] = call[key] + tokens
         return (), call
 
+    def after_forward(self, *_: object) -> None:
+        """Leave the blocks as they were before the call."""
+        self.again.read_cache(False)
+        self.again = Recomputed((), ())
+
     def filled(self, cache: Cache | None, batch: int) -> Cache:
         """Return the cache, or a new one, holding the virtual tokens' keys and values."""
         assert self.active is not None
@@ -99,7 +128,8 @@ class PromptHook:
         method, params = self.methods[self.active], self.params(self.active)
         active, self.active = self.active, None
         try:
-            pairs = method.keys_values(params, self.model)
+            with self.again.off():
+                pairs = method.keys_values(params, self.model)
         finally:
             self.active = active
         for layer, (key, value) in enumerate(pairs):
@@ -180,11 +210,33 @@ def batch_of(call: dict[str, Any]) -> tuple[int, torch.device]:
     return given.shape[0], given.device
 
 
-def check_cache_survives(model: nn.Module) -> None:
-    """Raise when gradient checkpointing would drop the cache, and the prompt with it."""
-    checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    if model.training and checkpointing:
+def computed_again(model: nn.Module) -> Recomputed:
+    """Return what gradient checkpointing computes again in this call: nothing outside training.
+
+    Raises:
+        AdapterError: it would drop the cache, and the prompt with it.
+    """
+    found = recomputed(model) if model.training else Recomputed((), ())
+    if found is None:
         raise AdapterError(
-            "gradient checkpointing drops the key-value cache that prompt methods use; "
-            "turn it off (gradient_checkpointing=False) or choose a weight method such as LoRA"
+            "gradient checkpointing, as it is set, drops the key-value cache that prompt methods "
+            "use; ask for it with use_reentrant=False, turn it off (gradient_checkpointing=False) "
+            "or choose a weight method such as LoRA"
         )
+    return found
+
+
+def read_only(cache: Cache, own: bool) -> Cache:
+    """Return a cache of the same keys and values that blocks do not write to.
+
+    Raises:
+        AdapterError: it is a cache of the caller's, which must be written to.
+    """
+    if not own:
+        raise AdapterError(
+            "gradient checkpointing computes blocks again, which cannot go on from a cache that "
+            "is given; turn it off (gradient_checkpointing=False), or leave the cache out"
+        )
+    found = ReadOnly()
+    found.layers = cache.layers
+    return found

@@ -37,13 +37,6 @@ STARTS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "PROMPT_TUNING": ("prompt_tuning_init", ("RANDOM", "SAMPLE_VOCAB", "TEXT")),
 }
 """The option that says how a new adapter starts, and its values that Inlay has, by peft_type."""
-
-INSTEAD = {
-    "P_TUNING": "PromptEncoderConfig (P-tuning) is a method that inlay does not have; use "
-    "PromptTuningConfig, which trains the same embeddings without a network before them, or "
-    "PrefixTuningConfig",
-}
-"""What to use in place of a method, by peft_type, where another does nearly the same."""
 NEW_ONLY = {"ensure_weight_tying": False, "eva_config": None, "prefix_projection": False}
 """Options without effect on a trained adapter that change how a new one is made."""
 
@@ -74,6 +67,8 @@ def prepared(config: PeftConfig, model: nn.Module) -> PeftConfig:
         for key, value in prompt_dimensions(model, method).items():
             if getattr(found, key) is None:
                 setattr(found, key, value)
+        if getattr(found, "encoder_hidden_size", 0) is None:
+            found.encoder_hidden_size = found.token_dim
     return found
 
 
@@ -143,14 +138,15 @@ def method_of(config: PeftConfig) -> Method:
     Raises:
         AdapterError: a method or an option that Inlay does not have, or a wrong value.
     """
-    instead = INSTEAD.get(str(plain(config.peft_type)))
-    if instead:
-        raise AdapterError(instead)
+    options = options_of(config)
     try:
-        method = method_in(options_of(config), type(config).__name__, REMEDY)
+        method = method_in(options, type(config).__name__, REMEDY)
     except CheckpointError as error:
         raise AdapterError(str(error)) from None
-    return replaced(method, start="random") if isinstance(method, PromptMethod) else method
+    starts = {"start": "random", "finished": bool(options["inference_mode"])}
+    if isinstance(method, PromptMethod):
+        return replaced(method, **{k: v for k, v in starts.items() if hasattr(method, k)})
+    return method
 
 
 def placement_of(config: PeftConfig, method: Method, model: nn.Module) -> dict[str, Any]:

@@ -11,14 +11,21 @@ from huggingface_hub import ModelCard, snapshot_download
 from peft import PeftConfig, PeftModelForCausalLM, PeftType
 from torch import Tensor, nn
 
-from inlay.checkpoint.adapter import check_recorded, load_adapter, read_adapter, save_adapter
+from inlay.checkpoint.adapter import (
+    AdapterFile,
+    check_recorded,
+    check_same,
+    put_adapter,
+    read_adapter,
+    save_adapter,
+)
 from inlay.checkpoint.converted import fitted
 from inlay.checkpoint.folder import CARD, CONFIG, EXTRAS, TENSORS, located, read_json
 from inlay.checkpoint.placement import described
 from inlay.checkpoint.tensors import Slot, fill, slots
 from inlay.errors import CheckpointError
 from inlay.model.attach import adapters
-from inlay.peft.configs import recorded_of
+from inlay.peft.configs import method_of, prepared, recorded_of
 from inlay.peft.errors import AdapterError
 from inlay.peft.seam import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -72,27 +79,38 @@ def config_in(folder: Path) -> PeftConfig:
     return found
 
 
-def read_new(model: nn.Module, name: str, folder: Path) -> None:
-    """Attach an adapter from its folder."""
-    load_adapter(model, folder, name)
+def read_new(model: nn.Module, name: str, folder: Path) -> AdapterFile:
+    """Attach an adapter from its folder, and return what that holds."""
+    return put_adapter(model, folder, name)
 
 
-def read_again(model: nn.Module, name: str, folder: Path) -> None:
+def read_again(model: nn.Module, name: str, folder: Path) -> AdapterFile:
     """Put a folder's values into an adapter that is there.
 
     Raises:
         CheckpointError: the folder's adapter is another one, or made for another base.
     """
     file, attached = read_adapter(folder), adapters(model)[name]
-    if file.method.to_peft() != attached.method.to_peft():
-        raise CheckpointError(
-            f"the adapter in {folder} is {file.method}, and adapter {name!r} on this model is "
-            f"{attached.method}; load it under another name"
-        )
+    check_same(file, attached, folder)
     about = f"the adapter in {folder} does not fit adapter {name!r} of this {described(model)}"
     fill(model, name, fitted(model, file.method, file.folder), about)
     if file.folder.extras is not None:
         check_recorded(model, attached, file.folder)
+    return file
+
+
+def check_means(model: nn.Module, name: str, config: PeftConfig) -> None:
+    """Raise unless a configuration means the adapter that was read.
+
+    Raises:
+        CheckpointError: it means another one.
+    """
+    wanted, found = method_of(prepared(config, model)), adapters(model)[name].method
+    if wanted.to_peft() != found.to_peft():
+        raise CheckpointError(
+            f"the configuration given is {wanted}, and the folder's adapter is {found}; leave "
+            "config out"
+        )
 
 
 def write(

@@ -135,7 +135,8 @@ def get_peft_model(
     Args:
         model: any module whose layers are linear, embedding or transformers Conv1D; changed in
             place, its own parameters frozen.
-        peft_config: LoraConfig, IA3Config, LNTuningConfig, PrefixTuningConfig, PromptTuningConfig.
+        peft_config: LoraConfig, IA3Config, LNTuningConfig, PrefixTuningConfig, PromptTuningConfig,
+            PromptEncoderConfig.
         adapter_name: the adapter's name on this model.
         mixed: True gives a `PeftMixedModel`; adapters of several methods go on every model.
         autocast_adapter_dtype: False keeps the adapter in its layers' dtype, not in fp32.

@@ -13,7 +13,8 @@ from peft import PeftConfig
 from torch import nn
 
 from inlay.checkpoint.tensors import slots
-from inlay.peft.views import Leaf
+from inlay.methods.base import Params
+from inlay.peft.views import Leaf, nested
 
 if TYPE_CHECKING:
     Base = nn.Module
@@ -46,10 +47,17 @@ class PromptNames(Base):
         return [n for n, config in self.configured().items() if config.is_prompt_learning]
 
     def encoder(self, name: str) -> nn.Module:
-        """Return one prompt as a module that has an embedding."""
-        found = slots(self.base_model.model, name)
-        homes = {key: (slot.home, slot.name) for key, slot in zip(("weight",), found, strict=False)}
-        return nn.ModuleDict({"embedding": Leaf(homes)})
+        """Return one prompt as HF PEFT's module: an embedding, and the layers of an encoder."""
+        homes: dict[str, dict[str, tuple[Params, str]]] = {}
+        for slot in slots(self.base_model.model, name):
+            first, _, rest = slot.key.partition(".")
+            if first in ("prompt_embeddings", "prompt_encoder"):
+                place, _, tensor = (rest or "embedding.weight").rpartition(".")
+                homes.setdefault(place, {})[tensor] = (slot.home, slot.name)
+        found: dict[str, nn.Module] = {}
+        for place, here in homes.items():
+            nested(found, place, Leaf(here))
+        return nn.ModuleDict(found)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Every child by name, prompts first."""

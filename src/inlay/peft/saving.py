@@ -10,6 +10,7 @@ from peft import PeftConfig
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from inlay.checkpoint.adapter import say_finished
 from inlay.peft import folders
 from inlay.peft.errors import refuse
 from inlay.peft.wrapped import Wrapped
@@ -97,7 +98,10 @@ class Saved(Wrapped):
         config = folders.config_in(folder)
         config.inference_mode = not is_trainable
         with tuner.as_trained(), tuner.at_rest():
-            (folders.read_new if new else folders.read_again)(model, adapter_name, folder)
+            read = folders.read_new if new else folders.read_again
+            file = read(model, adapter_name, folder)
+        if is_trainable:
+            say_finished(file, folder)
         if new:
             self.peft_config[adapter_name] = config
             tuner.settle_dtype(adapter_name, autocast_adapter_dtype)
@@ -143,13 +147,18 @@ class Saved(Wrapped):
         found = config or folders.config_in(folders.folder_of(model_id, kwargs))
         self: Any = object.__new__(cls.of_task(found))
         self.wrap(model, found)
+        prompt = config is not None and config.is_prompt_learning
         if config is not None:
             config.inference_mode = not is_trainable
+        if config is not None and not prompt:
             self.add_adapter(adapter_name, config, False, autocast_adapter_dtype)
             self.peft_config[adapter_name] = config
         self.load_adapter(
             model_id, adapter_name, is_trainable, None, autocast_adapter_dtype,
             ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, **kwargs,
         )  # fmt: skip
+        if config is not None and prompt:  # what the file holds decides which tensors it has
+            folders.check_means(self.get_base_model(), adapter_name, config)
+            self.peft_config[adapter_name] = config
         self.prepare_checkpointing()
         return self

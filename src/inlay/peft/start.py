@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import (
+    PeftConfig,
+    PromptEncoder,
+    PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
+)
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -160,6 +166,37 @@ def draw_prompt(
     put(tensor, drawn, None)
 
 
+def draw_encoder(
+    model: nn.Module,
+    place: str,
+    p: Params,
+    method: Method,
+    layer_kind: Kind | None,
+    options: Options,
+) -> None:
+    """Draw a prompt encoder by HF PEFT's own class; without the network where it has none."""
+    del model, place, method, layer_kind
+    kind = PromptEncoderReparameterizationType(options["encoder_reparameterization_type"])
+    if options["encoder_dropout"] and kind == "MLP":
+        warnings.warn(
+            "encoder_dropout is ignored by HF PEFT's MLP prompt encoder, and so it is here; choose "
+            "encoder_reparameterization_type='LSTM', or leave it out",
+            stacklevel=2,
+        )
+    config = PromptEncoderConfig(**{k: v for k, v in options.items() if k in ENCODER})
+    config.encoder_reparameterization_type = kind
+    drawn = PromptEncoder(config).state_dict().values()
+    for name, value in zip(p.names(), drawn, strict=True):
+        put(getattr(p, name), value, None)
+
+
+ENCODER = (
+    "num_virtual_tokens", "num_transformer_submodules", "token_dim", "inference_mode",
+    "encoder_hidden_size", "encoder_num_layers", "encoder_dropout",
+)  # fmt: skip
+"""The options that HF PEFT's prompt encoder reads."""
+
+
 def sampled_ids(tokens: int, rows: int, options: Options) -> Tensor:
     """Draw ids from the vocabulary."""
     del options
@@ -195,4 +232,5 @@ DRAWS: dict[str, Draw] = {
     "IA3": draw_ia3,
     "PREFIX_TUNING": draw_prompt,
     "PROMPT_TUNING": draw_prompt,
+    "P_TUNING": draw_encoder,
 }

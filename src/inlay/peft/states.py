@@ -16,11 +16,13 @@ from inlay.checkpoint.tensors import (
     PREFIX,
     Problems,
     Slot,
+    computed,
     listed,
     misfit,
     missing,
     separate,
     slots,
+    unlike,
 )
 from inlay.methods.base import Params
 from inlay.model.attach import adapters, registry_of
@@ -69,10 +71,17 @@ def get_peft_model_state_dict(
         return GET(model, state_dict, adapter_name, unwrap_compiled, save_embedding_layers)
     found = keyed(inner, adapter_name)
     if state_dict is None:
-        return {key: slot.written for key, slot in found}
-    names = {id(value): name for name, value in inner.state_dict(keep_vars=True).items()}
-    given = {key: state_dict[names[id(slot.tensor)]] for key, slot in found}
-    return {key: slot.layout.written(given[key]) for key, slot in found}
+        written = {key: slot.written for key, slot in found}
+    else:
+        names = {id(value): name for name, value in inner.state_dict(keep_vars=True).items()}
+        given = {key: state_dict[names[id(slot.tensor)]] for key, slot in found}
+        written = {key: slot.layout.written(given[key]) for key, slot in found}
+    return written | computed(base_of(inner), adapter_name, [s for _, s in found], written)
+
+
+def base_of(model: Any) -> Any:
+    """Return the model itself, without a wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def is_ours(model: Any) -> bool:
@@ -116,18 +125,22 @@ def set_peft_model_state_dict(
     if not is_ours(model):
         return SET(model, peft_model_state_dict, adapter_name)
     pairs, values = keyed(model, adapter_name), dict(peft_model_state_dict)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     found = [Slot(key, slot.home, slot.name, slot.layout) for key, slot in pairs]
     expected = {slot.key: slot.written for slot in found}
     entries = {k: Entry(SPELLED.get(v.dtype, str(v.dtype)), tuple(v.shape)) for k, v in
                values.items()}  # fmt: skip
     problems = Problems()
     problems.add("missing", missing(found, entries))
-    problems.add("not used by it", (key for key in values if key not in expected))
-    for key, tensor in expected.items():
+    beside = computed(base, adapter_name, found)
+    problems.add("not used by it", (key for key in values if key not in {**expected, **beside}))
+    for key, tensor in {**expected, **beside}.items():
         if key in entries:
             problems.add("misfits", misfit(key, entries[key], tensor, False))
     where = f"adapter {adapter_name!r} of this {described(base)}"
+    problems.raise_if_any(f"the state given does not fit {where}")
+    given = unlike(values, computed(base, adapter_name, found, values))
+    problems.add("unlike what its others give", given)
     problems.raise_if_any(f"the state given does not fit {where}")
     separate(found, values)
     for slot in found:

@@ -46,12 +46,16 @@ class Linked(dict[str, Any]):
 class Leaf(nn.Module):
     """One tensor of an adapter as HF PEFT holds it: the `weight` of a module of its own."""
 
-    bias = None
     weight: nn.Parameter
 
     def __init__(self, homes: Mapping[str, tuple[Params, str]]) -> None:
         super().__init__()
         vars(self)["_parameters"] = Linked(homes)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """What is added to the product, if anything."""
+        return vars(self)["_parameters"].get("bias")
 
     @property
     def out_features(self) -> int:
@@ -65,7 +69,8 @@ class Leaf(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the matrix, as the linear layer that HF PEFT has here."""
-        return F.linear(x, self.weight.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class Tensors(nn.Module, Mapping[str, nn.Parameter]):

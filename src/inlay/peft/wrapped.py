@@ -8,7 +8,7 @@ import peft
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from inlay.checkpoint.tensors import slots
+from inlay.checkpoint.tensors import computed, slots
 from inlay.methods.base import Params
 from inlay.model.attach import adapters
 from inlay.model.report import base_size
@@ -149,8 +149,10 @@ class Wrapped(PromptNames, peft.PeftModel):
         self.base_model.check_has(adapter_name)
         if not self.peft_config[adapter_name].is_prompt_learning:
             raise AdapterError(f"adapter {adapter_name!r} is no prompt")
-        (found,) = slots(self.get_base_model(), adapter_name)
-        return found.tensor.detach().cpu()
+        model = self.get_base_model()
+        found = slots(model, adapter_name)
+        values = {slot.key: slot.tensor.detach() for slot in found}
+        return {**values, **computed(model, adapter_name, found)}["prompt_embeddings"].cpu()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say no: `peft.convert_to_lora` reads HF PEFT's own layers."""

@@ -24,7 +24,6 @@ from inlay.memory.plan import Plan, Product, Task, plan
 from inlay.memory.policy import POLICIES, Policy
 from inlay.memory.probe import runtime
 from inlay.memory.skeleton import computing_dtype, config_of, skeleton
-from inlay.methods.base import PromptMethod
 from inlay.methods.catalog import build_method
 from inlay.model.attach import attach
 from inlay.model.eight_bits import compute_in_8_bits
@@ -177,11 +176,8 @@ def built(
 
 
 def policies_of(config: RunConfig) -> Sequence[Policy]:
-    """Return the activation policies a run allows; a prompt's cache forbids computing again."""
-    method = build_method(config.method, config.hyperparameters)
-    if config.activations == "auto":
-        return POLICIES[:1] if isinstance(method, PromptMethod) else POLICIES
-    return (config.activations,)
+    """Return the activation policies a run allows."""
+    return POLICIES if config.activations == "auto" else (config.activations,)
 
 
 def optimiser_of(config: RunConfig, device: Device) -> Optimiser:

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -27,6 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 __all__ = [
     "ConversionOps",
     "ForCausalLMLoss",
+    "GradientCheckpointingLayer",
     "HfQuantizer",
     "LlamaDecoderLayer",
     "LlamaMLP",
@@ -48,6 +52,10 @@ __all__ = [
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What a forward calls its key-value cache where it does not say so by a type."""
+READS_CACHE = "_can_checkpoint_with_cache"
+"""A block's attribute: it only reads the key-value cache, so that computing it again is right."""
+CHECKPOINTING = "gradient_checkpointing"
+"""A module's attribute: its activations are computed again in the backward pass."""
 SDPA, EAGER = "sdpa", "eager"
 """The names of torch's own attention, and of one that is written out."""
 
@@ -143,6 +151,53 @@ def checkpointing_function(module: nn.Module) -> Any:
     """Return what a module recomputes its activations with, or None where it keeps them."""
     on = getattr(module, "gradient_checkpointing", False)
     return getattr(module, "_gradient_checkpointing_func", None) if on else None
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """The modules of a model that gradient checkpointing is on for.
+
+    transformers computes its blocks again, and these drop the key-value cache unless they say that
+    they only read it; what is around them drops it where its own flag is set.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    around: tuple[nn.Module, ...]
+
+    def read_cache(self, allowed: bool) -> None:
+        """Have the blocks keep the cache that they are given, or drop it again."""
+        for block in self.blocks:
+            vars(block).pop(READS_CACHE, None)
+            vars(block).update({READS_CACHE: True} if allowed else {})
+        for module in self.around:
+            vars(module)[CHECKPOINTING] = not allowed
+
+    @contextmanager
+    def off(self) -> Generator[None]:
+        """Compute nothing again inside the `with` block."""
+        before = [(module, vars(module)[CHECKPOINTING]) for module in (*self.blocks, *self.around)]
+        for module, _ in before:
+            vars(module)[CHECKPOINTING] = False
+        try:
+            yield
+        finally:
+            for module, was in before:
+                vars(module)[CHECKPOINTING] = was
+
+
+def recomputed(model: nn.Module) -> Recomputed | None:
+    """Return what gradient checkpointing is on for; None where no block of it can read a cache.
+
+    Autograd must see what a block reads beside its inputs, so reentrant checkpointing cannot.
+    """
+    on = [m for m in model.modules() if vars(m).get(CHECKPOINTING, False)]
+    blocks = [m for m in on if isinstance(m, GradientCheckpointingLayer)]
+    for module in on:
+        words = getattr(checkpointing_function(module), "keywords", {})
+        inside = any(isinstance(m, GradientCheckpointingLayer) for m in module.modules())
+        if not inside or words.get("use_reentrant"):
+            return None
+    return Recomputed(tuple(blocks), tuple(m for m in on if m not in blocks))
 
 
 def built_empty(made_as: Any, config: PreTrainedConfig, dtype: Any) -> PreTrainedModel:
