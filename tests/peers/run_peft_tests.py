@@ -107,6 +107,7 @@ def copied(arguments: argparse.Namespace, folder: Path) -> None:
             lend(found)
     diffusers: Any = types.ModuleType("diffusers")
     diffusers.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
+    diffusers.__version__ = "0"
     sys.modules.setdefault("diffusers", diffusers)
 
 

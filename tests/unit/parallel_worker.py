@@ -130,8 +130,8 @@ def main() -> None:
     """Let every world do its runs."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    make_run(folder)
     warm_up()
+    train(make_run(folder, "before"))  # imports and proofs, once for all
     print(json.dumps([world(folder, size, runs) for size, *runs in json.loads(sys.argv[2])]))
 
 

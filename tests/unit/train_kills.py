@@ -137,6 +137,7 @@ def main() -> None:
     """Try the methods and tasks that the words name, as `name:kills`."""
     torch.set_num_threads(1)
     warm_up()
+    train(make_any(Path(sys.argv[1]) / "before", "out"))  # imports and proofs, once for all
     ends: dict[str, list[dict[str, Any]]] = {}
     for word in sys.argv[2:]:
         name, kills = word.split(":")

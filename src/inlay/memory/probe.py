@@ -70,10 +70,10 @@ def status(field: str) -> int | None:
 LATER = 44 << 20
 """Bytes that a run comes to hold after it is planned, beside its tensors: code of the trainer and
 of checkpoints, products of other lengths, and rows; by benchmarks/plan_runs.py."""
-CODE = 700 << 10
+CODE = 480 << 10
 """Bytes of code that PyTorch's library makes for one shape of a product in halves, and keeps."""
-LENGTHS = 8
-"""Lengths of batches in a run, each of which gives a product another shape."""
+SHAPES = 96
+"""Shapes of such products in a run: of as many lengths as its rows and batches have."""
 MOST_ROWS, MOST_COLUMNS, MOST_OUTPUTS = 512, 4096, 1 << 15
 """Larger products are tried at this size: the multiplying library's buffers grow no more."""
 
@@ -92,10 +92,9 @@ def runtime(products: frozenset[tuple[int, int, int]]) -> int:
     return held_after(frozenset(widest)) + LATER
 
 
-def code_of_products(kinds: int) -> int:
-    """Return the bytes of code for this many kinds of products in halves, at several lengths."""
-    most = int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") or 1024)
-    return CODE * min(most, kinds * LENGTHS)
+def code_of_products() -> int:
+    """Return the bytes of code for products in halves, of the many lengths that rows have."""
+    return CODE * min(SHAPES, int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") or 1024))
 
 
 def covers(other: tuple[int, int, int], shape: tuple[int, int, int]) -> bool:
