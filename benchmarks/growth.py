@@ -49,7 +49,7 @@ SIZES = {
         adapters=(1, 10, 100, 1000),
         alternations=5,
     ),
-    "smoke": Size("tiny", 2, 512, (16, 32, 64), (1, 2, 4), (1, 2, 3), (1, 3), 2),
+    "smoke": Size("tiny", 2, 512, (16, 64), (1, 4), (1, 3), (1, 3), 2),
 }  # fmt: skip
 MIDDLE = 512
 """Tokens where it is not they that change."""

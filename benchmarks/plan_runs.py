@@ -5,6 +5,7 @@
 A case is a model's shape, a method, a storage, a dtype, rows, a length and a batch size. Each run
 is a process of its own, with the comparison at its end; its run.json says what was planned and the
 most that the process held. The models have random weights of a few layers, but pocket is trained.
+Cases that are not run now keep the rows of an earlier run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from machine import PROBLEMS, REPORTS, class_of_cpu, write
+from machine import PROBLEMS, REPORTS, RESULTS, class_of_cpu, write
 
 STEPS = 12
 SHAPES = {
@@ -28,6 +29,8 @@ SHAPES = {
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "heads": 9, "kv": 3, "layers": 8},
 }
 """Shapes of Qwen2.5-0.5B and SmolLM2-135M, with fewer layers and pocket's vocabulary."""
+KEYS = ("model", "method", "storage", "dtype", "rows", "length", "batch")
+"""What a case is."""
 ROWS = {
     "reports": {"data": str(REPORTS), "prompt": "findings", "completion": "impression"},
     "problems": {"data": str(PROBLEMS), "prompt": "question", "completion": "answer"},
@@ -132,8 +135,20 @@ def main() -> None:
         rows = list(pool.map(measured, chosen, models, folders))
     within = sum(0 <= row["error"] <= 0.05 for row in rows)
     print(f"{within} of {len(rows)} planned within 5% over, none under")
-    if not arguments.only:
-        write(f"plan_runs{class_of_cpu()}", {"steps": STEPS, "rows": rows})
+    output = f"plan_runs{class_of_cpu()}"
+    write(output, {"steps": STEPS, "rows": in_order([*before(output), *rows])})
+
+
+def before(output: str) -> list[dict[str, Any]]:
+    """Return the rows that an earlier run wrote."""
+    path = RESULTS / f"{output}.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the last row of each case, in the cases' order."""
+    last = {name_of({key: row[key] for key in KEYS}): row for row in rows}
+    return [last[name] for name in map(name_of, cases()) if name in last]
 
 
 if __name__ == "__main__":

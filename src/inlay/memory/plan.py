@@ -137,7 +137,7 @@ def plan(
         if device.kind == "cpu":
             held = runtime(simulation.products) + (GATHERING if task.shards > 1 else 0)
             if task.dtype in FAST_HALVES_ON_CPU:
-                held += code_of_products()
+                held += code_of_products(len(simulation.products))
         made = option(policy, simulation, task, device, held)
         options.append(
             made if answered is None else generating(made, answered, simulation, task, device)

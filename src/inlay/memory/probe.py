@@ -70,10 +70,12 @@ def status(field: str) -> int | None:
 LATER = 44 << 20
 """Bytes that a run comes to hold after it is planned, beside its tensors: code of the trainer and
 of checkpoints, products of other lengths, and rows; by benchmarks/plan_runs.py."""
-CODE = 480 << 10
+CODE = 560 << 10
 """Bytes of code that PyTorch's library makes for one shape of a product in halves, and keeps."""
-SHAPES = 96
-"""Shapes of such products in a run: of as many lengths as its rows and batches have."""
+LENGTHS = 12
+"""Lengths of batches in a run, each of which gives a product another shape."""
+CODE_OF_OPERATORS = 29 << 20
+"""Bytes of such code for the products inside our own operators, which each length has too."""
 MOST_ROWS, MOST_COLUMNS, MOST_OUTPUTS = 512, 4096, 1 << 15
 """Larger products are tried at this size: the multiplying library's buffers grow no more."""
 
@@ -92,9 +94,10 @@ def runtime(products: frozenset[tuple[int, int, int]]) -> int:
     return held_after(frozenset(widest)) + LATER
 
 
-def code_of_products() -> int:
-    """Return the bytes of code for products in halves, of the many lengths that rows have."""
-    return CODE * min(SHAPES, int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") or 1024))
+def code_of_products(kinds: int) -> int:
+    """Return the bytes of code in a run with this many kinds of products in halves of its own."""
+    most = int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") or 1024)
+    return CODE_OF_OPERATORS + CODE * min(most, kinds * LENGTHS)
 
 
 def covers(other: tuple[int, int, int], shape: tuple[int, int, int]) -> bool:
