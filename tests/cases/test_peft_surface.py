@@ -396,3 +396,10 @@ def test_rows_of_an_encoder_decoder_have_their_adapters_under_beams() -> None:
     for found, one in zip(mixed, (alone[0], plain[0]), strict=True):
         length = min(len(found), len(one))
         assert torch.equal(found[:length], one[:length])
+
+
+def test_a_status_names_layers_and_models_as_hf_peft_does():
+    model = inlay.peft.get_peft_model(llama(), CONFIGS["lora"]())
+    kinds = {status.module_type for status in model.get_layer_status()}
+    assert kinds == {"lora.Linear", "lora.Embedding"}
+    assert model.get_model_status().adapter_model_type == "LoraModel"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig
 from torch import nn
 
 from inlay.model.layer import AdaptedLayer, own_modules
 from inlay.peft.seam import TunerLayerStatus, TunerModelStatus
 from inlay.peft.tuner import Tuner
-from inlay.storage.registry import frozen, kind
+from inlay.storage.registry import frozen, kind, layer_class
 
 Agreed = bool | Literal["irregular"]
 
@@ -30,7 +31,7 @@ def status_of(tuner: Tuner, name: str, layer: AdaptedLayer) -> TunerLayerStatus:
     params = {each: list(layer.params(each).parameters()) for each in here}
     return TunerLayerStatus(
         name=name,
-        module_type=f"inlay.{type(layer).__name__}",
+        module_type=f"{kind_of(tuner, here)}.{layer_class(layer).__name__}",
         enabled=tuner.enabled,
         active_adapters=tuner.active_adapters,
         merged_adapters=[each for each in tuner.merged_adapters if each in here],
@@ -39,6 +40,24 @@ def status_of(tuner: Tuner, name: str, layer: AdaptedLayer) -> TunerLayerStatus:
         devices={n: sorted({p.device.type for p in ps}) for n, ps in params.items()},
         quantization_backend=backend_of(layer),
     )
+
+
+def kind_of(tuner: Tuner, names: Sequence[str]) -> str:
+    """Return what HF PEFT calls the kind of a layer that these adapters are on."""
+    config = next((tuner.peft_config[n] for n in names if n in tuner.peft_config), None)
+    return plain_type(config).lower() if config is not None else "inlay"
+
+
+def plain_type(config: PeftConfig) -> str:
+    """Return a configuration's peft_type as text."""
+    return str(config.peft_type).rpartition(".")[2]
+
+
+def model_type(tuner: Tuner) -> str:
+    """Return the name of HF PEFT's class of model for the first adapter."""
+    config = next(iter(tuner.peft_config.values()), None)
+    known = {kind.value: made.__name__ for kind, made in PEFT_TYPE_TO_TUNER_MAPPING.items()}
+    return known.get("" if config is None else plain_type(config), type(tuner).__name__)
 
 
 def backend_of(layer: nn.Module) -> str | None:
@@ -54,8 +73,8 @@ def model_status(tuner: Tuner, counts: tuple[int, int]) -> TunerModelStatus:
     backends = {layer.quantization_backend for layer in layers}
     return TunerModelStatus(
         base_model_type=type(tuner.model).__name__,
-        adapter_model_type=type(tuner).__name__,
-        peft_types={n: str(c.peft_type).partition(".")[-1] for n, c in tuner.peft_config.items()},
+        adapter_model_type=model_type(tuner),
+        peft_types={n: plain_type(config) for n, config in tuner.peft_config.items()},
         trainable_params=counts[0],
         total_params=counts[1],
         num_adapter_layers=len(layers),

@@ -68,6 +68,18 @@ class Tuner(Merging):
         found = (name for each in adapters(self.model).values() for name in each.found.names)
         return list(dict.fromkeys(found))
 
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The names of the parameters that configurations target by name."""
+        wanted = [
+            parameter
+            for config in self.peft_config.values()
+            for parameter in getattr(config, "target_parameters", None) or ()
+        ]
+        names = [name for name, _ in self.model.named_parameters()]
+        found = (n for n in names for p in wanted if n == p or n.endswith("." + p))
+        return list(dict.fromkeys(found))
+
     # Adapters come, act and go.
 
     def add(self, name: str, config: PeftConfig, autocast: bool) -> None:
