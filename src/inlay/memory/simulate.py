@@ -38,6 +38,9 @@ from inlay.storage.streamed import SEGMENT, StreamedEmbedding
 
 NO_DATA = "its data is not allocated"
 """What torch says where a fake tensor's values are read behind the operations' back."""
+OTHER_LENGTHS = 0.04
+"""The share of a step's passing memory that batches of other lengths leave in pieces; measured by
+benchmarks/plan_runs.py."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,12 @@ class Simulation:
     """Operation -> what it did."""
 
     def fragmentation(self, keeps: bool) -> int:
-        """Return the bytes that glibc holds at its peak beyond what is alive at the step's."""
+        """Return the bytes that the allocator holds at its peak beyond what is alive then."""
         heap = Heap(keeps=keeps)
         for _ in range(3):
             heap.replay(self.trace)
         passing = sum(self.at_peak.values()) - sum(self.resting.values()) - self.buffer
-        return max(0, heap.peak - passing)
+        return max(0, heap.peak - passing) + int(OTHER_LENGTHS * passing)
 
     @property
     def flops(self) -> int:
