@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from inlay.errors import AdapterError
 from inlay.kernels.opaque import lowered as lowered
@@ -288,7 +289,10 @@ class LowRank(WeightMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptMethod(Method):
-    """Virtual tokens before every sequence, given to attention as keys and values."""
+    """Virtual tokens before every sequence: keys and values that attention reads.
+
+    A method that has their embeddings says so; a model that sees both ways reads these instead.
+    """
 
     mergeable: ClassVar[bool] = False
     default_targets: ClassVar[Targets] = ()
@@ -302,9 +306,21 @@ class PromptMethod(Method):
         """Return how many parameters a model of this transformers config trains, closed form."""
         raise NotImplementedError
 
-    def keys_values(self, p: Params, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """Return, per Transformer layer, keys and values, each (1, kv heads, tokens, head dim)."""
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether virtual tokens have embeddings; else they are keys and values alone."""
+        return False
+
+    def embeddings(self, p: Params) -> Tensor:
+        """Return the virtual tokens' embeddings, (tokens, width), where they have some."""
         raise NotImplementedError
+
+    def keys_values(self, p: Params, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Return, per Transformer layer, keys and values, each (1, kv heads, tokens, head dim).
+
+        By default those that the frozen model computes from the embeddings.
+        """
+        return prefilled(model, self.embeddings(p))
 
     def computed(self, p: Params) -> Mapping[str, Tensor]:
         """Return what HF PEFT's file has in place of the trained tensors, by its keys."""
@@ -419,11 +435,42 @@ def prefilled(model: nn.Module, embeddings: Tensor) -> list[tuple[Tensor, Tensor
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
+def read_keys(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the keys and values, by layer, that a frozen model computes of tokens (1, n).
+
+    An encoder gives no cache, and writes to one that it is given; an encoder-decoder's are those
+    of its decoder, where HF PEFT's prefixes put them: pair 2 i modulo the layers for layer i.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        out = model(input_ids=ids, decoder_input_ids=ids, use_cache=True)
+        both: Any = cache_of(out)
+        found = [(x.keys, x.values) for x in both.self_attention_cache.layers]
+        placed = list(found)
+        for layer in reversed(range(len(found))):
+            placed[2 * layer % len(found)] = found[layer]
+        return placed
+    out = model(input_ids=ids, use_cache=True)
+    cache: Any = next((value for value in out.values() if isinstance(value, Cache)), None)
+    if cache is None:
+        cache, body = DynamicCache(), model.base_model
+        parameters = inspect.signature(body.forward).parameters.items()
+        names = [name for name, p in parameters if "Cache" in str(p.annotation)]
+        body(input_ids=ids, **dict.fromkeys(names[:1], cache))
+    return [(x.keys, x.values) for x in cache.layers]
+
+
+def encoder_of(model: Any) -> Any:
+    """Return the encoder of text inside an encoder-decoder, or None."""
+    found = getattr(model, "get_encoder", lambda: None)()
+    return found if isinstance(found, nn.Module) and found is not model else None
+
+
 def attention_shape(config: Any) -> tuple[int, int, int]:
     """Return (layers, key-value heads, head width) of a transformers model's configuration."""
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    said = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
+    width = said or text.hidden_size // heads
     return text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or heads, width
 
 

@@ -22,7 +22,6 @@ from inlay.methods.base import (
     checked_positive,
     checked_probability,
     input_embedding,
-    prefilled,
     stored,
     table_of,
     without_autocast,
@@ -130,8 +129,12 @@ class PTuning(PromptMethod):
         width = config.get_text_config(decoder=True).hidden_size
         return sum(math.prod(each.shape) for each in self.tensors(width).values())
 
-    def keys_values(self, p: Params, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        return prefilled(model, self.prompt(p, p.training))
+    @property
+    def has_embeddings(self) -> bool:
+        return True
+
+    def embeddings(self, p: Params) -> Tensor:
+        return self.prompt(p, p.training)
 
     @without_autocast
     def prompt(self, p: Params, training: bool) -> Tensor:

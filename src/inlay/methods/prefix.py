@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,11 @@ from inlay.methods.base import (
     Params,
     PromptMethod,
     attention_shape,
-    cache_of,
     checked_positive,
     evaluating,
     input_embedding,
     lowered,
+    read_keys,
     stored,
     table_of,
 )
@@ -68,8 +68,7 @@ class PrefixTuning(PromptMethod):
             return Params({"prefix": prefix.copy_(torch.randn(prefix.shape, generator=seed))})
         ids = torch.randint(embedding.num_embeddings, (1, self.tokens), generator=seed)
         with torch.no_grad(), evaluating(model):
-            cache: Any = cache_of(model(input_ids=ids.to(prefix.device), use_cache=True))
-        pairs = [torch.stack((x.keys[0], x.values[0])) for x in cache.layers]
+            pairs = [torch.stack(pair)[:, 0] for pair in read_keys(model, ids.to(prefix.device))]
         return Params({"prefix": prefix.copy_(torch.stack(pairs).movedim(3, 0).flatten(1))})
 
     def count_for(self, config: object) -> int:

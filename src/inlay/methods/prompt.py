@@ -15,7 +15,6 @@ from inlay.methods.base import (
     PromptMethod,
     checked_positive,
     input_embedding,
-    prefilled,
     stored,
     table_of,
     token_rows,
@@ -79,8 +78,12 @@ class PromptTuning(PromptMethod):
     def count_for(self, config: Any) -> int:
         return self.tokens * config.get_text_config(decoder=True).hidden_size
 
-    def keys_values(self, p: Params, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        return prefilled(model, p.embeddings)
+    @property
+    def has_embeddings(self) -> bool:
+        return True
+
+    def embeddings(self, p: Params) -> Tensor:
+        return p.embeddings
 
     def peft_tensors(self, kind: Kind) -> dict[str, str]:
         return {"embeddings": "prompt_embeddings"}

@@ -19,7 +19,7 @@ from inlay.model.guards import guard, say_shared, unguard
 from inlay.model.layer import AdaptedLayer, become_adapted, become_original, own_modules
 from inlay.model.places import module_at
 from inlay.model.placing import Place, places_for
-from inlay.model.prompt import PromptHook
+from inlay.model.prompt import PromptHook, prompt_hook
 from inlay.model.seams.accelerate import brought_in, keep_resident
 from inlay.model.selected import trained_modules
 from inlay.model.steady import hold_statistics, release_statistics
@@ -115,7 +115,8 @@ def attach(
     for module_name, copies in rows.items():
         places.setdefault(module_name, Place(None, Params({}))).add(copies)
     if isinstance(method, PromptMethod):
-        hook = registry.prompt or PromptHook(model)
+        hook = registry.prompt or prompt_hook(model)
+        hook.check(method)
         with disabled(model) if registry.adapters else nullcontext(), embedding_in(model):
             params = method.init(model, torch.Generator().manual_seed(seed))
         keep_resident(params)

@@ -1,25 +1,23 @@
-"""Give a prompt method's keys and values to a model's attention, before every sequence."""
+"""Give a prompt method's virtual tokens to a model, before every sequence."""
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from inlay.errors import AdapterError
-from inlay.methods.base import Params, PromptMethod, attention_shape
-from inlay.model.fast.proof import in_clean_thread
-from inlay.model.fast.shrink import small_model
-from inlay.model.seams.transformers import (
-    Recomputed,
-    cache_argument,
-    cache_in,
-    recomputed,
-)
-from inlay.storage.registry import layer_class
+from inlay.methods.base import Params, PromptMethod, encoder_of, input_embedding
+from inlay.model.prompt_trial import EMBEDDINGS, Takes, taken_by
+from inlay.model.seams.transformers import Recomputed, cache_argument, recomputed
+
+Changed = tuple[tuple[()], dict[str, Any]] | None
+"""A call's new arguments; None leaves it as it is."""
 
 
 class ReadOnly(DynamicCache):
@@ -35,35 +33,49 @@ class ReadOnly(DynamicCache):
 
 
 class PromptHook:
-    """The prompt adapters of one model, given to each forward pass through its key-value cache.
+    """The prompt adapters of one model, given to each of its forward passes; here to a decoder's.
 
-    The first pass over a sequence (no cache, or an empty one) starts from a cache that holds the
-    virtual tokens; later passes of a generation find them there. Logits keep the input's length.
+    They reach a decoder through its key-value cache: the first pass over a sequence (no cache, or
+    an empty one) starts from a cache that holds the virtual tokens; later passes of a generation
+    find them there. Logits keep the input's length.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.signature = inspect.signature(model.forward)
-        self.cache = cache_argument(model.forward) or ""
-        """What the model's forward calls its key-value cache."""
-        check_takes_prompts(model, self.cache)
+    def __init__(self, model: nn.Module, takes: Takes) -> None:
+        self.model, self.takes = model, takes
         self.methods: dict[str, PromptMethod] = {}
         self.active: str | None = None
-        self.model = model
         self.again = Recomputed((), ())
         """What of the model is computed again in the backward pass of the call that runs."""
 
+    def check(self, method: PromptMethod) -> None:
+        """Raise unless the model takes this method's virtual tokens.
+
+        Raises:
+            AdapterError: it does not.
+        """
+        why = self.takes.no_embeddings if method.has_embeddings else self.takes.no_keys
+        if why is not None:
+            raise AdapterError(
+                f"{type(self.model).__name__} cannot have {method.name}: {why}; use "
+                f"{'prefix tuning' if method.has_embeddings else 'prompt tuning'}, where the model "
+                "takes it, or another of the prompt methods or a weight method such as LoRA"
+            )
+
+    def put_on(self) -> list[RemovableHandle]:
+        """Put the hooks on that change the calls of the model and of its parts."""
+        return [self.model.register_forward_pre_hook(self.before_forward, with_kwargs=True)]
+
     def add(self, name: str, method: PromptMethod, params: Params) -> None:
-        """Add one adapter, not yet active; the hook is put on with the first."""
+        """Add one adapter, not yet active; the hooks are put on with the first."""
         if not self.methods:
             self.model.adapters = nn.ModuleDict()
-            before = self.before_forward
             after = self.model.register_forward_hook(self.after_forward, always_call=True)
-            self.handles = self.model.register_forward_pre_hook(before, with_kwargs=True), after
+            self.handles = [*self.put_on(), after]
         self.methods[name] = method
         self.table[name] = params
 
     def remove(self, name: str) -> bool:
-        """Drop one adapter if it is here; return whether the hook was taken off with the last."""
+        """Drop one adapter if it is here; return whether the hooks were taken off with the last."""
         if self.methods.pop(name, None) is None:
             return False
         del self.table[name]
@@ -88,29 +100,35 @@ class PromptHook:
         assert isinstance(params, Params)
         return params
 
+    def acting(self, embeddings: bool) -> PromptMethod | None:
+        """Return the active method, if it has embeddings, or else if it has keys and values."""
+        method = self.methods[self.active] if self.active is not None else None
+        return method if method is not None and method.has_embeddings == embeddings else None
+
     def before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[()], dict[str, Any]] | None:
+    ) -> Changed:
         """Change one call's arguments so that attention sees the virtual tokens."""
         if self.active is None:
             return None
+        return self.with_keys(model, args, kwargs, self.methods[self.active].tokens)
+
+    def with_keys(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int
+    ) -> Changed:
+        """Return one call's arguments with keys and values before its text."""
         self.again = computed_again(model)
-        bound = self.signature.bind_partial(*args, **kwargs).arguments
-        call: dict[str, Any] = {**bound, **bound.get("kwargs", {})}
-        call.pop("kwargs", None)
-        tokens = self.methods[self.active].tokens
-        batch, device = batch_of(call)
-        under = next((n for n, v in call.items() if isinstance(v, Cache)), self.cache)
+        call = arguments(model, args, kwargs)
+        name = cache_argument(model.forward) or ""
+        batch, _ = batch_of(call)
+        under = next((n for n, v in call.items() if isinstance(v, Cache)), name)
         cache: Cache | None = call.pop(under, None)
         empty = cache is None or cache.get_seq_length() == 0
-        call[self.cache] = self.filled(cache, batch) if empty else cache
+        call[name] = self.filled(cache, batch) if empty else cache
         if self.again.blocks and torch.is_grad_enabled():
-            call[self.cache] = read_only(call[self.cache], own=empty)
+            call[name] = read_only(call[name], own=empty)
         self.again.read_cache(True)
-        mask = call.get("attention_mask")
-        if mask is not None:
-            ones = torch.ones(batch, tokens, dtype=mask.dtype, device=device)
-            call["attention_mask"] = torch.cat([ones, mask], dim=1)
+        widened(call, "attention_mask", tokens, 1)
         for key in ("position_ids", "cache_position"):
             if call.get(key) is not None:
                 call[key] = call[key] + tokens
@@ -123,77 +141,211 @@ class PromptHook:
 
     def filled(self, cache: Cache | None, batch: int) -> Cache:
         """Return the cache, or a new one, holding the virtual tokens' keys and values."""
-        assert self.active is not None
         cache = DynamicCache() if cache is None else cache
+        for layer, (key, value) in enumerate(self.pairs()):
+            cache.update(repeated(key, batch), repeated(value, batch), layer)
+        return cache
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the keys and values of the active method, by layer."""
+        assert self.active is not None
         method, params = self.methods[self.active], self.params(self.active)
         active, self.active = self.active, None
         try:
             with self.again.off():
-                pairs = method.keys_values(params, self.model)
+                return method.keys_values(params, self.model)
         finally:
             self.active = active
-        for layer, (key, value) in enumerate(pairs):
-            cache.update(repeated(key, batch), repeated(value, batch), layer)
+
+    def before(self, text: Tensor) -> Tensor:
+        """Return (batch, tokens, width): the active embeddings, then those of the text."""
+        assert self.active is not None
+        found = self.methods[self.active].embeddings(self.params(self.active))
+        rows = found[: self.methods[self.active].tokens].to(text.dtype)
+        return torch.cat([rows.expand(len(text), -1, -1), text], dim=1)
+
+
+class EncoderPrompts(PromptHook):
+    """The prompt adapters of an encoder, which reads [E; x] at every position.
+
+    Outputs are as long as what it reads, virtual tokens first, as in HF PEFT.
+    """
+
+    def put_on(self) -> list[RemovableHandle]:
+        """Put the hooks on: keys and values are given to the module that has the cache."""
+        body: Any = self.model
+        reads = self.model if cache_argument(body.forward) else body.base_model
+        return [
+            self.model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            reads.register_forward_pre_hook(self.before_body, with_kwargs=True),
+        ]
+
+    def before_forward(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Changed:
+        """Change one call's arguments so that embeddings stand before the text."""
+        method = self.acting(embeddings=True)
+        if method is None:
+            return None
+        call, tokens = arguments(model, args, kwargs), method.tokens
+        shape = embedded(call, self.model)
+        call[EMBEDDINGS] = self.before(call[EMBEDDINGS])
+        widened(call, "attention_mask", tokens, 1)
+        widened(call, "token_type_ids", tokens, 0)
+        if self.takes.labels_by_token and getattr(call.get("labels"), "shape", None) == shape:
+            widened(call, "labels", tokens, UNLABELLED)
+        if call.pop("position_ids", None) is not None:
+            warnings.warn(
+                f"position_ids are left out: {type(model).__name__} numbers the virtual tokens and "
+                "the text after them by itself",
+                stacklevel=3,
+            )
+        return (), call
+
+    def before_body(
+        self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Changed:
+        """Change one call's arguments so that keys and values stand before the text."""
+        method = self.acting(embeddings=False)
+        return method and self.with_keys(body, args, kwargs, method.tokens)
+
+
+class EncoderDecoderPrompts(PromptHook):
+    """The prompt adapters of an encoder-decoder.
+
+    The encoder reads [E; x]; the decoder reads keys and values before its text. So it is in HF
+    PEFT, whose layout gives the decoder's layer i the pair 2 i modulo the number of layers.
+    """
+
+    def put_on(self) -> list[RemovableHandle]:
+        """Put the hooks on the model and on its encoder, which generation calls alone."""
+        encoder: nn.Module = encoder_of(self.model)
+        return [
+            *super().put_on(),
+            encoder.register_forward_pre_hook(self.before_encoder, with_kwargs=True),
+        ]
+
+    def before_forward(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Changed:
+        """Change one call's masks, and give the decoder its keys and values."""
+        if self.active is None:
+            return None
+        call, tokens = arguments(model, args, kwargs), self.methods[self.active].tokens
+        if self.acting(embeddings=True):
+            widened(call, "attention_mask", tokens, 1)
+            return (), call
+        widened(call, "decoder_attention_mask", tokens, 1)
+        name = cache_argument(model.forward) or ""
+        under = next((n for n, v in call.items() if isinstance(v, Cache)), name)
+        cache: Any = call.pop(under, None)
+        empty = cache is None or cache.get_seq_length() == 0
+        if empty and computed_again(model).blocks and torch.is_grad_enabled():
+            raise AdapterError(
+                "gradient checkpointing drops the key-value cache of an encoder-decoder, and the "
+                "prefix with it; turn it off (gradient_checkpointing=False), or use prompt tuning"
+            )
+        call[name] = self.filled(cache, decoded_rows(call)) if empty else cache
+        return (), call
+
+    def before_encoder(
+        self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Changed:
+        """Change one call's arguments so that embeddings stand before the encoder's text."""
+        method = self.acting(embeddings=True)
+        if method is None:
+            return None
+        call = arguments(encoder, args, kwargs)
+        _, length = embedded(call, encoder)
+        call[EMBEDDINGS] = self.before(call[EMBEDDINGS])
+        mask = call.get("attention_mask")
+        if mask is not None and mask.shape[1] == length:  # a call that the model did not make
+            widened(call, "attention_mask", method.tokens, 1)
+        return (), call
+
+    def filled(self, cache: Any, batch: int) -> Cache:
+        """Return a cache whose part for the decoder's own tokens holds the virtual ones."""
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if cache is None else cache
+        found = self.pairs()
+        for layer in range(len(found)):
+            key, value = found[2 * layer % len(found)]
+            cache.self_attention_cache.update(repeated(key, batch), repeated(value, batch), layer)
         return cache
 
 
-def check_takes_prompts(model: Any, cache: str) -> None:
-    """Raise unless a model's tokens attend to what its key-value cache holds before them.
+HOOKS: dict[str, type[PromptHook]] = {
+    "decoder": PromptHook,
+    "encoder": EncoderPrompts,
+    "encoder-decoder": EncoderDecoderPrompts,
+}
+UNLABELLED = -100
+"""The label of a token that no loss counts."""
 
-    Tried on a small model of the same class, where one can be built.
+
+def prompt_hook(model: nn.Module) -> PromptHook:
+    """Return what gives a model its prompts.
 
     Raises:
-        AdapterError: it has no such cache, or encodes rather than generates.
+        AdapterError: it takes none.
     """
-    why = None if cache else "it takes no key-value cache"
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        why = "it is an encoder-decoder"
-    if why is None and isinstance(model, PreTrainedModel):
-        known = (layer_class(model), repr(sorted(model.config.to_dict().items(), key=repr)))
-        if known not in reasons:
-            reasons[known] = in_clean_thread(lambda: refusal(model, cache))
-        why = reasons[known]
-    if why is not None:
+    found = taken_by(model)
+    return HOOKS[found.kind](model, found)
+
+
+def arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a call's arguments by their names."""
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    call: dict[str, Any] = {**bound, **bound.get("kwargs", {})}
+    call.pop("kwargs", None)
+    return call
+
+
+def embedded(call: dict[str, Any], module: Any) -> torch.Size:
+    """Have a call bring its text's embeddings in place of ids; return (batch, tokens).
+
+    Raises:
+        AdapterError: it brings neither, or more than one text a row.
+    """
+    ids = call.pop("input_ids", None)
+    if call.get(EMBEDDINGS) is None:
+        if ids is None:
+            raise AdapterError("a prompt adapter needs input_ids or inputs_embeds in the call")
+        call[EMBEDDINGS] = input_embedding(module)(ids)
+    text: Tensor = call[EMBEDDINGS]
+    if text.dim() != 3:
         raise AdapterError(
-            f"{type(model).__name__} cannot have a prompt: {why}, and prompt methods put virtual "
-            "tokens before the text of a decoder, by their keys and values; use a decoder model, "
-            "or a weight method such as LoRA"
+            f"a prompt stands before one text a row, (batch, tokens), and this call brings "
+            f"{tuple(text.shape[:-1])}; give each text a row of its own"
         )
+    return text.shape[:2]
 
 
-reasons: dict[Any, str | None] = {}
-"""Class and configuration -> why it takes no prompt, or None where it does."""
+def widened(call: dict[str, Any], key: str, tokens: int, value: int) -> None:
+    """Put a value for each virtual token before a call's argument of (batch, tokens), if given.
+
+    Raises:
+        AdapterError: it has other dimensions.
+    """
+    given = call.get(key)
+    if given is None:
+        return
+    if given.dim() != 2:
+        raise AdapterError(
+            f"{key} is {tuple(given.shape)}, and a prompt needs (batch, tokens), to which its "
+            "virtual tokens are added"
+        )
+    call[key] = torch.cat([given.new_full((len(given), tokens), value), given], dim=1)
 
 
-def refusal(model: PreTrainedModel, cache: str) -> str | None:
-    """Return why a model of this class takes no prompt, found on a small one, or None."""
-    ids = torch.randint(3, 8, (1, 6), generator=torch.Generator().manual_seed(0))
-    try:
-        twin: Any = small_model(model, lambda built: built(input_ids=ids)).eval()
-    except ValueError:
-        return None  # where none can be tried, the model itself will say
-    with torch.no_grad():
-        whole = twin(input_ids=ids)[0]
-        held: Any = cache_in(twin(input_ids=ids[:, :3], use_cache=True).values())
-        if held is None:
-            return "it gives no key-value cache"
-        if not all(isinstance(getattr(x, "keys", None), Tensor) for x in held.layers):
-            return "some of its layers keep a state in place of keys and values"
-        heads, width = attention_shape(twin.config)[1:]
-        shapes = {(1, heads, 3, width)}
-        if {tuple(t.shape) for x in held.layers for t in (x.keys, x.values)} != shapes:
-            return "its layers differ in the shape of their keys and values"
-        alone = DynamicCache()
-        for number, layer in enumerate(held.layers):
-            alone.update(layer.keys, layer.values, number)
-        try:
-            second = twin(input_ids=ids[:, 3:], use_cache=True, **{cache: alone})[0]
-        except Exception:  # whatever another library's class may raise
-            return "its layers keep more than keys and values"
-    by_token = whole.shape[1] == ids.shape[1] and second.shape[1] == 3
-    wanted = whole[:, 3:] if by_token else whole
-    near = second.shape == wanted.shape and torch.allclose(second, wanted, rtol=1e-3, atol=1e-4)
-    return None if near else "its tokens see more, or less, than keys and values before them"
+def decoded_rows(call: dict[str, Any]) -> int:
+    """Return how many rows a decoder reads in a call."""
+    keys = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "input_ids", EMBEDDINGS)
+    found = next((call[key] for key in keys if call.get(key) is not None), None)
+    if found is None:
+        raise AdapterError("a prompt adapter needs decoder_input_ids or labels in the call")
+    return len(found)
 
 
 def repeated(x: Tensor, batch: int) -> Tensor:

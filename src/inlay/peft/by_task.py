@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import peft
@@ -42,6 +43,18 @@ class PeftModelForQuestionAnswering(PeftModel, theirs.PeftModelForQuestionAnswer
 
 class PeftModelForFeatureExtraction(PeftModel, theirs.PeftModelForFeatureExtraction):
     """A model of hidden states with adapters."""
+
+    def forward(self, *args: Any, token_type_ids: Any = None, **kwargs: Any) -> Any:
+        """Run the model; beside a prompt HF PEFT leaves token_type_ids out, and so it is here."""
+        if token_type_ids is not None and set(self.prompts()) & set(self.active_adapters):
+            warnings.warn(
+                "token_type_ids are left out, as HF PEFT does where a prompt is on a model for "
+                "feature extraction; every token is of type 0",
+                stacklevel=2,
+            )
+        elif token_type_ids is not None:
+            kwargs["token_type_ids"] = token_type_ids
+        return super().forward(*args, **kwargs)
 
 
 class PeftMixedModel(PeftModel, theirs.PeftMixedModel):

@@ -100,6 +100,11 @@ def cache_argument(forward: Callable[..., Any]) -> str | None:
     return next(iter([*typed, *named]), None)
 
 
+def takes(forward: Callable[..., Any], argument: str) -> bool:
+    """Say whether a forward has an argument of this name."""
+    return argument in inspect.signature(forward).parameters
+
+
 def cache_in(values: Iterable[Any]) -> Cache | None:
     """Return the key-value cache among some values, or None."""
     return next((v for v in values if isinstance(v, Cache)), None)
