@@ -23,7 +23,7 @@ TOKENS = 3
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 40, "pad_token_id": 0,
-    "initializer_range": 0.2, "num_labels": 3, "hidden_dropout_prob": 0.0,
+    "initializer_range": 0.2, "num_labels": 2, "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0, "type_vocab_size": 2,
 }  # fmt: skip
 RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
