@@ -111,14 +111,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 PLACEMENT = frozenset({
     "exclude_modules", "feedforward_modules", "layers_pattern", "layers_to_transform",
     "modules_to_save", "target_modules", "target_parameters", "num_attention_heads", "num_layers",
-    "num_transformer_submodules", "token_dim", "trainable_token_indices",
+    "token_dim", "trainable_token_indices",
 })  # fmt: skip
 """Options that say where an adapter goes; `placement` reads them."""
 
 WITHOUT_EFFECT = frozenset({
     *COMMON, "peft_type", "encoder_hidden_size", "ensure_weight_tying", "eva_config",
-    "fan_in_fan_out", "init_ia3_weights", "init_weights", "megatron_core", "prefix_projection",
-    "prompt_tuning_init", "prompt_tuning_init_text", "qalora_group_size", "tokenizer_kwargs",
+    "fan_in_fan_out", "init_ia3_weights", "init_weights", "megatron_core",
+    "num_transformer_submodules", "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text", "qalora_group_size", "tokenizer_kwargs",
     "tokenizer_name_or_path",
 })  # fmt: skip
 """Options that change how an adapter starts or is named, not what a trained one computes."""

@@ -308,9 +308,16 @@ def prompt_dimensions(model: nn.Module, method: PromptMethod) -> dict[str, Any]:
     return {
         "num_attention_heads": heads,
         "num_layers": text.num_hidden_layers,
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": submodules_of(config, method),
         "token_dim": width,
     }
+
+
+def submodules_of(config: Any, method: PromptMethod) -> int:
+    """Return for how many parts of a model HF PEFT keeps a prompt; a prefix of two is kept once."""
+    if not getattr(config, "is_encoder_decoder", False):
+        return 1
+    return 2 if method.peft_type == "PREFIX_TUNING" else method.rows // method.tokens
 
 
 def check_dimensions(

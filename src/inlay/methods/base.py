@@ -298,6 +298,11 @@ class PromptMethod(Method):
     default_targets: ClassVar[Targets] = ()
     tokens: int
 
+    @property
+    def rows(self) -> int:
+        """How many embeddings are kept: `tokens` for each submodule, where a method has these."""
+        return self.tokens * (getattr(self, "submodules", None) or 1)
+
     def init(self, model: nn.Module, seed: torch.Generator) -> Params:
         """Create the trained tensors for this model."""
         raise NotImplementedError

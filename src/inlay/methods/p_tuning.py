@@ -49,7 +49,8 @@ class PTuning(PromptMethod):
     W2 relu(W1 h + b1) + b2 with W1 (2 size, 2 size) and W2 (width, 2 size). `size` is the width
     unless given. The MLP trains tokens * width + 2 size * width + size * size + 2 size + width
     parameters. E starts from a unit normal, the encoder as torch's layers do; attaching changes
-    the outputs. Its learning rate is 4 times LoRA's. A folder holds E, the encoder and, for HF
+    the outputs. With `submodules` E has as many times `tokens` rows, as HF PEFT has for an
+    encoder-decoder (2), whose encoder reads the first `tokens`. Its learning rate is 4 times LoRA's. A folder holds E, the encoder and, for HF
     PEFT, E'. HF PEFT's own folders hold E' alone: such an adapter is `finished`, has no encoder,
     and E' itself trains.
     Paper: arXiv 2103.10385.
@@ -69,6 +70,7 @@ class PTuning(PromptMethod):
     encoder_layers: int = 2
     dropout: float = 0.0
     finished: bool = False
+    submodules: int | None = None
 
     name = "p-tuning"
     paper = "2103.10385"
@@ -80,10 +82,12 @@ class PTuning(PromptMethod):
         "size": "encoder_hidden_size",
         "encoder_layers": "encoder_num_layers",
         "dropout": "encoder_dropout",
+        "submodules": "num_transformer_submodules",
     }
 
     def __post_init__(self) -> None:
         checked_positive(self.tokens, "tokens")
+        checked_positive(self.submodules or 1, "submodules")
         checked_positive(self.encoder_layers, "encoder_layers")
         checked_probability(self.dropout, "dropout")
         if self.size is not None:
@@ -96,8 +100,8 @@ class PTuning(PromptMethod):
     def tensors(self, width: int) -> dict[str, Trained]:
         """Return every trained tensor, in the order of HF PEFT's modules."""
         if self.finished:
-            return {"embeddings": Trained((self.tokens, width), 0.0, COMPUTED)}
-        found = {"E": Trained((self.tokens, width), 0.0, "prompt_encoder.embedding.weight")}
+            return {"embeddings": Trained((self.rows, width), 0.0, COMPUTED)}
+        found = {"E": Trained((self.rows, width), 0.0, "prompt_encoder.embedding.weight")}
         size = self.size or width
         widths = (width, size, size, width)
         if self.encoder == "LSTM":

@@ -29,7 +29,9 @@ class PromptTuning(PromptMethod):
     as to prepend them. Shape: (tokens, hidden); tokens * hidden parameters.
     Attaching changes the outputs: there is more to read. E starts as the embeddings of
     tokens drawn from the vocabulary, or of `ids` (repeated or cut to `tokens`), or from a unit
-    normal. Its learning rate is 16 times LoRA's.
+    normal. With `submodules` there are as many times `tokens` rows, as HF PEFT has for an
+    encoder-decoder (2), whose encoder reads the first `tokens`. Its learning rate is 16 times
+    LoRA's.
     Paper: arXiv 2104.08691.
 
     Raises:
@@ -43,16 +45,18 @@ class PromptTuning(PromptMethod):
     tokens: int = 32
     start: Literal["vocabulary", "ids", "random"] = "vocabulary"
     ids: tuple[int, ...] = ()
+    submodules: int | None = None
 
     name = "prompt"
     paper = "2104.08691"
     learning_rate_factor = 16.0
     peft_type = "PROMPT_TUNING"
-    peft_keys = {"tokens": "num_virtual_tokens"}
+    peft_keys = {"tokens": "num_virtual_tokens", "submodules": "num_transformer_submodules"}
     peft_fixed = {"prompt_tuning_init": "RANDOM"}
 
     def __post_init__(self) -> None:
         checked_positive(self.tokens, "tokens")
+        checked_positive(self.submodules or 1, "submodules")
         if self.start not in ("vocabulary", "ids", "random"):
             raise AdapterError(f"start must be 'vocabulary', 'ids' or 'random', not {self.start!r}")
         if (self.start == "ids") != bool(self.ids):
@@ -60,23 +64,24 @@ class PromptTuning(PromptMethod):
 
     def init(self, model: nn.Module, seed: torch.Generator) -> Params:
         embedding = input_embedding(model)
-        rows, width = embedding.num_embeddings, embedding.embedding_dim
+        vocabulary, width = embedding.num_embeddings, embedding.embedding_dim
         if self.start == "random":
-            drawn = torch.randn(self.tokens, width, generator=seed)
+            drawn = torch.randn(self.rows, width, generator=seed)
         else:
-            drawn = token_rows(embedding, self.start_ids(rows, seed))
-        return Params({"embeddings": stored(table_of(embedding), self.tokens, width).copy_(drawn)})
+            drawn = token_rows(embedding, self.start_ids(vocabulary, seed))
+        return Params({"embeddings": stored(table_of(embedding), self.rows, width).copy_(drawn)})
 
-    def start_ids(self, rows: int, seed: torch.Generator) -> Tensor:
-        """Return the (tokens,) ids whose embeddings E starts as, in a vocabulary of `rows`."""
+    def start_ids(self, vocabulary: int, seed: torch.Generator) -> Tensor:
+        """Return the (rows,) ids whose embeddings E starts as."""
         if self.start == "vocabulary":
-            return torch.randint(rows, (self.tokens,), generator=seed)
-        if not 0 <= min(self.ids) <= max(self.ids) < rows:
-            raise AdapterError(f"ids must lie in the vocabulary, 0 to {rows - 1}, not {self.ids}")
-        return torch.tensor([self.ids[i % len(self.ids)] for i in range(self.tokens)])
+            return torch.randint(vocabulary, (self.rows,), generator=seed)
+        if not 0 <= min(self.ids) <= max(self.ids) < vocabulary:
+            last = vocabulary - 1
+            raise AdapterError(f"ids must lie in the vocabulary, 0 to {last}, not {self.ids}")
+        return torch.tensor([self.ids[i % len(self.ids)] for i in range(self.rows)])
 
     def count_for(self, config: Any) -> int:
-        return self.tokens * config.get_text_config(decoder=True).hidden_size
+        return self.rows * config.get_text_config(decoder=True).hidden_size
 
     @property
     def has_embeddings(self) -> bool:

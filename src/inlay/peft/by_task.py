@@ -24,6 +24,10 @@ class PeftModelForCausalLM(PeftModel, theirs.PeftModelForCausalLM):
 class PeftModelForSeq2SeqLM(PeftModel, theirs.PeftModelForSeq2SeqLM):
     """An encoder and a decoder with adapters."""
 
+    def generate(self, **kwargs: Any) -> Any:
+        """Generate; arguments by name only, as in HF PEFT."""
+        return super().generate(**kwargs)
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Do what the model itself does."""
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)

@@ -64,6 +64,9 @@ def prepared(config: PeftConfig, model: nn.Module) -> PeftConfig:
     else:
         method = method_of(found)
         assert isinstance(method, PromptMethod)
+        if found.num_transformer_submodules is None and plain(found.task_type) == "SEQ_2_SEQ_LM":
+            both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+            found.num_transformer_submodules = 2 if both else 1
         for key, value in prompt_dimensions(model, method).items():
             if getattr(found, key) is None:
                 setattr(found, key, value)

@@ -162,7 +162,7 @@ def draw_prompt(
     elif how in ("SAMPLE_VOCAB", "TEXT") and not options["inference_mode"]:
         embedding = input_embedding(model)
         sample = sampled_ids if how == "SAMPLE_VOCAB" else text_ids
-        drawn = token_rows(embedding, sample(method.tokens, embedding.num_embeddings, options))
+        drawn = token_rows(embedding, sample(method.rows, embedding.num_embeddings, options))
     put(tensor, drawn, None)
 
 
