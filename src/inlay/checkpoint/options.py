@@ -118,8 +118,8 @@ PLACEMENT = frozenset({
 WITHOUT_EFFECT = frozenset({
     *COMMON, "peft_type", "encoder_hidden_size", "ensure_weight_tying", "eva_config",
     "fan_in_fan_out", "init_ia3_weights", "init_weights", "megatron_core",
-    "num_transformer_submodules", "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text", "qalora_group_size", "tokenizer_kwargs",
-    "tokenizer_name_or_path",
+    "num_transformer_submodules", "prefix_projection", "prompt_tuning_init",
+    "prompt_tuning_init_text", "qalora_group_size", "tokenizer_kwargs", "tokenizer_name_or_path",
 })  # fmt: skip
 """Options that change how an adapter starts or is named, not what a trained one computes."""
 

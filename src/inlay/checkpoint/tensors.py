@@ -70,6 +70,10 @@ class Slot:
         return self.layout.written(whole(self.tensor.detach()))
 
 
+OF_PROMPTS = "base_model."
+"""What the keys of a model's own modules begin with where its adapter is a prompt."""
+
+
 @looks_through
 def slots(model: nn.Module, name: str) -> list[Slot]:
     """Return every tensor of an adapter under its key; shared ones once for each module."""
@@ -78,6 +82,8 @@ def slots(model: nn.Module, name: str) -> list[Slot]:
     found: list[Slot] = []
     for place, params, method, kind in adapter_tensors(model, name):
         prefix = prefix_of(model, name, place)
+        if isinstance(attached.method, PromptMethod):  # HF PEFT puts no tuner around the model
+            prefix = prefix.replace(PREFIX, OF_PROMPTS, 1)
         view = view_at(model, place) if method is not None and place else None
         for tensor in params.names():
             if tensor == "kept_rows":  # part of a whole matrix in the file
@@ -293,7 +299,8 @@ def fill(model: nn.Module, name: str, folder: AdapterFolder, about: str) -> None
         for slot in found:
             if slot.key in values:
                 slot.tensor.copy_(slot.layout.read(values[slot.key]))
-    whole = {slot.key.removeprefix(PREFIX) for slot in found if slot.name == "weight"}
+    weights = [slot.key for slot in found if slot.name == "weight"]
+    whole = {key.removeprefix(PREFIX).removeprefix(OF_PROMPTS) for key in weights}
     keep_embeddings(model, name, {n: v for n, v in brought.items() if f"{n}.weight" not in whole})
 
 

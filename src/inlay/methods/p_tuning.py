@@ -50,9 +50,9 @@ class PTuning(PromptMethod):
     unless given. The MLP trains tokens * width + 2 size * width + size * size + 2 size + width
     parameters. E starts from a unit normal, the encoder as torch's layers do; attaching changes
     the outputs. With `submodules` E has as many times `tokens` rows, as HF PEFT has for an
-    encoder-decoder (2), whose encoder reads the first `tokens`. Its learning rate is 4 times LoRA's. A folder holds E, the encoder and, for HF
-    PEFT, E'. HF PEFT's own folders hold E' alone: such an adapter is `finished`, has no encoder,
-    and E' itself trains.
+    encoder-decoder (2), whose encoder reads the first `tokens`. Its learning rate is 4 times
+    LoRA's. A folder holds E, the encoder and, for HF PEFT, E'. HF PEFT's own folders hold E'
+    alone: such an adapter is `finished`, has no encoder, and E' itself trains.
     Paper: arXiv 2103.10385.
 
     Raises:

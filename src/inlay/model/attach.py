@@ -229,6 +229,22 @@ def disabled(model: nn.Module) -> Generator[nn.Module]:
 
 
 @looks_through
+@contextmanager
+def whole_outputs(model: nn.Module) -> Generator[None]:
+    """Let an encoder's outputs keep the places of virtual tokens inside the `with` block."""
+    registry = registry_of(model)
+    hook = registry.prompt if registry else None
+    if hook is None:
+        yield
+        return
+    before, hook.whole = hook.whole, True
+    try:
+        yield
+    finally:
+        hook.whole = before
+
+
+@looks_through
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take one adapter, or all, off the model unmerged; the base is what it was, bit for bit."""
     registry = required_registry(model)

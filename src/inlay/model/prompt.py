@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class PromptHook:
         self.model, self.takes = model, takes
         self.methods: dict[str, PromptMethod] = {}
         self.active: str | None = None
+        self.whole = False
+        """Whether an encoder's outputs keep the virtual tokens' places, as HF PEFT's do."""
         self.again = Recomputed((), ())
         """What of the model is computed again in the backward pass of the call that runs."""
 
@@ -168,8 +171,11 @@ class PromptHook:
 class EncoderPrompts(PromptHook):
     """The prompt adapters of an encoder, which reads [E; x] at every position.
 
-    Outputs are as long as what it reads, virtual tokens first, as in HF PEFT.
+    Outputs are as long as the text, or with `whole` as long as what the model reads.
     """
+
+    reads: torch.Size | None = None
+    """(batch, tokens) that the call which runs reads, where embeddings stand before its text."""
 
     def put_on(self) -> list[RemovableHandle]:
         """Put the hooks on: keys and values are given to the module that has the cache."""
@@ -178,6 +184,7 @@ class EncoderPrompts(PromptHook):
         return [
             self.model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             reads.register_forward_pre_hook(self.before_body, with_kwargs=True),
+            self.model.register_forward_hook(self.of_text),
         ]
 
     def before_forward(
@@ -190,6 +197,7 @@ class EncoderPrompts(PromptHook):
         call, tokens = arguments(model, args, kwargs), method.tokens
         shape = embedded(call, self.model)
         call[EMBEDDINGS] = self.before(call[EMBEDDINGS])
+        self.reads = call[EMBEDDINGS].shape[:2]
         widened(call, "attention_mask", tokens, 1)
         widened(call, "token_type_ids", tokens, 0)
         if self.takes.labels_by_token and getattr(call.get("labels"), "shape", None) == shape:
@@ -201,6 +209,19 @@ class EncoderPrompts(PromptHook):
                 stacklevel=3,
             )
         return (), call
+
+    def of_text(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Leave the virtual tokens' places out of an output."""
+        del model, args
+        method, reads = self.acting(embeddings=True), self.reads
+        self.reads = None
+        if method is None or reads is None or self.whole:
+            return None
+        if not isinstance(output, Mapping):
+            return without(output, "", reads, method.tokens)
+        for name, value in list(output.items()):
+            output[name] = without(value, name, reads, method.tokens)
+        return output
 
     def before_body(
         self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -292,9 +313,7 @@ def prompt_hook(model: nn.Module) -> PromptHook:
     return HOOKS[found.kind](model, found)
 
 
-def arguments(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
+def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return a call's arguments by their names."""
     bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     call: dict[str, Any] = {**bound, **bound.get("kwargs", {})}
@@ -337,6 +356,18 @@ def widened(call: dict[str, Any], key: str, tokens: int, value: int) -> None:
             "virtual tokens are added"
         )
     call[key] = torch.cat([given.new_full((len(given), tokens), value), given], dim=1)
+
+
+def without(value: Any, name: str, reads: torch.Size, tokens: int) -> Any:
+    """Return part of an output without the virtual tokens' places, of which `reads` tells."""
+    if isinstance(value, tuple):
+        return tuple(without(each, name, reads, tokens) for each in value)
+    by_token = isinstance(value, Tensor) and (value.dim() == 3 or name in BY_TOKEN)
+    return value[:, tokens:] if by_token and value.shape[:2] == reads else value
+
+
+BY_TOKEN = ("start_logits", "end_logits")
+"""Outputs with one number a token."""
 
 
 def decoded_rows(call: dict[str, Any]) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from inlay.errors import AdapterError
@@ -119,8 +119,10 @@ def no_decoder(small: Any) -> str | None:
         return "its layers keep more than keys and values"
     by_token = whole.shape[1] == ids.shape[1] and second.shape[1] == 3
     wanted = whole[:, 3:] if by_token else whole
-    return None if near(second, wanted) else (
-        "its tokens see more, or less, than keys and values before them"
+    return (
+        None
+        if near(second, wanted)
+        else ("its tokens see more, or less, than keys and values before them")
     )
 
 

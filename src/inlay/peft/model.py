@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from inlay.model.attach import whole_outputs
 from inlay.model.fast.causal_lm import FastCausalLM
 from inlay.model.fast.fused import reads_past
 from inlay.peft.errors import AdapterError
@@ -23,7 +24,7 @@ class PeftModel(Saved):
 
     Differences, all on the careful side: adapters are set into the model's own layers, so a
     parameter is called `base_model.model.<layer>.adapters.<name>.<tensor>`; merging is undone bit
-    for bit; prompts leave the logits as long as the input; files are safetensors and are read
+    for bit; prompts leave a decoder's logits as long as the input; files are safetensors and are read
     strictly; an option that Inlay does not have is an error that names it.
     """
 
@@ -45,10 +46,11 @@ class PeftModel(Saved):
         """Run the model; `adapter_names` gives each row of the batch an adapter of its own."""
         if kwargs.get("fused_lm_head"):
             check_head(self.get_base_model())
-        if adapter_names is None:
-            return self.get_base_model()(*args, **kwargs)
-        with self.rows(adapter_names, 1, kwargs, args):
-            return self.get_base_model()(*args, **kwargs)
+        model = self.get_base_model()
+        if adapter_names is None and not self.prompts():
+            return model(*args, **kwargs)
+        with whole_outputs(model), self.rows(adapter_names, 1, kwargs, args):
+            return model(*args, **kwargs)
 
     def generate(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
