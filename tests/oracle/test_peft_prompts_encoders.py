@@ -85,8 +85,9 @@ def both(name: str, method: str) -> tuple[Any, Any]:
 
 
 def batch(name: str) -> dict[str, Tensor]:
-    """A padded batch; token types where HF PEFT keeps them."""
-    types = {} if MODELS[name][0] == "FEATURE_EXTRACTION" else {"token_type_ids": TYPES}
+    """A padded batch; token types where HF PEFT keeps them, which it does not for answers."""
+    kept = MODELS[name][0] in ("SEQ_CLS", "TOKEN_CLS")
+    types = {"token_type_ids": TYPES} if kept else {}
     return {"input_ids": IDS, "attention_mask": MASK, **types}
 
 

@@ -261,7 +261,7 @@ class EncoderDecoderPrompts(PromptHook):
         under = next((n for n, v in call.items() if isinstance(v, Cache)), name)
         cache: Any = call.pop(under, None)
         empty = cache is None or cache.get_seq_length() == 0
-        if empty and computed_again(model).blocks and torch.is_grad_enabled():
+        if empty and model.training and torch.is_grad_enabled() and is_recomputed(model):
             raise AdapterError(
                 "gradient checkpointing drops the key-value cache of an encoder-decoder, and the "
                 "prefix with it; turn it off (gradient_checkpointing=False), or use prompt tuning"
@@ -407,6 +407,12 @@ def computed_again(model: nn.Module) -> Recomputed:
             "or choose a weight method such as LoRA"
         )
     return found
+
+
+def is_recomputed(model: nn.Module) -> bool:
+    """Say whether gradient checkpointing is on for any part of a model."""
+    found = recomputed(model)
+    return found is None or bool(found.blocks)
 
 
 def read_only(cache: Cache, own: bool) -> Cache:

@@ -24,8 +24,8 @@ class PeftModel(Saved):
 
     Differences, all on the careful side: adapters are set into the model's own layers, so a
     parameter is called `base_model.model.<layer>.adapters.<name>.<tensor>`; merging is undone bit
-    for bit; prompts leave a decoder's logits as long as the input; files are safetensors and are read
-    strictly; an option that Inlay does not have is an error that names it.
+    for bit; prompts leave a decoder's logits as long as the input; files are safetensors and are
+    read strictly; an option that Inlay does not have is an error that names it.
     """
 
     def __init__(
