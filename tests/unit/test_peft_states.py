@@ -143,7 +143,7 @@ TAKEN = PLACEMENT | {
     "num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs",
     "tokenizer_name_or_path", "encoder_reparameterization_type", "encoder_num_layers",
     "encoder_dropout", "task_type", "peft_type", "auto_mapping", "base_model_name_or_path",
-    "revision", "inference_mode", "peft_version", "runtime_config",
+    "revision", "inference_mode", "peft_version", "runtime_config", "num_transformer_submodules",
 }  # fmt: skip
 IDLE = {"qalora_group_size", "megatron_core", "encoder_hidden_size"}
 """Read by HF PEFT only beside another option, which is refused."""

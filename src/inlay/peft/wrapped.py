@@ -130,13 +130,13 @@ class Wrapped(PromptNames, peft.PeftModel):
         return model_status(self.base_model, self.get_nb_trainable_parameters())
 
     def get_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: a prompt is given to attention as keys and values, not to the caller.
+        """Refuse: a prompt is given to the model, not to the caller.
 
         Raises:
             AdapterError: always.
         """
         raise AdapterError(
-            "inlay.peft gives a prompt to attention itself and has no get_prompt; call the model, "
+            "inlay.peft gives a prompt to the model itself and has no get_prompt; call the model, "
             "or take the values from inlay.peft.get_peft_model_state_dict"
         )
 
