@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 from inlay.errors import AdapterError
 from inlay.methods.base import Params, PromptMethod, encoder_of, input_embedding
 from inlay.model.prompt_trial import EMBEDDINGS, Takes, taken_by
-from inlay.model.seams.transformers import Recomputed, cache_argument, recomputed
+from inlay.model.seams.transformers import ModelOutput, Recomputed, cache_argument, recomputed
 
 Changed = tuple[tuple[()], dict[str, Any]] | None
 """A call's new arguments; None leaves it as it is."""
@@ -217,7 +216,7 @@ class EncoderPrompts(PromptHook):
         self.reads = None
         if method is None or reads is None or self.whole:
             return None
-        if not isinstance(output, Mapping):
+        if not isinstance(output, ModelOutput):
             return without(output, "", reads, method.tokens)
         for name, value in list(output.items()):
             output[name] = without(value, name, reads, method.tokens)
