@@ -202,6 +202,8 @@ def test_a_key_the_task_does_not_know_is_refused_by_name(changes: dict[str, Any]
         {"base": "causal", "storage": "nf4", "stream": "disk"},
         {"method": "full", "learning_rate": 3e-3},
         {"kind": "tokens", "storage": "nf4"},
+        {"method": "prompt", "kind": "tokens"},
+        {"method": "prefix", "learning_rate": 1e-1},
     ],
     ids=str,
 )
@@ -225,6 +227,18 @@ def test_rows_longer_than_the_model_are_cut_and_the_run_says_so(tmp_path: Path):
     assert "the model takes rows of 64 tokens, fewer than max_length" in notes
     assert "1 rows cut at 64 tokens (lines 1)" in notes
     assert any(note.startswith("kind single: 2 classes (") for note in notes)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_rows_leave_room_for_virtual_tokens(tmp_path: Path, method: str):
+    notes: list[str] = []
+    config = make_classify(tmp_path, evaluate=False, max_steps=1, method=method, tokens=5)
+    long = [{"text": " ".join(["heart"] * 90), "label": "yes"}, *make_rows("single", 40)]
+    write(tmp_path / "single.jsonl", long)
+    train(config, on_event=lambda event: notes.append(event.message))
+    assert "the model takes rows of 32 tokens, fewer than max_length" in notes
+    with pytest.raises(UsageError, match="tokens is 40, and the model takes 64 tokens in all"):
+        train(make_classify(tmp_path, "other", method=method, tokens=40))
 
 
 def test_the_loss_of_tags_is_the_mean_over_the_whole_batch(tmp_path: Path):

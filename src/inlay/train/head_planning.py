@@ -6,12 +6,16 @@ from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
-from inlay.data.inputs import InputRow, longest_input
+from inlay.data.inputs import UNKNOWN_LENGTH, InputRow, longest_input
 from inlay.data.rows import Rows
+from inlay.errors import UsageError
 from inlay.memory.devices import Device
 from inlay.memory.skeleton import config_of
+from inlay.methods.base import PromptMethod
+from inlay.methods.catalog import catalog
 from inlay.model.folder import located
 from inlay.model.libraries import quiet_transformers
+from inlay.model.shapes import MULTIPLE
 from inlay.model.tokenizer import has_tokenizer, read_tokenizer
 from inlay.train import planning
 from inlay.train.config import RunConfig
@@ -46,8 +50,32 @@ def reader(
 
 
 def longest_row(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many tokens a row may have with this model."""
-    return longest_input(tokenizer, config.max_length, context(config))
+    """Return how many tokens a row may have with this model, beside a prompt's virtual ones.
+
+    Raises:
+        UsageError: these leave no room.
+    """
+    virtual, limit = virtual_tokens(config), context(config)
+    if not virtual:
+        return longest_input(tokenizer, config.max_length, limit)
+    whole = longest_input(tokenizer, UNKNOWN_LENGTH, limit)
+    room = whole - virtual
+    if limit and limit % MULTIPLE == 0:  # batches are padded to such a length
+        room -= room % MULTIPLE
+    if room < 1:
+        raise UsageError(
+            f"tokens is {virtual}, and the model takes {whole} tokens in all, in steps of "
+            f"{MULTIPLE}: fewer virtual tokens leave room for the text"
+        )
+    return min(config.max_length, room)
+
+
+def virtual_tokens(config: RunConfig) -> int:
+    """Return how many virtual tokens a run's method puts before every row."""
+    spec = catalog()[config.method]
+    if spec.kind != PromptMethod.__name__:
+        return 0
+    return int(config.hyperparameters.get("tokens", spec.fields["tokens"].default))
 
 
 def context(config: RunConfig) -> int | None:
@@ -58,4 +86,5 @@ def context(config: RunConfig) -> int | None:
 
 def full_row(config: RunConfig) -> InputRow:
     """Return a row as long as the run and the model allow."""
-    return InputRow([0] * min(config.max_length, context(config) or config.max_length), 0)
+    room = (context(config) or UNKNOWN_LENGTH) - virtual_tokens(config)
+    return InputRow([0] * max(1, min(config.max_length, room)), 0)
