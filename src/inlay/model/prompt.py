@@ -15,6 +15,7 @@ from inlay.errors import AdapterError
 from inlay.methods.base import Params, PromptMethod, encoder_of, input_embedding
 from inlay.model.prompt_trial import EMBEDDINGS, Takes, taken_by
 from inlay.model.seams.transformers import ModelOutput, Recomputed, cache_argument, recomputed
+from inlay.storage.registry import layer_class
 
 Changed = tuple[tuple[()], dict[str, Any]] | None
 """A call's new arguments; None leaves it as it is."""
@@ -121,7 +122,7 @@ class PromptHook:
         """Return one call's arguments with keys and values before its text."""
         self.again = computed_again(model)
         call = arguments(model, args, kwargs)
-        name = cache_argument(model.forward) or ""
+        name = cache_argument(own_forward(model)) or ""
         batch, _ = batch_of(call)
         under = next((n for n, v in call.items() if isinstance(v, Cache)), name)
         cache: Cache | None = call.pop(under, None)
@@ -179,7 +180,7 @@ class EncoderPrompts(PromptHook):
     def put_on(self) -> list[RemovableHandle]:
         """Put the hooks on: keys and values are given to the module that has the cache."""
         body: Any = self.model
-        reads = self.model if cache_argument(body.forward) else body.base_model
+        reads = self.model if cache_argument(own_forward(body)) else body.base_model
         return [
             self.model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             reads.register_forward_pre_hook(self.before_body, with_kwargs=True),
@@ -256,7 +257,7 @@ class EncoderDecoderPrompts(PromptHook):
             widened(call, "attention_mask", tokens, 1)
             return (), call
         widened(call, "decoder_attention_mask", tokens, 1)
-        name = cache_argument(model.forward) or ""
+        name = cache_argument(own_forward(model)) or ""
         under = next((n for n, v in call.items() if isinstance(v, Cache)), name)
         cache: Any = call.pop(under, None)
         empty = cache is None or cache.get_seq_length() == 0
@@ -312,9 +313,14 @@ def prompt_hook(model: nn.Module) -> PromptHook:
     return HOOKS[found.kind](model, found)
 
 
+def own_forward(module: nn.Module) -> Any:
+    """Return the forward of a module's class: for a call, another may stand in its place."""
+    return layer_class(module).forward.__get__(module)
+
+
 def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return a call's arguments by their names."""
-    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    bound = inspect.signature(own_forward(module)).bind_partial(*args, **kwargs).arguments
     call: dict[str, Any] = {**bound, **bound.get("kwargs", {})}
     call.pop("kwargs", None)
     return call
