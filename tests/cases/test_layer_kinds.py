@@ -33,6 +33,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 import inlay
 from inlay.errors import CheckpointError, TargetError
@@ -534,3 +535,16 @@ def test_hf_peft_s_configurations_start_and_act_as_there() -> None:
         assert model.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     with pytest.raises(TargetError, match="without also targeting w3"):
         both("mixtral", target_modules=["w1"])
+
+
+def test_a_scale_that_changes_after_attach_acts_on_the_adapter_too():
+    embedding = Gemma3TextScaledWordEmbedding(16, 8, 0, embed_scale=3.0)
+    model = nn.Sequential(embedding)
+    inlay.attach(model, inlay.LoRA(rank=2), targets=["0"])
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_()
+    before = model(torch.arange(6))
+    embedding.embed_scale.fill_(30.0)
+    torch.testing.assert_close(model(torch.arange(6)), 10 * before)

@@ -181,8 +181,9 @@ BY_CLASS: dict[tuple[Any, ...], Any] = {}
 
 
 def tried(module: nn.Module, cls: type[nn.Module], what: str, trial: Callable[..., Any]) -> Any:
-    """Return what a trial of a module shows, made once for modules alike."""
+    """Return what a trial of a module shows, made once for modules alike, and for its buffers."""
     known = BY_MODULE.setdefault(module, {})
+    what += states_of(module)
     if what not in known:
         key = signature(module, cls, what)
         if key is None or key not in BY_CLASS:
@@ -194,6 +195,14 @@ def tried(module: nn.Module, cls: type[nn.Module], what: str, trial: Callable[..
         else:
             known[what] = BY_CLASS[key]
     return known[what]
+
+
+def states_of(module: nn.Module) -> str:
+    """Name the state of a module's buffers, which a forward may multiply by; nothing without."""
+    if torch.compiler.is_compiling():
+        return ""
+    buffers = [b for b in module._buffers.values() if b is not None]
+    return "".join(f" {id(b)}:{0 if b.is_inference() else b._version}" for b in buffers)
 
 
 def signature(module: nn.Module, cls: type[nn.Module], what: str) -> tuple[Any, ...] | None:
