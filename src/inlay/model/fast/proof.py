@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -143,7 +143,7 @@ def in_clean_thread(work: Callable[[], T]) -> T:
 
 
 @contextmanager
-def one_core() -> Iterator[None]:
+def one_core() -> Generator[None]:
     """Compute on one core, since to share tiny tensors costs more than it saves."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
