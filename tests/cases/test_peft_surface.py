@@ -403,3 +403,10 @@ def test_a_status_names_layers_and_models_as_hf_peft_does():
     kinds = {status.module_type for status in model.get_layer_status()}
     assert kinds == {"lora.Linear", "lora.Embedding"}
     assert model.get_model_status().adapter_model_type == "LoraModel"
+
+
+def test_targeted_parameters_are_named():
+    config = LoraConfig(target_modules=[], target_parameters=["q_proj.weight"])
+    model = inlay.peft.get_peft_model(llama(), config)
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)]
+    assert model.base_model.targeted_parameter_names == names

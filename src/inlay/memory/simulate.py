@@ -39,8 +39,8 @@ from inlay.storage.streamed import SEGMENT, StreamedEmbedding
 NO_DATA = "its data is not allocated"
 """What torch says where a fake tensor's values are read behind the operations' back."""
 OTHER_LENGTHS = 0.04
-"""The share of a step's passing memory that batches of other lengths leave in pieces; measured by
-benchmarks/plan_runs.py."""
+"""The share of a step's passing memory that batches of other lengths leave in pieces: from runs of
+benchmarks/plan_runs.py whose figures are not committed."""
 
 
 @dataclass(frozen=True)

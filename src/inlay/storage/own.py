@@ -181,28 +181,32 @@ BY_CLASS: dict[tuple[Any, ...], Any] = {}
 
 
 def tried(module: nn.Module, cls: type[nn.Module], what: str, trial: Callable[..., Any]) -> Any:
-    """Return what a trial of a module shows, made once for modules alike, and for its buffers."""
+    """Return what a trial of a module shows, made once for modules alike.
+
+    It is made again where a buffer changed, which a forward may multiply by; not while compiling.
+    """
     known = BY_MODULE.setdefault(module, {})
-    what += states_of(module)
-    if what not in known:
+    before, found = known.get(what, (None, None))
+    if before is not None and torch.compiler.is_compiling():
+        return found
+    state = state_of_buffers(module)
+    if before != state:
         key = signature(module, cls, what)
         if key is None or key not in BY_CLASS:
             with torch.no_grad(), _disable_current_modes():
                 found = trial(module, cls)
-            known[what] = found
             if key is not None:
                 BY_CLASS[key] = found
         else:
-            known[what] = BY_CLASS[key]
-    return known[what]
+            found = BY_CLASS[key]
+        known[what] = state, found
+    return found
 
 
-def states_of(module: nn.Module) -> str:
-    """Name the state of a module's buffers, which a forward may multiply by; nothing without."""
-    if torch.compiler.is_compiling():
-        return ""
+def state_of_buffers(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Return which tensors a module's buffers are, and how often each was written to."""
     buffers = [b for b in module._buffers.values() if b is not None]
-    return "".join(f" {id(b)}:{0 if b.is_inference() else b._version}" for b in buffers)
+    return tuple((id(b), 0 if b.is_inference() else b._version) for b in buffers)
 
 
 def signature(module: nn.Module, cls: type[nn.Module], what: str) -> tuple[Any, ...] | None:
