@@ -75,7 +75,7 @@ MODELS: dict[str, Model] = {
         "BertForSequenceClassification",
         NO_GROUPS,
     ),
-    "peft-internal-testing/tiny-random-BertModel": ("BertLMHeadModel", NO_GROUPS),
+    "peft-internal-testing/tiny-random-BertModel": ("BertForPreTraining", NO_GROUPS),
     "peft-internal-testing/tiny-random-BloomForCausalLM": (
         "BloomForCausalLM",
         {**NO_GROUPS, "n_layer": 2, "n_head": 4},

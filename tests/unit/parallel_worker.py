@@ -8,6 +8,7 @@ run may have a `fault`: {"rank", "step", "how"}, how being kill, spoil or nan.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -132,6 +133,8 @@ def main() -> None:
     torch.set_num_threads(1)
     warm_up()
     train(make_run(folder, "before"))  # imports and proofs, once for all
+    gc.collect()
+    gc.freeze()  # what children have in common is not gone through, nor copied, by each
     print(json.dumps([world(folder, size, runs) for size, *runs in json.loads(sys.argv[2])]))
 
 

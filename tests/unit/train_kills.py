@@ -7,6 +7,7 @@ Usage: train_kills.py FOLDER NAME:KILLS ..., where a name is a method's, a task'
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -138,6 +139,8 @@ def main() -> None:
     torch.set_num_threads(1)
     warm_up()
     train(make_any(Path(sys.argv[1]) / "before", "out"))  # imports and proofs, once for all
+    gc.collect()
+    gc.freeze()  # what children have in common is not gone through, nor copied, by each
     ends: dict[str, list[dict[str, Any]]] = {}
     for word in sys.argv[2:]:
         name, kills = word.split(":")

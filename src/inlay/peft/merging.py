@@ -161,8 +161,8 @@ class Merging(nn.Module):
         for name in ties.part():
             warnings.warn(
                 otherwise
-                or f"{name} is no longer tied after merging; tie_word_embeddings is False in the "
-                "model's configuration now",
+                or "Setting tie_word_embeddings to False in the model's configuration: "
+                f"{name} is no longer tied after merging",
                 stacklevel=2,
             )
         return self.model
