@@ -222,7 +222,7 @@ def matrix_of(
     return MATRICES[prefix](parts, name, rows, columns, like)
 
 
-@operator("frozen_linear", lowers=1)
+@operator("frozen_linear", lowers=1, again=True)
 def frozen_linear(
     x: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int
 ) -> Tensor:
@@ -232,7 +232,7 @@ def frozen_linear(
     return y.view(*x.shape[:-1], rows)
 
 
-@operator("frozen_linear_t", lowers=1)
+@operator("frozen_linear_t", lowers=1, again=True)
 def frozen_linear_t(
     g: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int
 ) -> Tensor:
@@ -242,7 +242,7 @@ def frozen_linear_t(
     return x.view(*g.shape[:-1], columns)
 
 
-@operator("biased_linear", lowers=1)
+@operator("biased_linear", lowers=1, again=True)
 def biased_linear(
     x: Tensor, bias: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int
 ) -> Tensor:
@@ -310,6 +310,20 @@ def biased_gradient(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
 
 biased_linear.register_autograd(biased_gradient, setup_context=keep_biased)
+
+
+def unpacked(
+    parts: Sequence[Tensor], packing: str, rows: int, columns: int, like: Tensor
+) -> Tensor:
+    """Return the dense matrix in x's dtype, as a function transform multiplies it."""
+    return dense(parts, packing.rpartition(":")[2], rows, columns, like.dtype)
+
+
+frozen_linear.register_transformed(lambda x, *packed: F.linear(x, unpacked(*packed, x)))
+frozen_linear_t.register_transformed(lambda g, *packed: g @ unpacked(*packed, g))
+biased_linear.register_transformed(
+    lambda x, bias, *packed: F.linear(x, unpacked(*packed, x), bias.to(x.dtype))
+)
 
 
 @operator("low_rank_linear", lowers=1)

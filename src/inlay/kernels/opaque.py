@@ -18,6 +18,9 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from inlay.errors import UsageError
+from inlay.kernels.switches import transformed
+
 R = TypeVar("R")
 P = ParamSpec("P")
 PLAIN = frozenset({Tensor, nn.Parameter})
@@ -88,10 +91,12 @@ class Operator(Generic[R]):
     Under autocast its first `lowers` inputs are cast as a product's are.
     """
 
-    def __init__(self, name: str, body: Callable[..., R], lowers: int) -> None:
+    def __init__(self, name: str, body: Callable[..., R], lowers: int, again: bool) -> None:
         self.name, self.body, self.lowers = name, body, lowers
         self.custom: Any = torch.library.custom_op(f"inlay::{name}", below(body), mutates_args=())
         self.apply: Any = None
+        self.plainly: Callable[..., R] = self.custom
+        self.again = again
         self.register_fake = self.custom.register_fake
 
     def __call__(self, *args: Any) -> R:
@@ -110,11 +115,15 @@ class Operator(Generic[R]):
     def called(self, args: tuple[Any, ...]) -> R:
         """Call it on inputs in their dtypes."""
         if traced(args):
-            return self.custom(*args)
+            return self.plainly(*args) if transformed() else self.custom(*args)
         if torch.is_grad_enabled() and hidden._any_requires_grad(*args):
             return self.apply(*args) if self.apply else self.custom(*args)
         with below_autograd():
             return self.body(*args)
+
+    def register_transformed(self, plainly: Callable[..., R]) -> None:
+        """Say what PyTorch's own operators compute instead where a function transform looks on."""
+        self.plainly = plainly
 
     def register_autograd(
         self,
@@ -132,6 +141,12 @@ class Operator(Generic[R]):
             return output
 
         def gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            if torch.is_grad_enabled() and not self.again:
+                raise UsageError(
+                    f"inlay's operator {self.name!r} has no second derivative, and a gradient that "
+                    "can be differentiated was asked of it (create_graph=True); run the forward "
+                    "pass inside `with inlay.plain():`, where PyTorch's own operators compute"
+                )
             found = backward(ctx, *grads)
             return tuple(None if isinstance(each, list) else each for each in found)
 
@@ -142,6 +157,11 @@ class Operator(Generic[R]):
         self.apply = parent.apply
 
 
-def operator(name: str, lowers: int = 0) -> Callable[[Callable[..., R]], Operator[R]]:
-    """Make a function of tensors the operator `inlay::name`; its arguments are given by place."""
-    return lambda body: Operator(name, body, lowers)
+def operator(
+    name: str, lowers: int = 0, again: bool = False
+) -> Callable[[Callable[..., R]], Operator[R]]:
+    """Make a function of tensors the operator `inlay::name`; its arguments are given by place.
+
+    `again` says that its gradient can itself be differentiated.
+    """
+    return lambda body: Operator(name, body, lowers, again)

@@ -11,9 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
 
 from inlay.errors import UsageError, did_you_mean
 
+hidden: Any = torch._C
 PATHS = {
     "products": "frozen products as opaque operators, in the dtype this machine multiplies fastest",
     "norms": "RMS norms that keep their input alone for the backward pass",
@@ -55,8 +60,18 @@ off = from_environment()
 
 
 def is_on(name: str) -> bool:
-    """Say whether a fast path is on."""
-    return name not in off
+    """Say whether a fast path is on; none is while a function transform looks at what runs."""
+    return name not in off and not transformed()
+
+
+def transformed() -> bool:
+    """Say whether `vmap`, `grad`, `jvp` or forward-mode differentiation is at work.
+
+    These have rules for PyTorch's own operators alone.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return hidden._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 @contextmanager

@@ -17,7 +17,13 @@ from inlay.model.derived import note
 from inlay.model.fast.install import install, uninstall
 from inlay.model.guards import guard, say_shared, unguard
 from inlay.model.instance import change_class
-from inlay.model.layer import AdaptedLayer, become_adapted, become_original, own_modules
+from inlay.model.layer import (
+    AdaptedLayer,
+    become_adapted,
+    become_original,
+    check_names_free,
+    own_modules,
+)
 from inlay.model.places import module_at
 from inlay.model.placing import Place, places_for
 from inlay.model.prompt import PromptHook, prompt_hook
@@ -117,6 +123,8 @@ def attach(
     check_apart(rows, found)
     for module_name, copies in rows.items():
         places.setdefault(module_name, Place(None, Params({}))).add(copies)
+    for module_name in places:
+        check_names_free(unwrapped(model.get_submodule(module_name)), module_name)
     if isinstance(method, PromptMethod):
         hook = registry.prompt or prompt_hook(model)
         hook.check(method)

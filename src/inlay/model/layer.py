@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from inlay.errors import AdapterError
 from inlay.methods.base import HiddenMethod, Method, Params, WeightMethod
 from inlay.methods.tokens import ROWS, TOKENS, TokenRows, tokens_of
 from inlay.model.by_weight import Changed, made_again
@@ -404,20 +405,35 @@ def note_use(layer: AdaptedLayer, read: bool = False) -> None:
         note(read)
 
 
+STATE = ("methods", "active", "base", "part_methods", "part_views", "reads_as")
+"""The attributes of an adapted layer beside its tables of tensors."""
+
+
+def check_names_free(layer: nn.Module, name: str) -> None:
+    """Raise when a layer has an attribute of its own under a name that an adapted one needs.
+
+    Raises:
+        AdapterError: it has.
+    """
+    if isinstance(layer, AdaptedLayer):
+        return
+    own = {*vars(layer), *layer._modules, *layer._parameters, *layer._buffers}
+    taken = [n for n in ("adapters", *STATE) if n in own or hasattr(type(layer), n)]
+    if taken:
+        raise AdapterError(
+            f"{name}, a {type(layer).__name__}, has an attribute {taken[0]!r} of its own, and "
+            "adapters are kept under that name at the layer they adapt; rename the attribute, or "
+            "leave the layer out (exclude)"
+        )
+
+
 def become_adapted(layer: nn.Module, base: FrozenLinear | None) -> AdaptedLayer:
     """Turn a layer into an adapted one, in place; an adapted one stays as it is."""
     if isinstance(layer, AdaptedLayer):
         return layer
     layer.adapters = nn.ModuleDict()
-    state = {
-        "methods": {},
-        "active": (),
-        "base": base,
-        "part_methods": {},
-        "part_views": {},
-        "reads_as": None,
-    }
-    layer.__dict__.update(state)
+    state = ({}, (), base, {}, {}, None)
+    layer.__dict__.update(zip(STATE, state, strict=True))
     adapted = adapted_class(type(layer), tuple(layer._parameters), moved_buffers(layer))
     change_class(layer, adapted)
     assert isinstance(layer, AdaptedLayer)
@@ -429,7 +445,7 @@ def become_original(layer: AdaptedLayer) -> None:
     """Take the last traces of adapters off a layer."""
     change_class(layer, type(layer).original)
     del layer.adapters
-    for name in ("methods", "active", "base", "part_methods", "part_views", "reads_as"):
+    for name in STATE:
         del layer.__dict__[name]
     for name in ("watch", "divided", READ):
         layer.__dict__.pop(name, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from inlay.model.fidelity import (
 )
 from inlay.model.finite import check_adapters_finite
 from inlay.model.inputs import example_inputs
-from inlay.model.layer import AdaptedLayer
+from inlay.model.layer import AdaptedLayer, own_modules
 from inlay.model.merge_plan import Plan
 from inlay.model.quantize import describe_quantization
 from inlay.model.stream import is_streamed
@@ -188,6 +188,14 @@ def why_not_mergeable(model: nn.Module, names: Sequence[str]) -> str | None:
             "weights of the model are not in memory (accelerate has offloaded them), and a merge "
             "changes them; save the adapter, load the whole model and merge there"
         )
+    computed = next(computed_weights(model), None)
+    if computed is not None:
+        return (
+            f"the weight of {computed} is computed from other tensors whenever the layer runs "
+            "(torch.nn.utils.weight_norm, spectral_norm, pruning), so that a merged one would be "
+            "overwritten; make it a parameter first (remove_weight_norm, remove_spectral_norm, "
+            "prune.remove), or keep the adapter apart"
+        )
     for name in names:
         method = adapters(model)[name].method
         if not method.mergeable:
@@ -196,6 +204,14 @@ def why_not_mergeable(model: nn.Module, names: Sequence[str]) -> str | None:
                 "cannot merge; keep it as an adapter, or train a mergeable method such as LoRA"
             )
     return None
+
+
+def computed_weights(model: nn.Module) -> Iterator[str]:
+    """Every adapted layer's name whose weight is no parameter, but computed by a hook."""
+    for name, layer in own_modules(model):
+        adapted = isinstance(layer, AdaptedLayer) and layer.base is not None
+        if adapted and isinstance(vars(layer).get("weight"), Tensor):
+            yield name
 
 
 def check_kept(found: Fidelity, plan: Plan, storage: str, accept_loss: bool) -> None:

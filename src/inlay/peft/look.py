@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from inlay.model.instance import change_class
 from inlay.model.layer import AdaptedLayer
 from inlay.peft.errors import AdapterError
 from inlay.peft.views import Word
@@ -84,7 +85,7 @@ class Switched(AdaptedLayer):
 
     def show(self, look: Look) -> None:
         """Take another look, and let those adapters act here that it says."""
-        self.__class__ = type(self).made(type(self).plain, look)
+        change_class(self, type(self).made(type(self).plain, look))
         acts = look.enabled and not look.merged
         self.active = tuple(n for n in look.chosen if acts and n in self.adapters)
 

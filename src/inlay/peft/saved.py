@@ -158,7 +158,8 @@ def wrapper_class(plain: type[nn.Module]) -> type[nn.Module]:
     body: dict[str, Any] = {"plain": plain, "__reduce_ex__": reduced}
     body |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
     body[MADE_BY] = (wrapper_class, plain)
-    return type(plain.__name__, (SavedContainer, plain, ModulesToSaveWrapper), body)
+    bases: tuple[Any, ...] = (SavedContainer, plain, ModulesToSaveWrapper)
+    return type(plain.__name__, bases, body)
 
 
 def become_wrapper(module: nn.Module, classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:

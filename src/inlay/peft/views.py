@@ -63,7 +63,7 @@ class Leaf(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class Matrix(Leaf, nn.Linear):
+class Matrix(Leaf, nn.Linear):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
     """A matrix of an adapter as HF PEFT holds it: a linear layer."""
 
     def __init__(self, homes: Mapping[str, tuple[Params, str]]) -> None:
