@@ -572,7 +572,7 @@ def test_other_methods_and_modes_are_named() -> None:
 
 
 def test_targets_that_match_nothing_or_have_no_default_are_told() -> None:
-    with pytest.raises(TargetError, match="no such module"):
+    with pytest.raises(TargetError, match="not found in the base model"):
         made(lora(target_modules=["nothing"]))
     with pytest.raises(TargetError, match="target_modules"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig())

@@ -182,12 +182,39 @@ def peft_targets(config: Mapping[str, Any], names: Sequence[str], where: str) ->
     except re.error as error:
         raise CheckpointError(f"{where} holds an invalid regular expression: {error}") from None
     if not found:
-        raise CheckpointError(
-            f"{where} targets {config.get('target_modules')}, and this model has no such module; "
-            f"it has modules such as {', '.join(names[-3:])}. The adapter was made for "
-            f"{config.get('base_model_name_or_path') or 'another base'}"
-        )
+        raise CheckpointError(f"{where}: {why_none(target, exclude, saved, config, names)}")
     return found
+
+
+def why_none(
+    target: str | Sequence[str],
+    exclude: str | Sequence[str],
+    saved: Sequence[str],
+    config: Mapping[str, Any],
+    names: Sequence[str],
+) -> str:
+    """Say why the targets of a configuration leave no module, in HF PEFT's words where it has."""
+    hit = [name for name in names if meant(target, name) and not under_any(name, saved)]
+    left_out = [name for name in hit if exclude and meant(exclude, name)]
+    words_of = [target] if isinstance(target, str) else target
+    idle = [t for t in words_of if not any(meant([t] if t is not target else t, n) for n in hit)]
+    shown = config.get("target_modules")
+    if left_out and not idle:
+        return (
+            f"All modules were excluded: target_modules {shown} means {', '.join(left_out[:3])}, "
+            f"and exclude_modules {config.get('exclude_modules')} takes out all of them"
+        )
+    if left_out or saved or hit:
+        return (
+            f"No modules were targeted for adaptation: of target_modules {shown}, what this model "
+            "has is excluded, to be saved whole (modules_to_save), or in no block that "
+            "layers_to_transform names"
+        )
+    return (
+        f"Target modules {shown} not found in the base model: it has modules such as "
+        f"{', '.join(names[-3:])}. The adapter was made for "
+        f"{config.get('base_model_name_or_path') or 'another base'}"
+    )
 
 
 def meant(target: str | Sequence[str], name: str) -> bool:

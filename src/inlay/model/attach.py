@@ -16,6 +16,7 @@ from inlay.model.attached import answer_for, stop_answering
 from inlay.model.derived import note
 from inlay.model.fast.install import install, uninstall
 from inlay.model.guards import guard, say_shared, unguard
+from inlay.model.instance import change_class
 from inlay.model.layer import AdaptedLayer, become_adapted, become_original, own_modules
 from inlay.model.places import module_at
 from inlay.model.placing import Place, places_for
@@ -58,6 +59,8 @@ class Registry:
     notes: tuple[str, ...] = ()
     """What is to be known of the fast paths that step aside on this model."""
     watch: Watch | None = None
+    classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
+    """Modules without tensors of adapters whose class was changed, and the class they had."""
 
 
 @gains
@@ -258,6 +261,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         return use(model, *(n for n in registry.active if n in registry.adapters))
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(registry.required_grad.get(parameter_name, False))
+    for module, cls in registry.classes:
+        change_class(module, cls)
     del model.__dict__["inlay"]
     unguard(model)
     stop_answering(model)

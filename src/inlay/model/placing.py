@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from inlay.errors import AdapterError
+from inlay.errors import AdapterError, TargetError
 from inlay.methods.base import (
     HiddenMethod,
     Kind,
@@ -83,10 +84,23 @@ def places_for(
     for name in found.names:
         add_places(places, model, name, method, generator)
     for extra in method.also_selects:
-        chosen = selected_copies(model, extra, extra_targets(extra, found))
-        for module_name, copies in chosen.items():
+        for module_name, copies in copies_beside(model, extra, found).items():
             places.setdefault(module_name, Place(None, Params({}))).add(copies)
     return places, found
+
+
+def copies_beside(model: nn.Module, extra: SelectMethod, found: Found) -> dict[str, Params]:
+    """Return trained copies of what is selected beside a method; say so where that is nothing."""
+    try:
+        return selected_copies(model, extra, extra_targets(extra, found))
+    except TargetError:
+        where = (
+            "its adapted layers have" if extra.only_adapted else f"this {type(model).__name__} has"
+        )
+        warnings.warn(
+            f"bias training was asked for and trains nothing: {where} no bias", stacklevel=2
+        )
+        return {}
 
 
 def extra_targets(extra: SelectMethod, found: Found) -> tuple[str, ...] | None:

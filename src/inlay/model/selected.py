@@ -44,7 +44,7 @@ def selected_copies(
     }
     chosen = {n: p for n, p in chosen.items() if p}
     if not chosen:
-        what = getattr(method, "name", "the training of biases beside an adapter")
+        what = getattr(method, "name", "the training of biases")
         raise TargetError(
             f"{what} selects no parameter of this {type(model).__name__}: "
             f"it has none such as {what} trains, or targets, exclude and layers left none"

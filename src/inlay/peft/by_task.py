@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 
+from inlay.peft.errors import KindError
 from inlay.peft.model import PeftModel
 from inlay.peft.wrapped import BY_TASK
 
@@ -63,6 +64,14 @@ class PeftModelForFeatureExtraction(PeftModel, theirs.PeftModelForFeatureExtract
 
 class PeftMixedModel(PeftModel, theirs.PeftMixedModel):
     """A model with adapters of several methods, as every `PeftModel` here may have."""
+
+    def check_layers(self, verb: str) -> None:
+        """Raise: HF PEFT describes no layer that several methods are on.
+
+        Raises:
+            KindError: always.
+        """
+        raise KindError(f"{verb} is not supported for PeftMixedModel; ask a PeftModel")
 
 
 BY_TASK.update(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -11,11 +12,12 @@ from peft import PeftConfig, PeftType
 from torch import nn
 
 from inlay.checkpoint.options import DEFAULTS, method_in
-from inlay.checkpoint.placement import names_of, placement_in, prompt_dimensions
+from inlay.checkpoint.placement import meant, names_of, placement_in, prompt_dimensions, suffixes
 from inlay.errors import CheckpointError
 from inlay.methods.base import Method, PromptMethod, replaced
 from inlay.peft.errors import AdapterError, TargetError
 from inlay.peft.seam import (
+    MIN_TARGET_MODULES_FOR_OPTIMIZATION,
     PEFT_TYPE_TO_TUNER_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
@@ -40,6 +42,9 @@ STARTS: dict[str, tuple[str, tuple[Any, ...]]] = {
 NEW_ONLY = {"ensure_weight_tying": False, "eva_config": None, "prefix_projection": False}
 """Options without effect on a trained adapter that change how a new one is made."""
 
+LONG = MIN_TARGET_MODULES_FOR_OPTIMIZATION
+"""From how many targets on HF PEFT looks for fewer suffixes that mean the same."""
+
 REMEDY = "leave it at its default, or make this adapter with HF PEFT itself"
 
 
@@ -61,6 +66,8 @@ def prepared(config: PeftConfig, model: nn.Module) -> PeftConfig:
     if "target_modules" in DEFAULTS[plain(found.peft_type)]:
         converted(found, model)
         fill_targets(found, model)
+        shorten(found, model)
+        say_idle_exclude(found, model)
     else:
         method = method_of(found)
         assert isinstance(method, PromptMethod)
@@ -73,6 +80,31 @@ def prepared(config: PeftConfig, model: nn.Module) -> PeftConfig:
         if getattr(found, "encoder_hidden_size", 0) is None:
             found.encoder_hidden_size = found.token_dim
     return found
+
+
+def shorten(config: Any, model: nn.Module) -> None:
+    """Let a long list of targets be the few suffixes that mean the same, as HF PEFT does."""
+    targets = config.target_modules
+    long = isinstance(targets, list | set) and len(targets) >= LONG
+    if long and plain(config.peft_type) != "IA3":  # its feedforward_modules must be among them
+        names = names_of(model)
+        short = suffixes([name for name in names if meant(list(targets), name)], names)
+        fewer = isinstance(short, list) and 0 < len(short) < len(targets)
+        config.target_modules = set(short) if fewer else targets
+
+
+def say_idle_exclude(config: Any, model: nn.Module) -> None:
+    """Say where `exclude_modules` leaves out nothing that is targeted."""
+    exclude, target = config.exclude_modules, config.target_modules
+    if not exclude or target == "all-linear":
+        return
+    hit = [name for name in names_of(model) if meant(target or (), name)]
+    if hit and not any(meant(exclude, name) for name in hit):
+        warnings.warn(
+            f"You have passed exclude_modules={exclude} but no modules were excluded. It names "
+            f"none of the {len(hit)} modules that target_modules means",
+            stacklevel=4,
+        )
 
 
 def converted(config: Any, model: nn.Module) -> None:

@@ -7,14 +7,23 @@ from contextlib import contextmanager
 from typing import Any
 
 from inlay import errors
+from inlay.peft.seam import NoMatchingPeftModuleError
 
 
 class AdapterError(errors.AdapterError, ValueError):
     """An adapter's name, configuration or state does not fit."""
 
 
-class TargetError(errors.TargetError, ValueError):
+class TargetError(errors.TargetError, NoMatchingPeftModuleError):
     """A target matched nothing, or something that the method cannot adapt."""
+
+
+class KindError(AdapterError, TypeError):
+    """A question that this kind of adapter does not answer: HF PEFT's `TypeError`, too."""
+
+
+class NotForPromptsError(AdapterError, AttributeError):
+    """A verb of layers, asked of a prompt, for which HF PEFT has no such attribute."""
 
 
 class StateError(AdapterError, RuntimeError):

@@ -81,8 +81,9 @@ class Merged(Update):
             if not all(bool(torch.isfinite(each).all()) for each in held_here):
                 where = next(n for n, m in self.model.named_modules() if m is owner)
                 raise MergeError(
-                    f"NaNs detected in the merged weights of {where}.{key}. The "
-                    f"adapter {', '.join(self.names)} seems to be broken; nothing was merged"
+                    "NaNs detected in the merged weights. The adapter "
+                    f"{', '.join(self.names)} seems to be broken: {where}.{key} is not finite "
+                    "with it; nothing was merged"
                 )
 
     def put_in(self) -> None:

@@ -16,9 +16,9 @@ from inlay.model.finite import check_adapters_finite
 from inlay.model.inputs import example_inputs
 from inlay.model.quantize import describe_quantization
 from inlay.model.untie import Ties
-from inlay.peft.errors import AdapterError, MergeError
+from inlay.peft.errors import AdapterError, MergeError, NotForPromptsError
 from inlay.peft.merged import Merged
-from inlay.peft.presented import present
+from inlay.peft.present import present
 
 LEAST = 0.9
 """The share of an update in the weights below which the outputs decide on a merge for good."""
@@ -226,7 +226,17 @@ class Merging(nn.Module):
         return compared(before, base, after).effect_kept
 
     def unload(self) -> nn.Module:
-        """Take every adapter off unmerged and return the plain model, bit for bit the base."""
+        """Take every adapter off unmerged and return the plain model, bit for bit the base.
+
+        Raises:
+            NotForPromptsError: a prompt is on the model; HF PEFT has no `unload` there.
+        """
+        prompts = [n for n, config in self.peft_config.items() if config.is_prompt_learning]
+        if prompts:
+            raise NotForPromptsError(
+                f"'unload' is not for a prompt, as {prompts[0]} is; take it off with "
+                "inlay.detach(model.get_base_model())"
+            )
         if self.merged:
             self.unmerge_adapter()
         self.enabled = True

@@ -9,21 +9,30 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.peft_model import TunerLayerStatus, TunerModelStatus
 from peft.tuners import ia3, lora
 from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
     save_and_load,
 )
+from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 __all__ = [
+    "MIN_TARGET_MODULES_FOR_OPTIMIZATION",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",
     "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING",
     "BaseTuner",
     "LNTuningLayer",
+    "ModulesToSaveWrapper",
+    "NoMatchingPeftModuleError",
+    "TrainableTokensLayer",
+    "TrainableTokensWrapper",
     "TunerLayerStatus",
     "TunerModelStatus",
     "check_target_module_exists",

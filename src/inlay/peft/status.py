@@ -8,44 +8,60 @@ from typing import Any, Literal
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig
 from torch import nn
 
-from inlay.model.layer import AdaptedLayer, own_modules
+from inlay.checkpoint.placement import under_any
+from inlay.model.layer import own_modules
+from inlay.peft.presented import Presented
+from inlay.peft.saved import SavedContainer, SavedLayer, TokenLayer
 from inlay.peft.seam import TunerLayerStatus, TunerModelStatus
 from inlay.peft.tuner import Tuner
-from inlay.storage.registry import frozen, kind, layer_class
+from inlay.storage.registry import frozen, kind
 
 Agreed = bool | Literal["irregular"]
 
 
 def layer_status(tuner: Tuner) -> list[TunerLayerStatus]:
-    """Return the state of every adapted layer."""
-    return [
-        status_of(tuner, f"model.{name}", layer)
-        for name, layer in own_modules(tuner.model)
-        if isinstance(layer, AdaptedLayer)
-    ]
+    """Return the state of every adapted layer, and of every module that is trained whole."""
+    found: list[TunerLayerStatus] = []
+    inside: tuple[str, ...] = ()
+    for name, layer in own_modules(tuner.model):
+        if isinstance(layer, SavedContainer):
+            inside = (*inside, name)
+            found.append(status_of(tuner, name, layer, layer.layers()))
+        elif isinstance(layer, Presented) and not under_any(name, inside):
+            found.append(status_of(tuner, name, layer, [layer]))
+    return found
 
 
-def status_of(tuner: Tuner, name: str, layer: AdaptedLayer) -> TunerLayerStatus:
-    """Return the state of one adapted layer."""
-    here = list(layer.methods)
-    params = {each: list(layer.params(each).parameters()) for each in here}
+def status_of(
+    tuner: Tuner, name: str, module: Presented | SavedContainer, layers: Iterable[Presented]
+) -> TunerLayerStatus:
+    """Return the state of one adapted layer, or of several that are trained whole together."""
+    params: dict[str, list[nn.Parameter]] = {}
+    for layer in layers:
+        for each in layer.methods:
+            params.setdefault(each, []).extend(layer.params(each).parameters())
     return TunerLayerStatus(
-        name=name,
-        module_type=f"{kind_of(tuner, here)}.{layer_class(layer).__name__}",
-        enabled=tuner.enabled,
-        active_adapters=tuner.active_adapters,
-        merged_adapters=[each for each in tuner.merged_adapters if each in here],
+        name=f"model.{name}" + (".token_adapter" if isinstance(module, TokenLayer) else ""),
+        module_type=type_of(tuner, name, module),
+        enabled=not module.disable_adapters,
+        active_adapters=module.active_adapters,
+        merged_adapters=module.merged_adapters,
         requires_grad={n: agreed([p.requires_grad for p in ps]) for n, ps in params.items()},
-        available_adapters=sorted(here),
+        available_adapters=sorted(params),
         devices={n: sorted({p.device.type for p in ps}) for n, ps in params.items()},
-        quantization_backend=backend_of(layer),
+        quantization_backend=backend_of(module),
     )
 
 
-def kind_of(tuner: Tuner, names: Sequence[str]) -> str:
-    """Return what HF PEFT calls the kind of a layer that these adapters are on."""
-    config = next((tuner.peft_config[n] for n in names if n in tuner.peft_config), None)
-    return plain_type(config).lower() if config is not None else "inlay"
+def type_of(tuner: Tuner, name: str, module: Presented | SavedContainer) -> str:
+    """Return what HF PEFT calls an adapted module's class."""
+    if isinstance(module, TokenLayer):
+        return "TrainableTokensLayer"
+    if isinstance(module, SavedContainer | SavedLayer):
+        return "ModulesToSaveWrapper"
+    targets = [getattr(c, "target_parameters", None) or () for c in tuner.peft_config.values()]
+    single = any(f".{name}.weight".endswith(f".{target}") for each in targets for target in each)
+    return "lora.ParamWrapper" if single or module.part_views else type(module).shown
 
 
 def plain_type(config: PeftConfig) -> str:
@@ -62,6 +78,9 @@ def model_type(tuner: Tuner) -> str:
 
 def backend_of(layer: nn.Module) -> str | None:
     """Return how a layer's weight is held, or None when it is dense."""
+    told = vars(layer).get("quantization_backend")
+    if told is not None:
+        return str(told.backend_name)
     storage = frozen(layer).storage if kind(layer) else "dense"
     return None if storage == "dense" else storage
 
@@ -78,9 +97,9 @@ def model_status(tuner: Tuner, counts: tuple[int, int]) -> TunerModelStatus:
         trainable_params=counts[0],
         total_params=counts[1],
         num_adapter_layers=len(layers),
-        enabled=tuner.enabled,
-        active_adapters=tuner.active_adapters,
-        merged_adapters=sorted(tuner.merged_adapters),
+        enabled=agreed(layer.enabled for layer in layers),
+        active_adapters=one_of(layer.active_adapters for layer in layers),
+        merged_adapters=merged_in(layers),
         requires_grad={n: agreed(each(layers, "requires_grad", n)) for n in names},
         available_adapters=names,
         devices={n: sorted(set().union(*each(layers, "devices", n))) for n in names},
@@ -98,3 +117,16 @@ def agreed(values: Iterable[Agreed]) -> Agreed:
     """Return what all say, or that they differ."""
     said = set(values)
     return said.pop() if len(said) == 1 else bool(said) and "irregular"
+
+
+def one_of(lists: Iterable[list[str]]) -> list[str] | Literal["irregular"]:
+    """Return the list that all have, or say that they differ."""
+    said = {tuple(each) for each in lists}
+    return list(said.pop()) if len(said) == 1 else "irregular" if said else []
+
+
+def merged_in(layers: Sequence[TunerLayerStatus]) -> list[str] | Literal["irregular"]:
+    """Return the adapters that are merged wherever they are, or say that some are in part."""
+    merged = {name for layer in layers for name in layer.merged_adapters}
+    left = {n for s in layers for n in set(s.available_adapters) - set(s.merged_adapters)}
+    return "irregular" if merged & left else sorted(merged)

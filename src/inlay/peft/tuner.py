@@ -25,6 +25,7 @@ from inlay.model.places import module_at, view_at
 from inlay.peft.configs import method_of, placement_of, prepared
 from inlay.peft.errors import AdapterError, as_peft_raises
 from inlay.peft.merging import Merging
+from inlay.peft.seam import check_target_module_exists
 from inlay.peft.start import start
 
 LACKING = frozenset({"add_weighted_adapter", "inject_adapter", "subtract_mutated_init"})
@@ -79,6 +80,10 @@ class Tuner(Merging):
         names = [name for name, _ in self.model.named_parameters()]
         found = (n for n in names for p in wanted if n == p or n.endswith("." + p))
         return list(dict.fromkeys(found))
+
+    @staticmethod
+    def _check_target_module_exists(config: PeftConfig, key: str) -> Any:
+        return check_target_module_exists(config, key)
 
     # Adapters come, act and go.
 

@@ -49,7 +49,7 @@ class Leaf(nn.Module):
     weight: nn.Parameter
 
     def __init__(self, homes: Mapping[str, tuple[Params, str]]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         vars(self)["_parameters"] = Linked(homes)
 
     @property
@@ -57,20 +57,18 @@ class Leaf(nn.Module):
         """What is added to the product, if anything."""
         return vars(self)["_parameters"].get("bias")
 
-    @property
-    def out_features(self) -> int:
-        """The matrix's rows."""
-        return self.weight.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """The matrix's columns."""
-        return self.weight.shape[-1]
-
     def forward(self, x: Tensor) -> Tensor:
         """Apply the matrix, as the linear layer that HF PEFT has here."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Matrix(Leaf, nn.Linear):
+    """A matrix of an adapter as HF PEFT holds it: a linear layer."""
+
+    def __init__(self, homes: Mapping[str, tuple[Params, str]]) -> None:
+        Leaf.__init__(self, homes)
+        self.out_features, self.in_features = self.weight.shape
 
 
 class Tensors(nn.Module, Mapping[str, nn.Parameter]):
@@ -112,7 +110,7 @@ def tables(
             below[word.below] = (home.parts[word.part] if word.part else home, word.tensor)
     found: dict[str, nn.Module] = {}
     for table, there in homes.items():
-        nested(found, table, table_of(there))
+        nested(found, table, table_of(table, there, layer))
     for module in (m for view in found.values() for m in view.modules()):
         module.training = layer.training
     return found
@@ -130,11 +128,38 @@ def nested(found: dict[str, nn.Module], table: str, view: nn.Module) -> None:
     found[first] = nn.ModuleDict(inner)
 
 
-def table_of(found: Mapping[str, Mapping[str, tuple[Params, str]]]) -> nn.Module:
+def table_of(
+    table: str, found: Mapping[str, Mapping[str, tuple[Params, str]]], layer: AdaptedLayer
+) -> nn.Module:
     """Return one table: modules by adapter, or the tensors themselves."""
     if any("" in below for below in found.values()):
         return Tensors({adapter: below[""] for adapter, below in found.items()})
-    return nn.ModuleDict({adapter: Leaf(below) for adapter, below in found.items()})
+    if table == "modules_to_save":
+        return nn.ModuleDict({adapter: with_tensors(layer, adapter) for adapter in found})
+    return nn.ModuleDict({adapter: leaf_of(table, below) for adapter, below in found.items()})
+
+
+def leaf_of(table: str, below: Mapping[str, tuple[Params, str]]) -> nn.Module:
+    """Return an adapter's tensor as the module that HF PEFT has for it."""
+    home, name = below["weight"]
+    flat = table.rpartition(".")[2] in ("lora_A", "lora_B") and home._parameters[name].ndim == 2  # pyright: ignore[reportOptionalMemberAccess]
+    return Matrix(below) if flat else Leaf(below)
+
+
+def with_tensors(layer: AdaptedLayer, adapter: str | None) -> nn.Module:
+    """Return a layer without adapters, on one adapter's copies of its tensors or on its own."""
+    original = type(layer).original
+    found = original.__new__(original)
+    vars(found).update(vars(layer))
+    found._modules = {k: m for k, m in layer._modules.items() if k != "adapters"}
+    if adapter is not None and adapter in layer.adapters:
+        held = layer.params(adapter)
+        own = {n: (held, n) for n in layer._parameters if n in held._parameters}
+        copies = Linked(own)
+        dict.update(copies, {n: p for n, p in layer._parameters.items() if n not in own})
+        vars(found)["_parameters"] = copies
+        found._buffers = {**layer._buffers, **held._buffers}
+    return found
 
 
 def low_rank_of(layer: AdaptedLayer) -> dict[str, LowRank]:

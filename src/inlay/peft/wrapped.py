@@ -13,7 +13,7 @@ from inlay.methods.base import Params
 from inlay.model.attach import adapters
 from inlay.model.report import base_size
 from inlay.peft.configs import check_config, plain
-from inlay.peft.errors import AdapterError
+from inlay.peft.errors import AdapterError, KindError
 from inlay.peft.prompted import PromptNames
 from inlay.peft.status import layer_status, model_status
 from inlay.peft.tuner import Tuner
@@ -122,12 +122,34 @@ class Wrapped(PromptNames, peft.PeftModel):
         return trained, base_size(self.get_base_model()) + sum(held.values())
 
     def get_layer_status(self) -> list[Any]:
-        """Return the state of every adapted layer, as HF PEFT describes it."""
+        """Return the state of every adapted layer, as HF PEFT describes it.
+
+        Raises:
+            KindError: the adapters are prompts, which are on no layer.
+        """
+        self.check_layers("get_layer_status")
         return layer_status(self.base_model)
 
     def get_model_status(self) -> Any:
-        """Return the state of the model's adapters, as HF PEFT describes it."""
+        """Return the state of the model's adapters, as HF PEFT describes it.
+
+        Raises:
+            KindError: the adapters are prompts, which are on no layer.
+        """
+        self.check_layers("get_model_status")
         return model_status(self.base_model, self.get_nb_trainable_parameters())
+
+    def check_layers(self, verb: str) -> None:
+        """Raise where no adapter is on a layer.
+
+        Raises:
+            KindError: all are prompts.
+        """
+        if self.only_prompts():
+            raise KindError(
+                f"{verb}() got an invalid PeftModel instance; a prompt is on no layer, and its "
+                "state is in peft_config and active_adapters"
+            )
 
     def get_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: a prompt is given to the model, not to the caller.

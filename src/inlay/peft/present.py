@@ -1,0 +1,120 @@
+"""Gives the adapted layers of a model the look of HF PEFT's, by what its adapters are now."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import cache
+from typing import Any, cast
+
+from torch import nn
+
+from inlay.checkpoint.placement import saved_roots, under_any
+from inlay.checkpoint.tensors import TOKEN_KEY
+from inlay.methods.base import LowRank, SelectMethod
+from inlay.methods.tokens import ROWS
+from inlay.model.attach import Attached, active, adapters, own_modules, required_registry
+from inlay.model.layer import AdaptedLayer
+from inlay.model.rebuild import MADE_BY
+from inlay.peft.look import Look
+from inlay.peft.presented import Presented
+from inlay.peft.saved import SavedLayer, TokenLayer, become_wrapper
+from inlay.peft.seam import (
+    LNTuningLayer,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    ia3,
+    lora,
+)
+from inlay.peft.tuner_layer import TunerLayer
+from inlay.peft.views import Word
+from inlay.storage.registry import kind
+
+LORA: Mapping[str, Any] = {"linear": lora.Linear, "conv1d": lora.Linear,
+                           "embedding": lora.Embedding}  # fmt: skip
+"""HF PEFT's class of a LoRA layer, by the layer's kind."""
+KINDS = {"lora": "lora", "ia3": "ia3", "ln": "ln_tuning"}
+"""What HF PEFT's layers are called, by what their tensors' names begin with."""
+BELOW = {"lora_magnitude_vector": "weight"}
+"""What HF PEFT has below the adapter's name and leaves out in its file."""
+
+
+def present(model: nn.Module, merged: Collection[str] = (), enabled: bool = True) -> None:
+    """Give every adapted layer of a model HF PEFT's look, as its adapters are now."""
+    there, chosen = adapters(model), active(model)
+    roots = {name: saved_roots(model, attached) for name, attached in there.items()}
+    whole = {root for each in roots.values() for root in each}
+    for place, layer in own_modules(model):
+        if isinstance(layer, AdaptedLayer):
+            plain: Any = type(layer).plain if isinstance(layer, Presented) else type(layer)
+            here = {n: there[n] for n in layer.methods if n in there}
+            words = {n: words_of(layer, n, a, under_any(place, roots[n])) for n, a in here.items()}
+            methods = {n: a.method.for_layer(place) for n, a in here.items()}
+            alphas = tuple((n, m.alpha) for n, m in methods.items() if isinstance(m, LowRank))
+            now = tuple(name for name in merged if name in layer.methods)
+            spelled, root = tuple(words.items()), place in whole
+            look = Look(kind(layer), spelled, alphas, root, chosen, now, enabled)
+            layer.__class__ = presented(plain, look)
+        elif place in whole:
+            become_wrapper(layer, required_registry(model).classes)
+
+
+def words_of(
+    layer: AdaptedLayer, adapter: str, attached: Attached, saved: bool
+) -> tuple[Word, ...]:
+    """Return what HF PEFT calls one adapter's tensors at a layer; no word for those it lacks."""
+    method, found = layer.methods[adapter], list[Word]()
+    parts = layer.params(adapter).parts
+    inside = [name for name in layer._parameters if name in parts]
+    for depth, name in enumerate(reversed(inside)):  # HF PEFT wraps once for each parameter
+        acts = layer.part_methods[adapter][name]
+        for tensor in parts[name]._parameters:
+            table, _, below = acts.peft_tensors("linear").get(tensor, "").partition(".")
+            if table:
+                nested = "base_layer." * depth + table
+                found.append(Word(tensor, nested, below or BELOW.get(table, ""), name))
+    for tensor in layer.params(adapter)._parameters:
+        if tensor == ROWS[-1]:
+            found.append(Word(tensor, TOKEN_KEY, ""))
+            continue
+        copied = method is None or tensor in layer._parameters
+        if not copied and method is not None:
+            key = method.peft_tensors(kind(layer) or "linear").get(tensor, "")
+        elif saved:
+            key = f"modules_to_save.{tensor}"
+        elif isinstance(attached.method, SelectMethod):
+            key = attached.method.peft_tensors(kind(layer) or "linear").get(tensor, "")
+        else:
+            key = ""
+        table, _, below = key.partition(".")
+        if table:
+            found.append(Word(tensor, table, below or BELOW.get(table, "")))
+    return tuple(found)
+
+
+@cache
+def presented(plain: type[AdaptedLayer], look: Look) -> type[Presented]:
+    """Return the subclass of an adapted class that has a look."""
+    tops = {word.table.split(".")[-1] for _, each in look.words for word in each}
+    acts = [prefix for prefix in KINDS if any(top.startswith(f"{prefix}_") for top in tops)]
+    rows = "trainable_tokens_delta" in tops
+    ours: tuple[Any, ...] = (TunerLayer,) if acts else (Presented,)
+    theirs: tuple[Any, ...] = ()
+    if look.whole and not acts:
+        ours, theirs = (SavedLayer,), (ModulesToSaveWrapper,)
+    elif rows and not acts:
+        ours, theirs = (TokenLayer,), (TrainableTokensWrapper,)
+    body: dict[str, Any] = {"plain": plain, "look": look, "made": staticmethod(presented)}
+    body |= {"original": plain.original, MADE_BY: (presented, plain, look)}
+    body["shown"] = ".".join([KINDS[prefix] for prefix in acts[:1]] + [plain.original.__name__])
+    body |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    cls: Any = type(plain.__name__, (*ours, plain, *theirs), body)
+    for base in (peft_class(prefix, look.kind) for prefix in acts):
+        base.register(cls)
+    return cast("type[Presented]", cls)
+
+
+def peft_class(prefix: str, layer_kind: str | None) -> Any:
+    """Return HF PEFT's class of a layer, by what its tensors' names begin with."""
+    if prefix == "lora":
+        return LORA.get(layer_kind or "", lora.LoraLayer)
+    return {"ia3": ia3.IA3Layer, "ln": LNTuningLayer}[prefix]
