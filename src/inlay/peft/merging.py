@@ -11,6 +11,7 @@ from torch import nn
 
 from inlay.errors import ModelError
 from inlay.model.attach import activate, active, detach, registry_of, required_registry
+from inlay.model.deferred import check_values
 from inlay.model.fidelity import LEAST_EFFECT, compared, logits_of
 from inlay.model.finite import check_adapters_finite
 from inlay.model.inputs import example_inputs
@@ -33,6 +34,8 @@ class Merging(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.merged: Merged | None = None
         self.enabled = True
+        self.frozen: list[tuple[str, nn.Parameter]] = []
+        """What trained before adapters were disabled, and whose it is."""
 
     @property
     def active_adapters(self) -> list[str]:
@@ -109,6 +112,7 @@ class Merging(nn.Module):
                 stacklevel=2,
             )
         if new:
+            check_values(self.model, new)
             with self.at_rest():
                 planned = Merged(self.model, (*self.merged_adapters, *new))
                 if safe_merge:

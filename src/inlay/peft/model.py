@@ -143,7 +143,8 @@ def get_peft_model(
         mixed: True gives a `PeftMixedModel`; adapters of several methods go on every model.
         autocast_adapter_dtype: False keeps the adapter in its layers' dtype, not in fp32.
         revision: the base model's revision, to record.
-        low_cpu_mem_usage: no effect, Inlay makes adapters where they are to lie.
+        low_cpu_mem_usage: True leaves the adapter's tensors on no device, until values are loaded
+            into it; not for training a new one.
 
     Raises:
         AdapterError: the model has adapters already, or an option is one that Inlay lacks.

@@ -14,6 +14,7 @@ from inlay.model.layer import AdaptedLayer, own_modules
 from inlay.model.rebuild import MADE_BY, reduced
 from inlay.peft.presented import Presented
 from inlay.peft.seam import ModulesToSaveWrapper, TrainableTokensLayer
+from inlay.peft.tuner_layer import widths_of
 from inlay.peft.views import with_tensors
 
 
@@ -24,6 +25,11 @@ class Wrapper(Presented):
     def original_module(self) -> nn.Module:
         """The layer without adapters, on the same tensors."""
         return self.get_base_layer()
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters that have a copy of this layer."""
+        return [name for name in super().active_adapters if name in self.methods]
 
     @property
     def _adapters(self) -> set[str]:
@@ -62,6 +68,16 @@ class TokenAdapter(nn.Module):
         super().__init__()
         vars(self)["layer"] = weakref.ref(layer)
         self._modules.update(rows._modules)
+
+    @property
+    def in_features(self) -> int | None:
+        """How many tokens an embedding has, or how wide a head's input is."""
+        return widths_of(vars(self)["layer"]())[0]
+
+    @property
+    def out_features(self) -> int | None:
+        """How wide an embedding's output is, or how many tokens a head has."""
+        return widths_of(vars(self)["layer"]())[1]
 
     def __getattr__(self, name: str) -> Any:
         """Return the rows, or what the layer answers."""
