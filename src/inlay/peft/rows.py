@@ -138,8 +138,8 @@ def check_rowwise(name: str, layer: AdaptedLayer) -> None:
     if not is_convolution(layer) and kind(layer) is None and "norm" not in shown.lower():
         raise KindError(
             "Mixed batching is only supported for the following modules: Linear, Embedding, "
-            f"Conv1d, Conv2d, Conv3d. adapter_names cannot split the rows of {name}, a {shown}; run "
-            "the rows of each adapter by themselves"
+            f"Conv1d, Conv2d, Conv3d. adapter_names cannot split the rows of {name}, a {shown}; "
+            "run the rows of each adapter by themselves"
         )
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from inlay.methods.tokens import tokens_of
 from inlay.model.instance import change_class
 from inlay.model.layer import AdaptedLayer, own_modules
 from inlay.model.rebuild import MADE_BY, reduced
@@ -78,6 +79,16 @@ class TokenAdapter(nn.Module):
     def out_features(self) -> int | None:
         """How wide an embedding's output is, or how many tokens a head has."""
         return widths_of(vars(self)["layer"]())[1]
+
+    @property
+    def trainable_tokens_original(self) -> dict[str, Tensor]:
+        """The base's own rows of each adapter's tokens."""
+        layer: TokenLayer = vars(self)["layer"]()
+        assert layer.base is not None
+        rows = layer.base.dequantize()
+        rows = rows.T if layer.base.layer_kind == "embedding" else rows
+        tokens = {name: tokens_of(layer.params(name), "token_rows") for name in layer.methods}
+        return {name: rows[list(ids)].detach() for name, ids in tokens.items() if ids}
 
     def __getattr__(self, name: str) -> Any:
         """Return the rows, or what the layer answers."""
