@@ -251,7 +251,7 @@ def in_source(item: pytest.Item) -> str | None:
         if name not in METHODS and hasattr(peft, name):
             return f"method: {name}"
     for words_of_it, why in RULES["source"].items():
-        if re.search(words_of_it, source):
+        if re.search(words_of_it, f"{item.nodeid}\n{source}", re.I):
             return f"option: {why}"
     return None
 

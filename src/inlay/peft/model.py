@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -158,6 +159,13 @@ def get_peft_model(
     if revision is not None:
         peft_config = copy.deepcopy(peft_config)
         peft_config.revision = revision
+    given, own = peft_config.base_model_name_or_path, vars(model).get("name_or_path")
+    if given is not None and given != own:
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from {given!r} to "
+            f"'{own}', which is the model given; load that one with the adapter",
+            stacklevel=2,
+        )
     cls = BY_TASK["MIXED"] if mixed else PeftModel.of_task(peft_config)
     made: PeftModel = cls(
         model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage

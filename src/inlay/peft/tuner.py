@@ -103,6 +103,13 @@ class Tuner(Merging):
             TargetError: a target matched nothing that this method can adapt.
         """
         self.check_new(name)
+        prefix = PREFIXES.get(str(config.peft_type).rpartition(".")[2], "")
+        if name in prefix:
+            warnings.warn(
+                f"Adapter name '{name}' should not be contained in the prefix '{prefix}'. HF PEFT "
+                "may take the names of its tensors for other ones; choose another name",
+                stacklevel=4,
+            )
         ready = prepared(config, self.model)
         method = method_of(ready)
         placement = placement_of(ready, method, self.model)

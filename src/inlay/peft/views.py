@@ -63,6 +63,18 @@ class Leaf(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
+class Leaves(nn.ModuleDict):
+    """One kind of tensor by adapter, as HF PEFT's `ModuleDict` of linear layers is."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        here = self._modules.get(key)
+        if here is None or module is here:
+            super().__setitem__(key, module)
+            return
+        for name, value in module._parameters.items():
+            here._parameters[name] = value
+
+
 class Matrix(Leaf, nn.Linear):
     """A matrix of an adapter as HF PEFT holds it: a linear layer."""
 
@@ -143,7 +155,7 @@ def table_of(
         return Tensors({adapter: below[""] for adapter, below in found.items()})
     if table == "modules_to_save":
         return nn.ModuleDict({adapter: with_tensors(layer, adapter) for adapter in found})
-    return nn.ModuleDict({adapter: leaf_of(table, below) for adapter, below in found.items()})
+    return Leaves({adapter: leaf_of(table, below) for adapter, below in found.items()})
 
 
 def leaf_of(table: str, below: Mapping[str, tuple[Params, str]]) -> nn.Module:
