@@ -373,9 +373,19 @@ def told_by_weight(model: nn.Module, method: Method, name: str) -> bool:
 
 
 def prompt_dimensions(model: nn.Module, method: PromptMethod) -> dict[str, Any]:
-    """Return the sizes of the model that HF PEFT records for a prompt."""
+    """Return the sizes of the model that HF PEFT records for a prompt.
+
+    Raises:
+        CheckpointError: its configuration does not say them.
+    """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not hasattr(text, "num_attention_heads"):
+        raise CheckpointError(
+            f"the configuration of this {type(model).__name__} does not say num_attention_heads, "
+            "hidden_size and num_hidden_layers, which a prompt is made for; give it one of "
+            "transformers' configurations"
+        )
     heads = text.num_attention_heads
     width = text.hidden_size
     if method.peft_type == "PREFIX_TUNING":

@@ -14,10 +14,11 @@ from inlay.model.attach import activate, active, detach, registry_of, required_r
 from inlay.model.deferred import check_values
 from inlay.model.fidelity import LEAST_EFFECT, compared, logits_of
 from inlay.model.finite import check_adapters_finite
-from inlay.model.layer import own_modules
 from inlay.model.inputs import example_inputs
+from inlay.model.layer import own_modules
 from inlay.model.quantize import describe_quantization
 from inlay.model.untie import Ties
+from inlay.peft.apart import check_apart
 from inlay.peft.errors import AdapterError, MergeError, NotForPromptsError
 from inlay.peft.look import Switched
 from inlay.peft.merged import Merged
@@ -117,6 +118,7 @@ class Merging(nn.Module):
             )
         if new:
             check_values(self.model, new)
+            check_apart(self.model, (*self.merged_adapters, *new))
             with self.at_rest():
                 planned = Merged(self.model, (*self.merged_adapters, *new))
                 if safe_merge:

@@ -157,6 +157,12 @@ def get_peft_model(
     (16, 36)
     """
     if revision is not None:
+        if peft_config.revision not in (None, revision):
+            warnings.warn(
+                "peft config has already set base model revision to "
+                f"{peft_config.revision}, overwriting with revision {revision}",
+                stacklevel=2,
+            )
         peft_config = copy.deepcopy(peft_config)
         peft_config.revision = revision
     given, own = peft_config.base_model_name_or_path, vars(model).get("name_or_path")

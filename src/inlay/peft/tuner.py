@@ -13,7 +13,6 @@ from peft import PeftConfig
 from torch import nn
 
 from inlay.checkpoint.adapter import unchanged_on_failure
-from inlay.methods.tokens import tokens_of
 from inlay.model.attach import (
     active,
     adapter_places,
@@ -25,11 +24,12 @@ from inlay.model.attach import (
 )
 from inlay.model.deferred import defer
 from inlay.model.places import module_at, view_at
+from inlay.peft.apart import check_apart
 from inlay.peft.configs import method_of, placement_of, prepared
 from inlay.peft.errors import AdapterError, as_peft_raises
 from inlay.peft.look import Switched
 from inlay.peft.merging import Merging
-from inlay.peft.seam import check_target_module_exists
+from inlay.peft.seam import check_target_module_exists, tied_with_embedding
 from inlay.peft.start import start
 
 LACKING = frozenset({"add_weighted_adapter", "inject_adapter", "subtract_mutated_init"})
@@ -88,6 +88,9 @@ class Tuner(Merging):
     @staticmethod
     def _check_target_module_exists(config: PeftConfig, key: str) -> Any:
         return check_target_module_exists(config, key)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        return tied_with_embedding(self)
 
     # Adapters come, act and go.
 
@@ -150,7 +153,7 @@ class Tuner(Merging):
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         for name in names:
             self.check_has(name)
-        self.check_apart(names)
+        check_apart(self.model, names)
         if self.merged:
             warnings.warn(
                 "Adapter cannot be set when the model is merged. Unmerging the model first.",
@@ -163,32 +166,6 @@ class Tuner(Merging):
         set_trained(self.model, names, not inference_mode)
         self.frozen = []
         self.settle()
-
-    def check_apart(self, names: Sequence[str]) -> None:
-        """Raise when two adapters have their own copies of one parameter: only one could act.
-
-        Raises:
-            AdapterError: they have.
-        """
-        owners: dict[tuple[str, str], str] = {}
-        for name in names:
-            for place, params in adapter_places(self.model, name):
-                module, parameter = module_at(self.model, place)
-                own = {} if parameter else module._parameters
-                for key in set(params._parameters) & set(own):
-                    other = owners.setdefault((place, key), name)
-                    if other != name:
-                        raise AdapterError(
-                            "Only one adapter can be set at a time for ModulesToSaveWrapper: "
-                            f"{other!r} and {name!r} each train {place}.{key} whole; name one"
-                        )
-                for token in tokens_of(params, "token_rows"):
-                    other = owners.setdefault((place, str(token)), name)
-                    if other != name:
-                        raise AdapterError(
-                            "Only one adapter can be set at a time for TrainableTokensWrapper: "
-                            f"{other!r} and {name!r} both train token {token} of {place}; name one"
-                        )
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True

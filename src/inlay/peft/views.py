@@ -72,7 +72,8 @@ class Leaves(nn.ModuleDict):
             super().__setitem__(key, module)
             return
         for name, value in module._parameters.items():
-            here._parameters[name] = value
+            if value is not None:
+                here._parameters[name] = value
 
 
 class Matrix(Leaf, nn.Linear):
