@@ -212,7 +212,8 @@ class Numbers(Mapping[str, Any]):
     def __init__(
         self, layer: AdaptedLayer, read: Callable[[AdaptedLayer], Mapping[str, Any]]
     ) -> None:
-        self.layer, self.read = layer, read
+        self.layer: Any = layer  # another class once its last adapter is gone
+        self.read = read
 
     def now(self) -> dict[str, Any]:
         """Return the numbers of the adapters that are there now."""
