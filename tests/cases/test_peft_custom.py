@@ -81,7 +81,8 @@ def test_norm_tuning_trains_a_linear_layer_that_is_named_as_in_hf_peft() -> None
 def test_a_pattern_names_no_layer_for_norm_tuning() -> None:
     model = attach(Toy(), NormTuning(), targets=".*")
     names = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert all("norm" in name for name in names) and names
+    assert names
+    assert all("norm" in name for name in names)
 
 
 def test_single_parameters_are_targets_where_no_layer_has_a_kind() -> None:
@@ -142,7 +143,9 @@ def test_a_layer_says_its_widths_and_its_adapters(library: Any) -> None:
     assert [(m.in_features, m.out_features) for m in found] == [(3, 4), (5, 8)]
     assert all(m._all_available_adapter_names() == ["default"] for m in found)
     said = repr(model.base_model.model.lin0)
-    assert said.startswith("lora.Linear") and "(lora_A)" in said and "default" in said
+    assert said.startswith("lora.Linear")
+    assert "(lora_A)" in said
+    assert "default" in said
 
 
 @BOTH
@@ -185,7 +188,7 @@ def test_nothing_trains_while_adapters_are_disabled(library: Any) -> None:
 def test_layers_that_differ_are_said_when_all_are_disabled(library: Any) -> None:
     model = made(library, config())
     model.base_model.model.lin0.enable_adapters(False)
-    with pytest.warns(UserWarning, match="some adapter layers that are enabled"):  # noqa: SIM117
+    with pytest.warns(UserWarning, match="some adapter layers that are enabled"):
         with model.disable_adapter():
             pass
 
@@ -277,7 +280,8 @@ def test_an_embedding_starts_the_same_gaussian_or_not() -> None:
         for lib in (peft, inlay.peft)
     ]
     key = "base_model.model.0.lora_embedding_B.default"
-    assert torch.equal(states[0][key], states[1][key]) and bool(states[1][key].any())
+    assert torch.equal(states[0][key], states[1][key])
+    assert bool(states[1][key].any())
 
 
 @BOTH

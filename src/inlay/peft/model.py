@@ -165,7 +165,8 @@ def get_peft_model(
             )
         peft_config = copy.deepcopy(peft_config)
         peft_config.revision = revision
-    given, own = peft_config.base_model_name_or_path, vars(model).get("name_or_path")
+    given = getattr(peft_config, "base_model_name_or_path", None)
+    own = vars(model).get("name_or_path")
     if given is not None and given != own:
         warnings.warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from {given!r} to "

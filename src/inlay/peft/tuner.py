@@ -90,7 +90,7 @@ class Tuner(Merging):
         return check_target_module_exists(config, key)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        return tied_with_embedding(self)
+        return tied_with_embedding(self.model)
 
     # Adapters come, act and go.
 

@@ -16,6 +16,8 @@ from inlay.peft.presented import Presented
 from inlay.peft.views import Dropouts, Numbers, Scaling, low_rank_of, which_dora
 from inlay.storage.registry import kind
 
+WIDTHS = ("in_features", "out_features")
+
 
 class TunerLayer(Presented):
     """A layer that a method acts on: what HF PEFT's tuner layers have besides."""
@@ -61,23 +63,11 @@ class TunerLayer(Presented):
         """Which adapters are DoRA."""
         return Numbers(self, which_dora)
 
-    @property
-    def in_features(self) -> int | None:
-        """How wide the layer's input is, as HF PEFT counts it; None where it has no width."""
-        return vars(self).get("in_features", widths_of(self)[0])
-
-    @in_features.setter
-    def in_features(self, width: int) -> None:
-        vars(self)["in_features"] = width
-
-    @property
-    def out_features(self) -> int | None:
-        """How wide the layer's output is, as HF PEFT counts it; None where it has no width."""
-        return vars(self).get("out_features", widths_of(self)[1])
-
-    @out_features.setter
-    def out_features(self, width: int) -> None:
-        vars(self)["out_features"] = width
+    def __getattr__(self, name: str) -> Any:
+        """Return a layer's width where it is not called so itself, or what it has."""
+        if name in WIDTHS:
+            return widths_of(self)[WIDTHS.index(name)]
+        return super().__getattr__(name)
 
     @property
     def is_feedforward(self) -> bool:
