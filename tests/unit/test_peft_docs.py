@@ -15,7 +15,7 @@ UNUSED = {
     "option: VBLoRA",
     "option: ensure_weight_tying",
     "option: layer_replication",
-    "option: starts of LoRA that change the base or read data (PiSSA, OLoRA, EVA, CorDA and others)",
+    "option: starts of LoRA that change the base or read data (PiSSA, EVA and others)",
     "test: the test is about a method or option that Inlay does not have",
 }
 """Reasons that no recorded test was left out for."""
