@@ -293,7 +293,7 @@ def counts(
         for at in matrices_at(model, name):
             here = method.for_layer(at.place)
             assert isinstance(here, WeightMethod)
-            yield here.count(at.view.shape) * (at.view.stack or 1)
+            yield here.count_on(at.view) * (at.view.stack or 1)
 
 
 def recorded_placement(model: nn.Module, file: AdapterFile) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ they act while it does, and the base stays what it is.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,13 @@ def saved_embeddings(
     if wanted is False or not (wanted or kept or before is not None):
         return {}
     found: dict[str, Tensor] = {}
+    if wanted and not ends_of(model):
+        warnings.warn(
+            "Could not identify embedding layer(s) because the model is not a 🤗 transformers "
+            f"model. No embedding is saved of this {type(model).__name__}, which does not say "
+            "which it is (get_input_embeddings)",
+            stacklevel=2,
+        )
     for name, module in ends_of(model).items():
         params = here.get(name)
         shared = set(tied_to(model, name)) & found_modules(found)

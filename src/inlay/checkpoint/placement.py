@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -80,12 +81,34 @@ def placement_in(
             return {"targets": "all-linear", "modules_to_save": saved, **tokens}
         config = {**config, "target_modules": list(find_targets(model, "all-linear").names)}
     check_not_renamed(model, config, where)
-    asked = config.get("target_modules") not in (None, []) or not single
-    found = peft_targets(config, names, where) if asked else []
+    asked = config.get("target_modules") not in (None, [], "") or not single
+    found = modules_or_warning(config, names, where, single) if asked else []
     if config.get("ensure_weight_tying"):
         found, saved = with_tied(model, found), with_tied(model, saved)
     found += [place for place in single if place not in found]
     return {"targets": suffixes(found, place_names(model)), "modules_to_save": saved, **tokens}
+
+
+def modules_or_warning(
+    config: Mapping[str, Any], names: Sequence[str], where: str, single: Sequence[str]
+) -> list[str]:
+    """Return the modules targeted; none, with a warning, where only parameters were matched.
+
+    Raises:
+        CheckpointError: nothing is matched, or an option is not of its type.
+    """
+    given = config.get("target_modules")
+    entries = [given] if isinstance(given, str) else list(given or ())
+    if not single or any(meant(given or [], name) for name in names):
+        return peft_targets(config, names, where)
+    said = "{" + ", ".join(map(repr, entries)) + "}"
+    warnings.warn(
+        f"target_modules={said} were set but no module was matched. The adapter goes to the "
+        "parameters that target_parameters names alone",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return []
 
 
 def parameter_places(model: nn.Module, config: Mapping[str, Any], where: str) -> list[str]:
@@ -108,12 +131,38 @@ def parameter_places(model: nn.Module, config: Mapping[str, Any], where: str) ->
                 matched |= set(hits)
                 found[place_of_parameter(name, module, key, where)] = None
     idle = [t for t in targets if t not in matched]
-    if idle:
+    if targets and not matched:
+        say_unmatched(model, config, targets, where)
+    elif idle:
         raise CheckpointError(
             f"{where}: target_parameters names {', '.join(map(repr, idle))}, and this model has no "
             "such parameter"
         )
     return list(found)
+
+
+def say_unmatched(
+    model: nn.Module, config: Mapping[str, Any], targets: Sequence[str], where: str
+) -> None:
+    """Warn that `target_parameters` means no parameter; raise where nothing else is targeted.
+
+    Raises:
+        CheckpointError: nothing else is.
+    """
+    if config.get("target_modules"):
+        warnings.warn(
+            f"target_parameters={list(targets)} were set but no parameter was matched. The "
+            "adapter goes to the modules that target_modules names alone",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    some = [name for name, _ in model.named_parameters()][:3]
+    raise CheckpointError(
+        "No `target_modules` passed but also no `target_parameters` found. Please check the values "
+        f"for these arguments. {where}: target_parameters names {', '.join(map(repr, targets))}, "
+        f"and this model has no such parameter; it has some such as {', '.join(some)}"
+    )
 
 
 def place_of_parameter(name: str, module: nn.Module, parameter: str, where: str) -> str:
@@ -324,9 +373,19 @@ def told_by_weight(model: nn.Module, method: Method, name: str) -> bool:
 
 
 def prompt_dimensions(model: nn.Module, method: PromptMethod) -> dict[str, Any]:
-    """Return the sizes of the model that HF PEFT records for a prompt."""
+    """Return the sizes of the model that HF PEFT records for a prompt.
+
+    Raises:
+        CheckpointError: its configuration does not say them.
+    """
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config()
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not hasattr(text, "num_attention_heads"):
+        raise CheckpointError(
+            f"the configuration of this {type(model).__name__} does not say num_attention_heads, "
+            "hidden_size and num_hidden_layers, which a prompt is made for; give it one of "
+            "transformers' configurations"
+        )
     heads = text.num_attention_heads
     width = text.hidden_size
     if method.peft_type == "PREFIX_TUNING":

@@ -20,6 +20,7 @@ from inlay.checkpoint.placement import saved_roots, under_any
 from inlay.errors import CheckpointError
 from inlay.methods.base import Kind, Method, Params, PromptMethod, SelectMethod
 from inlay.model.attach import Attached, adapter_tensors, adapters, check_known, required_registry
+from inlay.model.deferred import give_room
 from inlay.model.layer import AdaptedLayer
 from inlay.model.places import module_at, view_at
 from inlay.model.selected import own_parameters
@@ -190,6 +191,12 @@ def write_tensors(
     """
     kept = first_of_shared(found) if shared_once else without_tied_rows(found)
     tensors = {s.key: s.written for s in kept} | dict(more)
+    nowhere = sorted(key for key, value in tensors.items() if value.is_meta)
+    if nowhere:
+        raise CheckpointError(
+            f"the adapter is not saved, for it has no values yet in {listed(nowhere)}, as "
+            "low_cpu_mem_usage=True makes it; load values into it first"
+        )
     values = {key: t.to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     bad = sorted(key for key, value in values.items() if not bool(torch.isfinite(value).all()))
     if bad:
@@ -295,6 +302,7 @@ def fill(model: nn.Module, name: str, folder: AdapterFolder, about: str) -> None
     problems.add("unlike what its others give", unlike(values, beside))
     problems.raise_if_any(about)
     separate(found, values)
+    give_room(model, name)
     with torch.no_grad():
         for slot in found:
             if slot.key in values:

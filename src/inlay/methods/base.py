@@ -148,6 +148,10 @@ class WeightMethod(Method):
         """Return how many parameters one layer of shape (out, in) trains, in closed form."""
         raise NotImplementedError
 
+    def count_on(self, base: FrozenLinear) -> int:
+        """Return how many parameters this layer trains."""
+        return self.count(base.shape)
+
     def weight(self, p: Params, w: Tensor) -> Tensor:
         """DEFINITION: (out, in) -> (out, in); also the merge, also the oracle.
 
@@ -196,6 +200,8 @@ class SelectMethod(Method):
 
     mergeable: ClassVar[bool] = True
     default_targets: ClassVar[Targets] = "all"
+    takes_named_whole: ClassVar[bool] = False
+    """Whether a module that targets name itself trains whole, of whatever class it is."""
 
     @property
     def only_adapted(self) -> bool:

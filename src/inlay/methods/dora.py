@@ -66,11 +66,11 @@ class DoRA(LowRank):
         wide = torch.promote_types(p.A.dtype, v.dtype)
         norms = torch.linalg.vector_norm(v.detach(), dim=-1, dtype=wide)
         norms = norms.clamp_min(torch.finfo(wide).tiny ** 0.5)  # a row of zeros stays one
-        return (p.magnitude / norms).to(w.dtype)[..., None] * v
+        return factors(p, norms).to(w.dtype)[..., None] * v
 
     def forward(self, p: Params, x: Tensor, base: FrozenLinear, training: bool) -> Tensor:
         wx = base.matmul(x)
-        factor = (p.magnitude / self.row_norms(p, base)).to(wx.dtype)
+        factor = factors(p, self.row_norms(p, base)).to(wx.dtype)
         scaled = self.scale * p.B
         if training and self.drops(x):
             dropped = F.dropout(x, self.dropout)
@@ -100,6 +100,17 @@ def norms_of(base: FrozenLinear) -> Tensor:
     return torch.linalg.vector_norm(base.dequantize(), dim=1, dtype=stored(base, 0).dtype)
 
 
+def factors(p: Params, norms: Tensor) -> Tensor:
+    """Return what each row is multiplied by, the norms as exact as the magnitudes are held.
+
+    Magnitudes in halves are rounded norms: with exact ones an untrained DoRA would change W.
+    """
+    if p.magnitude.dtype.itemsize >= norms.dtype.itemsize:
+        return p.magnitude / norms
+    rounded = norms.to(p.magnitude.dtype).to(norms.dtype)
+    return p.magnitude.to(norms.dtype) / rounded.clamp_min(torch.finfo(norms.dtype).tiny ** 0.5)
+
+
 def untrained(p: Params) -> bool:
     """Say whether the update is nothing and the magnitudes are the norms that they started as."""
-    return not bool(p.B.any()) and torch.equal(p.magnitude, p.base_norms)
+    return not bool(p.B.any()) and torch.equal(p.magnitude, p.base_norms.to(p.magnitude.dtype))

@@ -61,6 +61,9 @@ class IA3(WeightMethod):
     def count(self, shape: tuple[int, int]) -> int:
         return shape[1] if self.scales_input else shape[0]
 
+    def count_on(self, base: FrozenLinear) -> int:
+        return base.channels if self.scales_input else base.shape[0]
+
     def weight(self, p: Params, w: Tensor) -> Tensor:
         scales = p.l.to(w.dtype)
         columns = w.shape[-1] // scales.shape[-1] if self.scales_input else 1

@@ -14,6 +14,7 @@ from inlay.methods.base import Kind, SelectMethod
 class NormTuning(SelectMethod):
     """Train the gains and biases of the normalisation layers, and nothing else.
 
+    A layer of another kind that targets name itself trains whole, as in HF PEFT.
     As many parameters as those layers have: their own width each, twice with biases.
     Its learning rate is 3 times LoRA's.
     Paper: arXiv 2312.11420.
@@ -26,6 +27,7 @@ class NormTuning(SelectMethod):
     paper = "2312.11420"
     learning_rate_factor = 3.0
     peft_type = "LN_TUNING"
+    takes_named_whole = True
 
     def selects(self, module: nn.Module, parameter: str) -> bool:
         return "norm" in type(module).__name__.lower() and parameter in ("weight", "bias")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from inlay.errors import AdapterError
+from inlay.errors import AdapterError, ModelError
 from inlay.methods.base import HiddenMethod, Method, Params, WeightMethod
 from inlay.methods.tokens import ROWS, TOKENS, TokenRows, tokens_of
 from inlay.model.by_weight import Changed, made_again
@@ -338,7 +338,7 @@ def adapted_class(
     original: type[nn.Module], parameters: tuple[str, ...], buffers: frozenset[str] = frozenset()
 ) -> type[nn.Module]:
     """Return the subclass of `original` that carries adapters; its name stays the same."""
-    body: dict[str, Any] = {name: property(reader(name)) for name in parameters}
+    body: dict[str, Any] = {name: property(reader(name), refuser(name)) for name in parameters}
     body |= {name: property(own_or_moved(name)) for name in buffers}
     body |= {"original": original, "moved": buffers, "__module__": original.__module__}
     body |= {"__qualname__": original.__qualname__, "__reduce_ex__": reduced}
@@ -368,6 +368,19 @@ def reader(name: str) -> Callable[[AdaptedLayer], Tensor | None]:
         return layer.acting_parameter(name)
 
     return read
+
+
+def refuser(name: str) -> Callable[[AdaptedLayer, object], None]:
+    """Return what refuses to have a parameter of a layer set to what is none."""
+
+    def refuse(layer: AdaptedLayer, value: object) -> None:
+        raise ModelError(
+            f"the {name} of a {type(layer).__name__} was set to a {type(value).__name__}, and an "
+            "adapted layer's must be an nn.Parameter; FullyShardedDataParallel (FSDP1) sets such: "
+            "divide the model with FSDP2 (fully_shard, fsdp_version: 2 of accelerate)"
+        )
+
+    return refuse
 
 
 def own_or_moved(name: str) -> Callable[[AdaptedLayer], Tensor | None]:

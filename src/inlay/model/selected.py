@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -35,7 +36,12 @@ def selected_copies(
     if layers is not None:
         kept = in_layers((n for n in kept if has_block(n)), layers)
     copies = Copies()
-    chosen = {n: copies.of(m, method, n) for n, m in own_modules(model) if n in kept}
+    whole = named_themselves(method, names, targets)
+    chosen = {
+        n: dict(copies.all_of(m, n)) if n in whole else copies.of(m, method, n)
+        for n, m in own_modules(model)
+        if n in kept
+    }
     chosen = {n: p for n, p in chosen.items() if p}
     if not chosen:
         what = getattr(method, "name", "the training of biases")
@@ -44,6 +50,20 @@ def selected_copies(
             f"it has none such as {what} trains, or targets, exclude and layers left none"
         )
     return {n: Params(p) for n, p in chosen.items()}
+
+
+def named_themselves(
+    method: SelectMethod, names: Sequence[str], targets: str | Sequence[str] | None
+) -> set[str]:
+    """Return the modules that targets spell out, where the method trains such whole.
+
+    A pattern names no module itself: it goes to those of its modules that the method is for.
+    """
+    if targets is None or not method.takes_named_whole:
+        return set()
+    entries = (targets,) if isinstance(targets, str) else targets
+    spelled = {re.sub(r"\\(.)", r"\1", word) for entry in entries for word in entry.split("|")}
+    return {n for n in names if any(n == word or n.endswith("." + word) for word in spelled)}
 
 
 def trained_modules(model: nn.Module, entries: Sequence[str]) -> dict[str, Params]:

@@ -137,7 +137,8 @@ def find_targets(
     there = places_in(model, kinds)
     able = set(there.adaptable)
     linear = [n for n in there.linear if n in able]
-    if not there.adaptable and not there.experts:
+    some = [*there.adaptable, *there.experts, *there.loose]
+    if not some:
         raise TargetError(f"the model {type(model).__name__} has no layer of kind {listed(kinds)}")
     parts = parts_of(model)
     if targets == "all-linear":
@@ -158,7 +159,6 @@ def find_targets(
         chosen = {n for n in chosen if not any(is_within(n, of) for of in dropped)}
     chosen = in_layers(without_nested(chosen, there), layers)
     if not chosen:
-        some = [*there.adaptable, *there.experts]
         raise TargetError(
             f"targets {targets!r}, exclude {exclude!r} and layers {layers!r} leave no layer; "
             f"the model has {len(some)} that could be adapted, such as {some[0]!r}"

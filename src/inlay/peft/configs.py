@@ -161,6 +161,12 @@ def check_new(config: PeftConfig) -> None:
     for key, neutral in NEW_ONLY.items():
         if options.get(key, neutral) != neutral:
             raise AdapterError(f"{where} sets {key}, which inlay does not have; {REMEDY}")
+    if getattr(config, "_custom_modules", None):
+        raise AdapterError(
+            f"{where} was told of layers of the user's own (_register_custom_module), which stand "
+            "in the place of HF PEFT's own layers, and inlay has none; leave them out, or make "
+            "this adapter with HF PEFT itself"
+        )
     if getattr(getattr(config, "runtime_config", None), "ephemeral_gpu_offload", False):
         raise AdapterError(
             f"{where} sets ephemeral_gpu_offload, which inlay does not have; {REMEDY}"

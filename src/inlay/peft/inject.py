@@ -31,14 +31,13 @@ def inject_adapter_in_model(
         peft_config: one of HF PEFT's configurations, not of a prompt.
         model: the model; changed in place.
         adapter_name: the adapter's name on it.
-        low_cpu_mem_usage: no effect, Inlay makes adapters where they are to lie.
+        low_cpu_mem_usage: True leaves its tensors on no device, until values are loaded into it.
         state_dict: an adapter's state, whose keys say which modules are meant.
 
     Raises:
         AdapterError: a prompt, a name that is taken, or an option that Inlay does not have.
         TargetError: a target matched nothing that this method can adapt.
     """
-    del low_cpu_mem_usage
     check_config(peft_config)
     if peft_config.is_prompt_learning:
         raise AdapterError(
@@ -51,7 +50,7 @@ def inject_adapter_in_model(
         peft_config = aimed(peft_config, model, state_dict)
     tuner = Tuner(model)
     tuner.peft_config = dict(vars(model).get("peft_config") or {})
-    tuner.add(adapter_name, peft_config, True)
+    tuner.add(adapter_name, peft_config, True, low_cpu_mem_usage)
     vars(model)["peft_config"] = tuner.peft_config
     return model
 

@@ -115,6 +115,9 @@ class Switched(AdaptedLayer):
     def _get_available_adapters(self) -> set[str]:
         return set(self.methods)
 
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.methods)
+
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Refuse: a merge is of the whole model, which keeps what it takes to undo it.
 

@@ -11,12 +11,16 @@ from torch import nn
 
 from inlay.errors import ModelError
 from inlay.model.attach import activate, active, detach, registry_of, required_registry
+from inlay.model.deferred import check_values
 from inlay.model.fidelity import LEAST_EFFECT, compared, logits_of
 from inlay.model.finite import check_adapters_finite
 from inlay.model.inputs import example_inputs
+from inlay.model.layer import own_modules
 from inlay.model.quantize import describe_quantization
 from inlay.model.untie import Ties
+from inlay.peft.apart import check_apart
 from inlay.peft.errors import AdapterError, MergeError, NotForPromptsError
+from inlay.peft.look import Switched
 from inlay.peft.merged import Merged
 from inlay.peft.present import present
 
@@ -33,6 +37,8 @@ class Merging(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.merged: Merged | None = None
         self.enabled = True
+        self.frozen: list[tuple[str, nn.Parameter]] = []
+        """What trained before adapters were disabled, and whose it is."""
 
     @property
     def active_adapters(self) -> list[str]:
@@ -95,6 +101,8 @@ class Merging(nn.Module):
             MergeError: an adapter cannot merge, or with `safe_merge` is not finite.
             AdapterError: there is no such adapter.
         """
+        if adapter_names is None:
+            self.adopt()
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         for name in names:
             self.check_has(name)
@@ -109,11 +117,32 @@ class Merging(nn.Module):
                 stacklevel=2,
             )
         if new:
+            check_values(self.model, new)
+            check_apart(self.model, (*self.merged_adapters, *new))
             with self.at_rest():
                 planned = Merged(self.model, (*self.merged_adapters, *new))
                 if safe_merge:
                     planned.check_finite()
             self.replace_merge(planned)
+
+    def adopt(self) -> None:
+        """Make those adapters active that the layers' own `set_adapter` chose, if it was called.
+
+        Raises:
+            AdapterError: the layers chose different ones.
+        """
+        layers = (m for _, m in own_modules(self.model) if isinstance(m, Switched))
+        chosen = {type(layer).look.chosen for layer in layers}
+        if len(chosen) > 1:
+            found = " and ".join(sorted(", ".join(names) or "none" for names in chosen))
+            raise AdapterError(
+                f"the layers' own set_adapter chose different adapters ({found}), and a merge is "
+                "of the whole model; call set_adapter of the model first"
+            )
+        registry = registry_of(self.model)
+        for names in chosen if registry is not None else ():
+            assert registry is not None
+            registry.active = names
 
     def replace_merge(self, planned: Merged | None) -> None:
         """Take the present merge out, and put another in."""
@@ -144,6 +173,8 @@ class Merging(nn.Module):
         """
         del progressbar
         ties = Ties(self.model)
+        if adapter_names is None:
+            self.adopt()
         wanted = self.active_adapters if adapter_names is None else list(adapter_names)
         new = [name for name in wanted if name not in self.merged_adapters]
         if new:

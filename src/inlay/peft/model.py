@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -143,7 +144,8 @@ def get_peft_model(
         mixed: True gives a `PeftMixedModel`; adapters of several methods go on every model.
         autocast_adapter_dtype: False keeps the adapter in its layers' dtype, not in fp32.
         revision: the base model's revision, to record.
-        low_cpu_mem_usage: no effect, Inlay makes adapters where they are to lie.
+        low_cpu_mem_usage: True leaves the adapter's tensors on no device, until values are loaded
+            into it; not for training a new one.
 
     Raises:
         AdapterError: the model has adapters already, or an option is one that Inlay lacks.
@@ -155,8 +157,22 @@ def get_peft_model(
     (16, 36)
     """
     if revision is not None:
+        if peft_config.revision not in (None, revision):
+            warnings.warn(
+                "peft config has already set base model revision to "
+                f"{peft_config.revision}, overwriting with revision {revision}",
+                stacklevel=2,
+            )
         peft_config = copy.deepcopy(peft_config)
         peft_config.revision = revision
+    given = getattr(peft_config, "base_model_name_or_path", None)
+    own = vars(model).get("name_or_path")
+    if given is not None and given != own:
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from {given!r} to "
+            f"'{own}', which is the model given; load that one with the adapter",
+            stacklevel=2,
+        )
     cls = BY_TASK["MIXED"] if mixed else PeftModel.of_task(peft_config)
     made: PeftModel = cls(
         model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage

@@ -105,12 +105,17 @@ def presented(plain: type[AdaptedLayer], look: Look) -> type[Presented]:
         ours, theirs = (TokenLayer,), (TrainableTokensWrapper,)
     body: dict[str, Any] = {"plain": plain, "look": look, "made": staticmethod(presented)}
     body |= {"original": plain.original, MADE_BY: (presented, plain, look)}
-    body["shown"] = ".".join([KINDS[prefix] for prefix in acts[:1]] + [plain.original.__name__])
+    body["shown"] = ".".join([KINDS[prefix] for prefix in acts[:1]] + [name_of(plain, look, acts)])
     body |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
     cls: Any = type(plain.__name__, (*ours, plain, *theirs), body)
     for base in (peft_class(prefix, look.kind) for prefix in acts):
         base.register(cls)
     return cast("type[Presented]", cls)
+
+
+def name_of(plain: type[AdaptedLayer], look: Look, acts: list[str]) -> str:
+    """Return the name of a layer's class; with LoRA, HF PEFT calls a Conv1D a Linear."""
+    return "Linear" if acts[:1] == ["lora"] and look.kind == "conv1d" else plain.original.__name__
 
 
 def peft_class(prefix: str, layer_kind: str | None) -> Any:

@@ -29,6 +29,12 @@ class Presented(Switched):
     def _get_name(self) -> str:
         return type(self).shown
 
+    def __repr__(self) -> str:
+        shell = nn.Module()
+        shell._modules = {n: m for n, m in self.named_children() if n != "adapters"}
+        vars(shell).update(_get_name=self._get_name, extra_repr=self.extra_repr)
+        return nn.Module.__repr__(shell)
+
     def views(self) -> dict[str, nn.Module]:
         """Return the tables of tensors by HF PEFT's names."""
         return tables(self, type(self).look.words)

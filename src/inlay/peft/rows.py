@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from inlay.methods.base import PromptMethod
 from inlay.model.attach import adapters, required_registry
 from inlay.model.layer import AdaptedLayer, own_modules
-from inlay.peft.errors import AdapterError
+from inlay.peft.errors import AdapterError, KindError
+from inlay.storage.convolution import is_convolution
 from inlay.storage.registry import kind
 
 BASE = "__base__"
@@ -72,6 +73,7 @@ def forward(
             f"layer {name} reads {rows} rows where adapter_names gives {wanted}: this model "
             "does not keep one row a sequence there; run the rows of each adapter by themselves"
         )
+    check_batched(name, layer, x)
     active, found = layer.active, dict[str, Tensor]()
     try:
         for each, here in groups[rows].items():
@@ -120,10 +122,36 @@ def check_rowwise(name: str, layer: AdaptedLayer) -> None:
     """Raise unless a layer computes each row by itself.
 
     Raises:
-        AdapterError: it is neither a matrix nor a normalisation.
+        KindError: it is neither a matrix, nor a convolution, nor a normalisation.
     """
-    if kind(layer) is None and "norm" not in type(layer).__name__.lower():
+    shown = type(layer).__name__
+    if layer.part_views and not isinstance(layer, nn.MultiheadAttention):
+        raise KindError(
+            f"lora.ParamWrapper does not support mixed adapter batches yet. {name}, a {shown}, has "
+            "adapters on single parameters; run the rows of each adapter by themselves"
+        )
+    if isinstance(layer, nn.MultiheadAttention):
+        raise KindError(
+            f"lora.MultiheadAttention does not support mixed adapter batches: {name} reads several "
+            "inputs; run the rows of each adapter by themselves"
+        )
+    if not is_convolution(layer) and kind(layer) is None and "norm" not in shown.lower():
+        raise KindError(
+            "Mixed batching is only supported for the following modules: Linear, Embedding, "
+            f"Conv1d, Conv2d, Conv3d. adapter_names cannot split the rows of {name}, a {shown}; "
+            "run the rows of each adapter by themselves"
+        )
+
+
+def check_batched(name: str, layer: AdaptedLayer, x: Tensor) -> None:
+    """Raise where a convolution reads one sample without a row for it.
+
+    Raises:
+        AdapterError: it does.
+    """
+    kernel: tuple[int, ...] = getattr(layer, "kernel_size", ())
+    if is_convolution(layer) and x.ndim != len(kernel) + 2:
         raise AdapterError(
-            f"adapter_names cannot split the rows of {name}, a {type(layer).__name__}; run the "
-            "rows of each adapter by themselves"
+            f"{name} reads a tensor of {x.ndim} dimensions, one sample without a batch, so "
+            "adapter_names cannot split its rows; give it a batch of one"
         )

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from inlay.methods.tokens import tokens_of
 from inlay.model.instance import change_class
 from inlay.model.layer import AdaptedLayer, own_modules
 from inlay.model.rebuild import MADE_BY, reduced
 from inlay.peft.presented import Presented
 from inlay.peft.seam import ModulesToSaveWrapper, TrainableTokensLayer
+from inlay.peft.tuner_layer import widths_of
 from inlay.peft.views import with_tensors
 
 
@@ -24,6 +26,11 @@ class Wrapper(Presented):
     def original_module(self) -> nn.Module:
         """The layer without adapters, on the same tensors."""
         return self.get_base_layer()
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters that have a copy of this layer."""
+        return [name for name in super().active_adapters if name in self.methods]
 
     @property
     def _adapters(self) -> set[str]:
@@ -62,6 +69,26 @@ class TokenAdapter(nn.Module):
         super().__init__()
         vars(self)["layer"] = weakref.ref(layer)
         self._modules.update(rows._modules)
+
+    @property
+    def in_features(self) -> int | None:
+        """How many tokens an embedding has, or how wide a head's input is."""
+        return widths_of(vars(self)["layer"]())[0]
+
+    @property
+    def out_features(self) -> int | None:
+        """How wide an embedding's output is, or how many tokens a head has."""
+        return widths_of(vars(self)["layer"]())[1]
+
+    @property
+    def trainable_tokens_original(self) -> dict[str, Tensor]:
+        """The base's own rows of each adapter's tokens."""
+        layer: TokenLayer = vars(self)["layer"]()
+        assert layer.base is not None
+        rows = layer.base.dequantize()
+        rows = rows.T if layer.base.layer_kind == "embedding" else rows
+        tokens = {name: tokens_of(layer.params(name), "token_rows") for name in layer.methods}
+        return {name: rows[list(ids)].detach() for name, ids in tokens.items() if ids}
 
     def __getattr__(self, name: str) -> Any:
         """Return the rows, or what the layer answers."""

@@ -19,6 +19,7 @@ from peft.utils import (
 from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import _get_module_names_tied_with_embedding as tied_with_embedding  # pyright: ignore[reportPrivateUsage]
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "ia3",
     "lora",
     "save_and_load",
+    "tied_with_embedding",
 ]

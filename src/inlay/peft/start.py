@@ -114,15 +114,10 @@ def drawn_for_linear(a: torch.Size, b: torch.Size, how: bool | str) -> tuple[Ten
 
 
 def drawn_for_embedding(a: torch.Size, b: torch.Size, how: bool | str) -> tuple[Tensor, Tensor]:
-    """Draw A and B of an embedding: both normal, then A zero and B drawn again."""
+    """Draw A and B of an embedding: both normal, then A zero and B drawn again, gaussian or not."""
     first = torch.randn(a), torch.randn(b)
     if how is False:
         return first
-    if how == "gaussian":
-        raise AdapterError(
-            "init_lora_weights='gaussian' is for linear layers, and an embedding is targeted; "
-            "leave it at True"
-        )
     return torch.zeros(a), torch.randn(b)
 
 

@@ -26,6 +26,7 @@ from inlay.checkpoint.tensors import (
 )
 from inlay.methods.base import Params
 from inlay.model.attach import adapters, registry_of
+from inlay.model.deferred import give_room
 from inlay.peft.errors import AdapterError, StateError
 from inlay.peft.model import PeftModel
 from inlay.peft.seam import save_and_load as theirs
@@ -119,7 +120,7 @@ def set_peft_model_state_dict(
     Raises:
         AdapterError: no such adapter, a value that misfits, or an option that Inlay lacks.
     """
-    del low_cpu_mem_usage  # Inlay makes adapters where they are to lie.
+    del low_cpu_mem_usage  # Tensors without a device get room where their layers lie.
     if ignore_mismatched_sizes:
         raise AdapterError("ignore_mismatched_sizes=True is not something that inlay.peft has")
     if not is_ours(model):
@@ -143,6 +144,7 @@ def set_peft_model_state_dict(
     problems.add("unlike what its others give", given)
     problems.raise_if_any(f"the state given does not fit {where}")
     separate(found, values)
+    give_room(base, adapter_name)
     for slot in found:
         if slot.key in values:
             slot.tensor.copy_(slot.layout.read(values[slot.key]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,14 @@ from inlay.model.attach import (
     set_trained,
     use,
 )
+from inlay.model.deferred import defer
 from inlay.model.places import module_at, view_at
+from inlay.peft.apart import check_apart
 from inlay.peft.configs import method_of, placement_of, prepared
 from inlay.peft.errors import AdapterError, as_peft_raises
+from inlay.peft.look import Switched
 from inlay.peft.merging import Merging
-from inlay.peft.seam import check_target_module_exists
+from inlay.peft.seam import check_target_module_exists, tied_with_embedding
 from inlay.peft.start import start
 
 LACKING = frozenset({"add_weighted_adapter", "inject_adapter", "subtract_mutated_init"})
@@ -85,23 +89,37 @@ class Tuner(Merging):
     def _check_target_module_exists(config: PeftConfig, key: str) -> Any:
         return check_target_module_exists(config, key)
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        return tied_with_embedding(self.model)
+
     # Adapters come, act and go.
 
-    def add(self, name: str, config: PeftConfig, autocast: bool) -> None:
+    def add(
+        self, name: str, config: PeftConfig, autocast: bool, without_values: bool = False
+    ) -> None:
         """Attach a new adapter; the first becomes active, later ones wait for `set_adapter`.
+
+        `without_values` leaves its tensors on no device, until values are loaded into it.
 
         Raises:
             AdapterError: the name is taken, or the configuration asks for what Inlay lacks.
             TargetError: a target matched nothing that this method can adapt.
         """
         self.check_new(name)
+        prefix = PREFIXES.get(str(config.peft_type).rpartition(".")[2], "")
+        if name in prefix:
+            warnings.warn(
+                f"Adapter name '{name}' should not be contained in the prefix '{prefix}'. HF PEFT "
+                "may take the names of its tensors for other ones; choose another name",
+                stacklevel=4,
+            )
         ready = prepared(config, self.model)
         method = method_of(ready)
         placement = placement_of(ready, method, self.model)
         whole = unchanged_on_failure(self.model, name)
         with as_peft_raises(), self.as_trained(), self.at_rest(), whole:
             attach(self.model, method, name=name, **placement)
-            start(self.model, name, ready)
+            (defer if without_values else partial(start, config=ready))(self.model, name)
         self.peft_config[name] = ready
         self.settle_dtype(name, autocast)
         if active(self.model) == (name,):
@@ -135,7 +153,7 @@ class Tuner(Merging):
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         for name in names:
             self.check_has(name)
-        self.check_apart(names)
+        check_apart(self.model, names)
         if self.merged:
             warnings.warn(
                 "Adapter cannot be set when the model is merged. Unmerging the model first.",
@@ -146,26 +164,8 @@ class Tuner(Merging):
             use(self.model, *names)
         set_trained(self.model, tuple(self.peft_config), False)
         set_trained(self.model, names, not inference_mode)
+        self.frozen = []
         self.settle()
-
-    def check_apart(self, names: Sequence[str]) -> None:
-        """Raise when two adapters have their own copies of one parameter: only one could act.
-
-        Raises:
-            AdapterError: they have.
-        """
-        owners: dict[tuple[str, str], str] = {}
-        for name in names:
-            for place, params in adapter_places(self.model, name):
-                module, parameter = module_at(self.model, place)
-                own = {} if parameter else module._parameters
-                for key in set(params._parameters) & set(own):
-                    other = owners.setdefault((place, key), name)
-                    if other != name:
-                        raise AdapterError(
-                            f"adapters {other!r} and {name!r} each train {place}.{key} whole; Only "
-                            "one adapter can be set at a time for it"
-                        )
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
@@ -208,6 +208,8 @@ class Tuner(Merging):
         """Let the base alone act, until `enable_adapter_layers`; a merge is out meanwhile."""
         if self.enabled and self.merged:
             self.merged.take_out()
+        if self.enabled:
+            self.freeze()
         self.enabled = False
         self.settle()
 
@@ -216,12 +218,39 @@ class Tuner(Merging):
         if not self.enabled and self.merged:
             self.merged.put_in()
         self.enabled = True
+        self.thaw()
         self.settle()
+
+    def freeze(self) -> None:
+        """Let no adapter train, and note which tensors did."""
+        self.frozen = [
+            (name, parameter)
+            for name in self.active_adapters
+            for _, params in adapter_places(self.model, name)
+            for parameter in params.parameters()
+            if parameter.requires_grad
+        ]
+        for _, parameter in self.frozen:
+            parameter.requires_grad_(False)
+
+    def thaw(self) -> None:
+        """Let those tensors train again that did, of the adapters that are active now."""
+        for name, parameter in self.frozen:
+            if name in self.active_adapters:
+                parameter.requires_grad_(True)
+        self.frozen = []
 
     @contextmanager
     def disabled(self) -> Generator[None]:
         """Let the base alone act inside the `with` block; safe to nest."""
         before = self.enabled
+        if len({m.disable_adapters for m in self.model.modules() if isinstance(m, Switched)}) > 1:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are "
+                "disabled. After the disable_adapter context all of them are enabled; call "
+                "enable_adapter_layers or disable_adapter_layers before it to have them alike",
+                stacklevel=5,
+            )
         self.disable_adapter_layers()
         try:
             yield

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from inlay.methods.base import LowRank, replaced
 from inlay.methods.ia3 import IA3
+from inlay.model.layer import AdaptedLayer
 from inlay.peft.errors import AdapterError
 from inlay.peft.presented import Presented
-from inlay.peft.views import Dropout, Scaling, low_rank_of
+from inlay.peft.views import Dropouts, Numbers, Scaling, low_rank_of, which_dora
 from inlay.storage.registry import kind
+
+WIDTHS = ("in_features", "out_features")
 
 
 class TunerLayer(Presented):
@@ -25,14 +28,14 @@ class TunerLayer(Presented):
     cast_input_dtype_enabled = True
 
     @property
-    def r(self) -> dict[str, int]:
+    def r(self) -> Numbers:
         """Each adapter's rank."""
-        return {name: method.rank for name, method in self.low_rank().items()}
+        return Numbers(self, lambda layer: {n: m.rank for n, m in low_rank_of(layer).items()})
 
     @property
-    def lora_alpha(self) -> dict[str, float]:
+    def lora_alpha(self) -> Numbers:
         """Each adapter's alpha, as it was configured."""
-        return dict(type(self).look.alphas)
+        return Numbers(self, lambda layer: dict(getattr(type(layer), "look").alphas))  # noqa: B009
 
     @property
     def scaling(self) -> Scaling:
@@ -48,18 +51,23 @@ class TunerLayer(Presented):
     @property
     def lora_dropout(self) -> nn.ModuleDict:
         """Each adapter's dropout; to set its `p` has effect."""
-        found = {n: Dropout(self, n) for n, m in self.low_rank().items() if m.dropout > 0}
-        return nn.ModuleDict(found).train(self.training)
+        return Dropouts(self)
 
     @property
-    def use_rslora(self) -> dict[str, bool]:
+    def use_rslora(self) -> Numbers:
         """Which adapters are rank-stabilised."""
-        return {name: method.rslora for name, method in self.low_rank().items()}
+        return Numbers(self, lambda layer: {n: m.rslora for n, m in low_rank_of(layer).items()})
 
     @property
-    def use_dora(self) -> dict[str, bool]:
+    def use_dora(self) -> Numbers:
         """Which adapters are DoRA."""
-        return {n: bool(m.peft_fixed.get("use_dora")) for n, m in self.low_rank().items()}
+        return Numbers(self, which_dora)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a layer's width where it is not called so itself, or what it has."""
+        if name in WIDTHS:
+            return widths_of(self)[WIDTHS.index(name)]
+        return super().__getattr__(name)
 
     @property
     def is_feedforward(self) -> bool:
@@ -133,3 +141,12 @@ class TunerLayer(Presented):
                 self.set_scale(name, 1.0)
             elif name in self.scaling:
                 self.scaling[name] /= scale
+
+
+def widths_of(layer: AdaptedLayer) -> tuple[int | None, int | None]:
+    """Return a layer's widths in and out as HF PEFT counts them; None where there are none."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.embed_dim, 3 * layer.embed_dim
+    if layer.base is None:
+        return None, None
+    return layer.base.channels, layer.base.shape[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,19 @@ class Leaf(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
+class Leaves(nn.ModuleDict):
+    """One kind of tensor by adapter, as HF PEFT's `ModuleDict` of linear layers is."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        here = self._modules.get(key)
+        if here is None or module is here:
+            super().__setitem__(key, module)
+            return
+        for name, value in module._parameters.items():
+            if value is not None:
+                here._parameters[name] = value
+
+
 class Matrix(Leaf, nn.Linear):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
     """A matrix of an adapter as HF PEFT holds it: a linear layer."""
 
@@ -70,9 +83,16 @@ class Matrix(Leaf, nn.Linear):  # pyright: ignore[reportIncompatibleMethodOverri
         Leaf.__init__(self, homes)
         self.out_features, self.in_features = self.weight.shape
 
+    def _get_name(self) -> str:
+        return "Linear"
+
 
 class Tensors(nn.Module, Mapping[str, nn.Parameter]):
     """One kind of tensor by adapter, as HF PEFT's `ParameterDict` is."""
+
+    def extra_repr(self) -> str:
+        """Say which adapters have one, and its shape."""
+        return ", ".join(f"({name}): {list(value.shape)}" for name, value in self.items())
 
     def __init__(self, homes: Mapping[str, tuple[Params, str]]) -> None:
         super().__init__()
@@ -136,7 +156,7 @@ def table_of(
         return Tensors({adapter: below[""] for adapter, below in found.items()})
     if table == "modules_to_save":
         return nn.ModuleDict({adapter: with_tensors(layer, adapter) for adapter in found})
-    return nn.ModuleDict({adapter: leaf_of(table, below) for adapter, below in found.items()})
+    return Leaves({adapter: leaf_of(table, below) for adapter, below in found.items()})
 
 
 def leaf_of(table: str, below: Mapping[str, tuple[Params, str]]) -> nn.Module:
@@ -176,6 +196,43 @@ def low_rank_of(layer: AdaptedLayer) -> dict[str, LowRank]:
     return found
 
 
+def which_dora(layer: AdaptedLayer) -> dict[str, bool]:
+    """Say of each low-rank adapter at a layer whether it is DoRA."""
+    return {n: bool(m.peft_fixed.get("use_dora")) for n, m in low_rank_of(layer).items()}
+
+
+def has(layer: AdaptedLayer | None, adapter: object) -> bool:
+    """Say whether an adapter is still at a layer."""
+    return isinstance(layer, AdaptedLayer) and adapter in layer.methods
+
+
+class Numbers(Mapping[str, Any]):
+    """One number of each adapter at a layer, as it is whenever it is read."""
+
+    def __init__(
+        self, layer: AdaptedLayer, read: Callable[[AdaptedLayer], Mapping[str, Any]]
+    ) -> None:
+        self.layer: Any = layer  # another class once its last adapter is gone
+        self.read = read
+
+    def now(self) -> dict[str, Any]:
+        """Return the numbers of the adapters that are there now."""
+        found = self.read(self.layer) if isinstance(self.layer, AdaptedLayer) else {}
+        return {name: value for name, value in found.items() if has(self.layer, name)}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.now()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.now())
+
+    def __len__(self) -> int:
+        return len(self.now())
+
+    def __repr__(self) -> str:
+        return repr(self.now())
+
+
 class Scaling(dict[str, float]):
     """What each adapter's product is multiplied by; to set one changes what the layer computes."""
 
@@ -191,6 +248,9 @@ class Scaling(dict[str, float]):
                 table[key] = scaled(method, scale if factor is None else method.scale * factor)
         super().__setitem__(name, scale)
 
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) and has(self.layer, name)
+
     def copy(self) -> dict[str, float]:
         """Return the numbers as they are now."""
         return dict(self)
@@ -205,6 +265,19 @@ def scaled(method: LowRank, scale: float) -> LowRank:
     changed = copy.copy(method)
     object.__setattr__(changed, "alpha", scale / unit.scale)
     return changed
+
+
+class Dropouts(nn.ModuleDict):
+    """Each adapter's dropout at a layer."""
+
+    def __init__(self, layer: AdaptedLayer) -> None:
+        vars(self)["where"] = weakref.ref(layer)
+        rates = {name: method.dropout for name, method in low_rank_of(layer).items()}
+        super().__init__({name: Dropout(layer, name) for name, p in rates.items() if p > 0})
+        self.train(layer.training)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(str(name)) and has(vars(self)["where"](), name)
 
 
 class Dropout(nn.Dropout):

@@ -190,9 +190,10 @@ class Wrapped(PromptNames, peft.PeftModel):
     ) -> None:
         """Add an adapter as a configuration says; only the model's first becomes active.
 
+        `low_cpu_mem_usage` leaves its tensors on no device, until values are loaded into it.
+
         Raises:
             AdapterError: the name is taken, or an option is one that Inlay does not have.
             TargetError: a target matched nothing that this method can adapt.
         """
-        del low_cpu_mem_usage  # Inlay makes adapters where they are to lie.
-        self.base_model.add(adapter_name, peft_config, autocast_adapter_dtype)
+        self.base_model.add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
