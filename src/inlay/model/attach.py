@@ -70,6 +70,7 @@ class Registry:
 
 
 @gains
+@torch.inference_mode(False)
 def attach(
     model: nn.Module,
     method: Method,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,22 @@ class ReadOnly(DynamicCache):
         return keys, torch.cat([held.values, value_states], dim=-2)
 
 
+class OfCall:
+    """What a hook knows of the call that it changes; each thread has its own."""
+
+    def __init__(self) -> None:
+        self.aside = False
+        """Whether the model runs without the virtual tokens now, which computes them."""
+        self.again = Recomputed((), ())
+        """What of the model is computed again in the backward pass."""
+        self.reads: torch.Size | None = None
+        """(batch, tokens) that is read, where embeddings stand before the text."""
+
+
+CALLS = threading.local()
+"""By hook, what is known of the call that runs in this thread."""
+
+
 class PromptHook:
     """The prompt adapters of one model, given to each of its forward passes; here to a decoder's.
 
@@ -47,8 +65,19 @@ class PromptHook:
         self.active: str | None = None
         self.whole = False
         """Whether an encoder's outputs keep the virtual tokens' places, as HF PEFT's do."""
-        self.again = Recomputed((), ())
-        """What of the model is computed again in the backward pass of the call that runs."""
+
+    @property
+    def call(self) -> OfCall:
+        """What is known of the call that runs in this thread."""
+        by_hook: WeakKeyDictionary[PromptHook, OfCall] = vars(CALLS).setdefault(
+            "by_hook", WeakKeyDictionary()
+        )
+        return by_hook.setdefault(self, OfCall())
+
+    @property
+    def acts(self) -> str | None:
+        """The active adapter's name, unless the model runs without it now."""
+        return None if self.call.aside else self.active
 
     def check(self, method: PromptMethod) -> None:
         """Raise unless the model takes this method's virtual tokens.
@@ -105,22 +134,22 @@ class PromptHook:
 
     def acting(self, embeddings: bool) -> PromptMethod | None:
         """Return the active method, if it has embeddings, or else if it has keys and values."""
-        method = self.methods[self.active] if self.active is not None else None
+        method = self.methods[self.acts] if self.acts is not None else None
         return method if method is not None and method.has_embeddings == embeddings else None
 
     def before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Changed:
         """Change one call's arguments so that attention sees the virtual tokens."""
-        if self.active is None:
+        if self.acts is None:
             return None
-        return self.with_keys(model, args, kwargs, self.methods[self.active].tokens)
+        return self.with_keys(model, args, kwargs, self.methods[self.acts].tokens)
 
     def with_keys(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int
     ) -> Changed:
         """Return one call's arguments with keys and values before its text."""
-        self.again = computed_again(model)
+        self.call.again = computed_again(model)
         call = arguments(model, args, kwargs)
         name = cache_argument(own_forward(model)) or ""
         batch, _ = batch_of(call)
@@ -128,9 +157,9 @@ class PromptHook:
         cache: Cache | None = call.pop(under, None)
         empty = cache is None or cache.get_seq_length() == 0
         call[name] = self.filled(cache, batch) if empty else cache
-        if self.again.blocks and torch.is_grad_enabled():
+        if self.call.again.blocks and torch.is_grad_enabled():
             call[name] = read_only(call[name], own=empty)
-        self.again.read_cache(True)
+        self.call.again.read_cache(True)
         widened(call, "attention_mask", tokens, 1)
         for key in ("position_ids", "cache_position"):
             if call.get(key) is not None:
@@ -139,8 +168,8 @@ class PromptHook:
 
     def after_forward(self, *_: object) -> None:
         """Leave the blocks as they were before the call."""
-        self.again.read_cache(False)
-        self.again = Recomputed((), ())
+        self.call.again.read_cache(False)
+        self.call.again = Recomputed((), ())
 
     def filled(self, cache: Cache | None, batch: int) -> Cache:
         """Return the cache, or a new one, holding the virtual tokens' keys and values."""
@@ -151,20 +180,20 @@ class PromptHook:
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return the keys and values of the active method, by layer."""
-        assert self.active is not None
-        method, params = self.methods[self.active], self.params(self.active)
-        active, self.active = self.active, None
+        assert self.acts is not None
+        method, params = self.methods[self.acts], self.params(self.acts)
+        self.call.aside = True
         try:
-            with self.again.off():
+            with self.call.again.off():
                 return method.keys_values(params, self.model)
         finally:
-            self.active = active
+            self.call.aside = False
 
     def before(self, text: Tensor) -> Tensor:
         """Return (batch, tokens, width): the active embeddings, then those of the text."""
-        assert self.active is not None
-        found = self.methods[self.active].embeddings(self.params(self.active))
-        rows = found[: self.methods[self.active].tokens].to(text.dtype)
+        assert self.acts is not None
+        found = self.methods[self.acts].embeddings(self.params(self.acts))
+        rows = found[: self.methods[self.acts].tokens].to(text.dtype)
         return torch.cat([rows.expand(len(text), -1, -1), text], dim=1)
 
 
@@ -173,9 +202,6 @@ class EncoderPrompts(PromptHook):
 
     Outputs are as long as the text, or with `whole` as long as what the model reads.
     """
-
-    reads: torch.Size | None = None
-    """(batch, tokens) that the call which runs reads, where embeddings stand before its text."""
 
     def put_on(self) -> list[RemovableHandle]:
         """Put the hooks on: keys and values are given to the module that has the cache."""
@@ -197,7 +223,7 @@ class EncoderPrompts(PromptHook):
         call, tokens = arguments(model, args, kwargs), method.tokens
         shape = embedded(call, self.model)
         call[EMBEDDINGS] = self.before(call[EMBEDDINGS])
-        self.reads = call[EMBEDDINGS].shape[:2]
+        self.call.reads = call[EMBEDDINGS].shape[:2]
         widened(call, "attention_mask", tokens, 1)
         widened(call, "token_type_ids", tokens, 0)
         if self.takes.labels_by_token and getattr(call.get("labels"), "shape", None) == shape:
@@ -213,8 +239,8 @@ class EncoderPrompts(PromptHook):
     def of_text(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Leave the virtual tokens' places out of an output."""
         del model, args
-        method, reads = self.acting(embeddings=True), self.reads
-        self.reads = None
+        method, reads = self.acting(embeddings=True), self.call.reads
+        self.call.reads = None
         if method is None or reads is None or self.whole:
             return None
         if not isinstance(output, ModelOutput):
@@ -250,9 +276,9 @@ class EncoderDecoderPrompts(PromptHook):
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Changed:
         """Change one call's masks, and give the decoder its keys and values."""
-        if self.active is None:
+        if self.acts is None:
             return None
-        call, tokens = arguments(model, args, kwargs), self.methods[self.active].tokens
+        call, tokens = arguments(model, args, kwargs), self.methods[self.acts].tokens
         if self.acting(embeddings=True):
             widened(call, "attention_mask", tokens, 1)
             return (), call
