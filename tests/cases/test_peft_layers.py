@@ -109,6 +109,13 @@ def test_a_layers_verbs_do_what_hf_pefts_do(change: Any) -> None:
     assert ours[1:] == theirs[1:]
 
 
+def switch(model: nn.Module, on: bool) -> None:
+    """Do what transformers' `enable_adapters` and `disable_adapters` do."""
+    for _, module in model.named_modules():
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            module.enable_adapters(enabled=on)
+
+
 def test_transformers_own_switch_reaches_injected_layers() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
@@ -118,10 +125,9 @@ def test_transformers_own_switch_reaches_injected_layers() -> None:
         LoraConfig(init_lora_weights=False, target_modules=["q_proj"]), model
     )
     tuned = model(IDS).logits
-    model._hf_peft_config_loaded = True
-    model.disable_adapters()
+    switch(model, False)
     assert torch.equal(model(IDS).logits, base)
-    model.enable_adapters()
+    switch(model, True)
     assert torch.equal(model(IDS).logits, tuned)
     assert not torch.equal(tuned, base)
 
@@ -270,3 +276,13 @@ def test_biases_that_a_model_has_not_are_said_and_the_adapter_trains() -> None:
             base, LoraConfig(bias="all", task_type="CAUSAL_LM", target_modules=["q_proj"])
         )
     assert model.get_nb_trainable_parameters()[0] == 8 * (16 + 16)
+
+
+def test_pefts_own_functions_describe_an_injected_model() -> None:
+    asked = LoraConfig(target_modules=["lin0", "emb"], modules_to_save=["lin1"])
+    model = inlay.peft.inject_adapter_in_model(asked, Toy())
+    wanted = peft.inject_adapter_in_model(asked, Toy())
+    ours, theirs = peft.get_layer_status(model), peft.get_layer_status(wanted)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == other
+    assert peft.get_model_status(model).requires_grad == {"default": True}

@@ -105,7 +105,8 @@ def presented(plain: type[AdaptedLayer], look: Look) -> type[Presented]:
         ours, theirs = (TokenLayer,), (TrainableTokensWrapper,)
     body: dict[str, Any] = {"plain": plain, "look": look, "made": staticmethod(presented)}
     body |= {"original": plain.original, MADE_BY: (presented, plain, look)}
-    body["shown"] = ".".join([KINDS[prefix] for prefix in acts[:1]] + [name_of(plain, look, acts)])
+    own = theirs[0].__name__ if theirs else name_of(plain, look, acts)
+    body["shown"] = ".".join([KINDS[prefix] for prefix in acts[:1]] + [own])
     body |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
     cls: Any = type(plain.__name__, (*ours, plain, *theirs), body)
     for base in (peft_class(prefix, look.kind) for prefix in acts):

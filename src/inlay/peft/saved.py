@@ -107,6 +107,9 @@ class SavedContainer(nn.Module):
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("modules_to_save",)
     other_param_names: ClassVar[tuple[str, ...]] = ()
 
+    def _get_name(self) -> str:
+        return ModulesToSaveWrapper.__name__
+
     def layers(self) -> Iterator[Presented]:
         """Every layer below that adapters have a copy of."""
         return (m for _, m in own_modules(self) if isinstance(m, Presented))

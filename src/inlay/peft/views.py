@@ -87,34 +87,23 @@ class Matrix(Leaf, nn.Linear):  # pyright: ignore[reportIncompatibleMethodOverri
         return "Linear"
 
 
-class Tensors(nn.Module, Mapping[str, nn.Parameter]):
+class Tensors(nn.ParameterDict):
     """One kind of tensor by adapter, as HF PEFT's `ParameterDict` is."""
+
+    def __init__(self, homes: Mapping[str, tuple[Params, str]]) -> None:
+        super().__init__()
+        vars(self)["_parameters"] = Linked(homes)
+        vars(self)["_keys"] = dict.fromkeys(homes)
 
     def extra_repr(self) -> str:
         """Say which adapters have one, and its shape."""
         return ", ".join(f"({name}): {list(value.shape)}" for name, value in self.items())
 
-    def __init__(self, homes: Mapping[str, tuple[Params, str]]) -> None:
-        super().__init__()
-        vars(self)["_parameters"] = Linked(homes)
+    def __getitem__(self, key: str) -> Any:
+        return vars(self)["_parameters"][key]
 
-    def __getitem__(self, name: str) -> nn.Parameter:
-        return vars(self)["_parameters"][name]
-
-    def __setitem__(self, name: str, value: nn.Parameter) -> None:
-        vars(self)["_parameters"][name] = value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(vars(self)["_parameters"])
-
-    def __len__(self) -> int:
-        return len(vars(self)["_parameters"])
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
+    def __setitem__(self, key: str, value: Any) -> None:
+        vars(self)["_parameters"][key] = value
 
 
 def tables(
