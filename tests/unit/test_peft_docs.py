@@ -12,10 +12,7 @@ ROOT = Path(__file__).parents[2]
 UNUSED = {
     "option: Arrow",
     "option: TrainableTokensConfig alone, without another method",
-    "option: VBLoRA",
-    "option: ensure_weight_tying",
     "option: layer_replication",
-    "option: starts of LoRA that change the base or read data (PiSSA, EVA and others)",
     "test: the test is about a method or option that Inlay does not have",
 }
 """Reasons that no recorded test was left out for."""
