@@ -97,9 +97,9 @@ def modules_or_warning(
     Raises:
         CheckpointError: nothing is matched, or an option is not of its type.
     """
-    given = config.get("target_modules")
-    entries = [given] if isinstance(given, str) else list(given or ())
-    if not single or any(meant(given or [], name) for name in names):
+    given = words(config, "target_modules", where)
+    entries = [given] if isinstance(given, str) else given
+    if not single or any(meant(given, name) for name in names):
         return peft_targets(config, names, where)
     said = "{" + ", ".join(map(repr, entries)) + "}"
     warnings.warn(
