@@ -46,7 +46,7 @@ def batch(tokenizer: object, part: list[tuple[str, int]]) -> tuple[BatchEncoding
     assert callable(tokenizer)
     texts, labels = zip(*part, strict=True)
     encoded = tokenizer(
-        list(texts), padding=True, truncation=True, max_length=40, return_tensors="pt"
+        list(texts), padding=True, truncation=True, max_length=64, return_tensors="pt"
     )
     return encoded, torch.tensor(labels)
 
@@ -62,14 +62,14 @@ def test_a_real_encoder_learns_normal_or_not_and_merges(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     model.train()
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-    for start in range(0, 16 * 32, 16):
+    for start in range(0, 16 * 40, 16):
         encoded, labels = batch(tokenizer, [train[i] for i in order[start : start + 16]])
         model(**encoded, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     model.eval()
-    encoded, labels = batch(tokenizer, held_out[:192])
+    encoded, labels = batch(tokenizer, held_out[:256])
     with torch.no_grad():
         right = (model(**encoded).logits.argmax(-1) == labels).sum().item()
     majority = max(labels.float().mean().item(), 1 - labels.float().mean().item())
