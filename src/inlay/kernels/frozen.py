@@ -312,18 +312,29 @@ def biased_gradient(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 biased_linear.register_autograd(biased_gradient, setup_context=keep_biased)
 
 
-def unpacked(
-    parts: Sequence[Tensor], packing: str, rows: int, columns: int, like: Tensor
-) -> Tensor:
+def unpacked(x: Tensor, parts: Sequence[Tensor], packing: str, rows: int, columns: int) -> Tensor:
     """Return the dense matrix in x's dtype, as a function transform multiplies it."""
-    return dense(parts, packing.rpartition(":")[2], rows, columns, like.dtype)
+    return dense(parts, packing.rpartition(":")[2], rows, columns, x.dtype)
 
 
-frozen_linear.register_transformed(lambda x, *packed: F.linear(x, unpacked(*packed, x)))
-frozen_linear_t.register_transformed(lambda g, *packed: g @ unpacked(*packed, g))
-biased_linear.register_transformed(
-    lambda x, bias, *packed: F.linear(x, unpacked(*packed, x), bias.to(x.dtype))
-)
+def linear_of_torch(x: Tensor, *packed: Any) -> Tensor:
+    """`x @ W.T` by PyTorch's own operators."""
+    return F.linear(x, unpacked(x, *packed))
+
+
+def linear_t_of_torch(g: Tensor, *packed: Any) -> Tensor:
+    """`g @ W` by PyTorch's own operators."""
+    return g @ unpacked(g, *packed)
+
+
+def biased_of_torch(x: Tensor, bias: Tensor, *packed: Any) -> Tensor:
+    """`x @ W.T + bias` by PyTorch's own operators."""
+    return F.linear(x, unpacked(x, *packed), bias.to(x.dtype))
+
+
+frozen_linear.register_transformed(linear_of_torch)
+frozen_linear_t.register_transformed(linear_t_of_torch)
+biased_linear.register_transformed(biased_of_torch)
 
 
 @operator("low_rank_linear", lowers=1)
