@@ -30,4 +30,4 @@ FULL = [
     *(Case("1.5B", storage, 2048, layers=3) for storage in ("bf16", "nf4")),
 ]
 """Some of the layers stand for all where four contestants would not fit in 24 GB of memory."""
-SMOKE = [Case("tiny", "nf4", 32)]
+SMOKE = [Case("tiny", storage, 32) for storage in ("bf16", "nf4")]

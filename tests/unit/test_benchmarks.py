@@ -30,7 +30,7 @@ def run(script: str, results: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_speed_compares_every_contestant_on_the_same_losses(tmp_path: Path) -> None:
     found = run("speed.py", tmp_path)
-    assert [case["storage"] for case in found["cases"]] == ["nf4"]
+    assert [case["storage"] for case in found["cases"]] == ["bf16", "nf4"]
     for case in found["cases"]:
         assert len(case["contestants"]) + len(case["skipped"]) == 4
         for contestant in case["contestants"].values():

@@ -41,7 +41,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "image_pairs": {"family": "llava", "task": "dpo", **CUT},
 }
 RUNS |= TASKS
-LEFT = ("kto", "embed", "grpo")
+LEFT = ("kto", "embed", "reward", "tags", "grpo")
 """Runs that are killed on two processes and go on in one."""
 
 MOVED = {
@@ -79,13 +79,12 @@ def left(name: str) -> dict[str, Any]:
     return {**SAME, **RUNS[name], "save_every": 2, "output": f"{name}-left", "resume": True}
 
 
-FOUR = ("nf4", "dpo", "scored")
-WHOLE = ["packed", "nf4", "dpo", "embed"]
+WHOLE = [name for name in RUNS if name not in TASKS] + ["embed"]
 WORLDS: dict[str, list[Any]] = {
     "one": curves(1, "auto", RUNS),
     "two, whole": curves(2, "ddp", WHOLE),
     "two, divided": curves(2, "fsdp", RUNS),
-    "four": curves(4, "fsdp", FOUR),
+    "four": curves(4, "fsdp", ("nf4", "dpo", "kto", "scored")),
     "two machines": curves(4, "hsdp", ("nf4",), machines=2),
     "killed of two": [2, {**MOVED, **fault(1, 3, "kill")}],
     "killed of one": [1, {**MOVED, **fault(0, 5, "kill")}],
@@ -138,7 +137,7 @@ def held(folder: Path, run: str, size: int) -> list[dict[str, Any]]:
 
 
 CASES = [(name, 2, "ddp") for name in WHOLE] + [(name, 2, "fsdp") for name in RUNS]
-CASES += [(name, 4, "fsdp") for name in FOUR] + [("nf4", 4, "hsdp")]
+CASES += [(name, 4, "fsdp") for name in ("nf4", "dpo", "kto", "scored")] + [("nf4", 4, "hsdp")]
 
 
 @pytest.mark.parametrize(("name", "size", "parallel"), CASES)

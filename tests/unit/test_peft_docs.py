@@ -40,7 +40,7 @@ def test_every_reason_to_leave_a_test_out_was_used() -> None:
 def test_of_the_largest_file_nearly_all_passes_that_passes_on_hf_peft() -> None:
     """The goal is 97% of what HF PEFT itself passes."""
     largest = PEERS["peft/test_custom_models"]
-    assert largest["inlay"]["passed"] / largest["peft"]["passed"] > 0.96
+    assert largest["inlay"]["passed"] / largest["peft"]["passed"] > 0.97
 
 
 @pytest.mark.parametrize("suite", PEERS)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 DRIVER = Path(__file__).parent / "train_kills.py"
-TRIED = {"lora": 3} | dict.fromkeys(
+TRIED = {"lora": 5} | dict.fromkeys(
     (
         "prefix", "p-tuning", "full", "dpo", "kto", "orpo", "grpo", "classify", "reward", "embed",
         "images", "images-dpo",

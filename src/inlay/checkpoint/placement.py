@@ -245,23 +245,23 @@ def why_none(
     """Say why the targets of a configuration leave no module, in HF PEFT's words where it has."""
     hit = [name for name in names if meant(target, name) and not under_any(name, saved)]
     left_out = [name for name in hit if exclude and meant(exclude, name)]
-    words_of = [target] if isinstance(target, str) else target
-    idle = [t for t in words_of if not any(meant([t] if t is not target else t, n) for n in hit)]
+    one_by_one = [target] if isinstance(target, str) else [[entry] for entry in target]
+    every_entry_hits = all(any(meant(entry, name) for name in hit) for entry in one_by_one)
     shown = config.get("target_modules")
-    if left_out and not idle:
+    there = f"it has modules such as {', '.join(names[-3:])}"
+    if left_out and every_entry_hits:
         return (
             f"All modules were excluded: target_modules {shown} means {', '.join(left_out[:3])}, "
             f"and exclude_modules {config.get('exclude_modules')} takes out all of them"
         )
     if left_out or saved or hit:
         return (
-            f"No modules were targeted for adaptation: of target_modules {shown}, what this model "
-            "has is excluded, to be saved whole (modules_to_save), or in no block that "
-            "layers_to_transform names"
+            f"No modules were targeted for adaptation: of target_modules {shown}, this model has "
+            "none, or those that it has are excluded, saved whole (modules_to_save), or in no "
+            f"block that layers_to_transform names; {there}"
         )
     return (
-        f"Target modules {shown} not found in the base model: it has modules such as "
-        f"{', '.join(names[-3:])}. The adapter was made for "
+        f"Target modules {shown} not found in the base model: {there}. The adapter was made for "
         f"{config.get('base_model_name_or_path') or 'another base'}"
     )
 

@@ -125,13 +125,28 @@ class Operator(Generic[R]):
         """Say what PyTorch's own operators compute instead where a function transform looks on."""
         self.plainly = plainly
 
+    def once(self, backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+        """Refuse to give a gradient that is itself to be differentiated."""
+
+        @functools.wraps(backward)
+        def refusing(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                raise UsageError(
+                    f"inlay's operator {self.name!r} has no second derivative, and a gradient that "
+                    "can be differentiated was asked of it (create_graph=True); run the forward "
+                    "pass inside `with inlay.plain():`, where PyTorch's own operators compute"
+                )
+            return backward(ctx, *grads)
+
+        return refusing
+
     def register_autograd(
         self,
         backward: Callable[..., tuple[Any, ...]],
         setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     ) -> None:
         """Give the operator a gradient, as `torch.library` takes it."""
-        backward = without_autocast(backward)
+        backward = without_autocast(backward if self.again else self.once(backward))
         self.custom.register_autograd(backward, setup_context=setup_context)
 
         def forward(ctx: Any, *args: Any) -> R:
@@ -141,12 +156,6 @@ class Operator(Generic[R]):
             return output
 
         def gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            if torch.is_grad_enabled() and not self.again:
-                raise UsageError(
-                    f"inlay's operator {self.name!r} has no second derivative, and a gradient that "
-                    "can be differentiated was asked of it (create_graph=True); run the forward "
-                    "pass inside `with inlay.plain():`, where PyTorch's own operators compute"
-                )
             found = backward(ctx, *grads)
             return tuple(None if isinstance(each, list) else each for each in found)
 

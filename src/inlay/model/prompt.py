@@ -67,7 +67,7 @@ class PromptHook:
         """Whether an encoder's outputs keep the virtual tokens' places, as HF PEFT's do."""
 
     @property
-    def call(self) -> OfCall:
+    def running(self) -> OfCall:
         """What is known of the call that runs in this thread."""
         by_hook: WeakKeyDictionary[PromptHook, OfCall] = vars(CALLS).setdefault(
             "by_hook", WeakKeyDictionary()
@@ -77,7 +77,7 @@ class PromptHook:
     @property
     def acts(self) -> str | None:
         """The active adapter's name, unless the model runs without it now."""
-        return None if self.call.aside else self.active
+        return None if self.running.aside else self.active
 
     def check(self, method: PromptMethod) -> None:
         """Raise unless the model takes this method's virtual tokens.
@@ -149,7 +149,7 @@ class PromptHook:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int
     ) -> Changed:
         """Return one call's arguments with keys and values before its text."""
-        self.call.again = computed_again(model)
+        self.running.again = computed_again(model)
         call = arguments(model, args, kwargs)
         name = cache_argument(own_forward(model)) or ""
         batch, _ = batch_of(call)
@@ -157,9 +157,9 @@ class PromptHook:
         cache: Cache | None = call.pop(under, None)
         empty = cache is None or cache.get_seq_length() == 0
         call[name] = self.filled(cache, batch) if empty else cache
-        if self.call.again.blocks and torch.is_grad_enabled():
+        if self.running.again.blocks and torch.is_grad_enabled():
             call[name] = read_only(call[name], own=empty)
-        self.call.again.read_cache(True)
+        self.running.again.read_cache(True)
         widened(call, "attention_mask", tokens, 1)
         for key in ("position_ids", "cache_position"):
             if call.get(key) is not None:
@@ -168,8 +168,8 @@ class PromptHook:
 
     def after_forward(self, *_: object) -> None:
         """Leave the blocks as they were before the call."""
-        self.call.again.read_cache(False)
-        self.call.again = Recomputed((), ())
+        self.running.again.read_cache(False)
+        self.running.again = Recomputed((), ())
 
     def filled(self, cache: Cache | None, batch: int) -> Cache:
         """Return the cache, or a new one, holding the virtual tokens' keys and values."""
@@ -182,12 +182,12 @@ class PromptHook:
         """Return the keys and values of the active method, by layer."""
         assert self.acts is not None
         method, params = self.methods[self.acts], self.params(self.acts)
-        self.call.aside = True
+        self.running.aside = True
         try:
-            with self.call.again.off():
+            with self.running.again.off():
                 return method.keys_values(params, self.model)
         finally:
-            self.call.aside = False
+            self.running.aside = False
 
     def before(self, text: Tensor) -> Tensor:
         """Return (batch, tokens, width): the active embeddings, then those of the text."""
@@ -223,7 +223,7 @@ class EncoderPrompts(PromptHook):
         call, tokens = arguments(model, args, kwargs), method.tokens
         shape = embedded(call, self.model)
         call[EMBEDDINGS] = self.before(call[EMBEDDINGS])
-        self.call.reads = call[EMBEDDINGS].shape[:2]
+        self.running.reads = call[EMBEDDINGS].shape[:2]
         widened(call, "attention_mask", tokens, 1)
         widened(call, "token_type_ids", tokens, 0)
         if self.takes.labels_by_token and getattr(call.get("labels"), "shape", None) == shape:
@@ -239,8 +239,8 @@ class EncoderPrompts(PromptHook):
     def of_text(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Leave the virtual tokens' places out of an output."""
         del model, args
-        method, reads = self.acting(embeddings=True), self.call.reads
-        self.call.reads = None
+        method, reads = self.acting(embeddings=True), self.running.reads
+        self.running.reads = None
         if method is None or reads is None or self.whole:
             return None
         if not isinstance(output, ModelOutput):

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from inlay.peft.look import Switched
-from inlay.peft.views import tables
+from inlay.peft.views import tables, with_tensors
 
 
 class Presented(Switched):
@@ -41,11 +41,7 @@ class Presented(Switched):
 
     def get_base_layer(self) -> nn.Module:
         """Return the layer without adapters, on the same tensors."""
-        original = type(self).original
-        bare = original.__new__(original)
-        vars(bare).update(vars(self))
-        bare._modules = {k: m for k, m in self._modules.items() if k != "adapters"}
-        return bare
+        return with_tensors(self, None)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Every child by name, adapters first by HF PEFT's."""
