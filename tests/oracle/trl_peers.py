@@ -15,7 +15,7 @@ from inlay.data.reports import generate_reports
 from inlay.model.heads import Head
 from inlay.train.config import RunConfig, load_config
 
-STEPS = 6
+STEPS = 10
 
 
 def pairs(count: int, rejected: str) -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def pairs(count: int, rejected: str) -> list[dict[str, Any]]:
 
 
 def run_file(folder: Path, rows: Sequence[dict[str, Any]], **keys: Any) -> RunConfig:
-    """Return a run of six steps in float32 on these rows, none of them held out."""
+    """Return a run of ten steps in float32 on these rows, none of them held out."""
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = {
         "model": "pocket", "dtype": "float32", "data": str(folder / "rows.jsonl"),

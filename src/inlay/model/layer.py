@@ -371,13 +371,14 @@ def reader(name: str) -> Callable[[AdaptedLayer], Tensor | None]:
 
 
 def refuser(name: str) -> Callable[[AdaptedLayer, object], None]:
-    """Return what refuses to have a parameter of a layer set to what is none."""
+    """Return what refuses to set a layer's parameter to anything but an nn.Parameter."""
 
     def refuse(layer: AdaptedLayer, value: object) -> None:
         raise ModelError(
             f"the {name} of a {type(layer).__name__} was set to a {type(value).__name__}, and an "
-            "adapted layer's must be an nn.Parameter; FullyShardedDataParallel (FSDP1) sets such: "
-            "divide the model with FSDP2 (fully_shard, fsdp_version: 2 of accelerate)"
+            "adapted layer's must be an nn.Parameter; torch.nn.utils' hooks (weight_norm, prune) "
+            "are to be put on before adapters are attached, and FullyShardedDataParallel (FSDP1), "
+            "which sets such, is not supported: use FSDP2 (fully_shard, fsdp_version: 2)"
         )
 
     return refuse
