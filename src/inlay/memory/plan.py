@@ -18,7 +18,7 @@ from inlay.memory.generating import Answered, Answering, simulate_answers
 from inlay.memory.ledger import Work
 from inlay.memory.optimisers import Optimiser
 from inlay.memory.policy import POLICIES, Policy
-from inlay.memory.probe import code_of_products
+from inlay.memory.probe import CODE_WITHOUT_HALVES, code_of_products
 from inlay.memory.simulate import Frozen, Simulation, fake_tensors, frozen_bytes, simulate
 
 Product = tuple[int, int, int]
@@ -138,6 +138,8 @@ def plan(
             held = runtime(simulation.products) + (GATHERING if task.shards > 1 else 0)
             if task.dtype in FAST_HALVES_ON_CPU:
                 held += code_of_products(len(simulation.products))
+            else:
+                held += CODE_WITHOUT_HALVES * simulation.half_products
         made = option(policy, simulation, task, device, held)
         options.append(
             made if answered is None else generating(made, answered, simulation, task, device)

@@ -67,11 +67,14 @@ def status(field: str) -> int | None:
     return None
 
 
-LATER = 44 << 20
+LATER = 49 << 20
 """Bytes that a run comes to hold after it is planned, beside its tensors: code of the trainer and
 of checkpoints, products of other lengths, and rows; by benchmarks/plan_runs.py."""
 CODE = 520 << 10
 """Bytes of code that PyTorch's library makes for one shape of a product in halves, and keeps."""
+CODE_WITHOUT_HALVES = 3 << 19
+"""Bytes of such code for one kind of product in halves, in all its lengths, on a CPU that has no
+arithmetic on halves: our own operators multiply in float32 there, and the rest stays PyTorch's."""
 LENGTHS = 12
 """Lengths of batches in a run, each of which gives a product another shape."""
 CODE_OF_OPERATORS = 43 << 20

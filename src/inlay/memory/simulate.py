@@ -74,6 +74,8 @@ class Simulation:
     """Bytes of the buffer that operations keep."""
     products: frozenset[tuple[int, int, int]]
     """The shapes (m, k, n) that are multiplied."""
+    half_products: int
+    """Kinds of PyTorch's own products in halves."""
     trace: list[Event]
     """The blocks of memory that come and go in the step."""
     trained: int
@@ -242,6 +244,7 @@ class Step:
             work=ledger.work,
             buffer=ledger.kept,
             products=frozenset(ledger.products),
+            half_products=len(ledger.half_products),
             trace=ledger.trace,
         )
 
