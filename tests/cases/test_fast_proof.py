@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     DogeConfig,
     DogeForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -63,7 +66,7 @@ def assert_plain(model: Any, mask: Tensor | None = MASK) -> None:
     got = step(model, **call)
     with plain():
         wanted = step(model, **call)
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def fast_kinds(model: nn.Module) -> set[str]:
@@ -79,6 +82,32 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
 def llama(**more: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**SMALL, **more}))
+
+
+def opt() -> OPTForCausalLM:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=96, word_embed_proj_dim=32, dropout=0.0, init_std=0.2,
+    )  # fmt: skip
+    return OPTForCausalLM(config)
+
+
+def gemma3() -> Gemma3ForCausalLM:
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8, sliding_window=64)
+    return Gemma3ForCausalLM(config)
+
+
+def deepseek() -> DeepseekV3ForCausalLM:
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        **SMALL, num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=1, topk_group=1, n_shared_experts=1, kv_lora_rank=8,
+        first_k_dense_replace=1, q_lora_rank=12, qk_nope_head_dim=16, qk_rope_head_dim=8,
+        v_head_dim=16,
+    )  # fmt: skip
+    return DeepseekV3ForCausalLM(config)
 
 
 def test_what_agrees_is_put_on_and_nothing_is_said() -> None:
@@ -174,14 +203,7 @@ def test_a_decoder_that_knows_the_name_of_its_attention_steps_aside() -> None:
 
 @pytest.mark.parametrize("padded", [True, False])
 def test_heads_wider_than_values_train(padded: bool) -> None:
-    torch.manual_seed(0)
-    config = DeepseekV3Config(
-        **SMALL, num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=4,
-        num_experts_per_tok=2, n_group=1, topk_group=1, n_shared_experts=1, kv_lora_rank=8,
-        first_k_dense_replace=1, q_lora_rank=12, qk_nope_head_dim=16, qk_rope_head_dim=8,
-        v_head_dim=16,
-    )  # fmt: skip
-    model = adapted(DeepseekV3ForCausalLM(config))
+    model = adapted(deepseek())
     assert "FastBackbone" in fast_kinds(model)
     assert_plain(model, MASK if padded else None)
 
@@ -207,14 +229,36 @@ def test_layers_that_read_the_mask_keep_it(window: int) -> None:
 
 
 def test_positions_from_the_mask_stay_and_padded_rows_are_fast() -> None:
-    torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=96, word_embed_proj_dim=32, dropout=0.0, init_std=0.2,
-    )  # fmt: skip
-    model = adapted(OPTForCausalLM(config))
-    assert model.model.decoder.proven == {"whole", "padded"}
+    model = adapted(opt())
+    assert "padded" in model.model.decoder.proven
     assert_plain(model)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("family", ["llama", "opt", "deepseek"])
+def test_rows_in_one_sequence_are_told_apart_where_the_model_does_so(
+    family: str, cached: bool
+) -> None:
+    model = adapted({"llama": llama, "opt": opt, "deepseek": deepseek}[family]())
+    assert "FastBackbone" in fast_kinds(model)
+    positions = torch.tensor([*range(5), *range(7)]).expand(2, 12)
+    call = {"input_ids": IDS, "labels": IDS, "position_ids": positions, "use_cache": cached}
+    got = model(**call)
+    with plain():
+        wanted = model(**call)
+    assert_close((got.loss, got.logits), (wanted.loss, wanted.logits), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek", "opt"])
+def test_labels_that_score_padding_score_what_the_model_says_there(family: str) -> None:
+    makers = {"llama": llama, "gemma3": gemma3, "deepseek": deepseek, "opt": opt}
+    model = adapted(makers[family]())
+    assert "FastBackbone" in fast_kinds(model)
+    call = {"input_ids": IDS, "labels": IDS, "attention_mask": MASK}
+    got = step(model, **call)
+    with plain():
+        wanted = step(model, **call)
+    assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_users_model_and_random_numbers_are_as_they_were() -> None:

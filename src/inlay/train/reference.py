@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from inlay.evaluate.losses import buckets
 from inlay.model.attach import disabled
-from inlay.model.fast.causal_lm import IGNORED
+from inlay.model.fast.attention import IGNORED
 from inlay.train.scoring import Scoring
 from inlay.train.share import Share
 from inlay.train.trainer import AdapterLoop

@@ -21,7 +21,7 @@ from inlay.errors import TrainingError
 from inlay.evaluate.generation import Sampling, continued, end_tokens, settings
 from inlay.methods.base import evaluating
 from inlay.model.attach import disabled
-from inlay.model.fast.causal_lm import IGNORED
+from inlay.model.fast.attention import IGNORED
 from inlay.model.merged_weights import merged_weights
 from inlay.model.shapes import length_multiple
 from inlay.train.guard import Guard

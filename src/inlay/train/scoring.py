@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.model.fast.causal_lm import IGNORED, FastCausalLM, ScoredOutput, scores_of
+from inlay.model.fast.attention import IGNORED
+from inlay.model.fast.causal_lm import FastCausalLM, ScoredOutput, scores_of
 
 
 @dataclass(frozen=True)

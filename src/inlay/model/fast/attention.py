@@ -27,6 +27,8 @@ from inlay.model.seams.transformers import (
     sdpa_mask,
 )
 
+IGNORED = -100
+"""The label of a position that is not scored."""
 ATTENTION = "inlay"
 """The name under which transformers finds our attention."""
 BIASES = ("position_bias", "softcap")
@@ -49,7 +51,9 @@ class Rows:
     shape: tuple[int, int]
     """Rows and tokens of the call."""
     longest: int
-    packed: bool
+    divided: bool
+    """Whether a row holds several segments. Such rows are divided only where transformers does so
+    too: it does not where the call makes a cache, and then its mask may be left out."""
 
     def say(self, rows: int, queries: int, keys: int, window: int | None, **more: Any) -> bool:
         """Say whether a mask of this size and window holds no more than the segments do."""
@@ -60,7 +64,7 @@ class Rows:
             and more.get("q_offset", 0) == more.get("kv_offset", 0) == 0
             and not more.get("use_vmap")
             and "allow_is_bidirectional_skip" not in more
-            and (self.packed or bool(more.get("allow_is_causal_skip")))
+            and self.divided != bool(more.get("allow_is_causal_skip"))
             and (window is None or self.longest <= window)
         )
 
@@ -69,6 +73,8 @@ class Running(threading.local):
     """The segments of the decoder's call that runs in this thread."""
 
     rows: Rows | None = None
+    whole: bool = False
+    """Whether padding attends too, as its outputs are scored."""
 
 
 running = Running()
@@ -82,6 +88,38 @@ def given(rows: Rows | None) -> Generator[None]:
         yield
     finally:
         running.rows = before
+
+
+@contextmanager
+def attending(call: dict[str, Any]) -> Generator[None]:
+    """Let padding attend to its row inside the `with` block if a call's labels score it.
+
+    It does so without segments, which leave it out.
+    """
+    before, running.whole = running.whole, running.whole or labels_padding(call)
+    try:
+        yield
+    finally:
+        running.whole = before
+
+
+def labels_padding(call: dict[str, Any]) -> bool:
+    """Say whether a call has labels at padding."""
+    mask = call.get("attention_mask")
+    if torch.compiler.is_compiling() or not isinstance(mask, Tensor) or mask.device.type != "cpu":
+        return False
+    given = (call.get("labels"), call.get("shift_labels"))
+    wanted = [t for t in given if isinstance(t, Tensor) and t.shape == mask.shape]
+    return any(bool(((t != IGNORED) & (mask == 0)).any()) for t in wanted)
+
+
+class Labelled(Fast):
+    """A model that is given labels, around a decoder whose attention is given segments."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; where labels score padding, padding attends too."""
+        with attending(by_name(type(self).plain, args, kwargs)):
+            return super().forward(*args, **kwargs)
 
 
 class FastBackbone(Fast):
@@ -108,6 +146,7 @@ class FastBackbone(Fast):
             or sees_both_ways(self.config)
             or not isinstance(tokens, Tensor)
             or way not in self.proven
+            or (running.whole and way == "padded")
             or says_more(call)
             or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
             or (mask is None and positions is not None and positions.ndim != 2)
@@ -120,7 +159,7 @@ class FastBackbone(Fast):
         if found is None:
             return None
         longest = length if without_values else int((found[:, 2] - found[:, 1]).max())
-        return Rows(found, (rows, length), longest, packed=way == "packed")
+        return Rows(found, (rows, length), longest, divided=len(found) > rows)
 
 
 def says_more(call: dict[str, Any]) -> bool:

@@ -15,14 +15,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from inlay.kernels.loss import Scores, linear_cross_entropy, rows_at_once
 from inlay.kernels.switches import is_on
+from inlay.model.fast.attention import IGNORED, attending
 from inlay.model.fast.base import Fast, by_name, parameters_of
 from inlay.model.fast.fused import acts_on, asked_for, mean_logits, reads_past, temperature_of
 from inlay.model.fast.layers import FastLastBlock
 from inlay.model.seams.transformers import ForCausalLMLoss, ModelOutput, cache_field, cache_in
 from inlay.storage.registry import frozen, kind, layer_class
 
-IGNORED = -100
-"""The label of a position that is not scored."""
 NARROW_WAY = "few"
 """The way in which the last block leaves unscored positions out."""
 KNOWN = frozenset({
@@ -94,6 +93,11 @@ class FastCausalLM(Fast):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's output; with labels, in training, the loss comes in chunks."""
         call = by_name(type(self).plain, args, kwargs)
+        with attending(call):
+            return self.scored_or_plain(call)
+
+    def scored_or_plain(self, call: dict[str, Any]) -> Any:
+        """Return the model's output; with labels, in training, the loss comes in chunks."""
         if call.get("labels") is None or not self.takes_chunks() or self.asks_for_more(call):
             return super().forward(**call)
         items = call.pop("num_items_in_batch", None)
@@ -126,7 +130,8 @@ class FastCausalLM(Fast):
         call = by_name(type(self).plain, args, kwargs)
         call["use_cache"] = False
         call.pop("num_items_in_batch", None)
-        scores, mask, _, _, rows = self.scores(call, temperature)
+        with attending(call):
+            scores, mask, _, _, rows = self.scores(call, temperature)
 
         def spread(values: Tensor) -> Tensor:
             return values.new_zeros(mask.shape).masked_scatter(mask, values)

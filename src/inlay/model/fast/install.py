@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from inlay.model.fast import process
-from inlay.model.fast.attention import ATTENTION, FastBackbone
-from inlay.model.fast.base import Fast, become_fast, become_plain
+from inlay.model.fast.attention import ATTENTION, FastBackbone, Labelled
+from inlay.model.fast.base import Fast, become_fast, become_plain, parameters_of
 from inlay.model.fast.causal_lm import NARROW_WAY, FastCausalLM
 from inlay.model.fast.hints import (
     is_gate,
@@ -48,6 +48,7 @@ def install(model: nn.Module) -> tuple[str, ...]:
                 tell(about, f"{candidate.fast.__name__} {layer_class(module)}")
         if found.proven:
             put(module, candidate.fast, found.proven)
+    watch_labels(model)
     return tuple(dict.fromkeys(notes))
 
 
@@ -59,6 +60,16 @@ def put(module: nn.Module, fast: type[Fast], proven: frozenset[str]) -> None:
         set_attention(own.config, ATTENTION)
     if fast is FastCausalLM and NARROW_WAY in proven:
         become_fast(own.base_model.layers[-1], FastLastBlock, proven)
+
+
+def watch_labels(model: nn.Module) -> None:
+    """Make every model that takes labels tell its fast decoder when they score padding."""
+    for module in model.modules():
+        if isinstance(module, Fast) or "forward" in vars(module):
+            continue
+        takes = "labels" in parameters_of(type(module))
+        if takes and any(isinstance(m, FastBackbone) for m in module.modules()):
+            become_fast(module, Labelled, frozenset())
 
 
 def uninstall(model: nn.Module) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from inlay.model.fast.attention import ATTENTION, FastBackbone
+from inlay.model.fast.attention import ATTENTION, IGNORED, FastBackbone
 from inlay.model.fast.base import Fast, become_fast, become_plain, parameters_of
-from inlay.model.fast.causal_lm import IGNORED, NARROW_WAY, FastCausalLM
+from inlay.model.fast.causal_lm import NARROW_WAY, FastCausalLM
 from inlay.model.fast.hints import can_be_last
 from inlay.model.fast.layers import FastLastBlock
 from inlay.model.fast.proof import ALWAYS, Trial, Untried, compare
