@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
 from inlay.errors import AdapterError
 from inlay.methods.base import Params, PromptMethod, encoder_of, input_embedding
@@ -35,6 +35,23 @@ class ReadOnly(DynamicCache):
         return keys, torch.cat([held.values, value_states], dim=-2)
 
 
+class BehindPrompt(DynamicCache):
+    """A cache that begins with virtual tokens; between calls its length is that of the text.
+
+    `generate` leaves out as many tokens of a text as the cache of an earlier generation holds.
+    """
+
+    virtual = 0
+    """Virtual tokens before the text."""
+    in_call = False
+    """Whether the model runs now, which must know of the virtual tokens."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the tokens of the text, and in a call the virtual ones too."""
+        held = super().get_seq_length(layer_idx)
+        return held if self.in_call else max(held - self.virtual, 0)
+
+
 class OfCall:
     """What a hook knows of the call that it changes; each thread has its own."""
 
@@ -43,6 +60,10 @@ class OfCall:
         """Whether the model runs without the virtual tokens now, which computes them."""
         self.again = Recomputed((), ())
         """What of the model is computed again in the backward pass."""
+        self.cache: BehindPrompt | None = None
+        """The cache that is read and written."""
+        self.drops_cache = False
+        """Whether the call asks for no cache, and only the virtual tokens brought one."""
         self.reads: torch.Size | None = None
         """(batch, tokens) that is read, where embeddings stand before the text."""
 
@@ -153,10 +174,12 @@ class PromptHook:
         call = arguments(model, args, kwargs)
         name = cache_argument(own_forward(model)) or ""
         batch, _ = batch_of(call)
-        under = next((n for n, v in call.items() if isinstance(v, Cache)), name)
-        cache: Cache | None = call.pop(under, None)
+        cache = self.entered(taken_out(call, name))
         empty = cache is None or cache.get_seq_length() == 0
+        if cache is not None and not empty:
+            check_continues(cache, call, tokens)
         call[name] = self.filled(cache, batch) if empty else cache
+        self.running.drops_cache = cache is None and not wants_cache(model, call)
         if self.running.again.blocks and torch.is_grad_enabled():
             call[name] = read_only(call[name], own=empty)
         self.running.again.read_cache(True)
@@ -166,16 +189,41 @@ class PromptHook:
                 call[key] = call[key] + tokens
         return (), call
 
-    def after_forward(self, *_: object) -> None:
-        """Leave the blocks as they were before the call."""
+    def after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Leave the blocks as they were before the call, and no cache that it did not ask for.
+
+        Generation without a cache would go on from it, over text that it holds already.
+        """
+        del model, args
         self.running.again.read_cache(False)
         self.running.again = Recomputed((), ())
+        if self.running.cache is not None:
+            self.running.cache.in_call, self.running.cache = False, None
+        drops, self.running.drops_cache = self.running.drops_cache, False
+        return without_cache(output) if drops else None
 
     def filled(self, cache: Cache | None, batch: int) -> Cache:
         """Return the cache, or a new one, holding the virtual tokens' keys and values."""
         cache = DynamicCache() if cache is None else cache
         for layer, (key, value) in enumerate(self.pairs()):
             cache.update(repeated(key, batch), repeated(value, batch), layer)
+        self.begins(cache)
+        return cache
+
+    def begins(self, cache: Any) -> None:
+        """Note that a cache begins with the active method's virtual tokens."""
+        if type(cache) is DynamicCache:
+            cache.__class__ = BehindPrompt
+        if isinstance(cache, BehindPrompt):
+            assert self.acts is not None
+            cache.virtual = self.methods[self.acts].tokens
+            self.entered(cache)
+
+    def entered(self, cache: Any) -> Any:
+        """Return the cache of a call that begins, which tells all that it holds until the end."""
+        own = getattr(cache, "self_attention_cache", cache)
+        if isinstance(own, BehindPrompt):
+            self.running.cache, own.in_call = own, True
         return cache
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -284,8 +332,7 @@ class EncoderDecoderPrompts(PromptHook):
             return (), call
         widened(call, "decoder_attention_mask", tokens, 1)
         name = cache_argument(own_forward(model)) or ""
-        under = next((n for n, v in call.items() if isinstance(v, Cache)), name)
-        cache: Any = call.pop(under, None)
+        cache = self.entered(taken_out(call, name))
         empty = cache is None or cache.get_seq_length() == 0
         if empty and model.training and torch.is_grad_enabled() and is_recomputed(model):
             raise AdapterError(
@@ -293,6 +340,7 @@ class EncoderDecoderPrompts(PromptHook):
                 "prefix with it; turn it off (gradient_checkpointing=False), or use prompt tuning"
             )
         call[name] = self.filled(cache, decoded_rows(call)) if empty else cache
+        self.running.drops_cache = cache is None and not wants_cache(model, call)
         return (), call
 
     def before_encoder(
@@ -317,6 +365,7 @@ class EncoderDecoderPrompts(PromptHook):
         for layer in range(len(found)):
             key, value = found[2 * layer % len(found)]
             cache.self_attention_cache.update(repeated(key, batch), repeated(value, batch), layer)
+        self.begins(cache.self_attention_cache)
         return cache
 
 
@@ -381,12 +430,74 @@ def widened(call: dict[str, Any], key: str, tokens: int, value: int) -> None:
     given = call.get(key)
     if given is None:
         return
-    if given.dim() != 2:
+    if not isinstance(given, Tensor) or given.dim() != 2:
+        found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise AdapterError(
-            f"{key} is {tuple(given.shape)}, and a prompt needs (batch, tokens), to which its "
-            "virtual tokens are added"
+            f"{key} is {found}, and a prompt needs (batch, tokens), to which its virtual tokens "
+            "are added"
         )
     call[key] = torch.cat([given.new_full((len(given), tokens), value), given], dim=1)
+
+
+def taken_out(call: dict[str, Any], name: str) -> Any:
+    """Take the key-value cache out of a call; a forward calls it by this name.
+
+    Raises:
+        AdapterError: it is of a fixed size, for the text alone.
+    """
+    under = next((n for n, v in call.items() if isinstance(v, Cache)), name)
+    cache = call.pop(under, None)
+    own = getattr(cache, "self_attention_cache", cache)
+    if isinstance(own, StaticCache):
+        raise AdapterError(
+            f"a {type(own).__name__} has room for the text alone, and a prompt's virtual tokens "
+            "stand before it; leave cache_implementation out, which gives a cache that grows"
+        )
+    return cache
+
+
+def check_continues(cache: Cache, call: dict[str, Any], tokens: int) -> None:
+    """Raise unless a call goes on where its cache ends, by the length of its mask.
+
+    `generate` takes the virtual tokens in a cache of an earlier generation for text, and leaves
+    as many tokens of the new text out.
+
+    Raises:
+        AdapterError: tokens between them are missing.
+    """
+    mask = call.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return
+    given = call.get("input_ids")
+    given = call.get(EMBEDDINGS) if given is None else given
+    held, brings = cache.get_seq_length() - tokens, 0 if given is None else given.shape[1]
+    if held + brings != mask.shape[1]:
+        raise AdapterError(
+            f"the cache holds {held} tokens of text after {tokens} virtual ones and the call brings "
+            f"{brings}, expected {mask.shape[1] - held}, as the attention mask has "
+            f"{mask.shape[1]}; to go on from an earlier generation leave past_key_values out"
+        )
+
+
+def wants_cache(model: Any, call: dict[str, Any]) -> bool:
+    """Say whether a call asks for a key-value cache, or its model's configuration does."""
+    asked = call.get("use_cache")
+    if asked is not None:
+        return bool(asked)
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if config is not None else None
+    return bool(getattr(text, "use_cache", True))
+
+
+def without_cache(output: Any) -> Any:
+    """Return an output without its key-value cache."""
+    if isinstance(output, ModelOutput):
+        for name in [name for name, value in output.items() if isinstance(value, Cache)]:
+            output[name] = None
+        return output
+    if isinstance(output, tuple):
+        return tuple(value for value in output if not isinstance(value, Cache))
+    return output
 
 
 def without(value: Any, name: str, reads: torch.Size, tokens: int) -> Any:
