@@ -24,7 +24,8 @@ PACKAGES = ("inlay", "torch", "transformers", "trl", "peft", "bitsandbytes")
 CLASSES = {"": "no bfloat16 arithmetic", "_avx512bf16": "AVX512-BF16", "_amx": "AMX"}
 """Classes of CPU, by what the names of their results end in."""
 STANDS_IN = "ONEDNN_MAX_CPU_ISA"
-"""Set to AVX512_CORE_VNNI, with INLAY_NATIVE=avx512, a CPU stands in for one without bfloat16."""
+"""Set to AVX512_CORE_VNNI, with INLAY_NATIVE=avx512, a CPU stands in for one without bfloat16; set
+to AVX512_CORE_BF16, with INLAY_NATIVE=avx512_bf16, for one without AMX."""
 
 
 def class_of_cpu() -> str:
@@ -35,7 +36,8 @@ def class_of_cpu() -> str:
 
     if not fast_halves_on_cpu():
         return ""
-    if torch.cpu._is_amx_tile_supported():
+    without_tiles = os.environ.get("INLAY_NATIVE", "").lower() == "avx512_bf16"
+    if torch.cpu._is_amx_tile_supported() and not without_tiles:
         return "_amx"
     return "_avx512bf16" if torch.cpu._is_avx512_bf16_supported() else ""
 
