@@ -31,6 +31,7 @@ import inlay
 from inlay.checkpoint.adapter import save_adapter
 from inlay.checkpoint.differs import differences
 from inlay.memory.policy import applied
+from inlay.methods.catalog import build_method
 from inlay.model.acts import listed
 from inlay.model.attach import adapter_places, adapters
 from inlay.model.fidelity import first_tensor
@@ -474,8 +475,12 @@ def planned(case: Case) -> Outcome:
     batch = planning.assumed_rows(run).batch
     with mock.patch.object(planning, "held_beside", return_value=0):
         found = planning.planned_step(config, run, batch, device)
-    if found.best.total <= 0 or not found.trained:
+    if found.best.total <= 0:
         raise WrongError("a plan of nothing")
+    real = inlay.attach(copy.deepcopy(case.base), build_method("lora", {}))
+    trained = sum(p.numel() for p in real.parameters() if p.requires_grad)
+    if found.trained != trained:
+        raise WrongError(f"a plan trains {found.trained:,} values, and the model {trained:,}")
     return None
 
 

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +26,8 @@ from inlay.storage.dense import DenseEmbedding, DenseView
 READ_ELSEWHERE: tuple[type[nn.Module], ...] = (NonDynamicallyQuantizableLinear,)
 """Layers whose weight is read past their forward: an attention module's output projection."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PLAIN = (nn.Parameter, FakeTensor)
+"""What a parameter is that no library packs; in a plan it has no values."""
 TRIED_ROWS = 64
 """The most rows of a weight that a trial makes."""
 TOLERANCE = 1e-5
@@ -149,7 +152,7 @@ def own_kind(module: nn.Module) -> Kind | None:
 def holds_floats(module: nn.Module, name: str) -> bool:
     """Say whether a module holds a plain floating-point parameter of this name itself."""
     held = module._parameters.get(name)
-    return held is not None and type(held) is nn.Parameter and held.dtype in FLOATS
+    return held is not None and type(held) in PLAIN and held.dtype in FLOATS
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -1,0 +1,91 @@
+"""A plan, whose model has no values, adapts the layers that the run's model has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+import inlay
+from inlay.memory.simulate import fake_tensors
+from inlay.memory.skeleton import skeleton
+from inlay.model.attach import adapter_places
+from inlay.storage.registry import kind
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+
+
+class Half(nn.Linear):
+    """A layer that computes something else than its product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 0.5 * super().forward(input)
+
+
+class WithHalves(LlamaForCausalLM):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.self_attn.o_proj = Half(32, 32, bias=False)
+
+
+MODELS: dict[str, tuple[type[PreTrainedModel], Any]] = {
+    "falcon": (FalconForCausalLM, FalconConfig(**SMALL)),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8, intermediate_size=48),
+    ),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)),
+    "halves": (WithHalves, LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=48)),
+}
+
+
+def real(name: str) -> PreTrainedModel:
+    cls, config = MODELS[name]
+    config.architectures = [cls.__name__]
+    torch.manual_seed(0)
+    return cls(config)
+
+
+def shapes(model: PreTrainedModel) -> dict[str, list[torch.Size]]:
+    places = adapter_places(model, "default")
+    return {name: [p.shape for p in params.parameters()] for name, params in places}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_without_values_are_of_the_kind_of_real_ones(name: str) -> None:
+    model = real(name)
+    with fake_tensors():
+        planned = real(name)
+        found = {n: kind(m) for n, m in planned.named_modules()}
+        inlay.attach(planned, inlay.LoRA())
+    assert found == {n: kind(m) for n, m in model.named_modules()}
+    assert shapes(planned) == shapes(inlay.attach(model, inlay.LoRA()))
+
+
+@pytest.mark.parametrize("method", [inlay.LoRA(), inlay.DoRA(), inlay.IA3(), inlay.Bottleneck()])
+@pytest.mark.parametrize("storage", ["dense", "nf4", "int8"])
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "halves"])
+def test_a_plans_model_has_the_adapters_of_the_runs(name: str, storage: str, method: Any) -> None:
+    model = real(name)
+    with fake_tensors():
+        planned = skeleton(model.config, storage, double_quant=True, dtype="float32")
+        inlay.attach(planned, method)
+    inlay.attach(model if storage == "dense" else inlay.quantize(model, storage), method)
+    assert shapes(planned) == shapes(model)
+    assert shapes(model)
