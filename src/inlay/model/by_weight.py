@@ -92,12 +92,12 @@ def made_again(found: Sequence[tuple[Changed, dict[str, Tensor]]]) -> Generator[
         name = changed.view.parameter
         tensor = parameters[name]
         if tensor.requires_grad:
-            own[tensor.untyped_storage().data_ptr()] = Again(
+            own[tensor.untyped_storage()._cdata] = Again(
                 lambda changed=changed, name=name: changed.parameters()[name]
             )
 
     def pack(t: Tensor) -> Tensor | Callable[[], Tensor]:
-        again = own.get(t.untyped_storage().data_ptr()) if t.layout == torch.strided else None
+        again = own.get(t.untyped_storage()._cdata) if t.layout == torch.strided else None
         return t if again is None else again.part(t)
 
     def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
