@@ -473,8 +473,8 @@ def check_continues(cache: Cache, call: dict[str, Any], tokens: int) -> None:
     held, brings = cache.get_seq_length() - tokens, 0 if given is None else given.shape[1]
     if held + brings != mask.shape[1]:
         raise AdapterError(
-            f"the cache holds {held} tokens of text after {tokens} virtual ones and the call brings "
-            f"{brings}, expected {mask.shape[1] - held}, as the attention mask has "
+            f"the cache holds {held} tokens of text after {tokens} virtual ones and the call "
+            f"brings {brings}, expected {mask.shape[1] - held}, as the attention mask has "
             f"{mask.shape[1]}; to go on from an earlier generation leave past_key_values out"
         )
 

@@ -119,6 +119,7 @@ class Running(ABC, Generic[Row]):
         record = self.begin(model, rows)
         self.prepare(model, tokens, record)
         record["memory"] = planned_record(planned)
+        self.compare_trained(model, planned)
         check_optimizer(self.config.optimizer, model.device.type)
         with (
             self.naming_the_model(),
@@ -374,6 +375,15 @@ class Running(ABC, Generic[Row]):
             return applied(model, self.config.activations)
         on_gpu = model.device.type == "cuda" and model.supports_gradient_checkpointing
         return applied(model, "layer-inputs" if on_gpu else "keep-all")
+
+    def compare_trained(self, model: PreTrainedModel, planned: Plan | None) -> None:
+        """Tell when the plan's model trains other values than the run's does."""
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if planned is not None and planned.trained != trained:
+            self.note(
+                f"memory is planned for {planned.trained:,} values that train, and the model has "
+                f"{trained:,}: the run may hold more than was planned"
+            )
 
     def try_largest(self, trainer: AdapterLoop, planned: Plan | None) -> None:
         """Run the largest batch once, without a step; tell when its memory was planned wrongly."""
