@@ -32,12 +32,12 @@ def class_of_cpu() -> str:
     """Return which of CLASSES this CPU is of: what its products of bfloat16 run on."""
     import torch
 
-    from inlay.kernels.scratch import fast_halves_on_cpu
+    from inlay.kernels.scratch import BELOW_HALVES, WITHOUT_TILES
 
-    if not fast_halves_on_cpu():
+    level = os.environ.get("INLAY_NATIVE", "").lower()
+    if level in BELOW_HALVES:
         return ""
-    without_tiles = os.environ.get("INLAY_NATIVE", "").lower() == "avx512_bf16"
-    if torch.cpu._is_amx_tile_supported() and not without_tiles:
+    if torch.cpu._is_amx_tile_supported() and level != WITHOUT_TILES:
         return "_amx"
     return "_avx512bf16" if torch.cpu._is_avx512_bf16_supported() else ""
 

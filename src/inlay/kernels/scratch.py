@@ -8,9 +8,11 @@ matrix, unless that is as large as an output head, and the caching allocator kee
 from __future__ import annotations
 
 import os
+import platform
 import threading
 from collections.abc import Iterator
 from math import ceil
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,17 +29,34 @@ kept = threading.local()
 
 BELOW_HALVES = ("generic", "avx2", "avx512")
 """Values of INLAY_NATIVE that stand for a CPU without arithmetic on halves."""
+WITHOUT_TILES = "avx512_bf16"
+"""The value of INLAY_NATIVE that stands for a CPU with AVX512-BF16 and without AMX."""
 
 
 def fast_halves_on_cpu() -> frozenset[torch.dtype]:
-    """Return the half-precision dtypes that this CPU has arithmetic for."""
-    if os.environ.get("INLAY_NATIVE", "").lower() in BELOW_HALVES:
+    """Return the half-precision dtypes in which this CPU multiplies faster than in float32.
+
+    Intel's AVX512-BF16 does not: without AMX its products of bfloat16 reach two thirds of the rate
+    of those of float32, torch's and ours (docs/performance.md).
+    """
+    level = os.environ.get("INLAY_NATIVE", "").lower()
+    if level in BELOW_HALVES:
         return frozenset()
+    tiles = level != WITHOUT_TILES and torch.cpu._is_amx_tile_supported()
+    pairs = torch.cpu._is_avx512_bf16_supported() and not made_by_intel()
     has = {
-        torch.bfloat16: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
-        torch.float16: torch.cpu._is_amx_fp16_supported(),
+        torch.bfloat16: tiles or pairs,
+        torch.float16: tiles and torch.cpu._is_amx_fp16_supported(),
     }
     return frozenset(dtype for dtype, there in has.items() if there)
+
+
+def made_by_intel() -> bool:
+    """Say whether this CPU is Intel's; no where the system does not tell."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "GenuineIntel" in platform.processor()
 
 
 FAST_HALVES_ON_CPU = fast_halves_on_cpu()
