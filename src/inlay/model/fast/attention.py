@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,13 +90,15 @@ def given(rows: Rows | None) -> Generator[None]:
         running.rows = before
 
 
-@contextmanager
-def attending(call: dict[str, Any]) -> Generator[None]:
-    """Let padding attend to its row inside the `with` block if a call's labels score it.
+def attending(call: dict[str, Any]) -> AbstractContextManager[None]:
+    """Return the block to run a call in: one where padding attends too if its labels score it."""
+    return padding_too() if labels_padding(call) else nullcontext()
 
-    It does so without segments, which leave it out.
-    """
-    before, running.whole = running.whole, running.whole or labels_padding(call)
+
+@contextmanager
+def padding_too() -> Generator[None]:
+    """Let padding attend to its row inside the `with` block, as it does without segments."""
+    before, running.whole = running.whole, True
     try:
         yield
     finally:
