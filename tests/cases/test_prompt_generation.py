@@ -162,3 +162,24 @@ def test_an_encoder_decoder_generates_without_a_cache(method: Any) -> None:
     call |= {"return_dict_in_generate": True, "output_logits": True}
     found, wanted = (model.generate(**call, use_cache=cached).logits for cached in (False, True))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_is_that_of_the_prompt_that_acts() -> None:
+    model = built("llama", METHODS[1]).eval()
+    with inlay.disabled(model):
+        plain = model(input_ids=IDS, use_cache=True).past_key_values
+        again = model(input_ids=IDS[:, :2], past_key_values=plain).past_key_values
+    assert again.get_seq_length() == 8
+    with pytest.raises(AdapterError, match="behind no prompt, and the prompt 'default' acts now"):
+        model(input_ids=IDS, past_key_values=plain)
+    prompted = model(input_ids=IDS, use_cache=True).past_key_values
+    with (
+        inlay.disabled(model),
+        pytest.raises(AdapterError, match="behind the prompt 'default', and no prompt acts now"),
+    ):
+        model(input_ids=IDS, past_key_values=prompted)
+    inlay.use(inlay.attach(model, inlay.PromptTuning(tokens=3), name="other"), "other")
+    with pytest.raises(AdapterError, match="behind the prompt 'default', and the prompt 'other'"):
+        model(input_ids=IDS, past_key_values=prompted)
+    inlay.use(model, "default")
+    assert model(input_ids=IDS, past_key_values=prompted).logits.shape[1] == IDS.shape[1]

@@ -43,6 +43,8 @@ class BehindPrompt(DynamicCache):
 
     virtual = 0
     """Virtual tokens before the text."""
+    adapter: str | None = None
+    """Whose they are."""
     in_call = False
     """Whether the model runs now, which must know of the virtual tokens."""
 
@@ -163,7 +165,7 @@ class PromptHook:
     ) -> Changed:
         """Change one call's arguments so that attention sees the virtual tokens."""
         if self.acts is None:
-            return None
+            return without_prompt(kwargs)
         return self.with_keys(model, args, kwargs, self.methods[self.acts].tokens)
 
     def with_keys(
@@ -177,6 +179,7 @@ class PromptHook:
         cache = self.entered(taken_out(call, name))
         empty = cache is None or cache.get_seq_length() == 0
         if cache is not None and not empty:
+            check_begun(cache, self.acts)
             check_continues(cache, call, tokens)
         call[name] = self.filled(cache, batch) if empty else cache
         self.running.drops_cache = cache is None and not wants_cache(model, call)
@@ -216,7 +219,7 @@ class PromptHook:
             cache.__class__ = BehindPrompt
         if isinstance(cache, BehindPrompt):
             assert self.acts is not None
-            cache.virtual = self.methods[self.acts].tokens
+            cache.virtual, cache.adapter = self.methods[self.acts].tokens, self.acts
             self.entered(cache)
 
     def entered(self, cache: Any) -> Any:
@@ -325,7 +328,7 @@ class EncoderDecoderPrompts(PromptHook):
     ) -> Changed:
         """Change one call's masks, and give the decoder its keys and values."""
         if self.acts is None:
-            return None
+            return without_prompt(kwargs)
         call, tokens = arguments(model, args, kwargs), self.methods[self.acts].tokens
         if self.acting(embeddings=True):
             widened(call, "attention_mask", tokens, 1)
@@ -454,6 +457,33 @@ def taken_out(call: dict[str, Any], name: str) -> Any:
             "stand before it; leave cache_implementation out, which gives a cache that grows"
         )
     return cache
+
+
+def without_prompt(call: dict[str, Any]) -> None:
+    """Leave a call as it is, unless its cache begins with a prompt's virtual tokens."""
+    for value in call.values():
+        check_begun(value, None)
+
+
+def check_begun(cache: Any, adapter: str | None) -> None:
+    """Raise unless a cache with text was begun by the prompt that acts now, or by none.
+
+    Raises:
+        AdapterError: naming both.
+    """
+    own = getattr(cache, "self_attention_cache", cache)
+    by = own.adapter if isinstance(own, BehindPrompt) else None
+    known = isinstance(own, BehindPrompt) or type(own) is DynamicCache
+    if known and by != adapter and own.get_seq_length():
+        raise AdapterError(
+            f"the cache holds text behind {named(by)}, and {named(adapter)} acts now; leave "
+            "past_key_values out, so that the text is read again"
+        )
+
+
+def named(prompt: str | None) -> str:
+    """Return what a sentence calls a prompt."""
+    return "no prompt" if prompt is None else f"the prompt {prompt!r}"
 
 
 def check_continues(cache: Cache, call: dict[str, Any], tokens: int) -> None:
