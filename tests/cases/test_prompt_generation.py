@@ -24,6 +24,7 @@ from transformers import (
 import inlay
 from inlay.errors import AdapterError
 from inlay.model.attach import adapter_places
+from inlay.model.seams.transformers import cache_argument, cache_in
 
 SMALL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -58,6 +59,17 @@ def built(name: str, method: Any) -> Any:
     return model
 
 
+def cache_of(output: Any) -> Any:
+    return cache_in(output.values())
+
+
+def over(cache: Any) -> dict[str, Any]:
+    """A call's argument for a cache, by the name that this transformers has for it."""
+    name = cache_argument(LlamaForCausalLM.forward)
+    assert name is not None
+    return {name: cache}
+
+
 def one_by_one(model: Any, ids: Tensor, mask: Tensor, new: int) -> Tensor:
     """Return a text that goes on by the most probable tokens, each from the text alone."""
     takes_positions = not isinstance(model, BloomForCausalLM)
@@ -89,11 +101,11 @@ def test_text_without_a_cache_is_that_with_one(
 
 def test_a_call_that_asks_for_no_cache_gets_none() -> None:
     model = built("llama", METHODS[1])
-    assert model(input_ids=IDS, use_cache=False).past_key_values is None
-    cached = model(input_ids=IDS, use_cache=True).past_key_values
+    assert cache_of(model(input_ids=IDS, use_cache=False)) is None
+    cached = cache_of(model(input_ids=IDS, use_cache=True))
     assert cached.get_seq_length() == IDS.shape[1]
     model.config.use_cache = False
-    assert model(input_ids=IDS).past_key_values is None
+    assert cache_of(model(input_ids=IDS)) is None
     found = model(input_ids=IDS, return_dict=False)
     assert [type(value) for value in found] == [Tensor]
 
@@ -107,14 +119,15 @@ def test_a_later_turn_goes_on_from_the_cache_of_an_earlier_one(
     model = built(name, method).eval()
     call = {"input_ids": IDS, "attention_mask": mask, "return_dict_in_generate": True}
     first = model.generate(**call, max_new_tokens=NEW)
-    cache = copy.deepcopy(first.past_key_values)
+    held = cache_of(first)
+    cache = copy.deepcopy(held)
     assert cache.get_seq_length() == first.sequences.shape[1] - 1
     text = torch.cat([first.sequences, IDS.flip(1)], 1)
     whole = torch.cat([mask, mask.new_ones(2, text.shape[1] - mask.shape[1])], 1)
     wanted = one_by_one(model, text, whole, NEW)
-    for held in (first.past_key_values, cache):
+    for each in (held, cache):
         found = model.generate(
-            input_ids=text, attention_mask=whole, past_key_values=held, max_new_tokens=NEW
+            input_ids=text, attention_mask=whole, max_new_tokens=NEW, **over(each)
         )
         assert torch.equal(found, wanted)
 
@@ -125,17 +138,17 @@ def test_a_cache_of_fixed_size_has_no_room_for_a_prompt() -> None:
         model.generate(input_ids=IDS, cache_implementation="static", max_new_tokens=NEW)
     cache = StaticCache(config=model.config, max_cache_len=16)
     with pytest.raises(AdapterError, match="leave cache_implementation out"):
-        model(input_ids=IDS, past_key_values=cache)
+        model(input_ids=IDS, **over(cache))
 
 
 def test_text_between_a_cache_and_a_call_is_missed() -> None:
     model = built("llama", METHODS[1]).eval()
-    cache = model(input_ids=IDS, use_cache=True).past_key_values
+    cache = cache_of(model(input_ids=IDS, use_cache=True))
     mask = torch.ones(2, 10, dtype=torch.long)
     with pytest.raises(AdapterError, match=r"holds 6 tokens .* the call brings 2, expected 4"):
-        model(input_ids=IDS[:, :2], attention_mask=mask, past_key_values=cache)
+        model(input_ids=IDS[:, :2], attention_mask=mask, **over(cache))
     assert cache.get_seq_length() == 6
-    model(input_ids=IDS[:, :4], attention_mask=mask, past_key_values=cache)
+    model(input_ids=IDS[:, :4], attention_mask=mask, **over(cache))
 
 
 def test_a_mask_for_each_layer_is_refused() -> None:
@@ -167,19 +180,19 @@ def test_an_encoder_decoder_generates_without_a_cache(method: Any) -> None:
 def test_a_cache_is_that_of_the_prompt_that_acts() -> None:
     model = built("llama", METHODS[1]).eval()
     with inlay.disabled(model):
-        plain = model(input_ids=IDS, use_cache=True).past_key_values
-        again = model(input_ids=IDS[:, :2], past_key_values=plain).past_key_values
+        plain = cache_of(model(input_ids=IDS, use_cache=True))
+        again = cache_of(model(input_ids=IDS[:, :2], **over(plain)))
     assert again.get_seq_length() == 8
     with pytest.raises(AdapterError, match="behind no prompt, and the prompt 'default' acts now"):
-        model(input_ids=IDS, past_key_values=plain)
-    prompted = model(input_ids=IDS, use_cache=True).past_key_values
+        model(input_ids=IDS, **over(plain))
+    prompted = cache_of(model(input_ids=IDS, use_cache=True))
     with (
         inlay.disabled(model),
         pytest.raises(AdapterError, match="behind the prompt 'default', and no prompt acts now"),
     ):
-        model(input_ids=IDS, past_key_values=prompted)
+        model(input_ids=IDS, **over(prompted))
     inlay.use(inlay.attach(model, inlay.PromptTuning(tokens=3), name="other"), "other")
     with pytest.raises(AdapterError, match="behind the prompt 'default', and the prompt 'other'"):
-        model(input_ids=IDS, past_key_values=prompted)
+        model(input_ids=IDS, **over(prompted))
     inlay.use(model, "default")
-    assert model(input_ids=IDS, past_key_values=prompted).logits.shape[1] == IDS.shape[1]
+    assert model(input_ids=IDS, **over(prompted)).logits.shape[1] == IDS.shape[1]

@@ -477,7 +477,7 @@ def check_begun(cache: Any, adapter: str | None) -> None:
     if known and by != adapter and own.get_seq_length():
         raise AdapterError(
             f"the cache holds text behind {named(by)}, and {named(adapter)} acts now; leave "
-            "past_key_values out, so that the text is read again"
+            "the cache out, so that the text is read again"
         )
 
 
@@ -505,7 +505,7 @@ def check_continues(cache: Cache, call: dict[str, Any], tokens: int) -> None:
         raise AdapterError(
             f"the cache holds {held} tokens of text after {tokens} virtual ones and the call "
             f"brings {brings}, expected {mask.shape[1] - held}, as the attention mask has "
-            f"{mask.shape[1]}; to go on from an earlier generation leave past_key_values out"
+            f"{mask.shape[1]}; to go on from an earlier generation leave the cache out"
         )
 
 
