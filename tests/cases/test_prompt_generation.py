@@ -47,8 +47,12 @@ NEW = 5
 
 
 def built(name: str, method: Any) -> Any:
+    return prompted(MODELS[name], method)
+
+
+def prompted(make: Callable[[], Any], method: Any) -> Any:
     torch.manual_seed(0)
-    model = MODELS[name]()
+    model = make()
     inlay.attach(model, method)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -157,24 +161,31 @@ def test_a_mask_for_each_layer_is_refused() -> None:
         model(input_ids=IDS, attention_mask={"full_attention": None})
 
 
-@pytest.mark.parametrize("method", METHODS[:2], ids=lambda m: m.name)
-def test_an_encoder_decoder_generates_without_a_cache(method: Any) -> None:
-    torch.manual_seed(0)
+def bart() -> BartForConditionalGeneration:
     config = BartConfig(
         vocab_size=61, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48,
         decoder_ffn_dim=48, encoder_attention_heads=4, decoder_attention_heads=4, init_std=0.3,
-        dropout=0.0, max_position_embeddings=64,
+        dropout=0.0, max_position_embeddings=64, forced_eos_token_id=None,
     )  # fmt: skip
-    MODELS["bart"] = lambda: BartForConditionalGeneration(config)
-    try:
-        model = built("bart", method)
-    finally:
-        del MODELS["bart"]
-    model.generation_config.update(forced_eos_token_id=None)
+    return BartForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("method", METHODS[:2], ids=lambda m: m.name)
+def test_an_encoder_decoder_generates_without_a_cache(method: Any) -> None:
+    model = prompted(bart, method)
     call = {"input_ids": IDS, "attention_mask": PADDED, "max_new_tokens": NEW}
     call |= {"return_dict_in_generate": True, "output_logits": True}
     found, wanted = (model.generate(**call, use_cache=cached).logits for cached in (False, True))
+    assert len(found) == NEW
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prefix_of_an_encoder_decoder_is_in_the_cache_from_the_first_call() -> None:
+    model = prompted(bart, METHODS[0]).eval()
+    with inlay.disabled(model):
+        plain = cache_of(model(input_ids=IDS, decoder_input_ids=IDS, use_cache=True))
+    with pytest.raises(AdapterError, match="behind no prompt, and the prompt 'default' acts now"):
+        model(input_ids=IDS, decoder_input_ids=IDS, **over(plain))
 
 
 def test_a_cache_is_that_of_the_prompt_that_acts() -> None:

@@ -475,7 +475,7 @@ def planned(case: Case) -> Outcome:
     batch = planning.assumed_rows(run).batch
     with mock.patch.object(planning, "held_beside", return_value=0):
         found = planning.planned_step(config, run, batch, device)
-    if found.best.total <= 0:
+    if found.best.total <= 0 or not found.trained:
         raise WrongError("a plan of nothing")
     real = inlay.attach(copy.deepcopy(case.base), build_method("lora", {}))
     trained = sum(p.numel() for p in real.parameters() if p.requires_grad)

@@ -18,7 +18,7 @@ from inlay.data.labels import (
 from inlay.data.read import read_rows
 from inlay.data.rows import Rows
 from inlay.errors import DataError
-from inlay.model.heads import IGNORED
+from inlay.kernels.loss import IGNORED
 
 
 def read(folder: Path, rows: list[dict[str, Any]], **keys: Any) -> Rows:

@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from inlay.errors import DataError, InlayError, TrainingError, UsageError
 from inlay.kernels.switches import plain
+from inlay.memory.plan import Plan
 from inlay.model.attach import adapter_places
-from inlay.train import checkpoints, trainer
+from inlay.train import checkpoints, planning, trainer
 from inlay.train.config import RunConfig, load_config
 from inlay.train.events import Event
 from inlay.train.folder import RunFolder
@@ -355,6 +357,27 @@ def test_adapters_on_a_quantised_base_stay_in_fp32(tmp_path: Path, storage: str)
 def test_every_family_trains(tmp_path: Path, method: str):
     run = make_run(tmp_path, method=method, max_steps=3, evaluate=False)
     assert train(run).run["steps"] == 3
+
+
+def test_a_plan_of_other_adapters_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    done: tuple[RunConfig, TrainResult, list[Event]],
+):
+    assert not [event for event in done[2] if event.message.startswith("memory is planned for")]
+    planned = planning.planned_run
+
+    def one_less(*given: Any) -> Plan:
+        found = planned(*given)
+        return replace(found, trained=found.trained - 1)
+
+    monkeypatch.setattr(planning, "planned_run", one_less)
+    told: list[Event] = []
+    result = train(make_run(tmp_path, max_steps=1, evaluate=False), on_event=told.append)
+    assert result.model is not None
+    trained = sum(p.numel() for p in result.model.parameters() if p.requires_grad)
+    (note,) = [event.message for event in told if event.message.startswith("memory is planned for")]
+    assert f"{trained - 1:,} values that train, and the model has {trained:,}" in note
 
 
 def test_an_adapter_on_the_output_head_trains(tmp_path: Path):

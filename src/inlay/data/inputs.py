@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from inlay.data.rows import Rows
 from inlay.errors import DataError, ModelError
-from inlay.model.heads import IGNORED
+from inlay.kernels.loss import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from inlay.evaluate.entities import entities
 from inlay.evaluate.resampling import Statistic
-from inlay.model.heads import IGNORED
+from inlay.kernels.loss import IGNORED
 
 __all__ = ["LabelKind", "Labels", "Metric", "metrics", "of_words", "pearson", "spearman"]
 

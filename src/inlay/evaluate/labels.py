@@ -21,8 +21,8 @@ from inlay.evaluate.preference import per_row
 from inlay.evaluate.record import ClassRecord, ComparisonRecord, MetricComparison
 from inlay.evaluate.resampling import compared_statistic
 from inlay.evaluate.run import LEVEL, Stage, named
+from inlay.kernels.loss import IGNORED
 from inlay.model.attach import disabled
-from inlay.model.heads import IGNORED
 
 __all__ = ["LabelledInput", "Labels", "baseline_of", "compare_labels", "held_out_labels"]
 

@@ -21,6 +21,8 @@ from inlay.kernels.frozen import FEWEST_ROWS, Matrix, matrix_of
 from inlay.kernels.opaque import operator
 from inlay.kernels.scratch import cast
 
+IGNORED = -100
+"""The label of a position that no loss counts."""
 LOGIT_BYTES = 160 << 20
 """Room for the logits of the rows that are scored at once, where those are whole."""
 PART = 2048

@@ -27,6 +27,7 @@ kept = threading.local()
 """Each thread's buffer; the backward pass on a GPU has a thread of its own."""
 
 
+HALVES = (torch.bfloat16, torch.float16)
 BELOW_HALVES = ("generic", "avx2", "avx512")
 """Values of INLAY_NATIVE that stand for a CPU without arithmetic on halves."""
 WITHOUT_TILES = "avx512_bf16"
@@ -36,8 +37,8 @@ WITHOUT_TILES = "avx512_bf16"
 def fast_halves_on_cpu() -> frozenset[torch.dtype]:
     """Return the half-precision dtypes in which this CPU multiplies faster than in float32.
 
-    Intel's AVX512-BF16 does not: without AMX its products of bfloat16 reach two thirds of the rate
-    of those of float32, torch's and ours (docs/performance.md).
+    Intel's CPUs without AMX have none: their AVX512-BF16 is slower than float32 (tried with torch's
+    products and ours). AMD's count as faster by their data sheets, and were not measured.
     """
     level = os.environ.get("INLAY_NATIVE", "").lower()
     if level in BELOW_HALVES:
@@ -68,7 +69,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     A CPU without bfloat16 arithmetic emulates it at a fifth of float32's rate. Products of halves
     are exact in float32, and the sum is rounded once instead of often.
     """
-    half = x.dtype in (torch.bfloat16, torch.float16)
+    half = x.dtype in HALVES
     fast = x.device.type != "cpu" or x.dtype in FAST_HALVES_ON_CPU
     return torch.float32 if half and not fast and is_on("products") else x.dtype
 

@@ -16,7 +16,7 @@ from inlay.kernels.attention import in_blocks
 from inlay.kernels.eight_bits import PREFIX as EIGHT_BITS
 from inlay.kernels.frozen import DENSE, FEWEST_ROWS, reads_on_cpu
 from inlay.kernels.loss import PART, PART_ROWS, by_parts, rows_at_once
-from inlay.kernels.scratch import FAST_HALVES_ON_CPU, TILE_BYTES, product_dtype, tile_rows
+from inlay.kernels.scratch import FAST_HALVES_ON_CPU, HALVES, TILE_BYTES, product_dtype, tile_rows
 
 UNPACKING = (4 << 20, 4 << 20, 2 << 20)
 """About what unpacking a chunk of a packed weight holds on the way."""
@@ -200,7 +200,7 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, **factors: Any) -> Scratch:
 
 def emulated(x: Tensor, outputs: int) -> Scratch:
     """Return what a product of halves holds: its result in float32, if the CPU emulates them."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
+    half = x.dtype in HALVES
     native = target != "cpu" or x.dtype in FAST_HALVES_ON_CPU
     return Scratch((4 * outputs,) if half and not native else ())
 

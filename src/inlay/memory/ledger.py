@@ -8,20 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from inlay.kernels.scratch import HALVES
 from inlay.memory.costs import FLOPS, SCRATCH, Scratch
 from inlay.memory.heap import SMALLEST, Event
 from inlay.memory.known import followed, tensors_in
+from inlay.memory.policy import PRODUCTS
 
 CATEGORIES = ("weights", "adapter", "gradients", "optimiser", "activations", "loss", "buffers")
 """What device memory is for; `buffers` is what lives for a moment, recomputed layers among it."""
-PLAIN_PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
-"""PyTorch's own products, for whose shapes its library makes code."""
-HALVES = (torch.bfloat16, torch.float16)
 HOST = "host"
 """Tensors that were moved to the host's memory, which do not count as the device's."""
 
@@ -61,8 +59,8 @@ class Ledger(TorchDispatchMode):
         """The category of what is made now."""
         self.work: dict[str, Work] = {}
         self.products: set[tuple[int, int, int]] = set()
-        self.half_products: set[tuple[torch.Size, ...]] = set()
-        """Shapes of the factors of PyTorch's own products in halves."""
+        self.half_products: set[tuple[Size, ...]] = set()
+        """Shapes of the factors of PyTorch's own products in halves: it makes code for each."""
         self.trace: list[Event] = []
         """Blocks as they come and go, for what the allocator makes of them."""
         self.made = 0
@@ -86,7 +84,7 @@ class Ledger(TorchDispatchMode):
         self.kept = max(self.kept, scratch.kept)
         if scratch.multiplied is not None:
             self.products.add(scratch.multiplied)
-        if name in PLAIN_PRODUCTS and outputs[0].dtype in HALVES:
+        if func._schema.name in PRODUCTS and outputs[0].dtype in HALVES:
             self.half_products.add(tuple(t.shape for t in inputs))
         self.touch(sum(scratch.passing))
         self.trace += [(number, 0) for number in passing]

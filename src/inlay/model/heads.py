@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from inlay.errors import ModelError
+from inlay.kernels.loss import IGNORED
 from inlay.model.seams.transformers import initialise_weights, mark_initialised
 
 __all__ = [
@@ -46,8 +47,6 @@ SINGLE = ("LABEL_0",)
 POOLER = "pooler"
 """What encoders call the layer on their first token, which some checkpoints do not hold."""
 NEW = "inlay_new_modules"
-IGNORED = -100
-"""The label of a token that nothing is predicted for."""
 
 
 @dataclass(frozen=True)

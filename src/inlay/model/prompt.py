@@ -11,47 +11,29 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from inlay.errors import AdapterError
+from inlay.kernels.loss import IGNORED
 from inlay.methods.base import Params, PromptMethod, encoder_of, input_embedding
+from inlay.model.prompt_cache import (
+    BehindPrompt,
+    check_begun,
+    check_continues,
+    check_without,
+    decoders_part,
+    mark_begun,
+    read_only,
+    taken_out,
+    wants_cache,
+    without_cache,
+)
 from inlay.model.prompt_trial import EMBEDDINGS, Takes, taken_by
 from inlay.model.seams.transformers import ModelOutput, Recomputed, cache_argument, recomputed
 from inlay.storage.registry import layer_class
 
 Changed = tuple[tuple[()], dict[str, Any]] | None
 """A call's new arguments; None leaves it as it is."""
-
-
-class ReadOnly(DynamicCache):
-    """The virtual tokens alone: blocks read it and add nothing, so each may be computed again."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return one layer's keys and values with the virtual tokens before them."""
-        held: Any = self.layers[layer_idx]
-        keys = torch.cat([held.keys, key_states], dim=-2)
-        return keys, torch.cat([held.values, value_states], dim=-2)
-
-
-class BehindPrompt(DynamicCache):
-    """A cache that begins with virtual tokens; between calls its length is that of the text.
-
-    `generate` leaves out as many tokens of a text as the cache of an earlier generation holds.
-    """
-
-    virtual = 0
-    """Virtual tokens before the text."""
-    adapter: str | None = None
-    """Whose they are."""
-    in_call = False
-    """Whether the model runs now, which must know of the virtual tokens."""
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the tokens of the text, and in a call the virtual ones too."""
-        held = super().get_seq_length(layer_idx)
-        return held if self.in_call else max(held - self.virtual, 0)
 
 
 class OfCall:
@@ -165,7 +147,8 @@ class PromptHook:
     ) -> Changed:
         """Change one call's arguments so that attention sees the virtual tokens."""
         if self.acts is None:
-            return without_prompt(kwargs)
+            check_without(*args, *kwargs.values())
+            return None
         return self.with_keys(model, args, kwargs, self.methods[self.acts].tokens)
 
     def with_keys(
@@ -174,23 +157,32 @@ class PromptHook:
         """Return one call's arguments with keys and values before its text."""
         self.running.again = computed_again(model)
         call = arguments(model, args, kwargs)
-        name = cache_argument(own_forward(model)) or ""
-        batch, _ = batch_of(call)
-        cache = self.entered(taken_out(call, name))
-        empty = cache is None or cache.get_seq_length() == 0
-        if cache is not None and not empty:
-            check_begun(cache, self.acts)
-            check_continues(cache, call, tokens)
-        call[name] = self.filled(cache, batch) if empty else cache
-        self.running.drops_cache = cache is None and not wants_cache(model, call)
+        name, new = self.put_cache(model, call, batch_of(call)[0])
+        if not new:
+            check_continues(call[name], call, tokens)
         if self.running.again.blocks and torch.is_grad_enabled():
-            call[name] = read_only(call[name], own=empty)
+            call[name] = read_only(call[name], own=new)
         self.running.again.read_cache(True)
         widened(call, "attention_mask", tokens, 1)
         for key in ("position_ids", "cache_position"):
             if call.get(key) is not None:
                 call[key] = call[key] + tokens
         return (), call
+
+    def put_cache(self, model: nn.Module, call: dict[str, Any], rows: int) -> tuple[str, bool]:
+        """Give a call a cache that begins with the virtual tokens: its own, or a new one.
+
+        Returns the name of the argument, and whether the cache holds no text yet.
+        """
+        name = cache_argument(own_forward(model)) or ""
+        cache = self.entered(taken_out(call, name))
+        new = cache is None or cache.get_seq_length() == 0
+        if not new:
+            check_begun(cache, self.acts)
+        call[name] = self.filled(cache, rows) if new else cache
+        # After filling it, which may run the model.
+        self.running.drops_cache = cache is None and not wants_cache(model, call)
+        return name, new
 
     def after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Leave the blocks as they were before the call, and no cache that it did not ask for.
@@ -215,16 +207,13 @@ class PromptHook:
 
     def begins(self, cache: Any) -> None:
         """Note that a cache begins with the active method's virtual tokens."""
-        if type(cache) is DynamicCache:
-            cache.__class__ = BehindPrompt
-        if isinstance(cache, BehindPrompt):
-            assert self.acts is not None
-            cache.virtual, cache.adapter = self.methods[self.acts].tokens, self.acts
-            self.entered(cache)
+        assert self.acts is not None
+        mark_begun(cache, self.acts, self.methods[self.acts].tokens)
+        self.entered(cache)
 
     def entered(self, cache: Any) -> Any:
         """Return the cache of a call that begins, which tells all that it holds until the end."""
-        own = getattr(cache, "self_attention_cache", cache)
+        own = decoders_part(cache)
         if isinstance(own, BehindPrompt):
             self.running.cache, own.in_call = own, True
         return cache
@@ -278,7 +267,7 @@ class EncoderPrompts(PromptHook):
         widened(call, "attention_mask", tokens, 1)
         widened(call, "token_type_ids", tokens, 0)
         if self.takes.labels_by_token and getattr(call.get("labels"), "shape", None) == shape:
-            widened(call, "labels", tokens, UNLABELLED)
+            widened(call, "labels", tokens, IGNORED)
         if call.pop("position_ids", None) is not None:
             warnings.warn(
                 f"position_ids are left out: {type(model).__name__} numbers the virtual tokens and "
@@ -328,22 +317,19 @@ class EncoderDecoderPrompts(PromptHook):
     ) -> Changed:
         """Change one call's masks, and give the decoder its keys and values."""
         if self.acts is None:
-            return without_prompt(kwargs)
+            check_without(*args, *kwargs.values())
+            return None
         call, tokens = arguments(model, args, kwargs), self.methods[self.acts].tokens
         if self.acting(embeddings=True):
             widened(call, "attention_mask", tokens, 1)
             return (), call
         widened(call, "decoder_attention_mask", tokens, 1)
-        name = cache_argument(own_forward(model)) or ""
-        cache = self.entered(taken_out(call, name))
-        empty = cache is None or cache.get_seq_length() == 0
-        if empty and model.training and torch.is_grad_enabled() and is_recomputed(model):
+        _, new = self.put_cache(model, call, decoded_rows(call))
+        if new and model.training and torch.is_grad_enabled() and is_recomputed(model):
             raise AdapterError(
                 "gradient checkpointing drops the key-value cache of an encoder-decoder, and the "
                 "prefix with it; turn it off (gradient_checkpointing=False), or use prompt tuning"
             )
-        call[name] = self.filled(cache, decoded_rows(call)) if empty else cache
-        self.running.drops_cache = cache is None and not wants_cache(model, call)
         return (), call
 
     def before_encoder(
@@ -377,8 +363,6 @@ HOOKS: dict[str, type[PromptHook]] = {
     "encoder": EncoderPrompts,
     "encoder-decoder": EncoderDecoderPrompts,
 }
-UNLABELLED = -100
-"""The label of a token that no loss counts."""
 
 
 def prompt_hook(model: nn.Module) -> PromptHook:
@@ -442,94 +426,6 @@ def widened(call: dict[str, Any], key: str, tokens: int, value: int) -> None:
     call[key] = torch.cat([given.new_full((len(given), tokens), value), given], dim=1)
 
 
-def taken_out(call: dict[str, Any], name: str) -> Any:
-    """Take the key-value cache out of a call; a forward calls it by this name.
-
-    Raises:
-        AdapterError: it is of a fixed size, for the text alone.
-    """
-    under = next((n for n, v in call.items() if isinstance(v, Cache)), name)
-    cache = call.pop(under, None)
-    own = getattr(cache, "self_attention_cache", cache)
-    if isinstance(own, StaticCache):
-        raise AdapterError(
-            f"a {type(own).__name__} has room for the text alone, and a prompt's virtual tokens "
-            "stand before it; leave cache_implementation out, which gives a cache that grows"
-        )
-    return cache
-
-
-def without_prompt(call: dict[str, Any]) -> None:
-    """Leave a call as it is, unless its cache begins with a prompt's virtual tokens."""
-    for value in call.values():
-        check_begun(value, None)
-
-
-def check_begun(cache: Any, adapter: str | None) -> None:
-    """Raise unless a cache with text was begun by the prompt that acts now, or by none.
-
-    Raises:
-        AdapterError: naming both.
-    """
-    own = getattr(cache, "self_attention_cache", cache)
-    by = own.adapter if isinstance(own, BehindPrompt) else None
-    known = isinstance(own, BehindPrompt) or type(own) is DynamicCache
-    if known and by != adapter and own.get_seq_length():
-        raise AdapterError(
-            f"the cache holds text behind {named(by)}, and {named(adapter)} acts now; leave "
-            "the cache out, so that the text is read again"
-        )
-
-
-def named(prompt: str | None) -> str:
-    """Return what a sentence calls a prompt."""
-    return "no prompt" if prompt is None else f"the prompt {prompt!r}"
-
-
-def check_continues(cache: Cache, call: dict[str, Any], tokens: int) -> None:
-    """Raise unless a call goes on where its cache ends, by the length of its mask.
-
-    `generate` takes the virtual tokens in a cache of an earlier generation for text, and leaves
-    as many tokens of the new text out.
-
-    Raises:
-        AdapterError: tokens between them are missing.
-    """
-    mask = call.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return
-    given = call.get("input_ids")
-    given = call.get(EMBEDDINGS) if given is None else given
-    held, brings = cache.get_seq_length() - tokens, 0 if given is None else given.shape[1]
-    if held + brings != mask.shape[1]:
-        raise AdapterError(
-            f"the cache holds {held} tokens of text after {tokens} virtual ones and the call "
-            f"brings {brings}, expected {mask.shape[1] - held}, as the attention mask has "
-            f"{mask.shape[1]}; to go on from an earlier generation leave the cache out"
-        )
-
-
-def wants_cache(model: Any, call: dict[str, Any]) -> bool:
-    """Say whether a call asks for a key-value cache, or its model's configuration does."""
-    asked = call.get("use_cache")
-    if asked is not None:
-        return bool(asked)
-    config = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if config is not None else None
-    return bool(getattr(text, "use_cache", True))
-
-
-def without_cache(output: Any) -> Any:
-    """Return an output without its key-value cache."""
-    if isinstance(output, ModelOutput):
-        for name in [name for name, value in output.items() if isinstance(value, Cache)]:
-            output[name] = None
-        return output
-    if isinstance(output, tuple):
-        return tuple(value for value in output if not isinstance(value, Cache))
-    return output
-
-
 def without(value: Any, name: str, reads: torch.Size, tokens: int) -> Any:
     """Return part of an output without the virtual tokens' places, of which `reads` tells."""
     if isinstance(value, tuple):
@@ -585,19 +481,3 @@ def is_recomputed(model: nn.Module) -> bool:
     """Say whether gradient checkpointing is on for any part of a model."""
     found = recomputed(model)
     return found is None or bool(found.blocks)
-
-
-def read_only(cache: Cache, own: bool) -> Cache:
-    """Return a cache of the same keys and values that blocks do not write to.
-
-    Raises:
-        AdapterError: it is a cache of the caller's, which must be written to.
-    """
-    if not own:
-        raise AdapterError(
-            "gradient checkpointing computes blocks again, which cannot go on from a cache that "
-            "is given; turn it off (gradient_checkpointing=False), or leave the cache out"
-        )
-    found = ReadOnly()
-    found.layers = cache.layers
-    return found

@@ -26,8 +26,8 @@ from inlay.storage.dense import DenseEmbedding, DenseView
 READ_ELSEWHERE: tuple[type[nn.Module], ...] = (NonDynamicallyQuantizableLinear,)
 """Layers whose weight is read past their forward: an attention module's output projection."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-PLAIN = (nn.Parameter, FakeTensor)
-"""What a parameter is that no library packs; in a plan it has no values."""
+UNPACKED = (nn.Parameter, FakeTensor)
+"""Types of a parameter that no library has packed; a plan's parameters are FakeTensors."""
 TRIED_ROWS = 64
 """The most rows of a weight that a trial makes."""
 TOLERANCE = 1e-5
@@ -152,7 +152,7 @@ def own_kind(module: nn.Module) -> Kind | None:
 def holds_floats(module: nn.Module, name: str) -> bool:
     """Say whether a module holds a plain floating-point parameter of this name itself."""
     held = module._parameters.get(name)
-    return held is not None and type(held) in PLAIN and held.dtype in FLOATS
+    return held is not None and type(held) in UNPACKED and held.dtype in FLOATS
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from inlay.evaluate.losses import PADDING
+from inlay.kernels.loss import IGNORED
 from inlay.model.packing import positions
-
-IGNORED = -100
-"""The label of a token that is not trained on."""
 
 
 @dataclass(frozen=True)

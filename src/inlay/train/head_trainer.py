@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from inlay.data.inputs import InputRow
 from inlay.evaluate.outputs import accepted, padded_inputs, padding_of
-from inlay.model.heads import IGNORED, Head, head_loss
+from inlay.kernels.loss import IGNORED
+from inlay.model.heads import Head, head_loss
 from inlay.model.shapes import length_multiple
 from inlay.train.trainer import AdapterLoop
 

@@ -19,9 +19,10 @@ from inlay.evaluate.labels import baseline_of, compare_labels
 from inlay.evaluate.outputs import accepted, padded_inputs
 from inlay.evaluate.record import ComparisonRecord
 from inlay.evaluate.run import Told
+from inlay.kernels.loss import IGNORED
 from inlay.memory.devices import Device
 from inlay.memory.skeleton import config_of
-from inlay.model.heads import IGNORED, SINGLE, Head, head_loss, head_of, labels_in
+from inlay.model.heads import SINGLE, Head, head_loss, head_of, labels_in
 from inlay.train import planning
 from inlay.train.config import RunConfig
 from inlay.train.head_planning import Planned, full_row, longest_row, reader

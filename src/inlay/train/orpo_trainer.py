@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.import_utils import TRLExperimentalWarning
 
 from inlay.data.preference import Pair
-from inlay.model.fast.attention import IGNORED
+from inlay.kernels.loss import IGNORED
 from inlay.train.preference_trainer import columns, longer_sides
 from inlay.train.reference import Telling, call_of
 from inlay.train.scoring import Scoring

@@ -17,6 +17,7 @@ from inlay.data.preference import Pair
 from inlay.data.prompts import encode_prompts
 from inlay.data.tokens import Encoded
 from inlay.errors import ModelError
+from inlay.kernels.loss import IGNORED
 from inlay.memory.devices import Device
 from inlay.memory.generating import Answering
 from inlay.memory.optimisers import Optimiser, adamw, adamw_8bit
@@ -33,7 +34,7 @@ from inlay.model.libraries import quiet_transformers
 from inlay.model.purpose import check_writes
 from inlay.model.shapes import length_multiple
 from inlay.model.tokenizer import has_tokenizer, read_tokenizer
-from inlay.train.collate import IGNORED, Concatenate
+from inlay.train.collate import Concatenate
 from inlay.train.config import RunConfig
 from inlay.train.mismatched import mismatched_in_batches
 from inlay.train.order import kept_order, order

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from inlay.evaluate.losses import buckets
+from inlay.kernels.loss import IGNORED
 from inlay.model.attach import disabled
-from inlay.model.fast.attention import IGNORED
 from inlay.train.scoring import Scoring
 from inlay.train.share import Share
 from inlay.train.trainer import AdapterLoop

@@ -19,9 +19,9 @@ from inlay.data.rows import Rows
 from inlay.data.tokens import Encoded
 from inlay.errors import TrainingError
 from inlay.evaluate.generation import Sampling, continued, end_tokens, settings
+from inlay.kernels.loss import IGNORED
 from inlay.methods.base import evaluating
 from inlay.model.attach import disabled
-from inlay.model.fast.attention import IGNORED
 from inlay.model.merged_weights import merged_weights
 from inlay.model.shapes import length_multiple
 from inlay.train.guard import Guard

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.model.fast.attention import IGNORED
+from inlay.kernels.loss import IGNORED
 from inlay.model.fast.causal_lm import FastCausalLM, ScoredOutput, scores_of
 
 

@@ -28,11 +28,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from inlay.checkpoint.adapter import save_adapter
 from inlay.evaluate.losses import EncodedRow
+from inlay.kernels.loss import IGNORED
 from inlay.memory.probe import measuring
 from inlay.train import checkpoints
 from inlay.train.adapter_state import load_tensors, tensors_of
 from inlay.train.arguments import warmup_steps
-from inlay.train.collate import IGNORED
 from inlay.train.guard import DivergedError, Guard, check_gradients, check_same, fingerprints
 from inlay.train.recorder import Recorder
 from inlay.train.share import Share

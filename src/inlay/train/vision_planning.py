@@ -15,11 +15,11 @@ from inlay.data.processor import ImageReader, Pictured, image_reader
 from inlay.data.rows import Rows
 from inlay.data.vision import ROOM, ImageInputs, bytes_of
 from inlay.evaluate.losses import padded
+from inlay.kernels.loss import IGNORED
 from inlay.memory.devices import Device
 from inlay.memory.skeleton import computing_dtype, config_of
 from inlay.methods.catalog import build_method
 from inlay.train import planning
-from inlay.train.collate import IGNORED
 from inlay.train.config import RunConfig
 from inlay.train.mismatched import mismatched_in_batches
 from inlay.train.rows import encode_labelled_rows, encode_pair_rows, encode_rows

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.kernels.attention import segment_attention, segments_of
+from inlay.kernels.loss import IGNORED
 from inlay.kernels.switches import is_on
 from inlay.model.fast.base import Fast, by_name
 from inlay.model.seams.transformers import (
@@ -27,8 +28,6 @@ from inlay.model.seams.transformers import (
     sdpa_mask,
 )
 
-IGNORED = -100
-"""The label of a position that is not scored."""
 ATTENTION = "inlay"
 """The name under which transformers finds our attention."""
 BIASES = ("position_bias", "softcap")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from inlay.kernels.loss import Scores, linear_cross_entropy, rows_at_once
+from inlay.kernels.loss import IGNORED, Scores, linear_cross_entropy, rows_at_once
 from inlay.kernels.switches import is_on
-from inlay.model.fast.attention import IGNORED, attending
+from inlay.model.fast.attention import attending
 from inlay.model.fast.base import Fast, by_name, parameters_of
 from inlay.model.fast.fused import acts_on, asked_for, mean_logits, reads_past, temperature_of
 from inlay.model.fast.layers import FastLastBlock
@@ -94,10 +94,10 @@ class FastCausalLM(Fast):
         """Return the model's output; with labels, in training, the loss comes in chunks."""
         call = by_name(type(self).plain, args, kwargs)
         with attending(call):
-            return self.scored_or_plain(call)
+            return self.in_chunks(call)
 
-    def scored_or_plain(self, call: dict[str, Any]) -> Any:
-        """Return the model's output; with labels, in training, the loss comes in chunks."""
+    def in_chunks(self, call: dict[str, Any]) -> Any:
+        """Return the output with its loss in chunks where that can be, else the model's own."""
         if call.get("labels") is None or not self.takes_chunks() or self.asks_for_more(call):
             return super().forward(**call)
         items = call.pop("num_items_in_batch", None)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from inlay.model.fast.attention import ATTENTION, IGNORED, FastBackbone
+from inlay.kernels.loss import IGNORED
+from inlay.kernels.scratch import HALVES
+from inlay.model.fast.attention import ATTENTION, FastBackbone
 from inlay.model.fast.base import Fast, become_fast, become_plain, parameters_of
 from inlay.model.fast.causal_lm import NARROW_WAY, FastCausalLM
 from inlay.model.fast.hints import can_be_last
@@ -37,7 +39,7 @@ class Tried:
 
     def __init__(self, twin: nn.Module, device: torch.device, halves: torch.dtype | None) -> None:
         self.twin, self.device = twin.to(device), device
-        self.halves = halves if halves in (torch.bfloat16, torch.float16) else None
+        self.halves = halves if halves in HALVES else None
         self.fast: list[Fast] = []
         self.spread = 0.0
         self.found: dict[Callable[[], Values], Values] = {}
