@@ -53,12 +53,17 @@ def ours_nf4_in_8_bits(base: str, adapter: str) -> nn.Module:
     return ours_in_8_bits(base, adapter, "nf4")
 
 
-def peft(base: str, adapter: str) -> nn.Module:
+def peft(base: str, adapter: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """HF peft on a plain transformers model, as its quick tour does."""
     from peft import PeftModel
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+
+
+def peft_in_float32(base: str, adapter: str) -> nn.Module:
+    """The same in float32, which some CPUs multiply faster, at twice the memory."""
+    return peft(base, adapter, torch.float32)
 
 
 def peft_bitsandbytes(base: str, adapter: str) -> nn.Module:
@@ -90,6 +95,8 @@ CONTESTANTS = {
         Contestant("inlay, 8-bit compute", "bf16", ours_in_8_bits, is_ours=True),
         Contestant("peft", "bf16", peft),
         Contestant("peft, allocator set", "bf16", peft, KEEPS_MEMORY),
+        Contestant("peft in float32", "bf16", peft_in_float32),
+        Contestant("peft in float32, allocator set", "bf16", peft_in_float32, KEEPS_MEMORY),
         Contestant("inlay", "nf4", ours_nf4, is_ours=True),
         Contestant("inlay, 8-bit compute", "nf4", ours_nf4_in_8_bits, is_ours=True),
         Contestant("peft + bitsandbytes", "nf4", peft_bitsandbytes),

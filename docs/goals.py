@@ -109,13 +109,16 @@ def halves_goals(found: dict[str, Any]) -> list[Goal]:
             continue
         cpu = named(found[f"speed_quick{on}"]["machine"], name)
         where = f"on {cpu}: bf16 LoRA step, 0.5B, 512 tokens"
-        stock, kept = (ratio(case, "inlay", peer) for peer in ("peft", "peft, allocator set"))
+        stock, kept = ratio(case, "inlay", "peft"), at_its_best(case)
         eight = ratio(case, "inlay, 8-bit compute", "inlay")
         share = case["contestants"]["inlay"]["share_of_gemm_floor"]
         goals += [
             at_least(f"{where}: over peft", 1.5, stock and stock["speed"], in_readme=True),
             at_least(
-                f"{where}: over peft, allocator set", 1.25, kept and kept["speed"], in_readme=True
+                f"{where}: over {kept['over'] if kept else 'peft, allocator set'}",
+                1.25,
+                kept and kept["speed"],
+                in_readme=True,
             ),
             share_goal(f"{where}: share of the GEMM floor", 0.85, share, most=False),
             at_least(f"{where}: 8-bit compute over our own bf16", 1.3, eight and eight["speed"]),
@@ -282,6 +285,13 @@ def real_cases(found: dict[str, Any]) -> dict[str, Any]:
         for run in ("real_data_quick", "real_data_full")
         for case in found.get(run, {}).get("cases", [])
     }
+
+
+def at_its_best(case: dict[str, Any]) -> dict[str, Any] | None:
+    """Return ours over peft with the allocator set, in the dtype that it is faster in there."""
+    peers = ("peft, allocator set", "peft in float32, allocator set")
+    found = [r for peer in peers if (r := ratio(case, "inlay", peer))]
+    return min(found, key=lambda r: r["speed"]["median"], default=None)
 
 
 def ratio(case: dict[str, Any] | None, of: str, over: str) -> dict[str, Any] | None:

@@ -106,7 +106,7 @@ def steps_section(found: dict[str, Any]) -> list[str]:
         "upcasts nor recomputes, which makes it faster than its documentation's set-up.",
         "![speed over the stock peer](pictures/speed.svg)",
         "On a CPU without bfloat16 arithmetic, where PyTorch's products of bfloat16 are slower "
-        "than those of float32:",
+        "than those of float32 (peft in float32, which must be faster there, was not measured):",
         steps_table(measured),
         *left_out(measured),
         *unmeasured(measured),

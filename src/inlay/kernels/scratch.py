@@ -37,8 +37,8 @@ WITHOUT_TILES = "avx512_bf16"
 def fast_halves_on_cpu() -> frozenset[torch.dtype]:
     """Return the half-precision dtypes in which this CPU multiplies faster than in float32.
 
-    Intel's CPUs without AMX have none: their AVX512-BF16 is slower than float32 (tried with torch's
-    products and ours). AMD's count as faster by their data sheets, and were not measured.
+    Intel's CPUs without AMX have none: there a step of peft in bfloat16 is slower than in float32
+    (docs/performance.md). AMD's count as faster by their data sheets, and were not measured.
     """
     level = os.environ.get("INLAY_NATIVE", "").lower()
     if level in BELOW_HALVES:
