@@ -75,7 +75,7 @@ def save_model(folder: Path, layers: int) -> None:
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    from inlay.model.folder import EMBEDDED
+    from inlay.model.load.folder import EMBEDDED
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["pocket"])
@@ -139,8 +139,8 @@ def work(folder: Path, run: dict[str, Any]) -> None:
     import torch
 
     from inlay.memory.probe import measuring
-    from inlay.model.shard import resident_bytes
-    from inlay.train.config import load_config
+    from inlay.model.stream.shard import resident_bytes
+    from inlay.run.config import load_config
     from inlay.train.run import train
     from inlay.train.trainer import AdapterLoop
 

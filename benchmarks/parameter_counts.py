@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 import inlay
 from inlay.methods.base import Method
-from inlay.model.folder import EMBEDDED
-from inlay.model.report import report
+from inlay.model.adapters.report import report
+from inlay.model.load.folder import EMBEDDED
 
 SHAPES = {
     "pocket": AutoConfig.from_pretrained(EMBEDDED["pocket"]),

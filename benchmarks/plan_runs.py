@@ -72,7 +72,7 @@ def made(name: str, folder: Path, dtype: str) -> str:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from inlay.model.folder import EMBEDDED
+    from inlay.model.load.folder import EMBEDDED
 
     path, shape = folder / f"{name}-{dtype}", SHAPES[name]
     if path.exists():

@@ -159,7 +159,7 @@ def batch(case: dict[str, Any]) -> dict[str, Any]:
 def planned(case: dict[str, Any]) -> dict[str, Any]:
     """Plan a case from its configuration, as `inlay plan` does."""
     from inlay.memory.devices import Device
-    from inlay.train.config import load_config
+    from inlay.run.config import load_config
     from inlay.train.planning import planned_step
 
     run = load_config(
@@ -190,9 +190,9 @@ def measured(case: dict[str, Any], model_folder: str) -> dict[str, Any]:
     from inlay.memory.policy import apply
     from inlay.memory.probe import measuring, resident
     from inlay.methods.catalog import build_method
-    from inlay.model.attach import attach
-    from inlay.model.eight_bits import compute_in_8_bits
-    from inlay.model.load import load
+    from inlay.model.adapters.attach import attach
+    from inlay.model.load.eight_bits import compute_in_8_bits
+    from inlay.model.load.pretrained import load
     from inlay.train import supervised
     from inlay.train.planning import step_loss
 

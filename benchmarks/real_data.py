@@ -28,7 +28,7 @@ from shapes import ALPHA, RANK, save_base, save_start, shape_config
 from turns import Worker
 
 from inlay.data.reports import generate_reports
-from inlay.model.folder import EMBEDDED
+from inlay.model.load.folder import EMBEDDED
 
 OURS, IN_8_BITS, PEER = SIDES = ("inlay", "inlay, 8-bit compute", "TRL + peft")
 BATCH_SIZE = 8

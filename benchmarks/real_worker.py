@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from turns import Parent, PeakMemory, serve
 
 from inlay.evaluate.losses import losses
-from inlay.train.config import RunConfig, load_config
-from inlay.train.events import Event
+from inlay.run.config import RunConfig, load_config
+from inlay.train.output.events import Event
 from inlay.train.rows import RunRows, encode_rows, rows_of_run
 from inlay.train.run import train
 

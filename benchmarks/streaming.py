@@ -27,9 +27,9 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 import inlay
-from inlay.model.folder import EMBEDDED, INDEX
-from inlay.model.quantize import bitsandbytes_config
-from inlay.model.stream import statistics as stream_statistics
+from inlay.model.load.folder import EMBEDDED, INDEX
+from inlay.model.load.quantize import bitsandbytes_config
+from inlay.model.stream.host import statistics as stream_statistics
 from inlay.storage.nf4 import NF4Linear, dynamic_map
 
 SHAPE = {

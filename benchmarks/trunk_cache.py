@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import inlay
-from inlay.model.folder import located
-from inlay.model.tokenizer import read_tokenizer
+from inlay.model.load.folder import located
+from inlay.model.load.tokenizer import read_tokenizer
+from inlay.run.config import RunConfig, load_config
 from inlay.train.collate import Concatenate
-from inlay.train.config import RunConfig, load_config
 from inlay.train.rows import encode_rows, rows_of_run
 from inlay.train.trainer import labels
 from inlay.train.trunk_cache import TrunkCache, cached_trunk

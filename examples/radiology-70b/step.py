@@ -27,8 +27,8 @@ from inlay.memory.policy import apply
 from inlay.memory.probe import measuring
 from inlay.memory.skeleton import config_of
 from inlay.methods.catalog import build_method
-from inlay.model.stream import embedding_on_host
-from inlay.train.config import RunConfig, load_config
+from inlay.model.stream.host import embedding_on_host
+from inlay.run.config import RunConfig, load_config
 from inlay.train.planning import assumed_rows, planned_step
 
 HERE = Path(__file__).parent

@@ -40,14 +40,14 @@ if TYPE_CHECKING:
     from inlay.methods.p_tuning import PTuning
     from inlay.methods.prefix import PrefixTuning
     from inlay.methods.prompt import PromptTuning
-    from inlay.model.attach import attach, detach, disabled, use
-    from inlay.model.eight_bits import compute_in_8_bits
-    from inlay.model.heads import Head
-    from inlay.model.load import load
-    from inlay.model.merge import merge
-    from inlay.model.quantize import quantize
-    from inlay.model.report import report
-    from inlay.model.stream import stream
+    from inlay.model.adapters.attach import attach, detach, disabled, use
+    from inlay.model.adapters.report import report
+    from inlay.model.load.eight_bits import compute_in_8_bits
+    from inlay.model.load.heads import Head
+    from inlay.model.load.pretrained import load
+    from inlay.model.load.quantize import quantize
+    from inlay.model.merge.merge import merge
+    from inlay.model.stream.host import stream
 
 __all__ = [
     "IA3",
@@ -89,20 +89,20 @@ __all__ = [
 warn_of_untested()
 
 VERBS = {
-    "Head": "inlay.model.heads",
-    "attach": "inlay.model.attach",
-    "compute_in_8_bits": "inlay.model.eight_bits",
-    "detach": "inlay.model.attach",
-    "disabled": "inlay.model.attach",
-    "load": "inlay.model.load",
+    "Head": "inlay.model.load.heads",
+    "attach": "inlay.model.adapters.attach",
+    "compute_in_8_bits": "inlay.model.load.eight_bits",
+    "detach": "inlay.model.adapters.attach",
+    "disabled": "inlay.model.adapters.attach",
+    "load": "inlay.model.load.pretrained",
     "load_adapter": "inlay.checkpoint.adapter",
-    "merge": "inlay.model.merge",
+    "merge": "inlay.model.merge.merge",
     "plain": "inlay.kernels.switches",
-    "quantize": "inlay.model.quantize",
-    "report": "inlay.model.report",
+    "quantize": "inlay.model.load.quantize",
+    "report": "inlay.model.adapters.report",
     "save_adapter": "inlay.checkpoint.adapter",
-    "stream": "inlay.model.stream",
-    "use": "inlay.model.attach",
+    "stream": "inlay.model.stream.host",
+    "use": "inlay.model.adapters.attach",
 }
 """The verbs and the modules they are imported from."""
 

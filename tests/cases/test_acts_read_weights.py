@@ -27,7 +27,7 @@ from transformers import (
 
 import inlay
 from inlay.errors import StorageError
-from inlay.model.attach import adapter_places
+from inlay.model.adapters.attach import adapter_places
 from inlay.storage.reads import is_tool
 
 IDS = {"input_ids": torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(1))}
@@ -189,7 +189,7 @@ def test_to_write_into_a_computed_weight_is_refused() -> None:
 
 def test_tools_get_the_parameter() -> None:
     assert is_tool("accelerate.utils.modeling")
-    assert is_tool("inlay.model.merge")
+    assert is_tool("inlay.model.merge.merge")
     assert not is_tool("accelerated")
     assert not is_tool("transformers.models.mamba.modeling_mamba")
     layer = inlay.attach(Reads(), inlay.LoRA(rank=2)).layer

@@ -17,9 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import inlay
 import inlay.peft
 from inlay.memory.devices import Device
-from inlay.model.attach import adapter_places
-from inlay.model.tokens import ids_of
-from inlay.train.config import load_config
+from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.tokens import ids_of
+from inlay.run.config import load_config
 from inlay.train.planning import built
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

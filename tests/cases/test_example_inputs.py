@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from inlay.errors import ModelError
-from inlay.model.inputs import example_inputs
+from inlay.model.example_inputs import example_inputs
 
 TEXT = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -26,10 +26,10 @@ from inlay.memory.devices import Device
 from inlay.memory.simulate import fake_tensors
 from inlay.memory.skeleton import skeleton
 from inlay.methods.catalog import build_method
-from inlay.model.attach import adapter_places
+from inlay.model.adapters.attach import adapter_places
+from inlay.run.config import RunConfig
 from inlay.storage.registry import kind
 from inlay.train import planning
-from inlay.train.config import RunConfig
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -13,7 +13,7 @@ import pytest
 from inlay.errors import AdapterError
 from inlay.methods.base import Method
 from inlay.methods.catalog import MethodSpec, build_method, catalog, specs_in
-from inlay.train.config import RunConfig
+from inlay.run.config import RunConfig
 
 NAMES = sorted(catalog())
 

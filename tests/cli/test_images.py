@@ -17,7 +17,7 @@ from verbs import as_json
 from vision_tiny import QUESTION, make_digits, make_vision_model
 
 from inlay.cli.main import main
-from inlay.model.load import load
+from inlay.model.load.pretrained import load
 
 TRAIN = [
     "train", "--max-steps", "3", "--rank", "4", "--learning-rate", "1e-2", "--batch-size", "4",

@@ -29,8 +29,8 @@ import inlay
 from inlay.checkpoint.folder import sha256_of
 from inlay.cli.main import main
 from inlay.methods.catalog import catalog
-from inlay.model.folder import EMBEDDED
-from inlay.train.config import RunConfig
+from inlay.model.load.folder import EMBEDDED
+from inlay.run.config import RunConfig
 
 CONFIGS, DATA_FILES, ADAPTERS = 550, 300, 250
 """How many of each are tried; together over a thousand."""

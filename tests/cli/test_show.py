@@ -9,7 +9,7 @@ import pytest
 
 from inlay.cli import show, summary
 from inlay.cli.progress import LiveProgress, PlainProgress, progress, sparkline
-from inlay.train.events import Event
+from inlay.train.output.events import Event
 
 
 class Terminal(io.StringIO):

@@ -32,10 +32,10 @@ from inlay.checkpoint.adapter import save_adapter
 from inlay.checkpoint.differs import differences
 from inlay.memory.policy import applied
 from inlay.methods.catalog import build_method
-from inlay.model.acts import listed
-from inlay.model.attach import adapter_places, adapters
-from inlay.model.fidelity import first_tensor
-from inlay.model.packing import mixes_rows, positions
+from inlay.model.adapters.acts import listed
+from inlay.model.adapters.attach import adapter_places, adapters
+from inlay.model.fast.packing import mixes_rows, positions
+from inlay.model.merge.fidelity import first_tensor
 
 VALUES, GRADIENTS = 1e-4, 1e-3
 """How far fp32 values may lie apart, as a share of the largest, and gradients of their length."""
@@ -462,8 +462,8 @@ def planned(case: Case) -> Outcome:
     if case.mapping not in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM"):
         return "no run of Inlay's"
     from inlay.memory.devices import Device
+    from inlay.run.config import RunConfig
     from inlay.train import planning
-    from inlay.train.config import RunConfig
 
     device = Device("a CPU", "cpu", 1 << 36, 1e10, 1e11, 1e11)
     config = copy.deepcopy(case.base.config)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from inlay.checkpoint.adapter import load_adapter, save_adapter
 from inlay.methods.lora import LoRA
-from inlay.model.attach import attach
-from inlay.model.merge import merge
-from inlay.model.quantize import quantize
+from inlay.model.adapters.attach import attach
+from inlay.model.load.quantize import quantize
+from inlay.model.merge.merge import merge
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.registry import STORAGES
 

@@ -15,9 +15,9 @@ import inlay
 from inlay.errors import InlayError
 from inlay.kernels import opaque
 from inlay.methods.base import PromptMethod
+from inlay.model.adapters.layer import AdaptedLayer
 from inlay.model.fast.base import Fast
 from inlay.model.fast.install import install
-from inlay.model.layer import AdaptedLayer
 
 LAYERS = {"linear": Layer("linear", width=48), "conv1d": Layer("conv1d", width=48)}
 CHANGES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Tensor]]] = {

@@ -31,10 +31,10 @@ from inlay.methods.base import (
     SelectMethod,
     WeightMethod,
 )
-from inlay.model.attach import adapter_places, adapters, attach, detach, disabled, use
-from inlay.model.layer import AdaptedLayer
-from inlay.model.merge import merge
-from inlay.model.report import report
+from inlay.model.adapters.attach import adapter_places, adapters, attach, detach, disabled, use
+from inlay.model.adapters.layer import AdaptedLayer
+from inlay.model.adapters.report import report
+from inlay.model.merge.merge import merge
 
 CASES = model_cases()
 every_case = pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from law_cases import STORED, Layer, Storage, seeded
 from torch import nn
 
 import inlay
-from inlay.model.attach import disabled
+from inlay.model.adapters.attach import disabled
 
 HELD = {name: s.name for name, s in STORED.items() if name not in ("fp32", "bf16")} | {"d": "dense"}
 

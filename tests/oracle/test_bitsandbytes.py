@@ -25,9 +25,9 @@ from transformers import (
 
 from inlay.kernels import scratch
 from inlay.kernels.frozen import dense
-from inlay.model.folder import EMBEDDED
-from inlay.model.load import load
-from inlay.model.quantize import quantize
+from inlay.model.load.folder import EMBEDDED
+from inlay.model.load.pretrained import load
+from inlay.model.load.quantize import quantize
 from inlay.storage.bitsandbytes import ForeignLinear
 from inlay.storage.int8 import Int8Linear
 from inlay.storage.nf4 import NF4Linear

@@ -24,9 +24,9 @@ from inlay.methods.norms import NormTuning
 from inlay.methods.p_tuning import PTuning
 from inlay.methods.prefix import PrefixTuning
 from inlay.methods.prompt import PromptTuning
-from inlay.model.attach import adapters, attach
-from inlay.model.merge import merge
-from inlay.model.stream import embedding_on_host
+from inlay.model.adapters.attach import adapters, attach
+from inlay.model.merge.merge import merge
+from inlay.model.stream.host import embedding_on_host
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")

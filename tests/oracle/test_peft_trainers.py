@@ -34,7 +34,7 @@ from trl import (
 )
 
 import inlay.peft
-from inlay.model.folder import EMBEDDED
+from inlay.model.load.folder import EMBEDDED
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")

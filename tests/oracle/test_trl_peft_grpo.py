@@ -13,7 +13,7 @@ from trl_peers import curve, of_config, own_curve, peers_model, run_file
 
 from inlay.data.arithmetic import generate_problems
 from inlay.data.prompts import encode_prompts
-from inlay.train.config import RunConfig
+from inlay.run.config import RunConfig
 from inlay.train.prompt_order import Group, PromptOrder
 from inlay.train.rows import rows_of_run
 from inlay.train.run import train

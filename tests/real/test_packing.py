@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from inlay.train.config import load_config
-from inlay.train.recorder import read_metrics
+from inlay.run.config import load_config
+from inlay.train.output.recorder import read_metrics
 from inlay.train.run import train
 
 REPORTS = Path(__file__).parents[2].parent / "shared/data/radiology/reports.csv"

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import NAMES
 from transformers import AutoTokenizer
 
-from inlay.model.folder import EMBEDDED
+from inlay.model.load.folder import EMBEDDED
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ from vision_tiny import make_vision_run
 
 from inlay.errors import InlayError
 from inlay.memory.probe import warm_up
-from inlay.model.attach import adapter_places
-from inlay.model.shard import resident_bytes
-from inlay.train.adapter_state import tensors_of
+from inlay.model.adapters.attach import adapter_places
+from inlay.model.stream.shard import resident_bytes
+from inlay.train.output.adapter_state import tensors_of
 from inlay.train.run import train
 from inlay.train.trainer import AdapterLoop
 

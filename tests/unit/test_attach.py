@@ -38,11 +38,11 @@ from inlay.methods.ia3 import IA3
 from inlay.methods.lora import LoRA
 from inlay.methods.prefix import PrefixTuning
 from inlay.methods.prompt import PromptTuning
-from inlay.model.attach import active, adapter_places, adapters, attach, detach, use
-from inlay.model.layer import own_modules
-from inlay.model.merge import merge
-from inlay.model.quantize import quantize
-from inlay.model.report import report
+from inlay.model.adapters.attach import active, adapter_places, adapters, attach, detach, use
+from inlay.model.adapters.layer import own_modules
+from inlay.model.adapters.report import report
+from inlay.model.load.quantize import quantize
+from inlay.model.merge.merge import merge
 
 IDS = torch.arange(12).view(2, 6)
 SIZES: dict[str, Any] = {

@@ -27,8 +27,8 @@ from inlay.methods.bitfit import BitFit
 from inlay.methods.bottleneck import Bottleneck
 from inlay.methods.full import Full
 from inlay.methods.lora import LoRA
-from inlay.model.attach import active, adapters, attach
-from inlay.model.quantize import quantize
+from inlay.model.adapters.attach import active, adapters, attach
+from inlay.model.load.quantize import quantize
 
 
 class Net(nn.Module):

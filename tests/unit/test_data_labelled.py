@@ -22,7 +22,7 @@ from inlay.data.read import read_rows
 from inlay.data.rows import Rows
 from inlay.data.split import split
 from inlay.errors import DataError
-from inlay.model.folder import EMBEDDED
+from inlay.model.load.folder import EMBEDDED
 from inlay.train.mismatched import mismatched, mismatched_in_batches
 from inlay.train.order import kept_order
 

@@ -12,7 +12,7 @@ from inlay.data.read import read_rows
 from inlay.data.rows import Rows
 from inlay.data.split import split
 from inlay.errors import DataError
-from inlay.model.folder import EMBEDDED
+from inlay.model.load.folder import EMBEDDED
 
 GOOD = {"prompt": "Say a colour:", "chosen": "red", "rejected": "blue and green"}
 ASKED = [{"role": "user", "content": "A colour?"}]

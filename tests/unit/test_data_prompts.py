@@ -10,8 +10,8 @@ from inlay.data.prompts import are_prompts, encode_prompts, normalise_prompts
 from inlay.data.read import RawRow, read_rows
 from inlay.data.split import split
 from inlay.errors import DataError, ModelError
-from inlay.model.folder import located
-from inlay.model.tokenizer import read_tokenizer
+from inlay.model.load.folder import located
+from inlay.model.load.tokenizer import read_tokenizer
 
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 3?"}]
 

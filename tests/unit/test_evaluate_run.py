@@ -22,7 +22,7 @@ from inlay.evaluate.losses import logits_at
 from inlay.evaluate.run import choose_samples, compare, evaluate, generate, losses
 from inlay.methods.base import Params, PromptMethod
 from inlay.methods.lora import LoRA
-from inlay.model.attach import attach, use
+from inlay.model.adapters.attach import attach, use
 
 torch.set_num_threads(1)
 WORDS = 97

@@ -23,8 +23,8 @@ import inlay
 from inlay.errors import ModelError
 from inlay.memory.simulate import fake_tensors
 from inlay.memory.skeleton import skeleton
-from inlay.model.heads import Head, head_from, head_loss, head_of, not_adapted, to_train
-from inlay.model.load import load
+from inlay.model.load.heads import Head, head_from, head_loss, head_of, not_adapted, to_train
+from inlay.model.load.pretrained import load
 from inlay.storage.registry import frozen
 
 THREE = Head("sequence", ("a", "b", "c"), "single_label_classification", seed=3)

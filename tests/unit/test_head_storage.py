@@ -22,11 +22,11 @@ from inlay.memory.devices import device_named
 from inlay.memory.simulate import fake_tensors, frozen_bytes
 from inlay.memory.skeleton import config_of
 from inlay.methods.lora import LoRA
-from inlay.model.attach import attach
-from inlay.model.heads import Head
-from inlay.model.load import load
-from inlay.model.quantize import quantize
-from inlay.model.shard import resident_bytes
+from inlay.model.adapters.attach import attach
+from inlay.model.load.heads import Head
+from inlay.model.load.pretrained import load
+from inlay.model.load.quantize import quantize
+from inlay.model.stream.shard import resident_bytes
 from inlay.storage.streamed import StreamedEmbedding
 from inlay.train.planning import built as planned_model
 from inlay.train.run import train

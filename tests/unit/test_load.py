@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from inlay.errors import ModelError, StorageError
-from inlay.model.folder import EMBEDDED
-from inlay.model.load import load
-from inlay.model.quantize import quantize
+from inlay.model.load.folder import EMBEDDED
+from inlay.model.load.pretrained import load
+from inlay.model.load.quantize import quantize
 from inlay.storage.int8 import Int8Linear
 from inlay.storage.nf4 import NF4Linear
 
@@ -135,7 +135,8 @@ def test_without_bitsandbytes_and_without_a_word(folders: dict[str, Path], tmp_p
     loaded.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     code = (
-        "import sys; sys.modules['bitsandbytes'] = None; from inlay.model.load import load; "
+        "import sys; sys.modules['bitsandbytes'] = None; "
+        "from inlay.model.load.pretrained import load; "
         "load(sys.argv[1]); load(sys.argv[2]); load(sys.argv[2], 'int8')"
     )
     run = [sys.executable, "-c", code, str(tmp_path), str(folders["llama"])]

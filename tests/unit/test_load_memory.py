@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from inlay.model.folder import EMBEDDED
+from inlay.model.load.folder import EMBEDDED
 
 MEASURE = """
 import json, sys, threading, time
 import transformers.models.llama.modeling_llama
-from inlay.model.load import load
+from inlay.model.load.pretrained import load
 
 load("pocket", sys.argv[2])  # what the first load brings in is not the model's
 

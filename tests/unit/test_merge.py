@@ -22,11 +22,11 @@ from inlay.methods.lora import LoRA
 from inlay.methods.norms import NormTuning
 from inlay.methods.prefix import PrefixTuning
 from inlay.methods.prompt import PromptTuning
-from inlay.model.attach import adapter_places, adapters, attach, use
-from inlay.model.merge import merge
-from inlay.model.merge_plan import Plan
-from inlay.model.quantize import quantize
-from inlay.model.stream import embedding_on_host
+from inlay.model.adapters.attach import adapter_places, adapters, attach, use
+from inlay.model.load.quantize import quantize
+from inlay.model.merge.merge import merge
+from inlay.model.merge.plan import Plan
+from inlay.model.stream.host import embedding_on_host
 from inlay.storage.nf4 import NF4Linear
 from inlay.storage.streamed import StreamedEmbedding
 

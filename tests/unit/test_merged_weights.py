@@ -11,9 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import inlay
 from inlay.errors import MergeError
 from inlay.methods.base import Method
-from inlay.model.attach import adapter_places
-from inlay.model.merged_weights import merged_weights
-from inlay.model.stream import embedding_on_host
+from inlay.model.adapters.attach import adapter_places
+from inlay.model.merge.weights import merged_weights
+from inlay.model.stream.host import embedding_on_host
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 30]])
 

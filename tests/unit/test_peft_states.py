@@ -33,7 +33,7 @@ import inlay
 from inlay.checkpoint.options import DEFAULTS, PLACEMENT
 from inlay.errors import AdapterError
 from inlay.model.fast.causal_lm import FastCausalLM
-from inlay.model.folder import EMBEDDED
+from inlay.model.load.folder import EMBEDDED
 from inlay.peft import (
     PeftModel,
     get_base_model_state_dict,

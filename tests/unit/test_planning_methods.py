@@ -8,7 +8,7 @@ from transformers import MixtralConfig, PreTrainedConfig, Qwen2Config
 from inlay.memory.devices import Device
 from inlay.memory.plan import Plan
 from inlay.methods.catalog import catalog
-from inlay.train.config import RunConfig
+from inlay.run.config import RunConfig
 from inlay.train.planning import assumed_rows, planned_step
 
 SIZES = {

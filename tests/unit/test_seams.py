@@ -155,7 +155,7 @@ def test_trl() -> None:
     from trl.trainer import dpo_trainer, grpo_trainer, kto_trainer
     from trl.trainer.utils import add_fused_lm_head
 
-    from inlay.train.seams.trl import checkpointing_left_on
+    from inlay.train.trl import checkpointing_left_on
 
     assert len(names(get_training_chat_template)) >= 1
     assert {"model", "outputs", "temperature"} <= set(names(add_fused_lm_head))

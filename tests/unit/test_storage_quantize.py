@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from inlay.errors import ModelError, StorageError
-from inlay.model.quantize import describe_quantization, quantize
+from inlay.model.load.quantize import describe_quantization, quantize
 from inlay.storage.int8 import Int8Linear
 from inlay.storage.nf4 import NF4Linear
 

@@ -29,11 +29,11 @@ import inlay
 from inlay.errors import AdapterError, MergeError, ModelError, StorageError
 from inlay.methods.base import Method
 from inlay.methods.lora import LoRA
-from inlay.model import stream_files
-from inlay.model.attach import attach
-from inlay.model.folder import EMBEDDED
-from inlay.model.load import load
-from inlay.model.stream import statistics, stream
+from inlay.model.adapters.attach import attach
+from inlay.model.load.folder import EMBEDDED
+from inlay.model.load.pretrained import load
+from inlay.model.stream import files as stream_files
+from inlay.model.stream.host import statistics, stream
 from inlay.storage.buffers import ALIGNMENT, Block, Buffers, Order
 from inlay.storage.streamed import StreamedEmbedding, StreamedLinear
 from inlay.storage.weights_file import WeightsFile

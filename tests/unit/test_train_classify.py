@@ -14,9 +14,9 @@ from inlay.cli.main import main
 from inlay.data.inputs import InputRow
 from inlay.errors import DataError, TrainingError, UsageError
 from inlay.memory.devices import this_machine
-from inlay.model.heads import Head
-from inlay.model.load import load
-from inlay.train.config import RunConfig, load_config
+from inlay.model.load.heads import Head
+from inlay.model.load.pretrained import load
+from inlay.run.config import RunConfig, load_config
 from inlay.train.head_trainer import PadLabelled
 from inlay.train.planning import row_reader
 from inlay.train.run import TrainResult, train
@@ -115,7 +115,7 @@ def test_the_comparison_is_that_of_the_models_logits(runs: dict[str, TrainResult
     result = runs["single"]
     assert result.model is not None
     assert result.tokenizer is not None
-    from inlay.train.config import checked_config
+    from inlay.run.config import checked_config
     from inlay.train.rows import rows_of_run
 
     rows = rows_of_run(checked_config(result.run["config"])).test.rows

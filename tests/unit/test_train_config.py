@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from inlay.errors import UsageError
 from inlay.methods.catalog import catalog
-from inlay.train.config import RunConfig, checked_config, flags, load_config
-from inlay.train.hyperparameters import method_flags
-from inlay.train.run_file import read_yaml
-from inlay.train.synonyms import SYNONYMS
+from inlay.run.config import RunConfig, checked_config, flags, load_config
+from inlay.run.hyperparameters import method_flags
+from inlay.run.run_file import read_yaml
+from inlay.run.synonyms import SYNONYMS
 
 NEEDED = {"model": "pocket", "data": "reports", "output": "out"}
 
@@ -192,7 +192,7 @@ def test_synonyms_lead_somewhere():
 
 
 def test_the_definition_imports_no_torch():
-    code = "import sys, inlay.train.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, inlay.run.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -22,11 +22,11 @@ from inlay.data.preference import encode_pairs
 from inlay.errors import DataError
 from inlay.evaluate.preference import log_probs
 from inlay.methods.lora import LoRA
-from inlay.model.attach import adapter_places, attach, disabled
-from inlay.model.load import load
-from inlay.train.config import RunConfig, load_config
+from inlay.model.adapters.attach import adapter_places, attach, disabled
+from inlay.model.load.pretrained import load
+from inlay.run.config import RunConfig, load_config
 from inlay.train.dpo import Stages
-from inlay.train.folder import RunFolder
+from inlay.train.output.folder import RunFolder
 from inlay.train.preference_trainer import PreferenceTrainer
 from inlay.train.recipe import learning_rate
 from inlay.train.rows import rows_of_run

@@ -16,8 +16,8 @@ from inlay.data.rows import Rows
 from inlay.data.similar import normalise_similar
 from inlay.errors import DataError, ModelError, TrainingError, UsageError
 from inlay.evaluate.similar import Candidates, compared_retrieval, compared_scores, ranks
-from inlay.model.heads import Head
-from inlay.model.load import load
+from inlay.model.load.heads import Head
+from inlay.model.load.pretrained import load
 from inlay.train.embed import SimilarityLoss
 from inlay.train.embedder import embedder, modules_in
 from inlay.train.run import TrainResult, train

@@ -30,12 +30,12 @@ from inlay.evaluate.reward import Measured, divergence, reward_records
 from inlay.kernels.switches import plain
 from inlay.methods.base import evaluating
 from inlay.methods.lora import LoRA
-from inlay.model.attach import adapter_places, attach, disabled
-from inlay.model.load import load
+from inlay.model.adapters.attach import adapter_places, attach, disabled
+from inlay.model.load.pretrained import load
+from inlay.run.config import RunConfig, load_config
 from inlay.train import grpo
-from inlay.train.config import RunConfig, load_config
-from inlay.train.folder import RunFolder
 from inlay.train.grpo import Stages
+from inlay.train.output.folder import RunFolder
 from inlay.train.prompt_order import Group, PromptOrder
 from inlay.train.recipe import learning_rate
 from inlay.train.reward_trainer import RewardTrainer

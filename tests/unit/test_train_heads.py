@@ -10,9 +10,9 @@ from heads_tiny import make_any
 from train_tiny import adapter_hash, broken_at, losses_of
 
 from inlay.errors import TrainingError
-from inlay.train import checkpoints
 from inlay.train.embed import EmbedTrainer
 from inlay.train.head_trainer import HeadTrainer
+from inlay.train.output import checkpoints
 from inlay.train.reward import RewardLoop
 from inlay.train.run import train
 

@@ -23,14 +23,14 @@ from inlay.data.labelled import encode_labelled
 from inlay.errors import DataError
 from inlay.evaluate.labelled import labelled_losses
 from inlay.methods.lora import LoRA
-from inlay.model.attach import adapter_places, attach, disabled
-from inlay.model.load import load
+from inlay.model.adapters.attach import adapter_places, attach, disabled
+from inlay.model.load.pretrained import load
+from inlay.run.config import RunConfig, load_config
 from inlay.train import planning, proposal
-from inlay.train.config import RunConfig, load_config
-from inlay.train.folder import RunFolder
 from inlay.train.kto import Stages
 from inlay.train.kto_trainer import LabelledTrainer
 from inlay.train.mismatched import mismatched, mismatched_in_batches
+from inlay.train.output.folder import RunFolder
 from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
 

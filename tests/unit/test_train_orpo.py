@@ -12,10 +12,10 @@ from train_tiny import KINDS, adapter_hash, check_refused, losses_of, make_task,
 
 from inlay.data.preference import encode_pairs
 from inlay.evaluate.odds import odds_ratios
-from inlay.model.attach import disabled
-from inlay.model.load import load
+from inlay.model.adapters.attach import disabled
+from inlay.model.load.pretrained import load
+from inlay.run.config import RunConfig, load_config
 from inlay.train import planning
-from inlay.train.config import RunConfig, load_config
 from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
 

@@ -24,11 +24,11 @@ from transformers import (
 
 from inlay.errors import UsageError
 from inlay.methods.prefix import PrefixTuning
-from inlay.model.attach import attach
-from inlay.model.packing import mixes_rows, positions, segments
+from inlay.model.adapters.attach import attach
+from inlay.model.fast.packing import mixes_rows, positions, segments
 from inlay.train import arguments
 from inlay.train.collate import Concatenate
-from inlay.train.events import Event
+from inlay.train.output.events import Event
 from inlay.train.run import train
 
 SMALL: dict[str, Any] = {

@@ -14,16 +14,16 @@ from torch import nn
 
 from inlay.errors import CheckpointError, TrainingError
 from inlay.methods.lora import LoRA
-from inlay.model.attach import adapter_places, attach
-from inlay.train import checkpoints, files
+from inlay.model.adapters.attach import adapter_places, attach
+from inlay.run.config import checked_config
 from inlay.train.arguments import warmup_steps
-from inlay.train.config import checked_config
-from inlay.train.events import Event
 from inlay.train.guard import Guard, check_changed, check_gradients, fingerprints
 from inlay.train.order import order
+from inlay.train.output import checkpoints, files
+from inlay.train.output.events import Event
+from inlay.train.output.recorder import Recorder, read_metrics
+from inlay.train.output.state import load_tree, random_state, restore_random_state, save_tree
 from inlay.train.recipe import learning_rate
-from inlay.train.recorder import Recorder, read_metrics
-from inlay.train.state import load_tree, random_state, restore_random_state, save_tree
 
 NEEDED = {"model": "pocket", "data": "reports", "output": "out"}
 

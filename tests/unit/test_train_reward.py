@@ -14,8 +14,8 @@ import inlay
 from inlay.data.preference import normalise_pairs
 from inlay.data.read import read_rows
 from inlay.errors import DataError, ModelError, TrainingError
-from inlay.model.heads import Head
-from inlay.model.load import load
+from inlay.model.load.heads import Head
+from inlay.model.load.pretrained import load
 from inlay.train.reward_pairs import encode_reward_pairs, measure
 from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
@@ -45,7 +45,7 @@ def test_a_run_learns_which_answer_is_preferred(done: TrainResult):
 
 
 def test_the_comparison_is_that_of_the_models_rewards(done: TrainResult):
-    from inlay.train.config import checked_config
+    from inlay.run.config import checked_config
 
     assert done.model is not None
     assert done.tokenizer is not None

@@ -9,8 +9,8 @@ from train_tiny import make_data
 from transformers import AutoTokenizer
 
 from inlay.errors import DataError
-from inlay.model.folder import EMBEDDED
-from inlay.train.config import RunConfig, load_config
+from inlay.model.load.folder import EMBEDDED
+from inlay.run.config import RunConfig, load_config
 from inlay.train.rows import encode_rows, rows_of_run, sample, training_template
 
 

@@ -24,11 +24,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from inlay.errors import DataError, InlayError, TrainingError, UsageError
 from inlay.kernels.switches import plain
 from inlay.memory.plan import Plan
-from inlay.model.attach import adapter_places
-from inlay.train import checkpoints, planning, trainer
-from inlay.train.config import RunConfig, load_config
-from inlay.train.events import Event
-from inlay.train.folder import RunFolder
+from inlay.model.adapters.attach import adapter_places
+from inlay.run.config import RunConfig, load_config
+from inlay.train import planning, trainer
+from inlay.train.output import checkpoints
+from inlay.train.output.events import Event
+from inlay.train.output.folder import RunFolder
 from inlay.train.run import TrainResult, train
 from inlay.train.trainer import AdapterTrainer
 

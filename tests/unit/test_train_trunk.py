@@ -24,9 +24,9 @@ from inlay.errors import UsageError
 from inlay.memory import devices
 from inlay.methods.lora import LoRA
 from inlay.methods.prefix import PrefixTuning
-from inlay.model.attach import attach, detach
+from inlay.model.adapters.attach import attach, detach
 from inlay.model.trunk import PassThrough, Trunk, trunk_of
-from inlay.train.events import Event
+from inlay.train.output.events import Event
 from inlay.train.run import train
 from inlay.train.trunk_cache import TrunkCache, cached_trunk
 

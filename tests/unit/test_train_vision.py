@@ -18,10 +18,11 @@ from inlay.data.processor import image_reader
 from inlay.data.vision import ImageInputs, encode_images
 from inlay.errors import DataError, TrainingError, UsageError
 from inlay.evaluate.images import Seeing
-from inlay.model.attach import attach
-from inlay.model.load import load
-from inlay.train import checkpoints, vision_cache
-from inlay.train.config import load_config
+from inlay.model.adapters.attach import attach
+from inlay.model.load.pretrained import load
+from inlay.run.config import load_config
+from inlay.train import vision_cache
+from inlay.train.output import checkpoints
 from inlay.train.rows import rows_of_run
 from inlay.train.run import train
 from inlay.train.vision import PicturedTrainer

@@ -19,12 +19,12 @@ from vision_tiny import FAMILIES, check_kept_features, make_vision_run, notes_of
 from inlay.data.processor import ImageReader
 from inlay.errors import DataError, TrainingError, UsageError
 from inlay.methods.catalog import build_method
-from inlay.model.attach import adapter_places, disabled
-from inlay.train import checkpoints
-from inlay.train.config import RunConfig, load_config
-from inlay.train.folder import RunFolder
+from inlay.model.adapters.attach import adapter_places, disabled
+from inlay.run.config import RunConfig, load_config
 from inlay.train.kto_trainer import LabelledTrainer
 from inlay.train.orpo_trainer import OddsTrainer
+from inlay.train.output import checkpoints
+from inlay.train.output.folder import RunFolder
 from inlay.train.preference_trainer import PreferenceTrainer
 from inlay.train.run import TrainResult, train
 from inlay.train.tasks import TASKS

@@ -12,9 +12,9 @@ from vision_tiny import FAMILIES, make_vision_model
 
 import inlay
 from inlay.errors import ModelError, TargetError
-from inlay.model.load import load
-from inlay.model.targets import find_targets
-from inlay.model.vision import parts_of
+from inlay.model.adapters.targets import find_targets
+from inlay.model.load.pretrained import load
+from inlay.model.load.vision import parts_of
 from inlay.storage.registry import kind
 
 PROJECTORS = {

@@ -22,9 +22,9 @@ from inlay.memory.policy import Policy, applied
 from inlay.memory.simulate import Simulation, Step, simulate
 from inlay.memory.skeleton import config_of
 from inlay.methods.catalog import build_method
-from inlay.model.attach import attach
-from inlay.model.load import load
-from inlay.train.config import RunConfig
+from inlay.model.adapters.attach import attach
+from inlay.model.load.pretrained import load
+from inlay.run.config import RunConfig
 from inlay.train.planning import built, step_loss
 from inlay.train.vision_planning import as_seen, rows_to_plan
 

@@ -25,7 +25,7 @@ from train_tiny import adapter_hash, losses_of
 from vision_tiny import make_vision_run
 
 from inlay.memory.probe import warm_up
-from inlay.train.config import RunConfig
+from inlay.run.config import RunConfig
 from inlay.train.run import train
 from inlay.train.tasks import TASKS
 

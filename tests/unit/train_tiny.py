@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from inlay.errors import UsageError
-from inlay.model.load import load
-from inlay.train.config import RunConfig, load_config
+from inlay.model.load.pretrained import load
+from inlay.run.config import RunConfig, load_config
 from inlay.train.run import TrainResult
 
 WORDS = ["heart", "lungs", "clear", "normal", "large", "small", "effusion", "no", "seen", "left"]

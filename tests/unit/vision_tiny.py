@@ -39,8 +39,8 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from inlay.train.config import RunConfig, load_config
-from inlay.train.events import Event
+from inlay.run.config import RunConfig, load_config
+from inlay.train.output.events import Event
 from inlay.train.run import TrainResult, train
 
 END, USER, ASSISTANT, PAD = "<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"

@@ -51,12 +51,12 @@ from inlay.methods.base import (
     WeightMethod,
     replaced,
 )
-from inlay.model.attach import Attached, adapters, attach, detach
-from inlay.model.places import matrices_at, module_at
-from inlay.model.placing import shape_and_place
-from inlay.model.selected import own_parameters
-from inlay.model.targets import entries, find_targets, matches, reach
-from inlay.model.wrapped import gains, looks_through
+from inlay.model.adapters.attach import Attached, adapters, attach, detach
+from inlay.model.adapters.places import matrices_at, module_at
+from inlay.model.adapters.placing import shape_and_place
+from inlay.model.adapters.selected import own_parameters
+from inlay.model.adapters.targets import entries, find_targets, matches, reach
+from inlay.model.adapters.wrapped import gains, looks_through
 
 FAR_MORE = 16
 """More than this many times the file's values cannot be a mere misfit."""

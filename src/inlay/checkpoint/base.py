@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.model.folder import EMBEDDED
-from inlay.model.layer import own_modules
+from inlay.model.adapters.layer import own_modules
+from inlay.model.adapters.selected import own_parameters
+from inlay.model.adapters.targets import output_head
+from inlay.model.load.folder import EMBEDDED
 from inlay.model.seams.accelerate import brought_in
-from inlay.model.selected import own_parameters
-from inlay.model.targets import output_head
 from inlay.storage.base import FrozenLinear
 from inlay.storage.registry import frozen, kind
 

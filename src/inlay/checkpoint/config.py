@@ -26,10 +26,10 @@ from inlay.checkpoint.placement import (
     told_by_weight,
 )
 from inlay.methods.base import Method, PromptMethod, SelectMethod, replaced
-from inlay.model.attach import Attached, adapter_places
-from inlay.model.heads import head_of
-from inlay.model.places import module_at, view_at
-from inlay.model.tokens import input_name
+from inlay.model.adapters.attach import Attached, adapter_places
+from inlay.model.adapters.places import module_at, view_at
+from inlay.model.adapters.tokens import input_name
+from inlay.model.load.heads import head_of
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import nn
 
 from inlay.checkpoint.folder import AdapterFolder
 from inlay.methods.base import Kind, Method, PromptMethod
-from inlay.model.layer import own_modules
+from inlay.model.adapters.layer import own_modules
 from inlay.model.seams.renames import renaming
 
 PREFIX = "base_model.model."

@@ -19,12 +19,11 @@ from transformers import PreTrainedConfig
 from inlay.errors import ModelError
 from inlay.methods.base import Params
 from inlay.methods.tokens import ROWS, give_tokens, tokens_of
-from inlay.model.attach import Attached, activate, adapter_places, put, required_registry
-from inlay.model.folder import EMBEDDED, looks_like_hub_id
-from inlay.model.layer import AdaptedLayer
-from inlay.model.placing import Place
-from inlay.model.targets import output_head
-from inlay.model.tokens import (
+from inlay.model.adapters.attach import Attached, activate, adapter_places, put, required_registry
+from inlay.model.adapters.layer import AdaptedLayer
+from inlay.model.adapters.placing import Place
+from inlay.model.adapters.targets import output_head
+from inlay.model.adapters.tokens import (
     input_embeddings,
     is_embedding,
     name_of,
@@ -32,6 +31,7 @@ from inlay.model.tokens import (
     rows_of,
     tied_to,
 )
+from inlay.model.load.folder import EMBEDDED, looks_like_hub_id
 from inlay.storage.registry import frozen, matrix_kind
 
 PREFIX = "base_model.model."

@@ -14,11 +14,11 @@ from inlay.checkpoint.experts import check_not_renamed, renamed
 from inlay.checkpoint.options import words
 from inlay.errors import CheckpointError
 from inlay.methods.base import Method, PromptMethod, attention_shape
-from inlay.model.attach import Attached
-from inlay.model.layer import own_modules
-from inlay.model.places import expert_stacks, loose_parameters, module_at
-from inlay.model.selected import own_parameters
-from inlay.model.targets import BEYOND, find_targets, matches, places_in
+from inlay.model.adapters.attach import Attached
+from inlay.model.adapters.layer import own_modules
+from inlay.model.adapters.places import expert_stacks, loose_parameters, module_at
+from inlay.model.adapters.selected import own_parameters
+from inlay.model.adapters.targets import BEYOND, find_targets, matches, places_in
 from inlay.storage.convolution import is_convolution
 from inlay.storage.parameters import projections
 from inlay.storage.registry import matrix_kind

@@ -51,7 +51,7 @@ class Comparing:
     def rewarded(self) -> ComparisonRecord:
         """Return what the answers of each model are worth by the run's rewards."""
         from inlay.evaluate.reward import compare_rewards
-        from inlay.train.config import checked_config
+        from inlay.run.config import checked_config
         from inlay.train.judge import judge_of
         from inlay.train.judging import judging
         from inlay.train.rows import encode_rows

@@ -15,8 +15,8 @@ from inlay.cli.options import Parser, checked
 from inlay.cli.train import add_run, config_from
 from inlay.data.read import BUILT_IN, READERS
 from inlay.errors import UsageError
-from inlay.train.config import RunConfig
-from inlay.train.flags import flags_of
+from inlay.run.config import RunConfig
+from inlay.run.flags import flags_of
 from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -196,8 +196,8 @@ def data_named(given: dict[str, Any]) -> None:
 def reader_for(config: RunConfig, rows: Rows) -> Any:
     """Return what writes the rows as tokens: the model's tokenizer, or its processor."""
     from inlay.data.processor import image_reader
-    from inlay.model.folder import located
-    from inlay.model.tokenizer import read_tokenizer
+    from inlay.model.load.folder import located
+    from inlay.model.load.tokenizer import read_tokenizer
 
     folder = located(config.model, config.revision)
     if rows.pictured:

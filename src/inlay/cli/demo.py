@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from inlay.cli import show, summary
 from inlay.cli.options import Parser, checked, same
 from inlay.cli.progress import progress
-from inlay.train.config import Text, checked_config
-from inlay.train.flags import flags_of
+from inlay.run.config import Text, checked_config
+from inlay.run.flags import flags_of
 
 if TYPE_CHECKING:
     from inlay.train.run import TrainResult
@@ -95,7 +95,7 @@ def command(keys: dict[str, Any]) -> str:
 def merge_report(result: TrainResult) -> dict[str, Any]:
     """Merge the tuned model in memory, checked on held-out rows, and return the report."""
     from inlay.cli.merging import encoded_batches
-    from inlay.model.merge import merge
+    from inlay.model.merge.merge import merge
     from inlay.train.rows import rows_of_run, sample
 
     assert result.model is not None
@@ -111,7 +111,7 @@ def write_page(result: TrainResult, merge: dict[str, Any]) -> None:
     """Write report.html again, the merge with it."""
     from inlay.evaluate.record import Merge, Run, Step
     from inlay.evaluate.report import write_report
-    from inlay.train.recorder import read_metrics
+    from inlay.train.output.recorder import read_metrics
 
     write_report(
         result.folder.report,

@@ -14,8 +14,8 @@ from inlay.cli.options import Parser, checked, same
 from inlay.cli.progress import progress
 from inlay.data.read import place
 from inlay.data.rows import Format
-from inlay.train.config import Text
-from inlay.train.flags import flags_of
+from inlay.run.config import Text
+from inlay.run.flags import flags_of
 from inlay.train.tasks import TASKS, check_keys
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from inlay.cli import show
 from inlay.cli.options import Parser, checked, same
 from inlay.errors import UsageError
-from inlay.train.config import Text
-from inlay.train.flags import flags_of
+from inlay.run.config import Text
+from inlay.run.flags import flags_of
 from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -117,8 +117,8 @@ def loaded(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the tuned model, or the plain one."""
     from inlay.cli.tuned import load_tuned
-    from inlay.model.load import load
-    from inlay.model.vision import tokenizer_in
+    from inlay.model.load.pretrained import load
+    from inlay.model.load.vision import tokenizer_in
 
     if tuned is not None:
         return load_tuned(tuned, options.storage)
@@ -136,7 +136,7 @@ def continued(
 ) -> list[dict[str, str]]:
     """Return each prompt with its continuation, the base's too when asked for."""
     from inlay.evaluate.generation import generate
-    from inlay.model.attach import disabled
+    from inlay.model.adapters.attach import disabled
 
     prompts, shown, fill = prompts_of(options, model, tokenizer, rows, tuned)
 
@@ -201,7 +201,7 @@ def asked(
     from inlay.data.processor import image_reader
     from inlay.data.vision import question
     from inlay.evaluate.run import Sample
-    from inlay.model.folder import located
+    from inlay.model.load.folder import located
 
     pictures = [picture_at(file, f"--image {file}", Path.cwd()) for file in files]
     reader = image_reader(located(base, run.get("revision")), run.get("max_pixels"))

@@ -12,8 +12,8 @@ from inlay.cli import show, summary
 from inlay.cli.options import Parser, checked, same
 from inlay.data.rows import Format
 from inlay.errors import DataError, UsageError
-from inlay.train.config import Text
-from inlay.train.flags import flags_of
+from inlay.run.config import Text
+from inlay.run.flags import flags_of
 from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def run(given: dict[str, Any]) -> int:
     model, tokenizer = load_tuned(tuned, dtype=None if options.dtype == "auto" else options.dtype)
 
     from inlay.cli.merging import encoded_batches, merge_and_save
-    from inlay.train.files import size_of
+    from inlay.train.output.files import size_of
 
     inputs = None
     if rows is not None:
@@ -121,8 +121,8 @@ def finishing(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tuned: Tuned
 ) -> Callable[[Path], None] | None:
     """Return what a merged folder needs beside: sentence-transformers' files, or the processor."""
-    from inlay.model.folder import located
-    from inlay.model.vision import copy_processor, sees_images
+    from inlay.model.load.folder import located
+    from inlay.model.load.vision import copy_processor, sees_images
 
     if sees_images(model.config):
         base = located(tuned.base, tuned.run.get("revision"))
@@ -138,7 +138,7 @@ def finishing(
 
 def reader(model: PreTrainedModel, tuned: Tuned) -> str:
     """Return what reads the merged model."""
-    from inlay.model.vision import sees_images
+    from inlay.model.load.vision import sees_images
 
     if sees_images(model.config) and tuned.head is None:
         return "AutoModelForImageTextToText.from_pretrained"

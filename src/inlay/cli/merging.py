@@ -15,10 +15,10 @@ from inlay.checkpoint.folder import share_as_usual
 from inlay.cli.reading import read
 from inlay.data.rows import Rows
 from inlay.evaluate.losses import padded
-from inlay.model.libraries import quiet_transformers
-from inlay.model.merge import inputs_for, merged
-from inlay.model.written import check_written
-from inlay.train.files import saving, write_folder, write_json
+from inlay.model.load.libraries import quiet_transformers
+from inlay.model.merge.merge import inputs_for, merged
+from inlay.model.merge.written import check_written
+from inlay.train.output.files import saving, write_folder, write_json
 from inlay.train.tasks import TASKS
 
 REPORT = "merge.json"

@@ -8,7 +8,7 @@ from inlay.cli import show
 from inlay.cli.options import Parser
 from inlay.errors import UsageError, did_you_mean
 from inlay.methods.catalog import FieldSpec, MethodSpec, catalog
-from inlay.train.hyperparameters import method_flags
+from inlay.run.hyperparameters import method_flags
 
 ABOUT = "List the fine-tuning methods, or show one: its equation, paper and hyperparameters."
 

@@ -9,10 +9,10 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel
 
 from inlay.errors import UsageError, did_you_mean
-from inlay.train.config import RunConfig
-from inlay.train.flags import Flag, flags_of, from_text
-from inlay.train.synonyms import SYNONYMS
-from inlay.train.wording import validated
+from inlay.run.config import RunConfig
+from inlay.run.flags import Flag, flags_of, from_text
+from inlay.run.sentences import validated
+from inlay.run.synonyms import SYNONYMS
 
 Options = TypeVar("Options", bound=BaseModel)
 

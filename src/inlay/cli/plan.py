@@ -13,9 +13,9 @@ from inlay.cli.options import Parser, checked
 from inlay.cli.processes import Processes
 from inlay.cli.show import seconds
 from inlay.cli.train import add_run, config_from
-from inlay.train.config import RunConfig
-from inlay.train.flags import flags_of
-from inlay.train.launch import LaunchOptions, check_options
+from inlay.run.config import RunConfig
+from inlay.run.flags import flags_of
+from inlay.train.processes.launch import LaunchOptions, check_options
 from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def cells(option: Option, plan: Plan) -> list[str]:
 def remarks(config: RunConfig, rows: Rows, plan: Plan) -> Iterator[str]:
     """Yield what stands beside the figures."""
     from inlay.memory.skeleton import config_of
-    from inlay.model.vision import sees_images
+    from inlay.model.load.vision import sees_images
     from inlay.train.planning import run_seconds
     from inlay.train.proposal import remedies
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from inlay.cli import show
 from inlay.cli.show import seconds
-from inlay.train.config import RunConfig
-from inlay.train.launch import LaunchOptions
+from inlay.run.config import RunConfig
+from inlay.train.processes.launch import LaunchOptions
 
 if TYPE_CHECKING:
     from inlay.memory.devices import Device
@@ -27,8 +27,8 @@ class Processes:
         Raises:
             UsageError: it cannot be divided so.
         """
-        from inlay.train.parallel import divided
-        from inlay.train.world import World
+        from inlay.train.processes.division import divided
+        from inlay.train.processes.world import World
 
         self.asked, self.options = config, options
         self.world = World(size=options.size, local_size=options.local)
@@ -40,8 +40,8 @@ class Processes:
         from functools import partial
 
         from inlay.memory.parallel import Division, links_of, pass_seconds, scaling, step_of
-        from inlay.train.parallel import groups, planned_division
         from inlay.train.planning import planned_run
+        from inlay.train.processes.division import groups, planned_division
 
         plan = partial(planned_run, self.config, rows)
         choices = groups(self.asked, self.world)

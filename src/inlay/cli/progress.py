@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
-    from inlay.train.events import Event
+    from inlay.train.output.events import Event
 
 QUIET_SECONDS = 5
 """Without a terminal, step lines stand at least this far apart."""

@@ -13,7 +13,7 @@ from inlay.data.rows import Rows
 from inlay.data.tokens import Encoded
 from inlay.data.vision import ImageInputs
 from inlay.evaluate.images import Seeing
-from inlay.model.folder import located
+from inlay.model.load.folder import located
 from inlay.train.rows import encode_rows
 
 

@@ -12,7 +12,7 @@ from inlay.data.prompts import are_prompts, normalise_prompts
 from inlay.data.read import RawRow, read_rows
 from inlay.data.rows import Rows
 from inlay.errors import DataError, UsageError
-from inlay.train.config import RunConfig, checked_config
+from inlay.run.config import RunConfig, checked_config
 from inlay.train.judge import judge_of
 from inlay.train.rows import NOT_SUPERVISED, check_unseen, read, rows_of_run
 from inlay.train.tasks import TASKS

@@ -14,10 +14,10 @@ from inlay.cli import show, summary
 from inlay.cli.options import Parser, checked
 from inlay.cli.progress import progress
 from inlay.methods.catalog import catalog
-from inlay.train.config import RunConfig, flags, load_config
-from inlay.train.flags import flags_of
-from inlay.train.hyperparameters import method_flags
-from inlay.train.launch import (
+from inlay.run.config import RunConfig, flags, load_config
+from inlay.run.flags import flags_of
+from inlay.run.hyperparameters import method_flags
+from inlay.train.processes.launch import (
     Launch,
     LaunchOptions,
     check_divisible,

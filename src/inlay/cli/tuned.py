@@ -89,9 +89,9 @@ def load_tuned(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the base in the storage it was trained in, with the adapter on it, active."""
     from inlay.checkpoint.adapter import load_adapter
-    from inlay.model.heads import head_from
-    from inlay.model.load import load
-    from inlay.model.vision import tokenizer_in
+    from inlay.model.load.heads import head_from
+    from inlay.model.load.pretrained import load
+    from inlay.model.load.vision import tokenizer_in
 
     model, reader = load(
         tuned.base,

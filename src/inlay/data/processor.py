@@ -14,9 +14,9 @@ from torch import Tensor
 from inlay.data.picture import Picture
 from inlay.data.tokens import Encoded
 from inlay.errors import DataError, ModelError
-from inlay.model.libraries import failures_as_sentences, quiet_transformers
-from inlay.model.load import read_config
-from inlay.model.vision import has_processor, read_processor, sees_images
+from inlay.model.load.libraries import failures_as_sentences, quiet_transformers
+from inlay.model.load.pretrained import read_config
+from inlay.model.load.vision import has_processor, read_processor, sees_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -22,7 +22,7 @@ from inlay.evaluate.record import ClassRecord, ComparisonRecord, MetricCompariso
 from inlay.evaluate.resampling import compared_statistic
 from inlay.evaluate.run import LEVEL, Stage, named
 from inlay.kernels.loss import IGNORED
-from inlay.model.attach import disabled
+from inlay.model.adapters.attach import disabled
 
 __all__ = ["LabelledInput", "Labels", "baseline_of", "compare_labels", "held_out_labels"]
 

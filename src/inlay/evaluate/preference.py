@@ -15,7 +15,7 @@ from inlay.evaluate.losses import EncodedRow, Join, RowLoss, losses
 from inlay.evaluate.record import ComparisonRecord, MetricComparison
 from inlay.evaluate.run import LEVEL, Comparison, Rows, Stage, compare, record
 from inlay.evaluate.statistics import bootstrap_interval, paired_test, weighted_mean
-from inlay.model.attach import disabled
+from inlay.model.adapters.attach import disabled
 
 __all__ = ["BETA", "LogProbs", "PairLike", "Preferences", "compare_pairs", "log_probs"]
 

@@ -13,7 +13,7 @@ from inlay.evaluate.outputs import Input, outputs
 from inlay.evaluate.preference import per_row, softplus
 from inlay.evaluate.record import ComparisonRecord, MetricComparison
 from inlay.evaluate.run import LEVEL, Stage, named
-from inlay.model.attach import disabled
+from inlay.model.adapters.attach import disabled
 
 __all__ = ["RewardPair", "compare_rewards", "held_out_rewards"]
 

@@ -27,7 +27,7 @@ from inlay.evaluate.statistics import (
     paired_test,
     weighted_mean,
 )
-from inlay.model.attach import disabled
+from inlay.model.adapters.attach import disabled
 
 __all__ = ["Comparison", "Evaluation", "compare", "evaluate", "generate", "losses"]
 

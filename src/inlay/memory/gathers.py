@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.model.shard import SMALL, blocks_of, kept_whole
+from inlay.model.stream.shard import SMALL, blocks_of, kept_whole
 
 
 class Gathered:

@@ -15,8 +15,8 @@ import torch
 from inlay.kernels.native import return_free_memory
 from inlay.kernels.scratch import kept
 from inlay.methods.lora import LoRA
-from inlay.model.attach import attach
-from inlay.model.load import load
+from inlay.model.adapters.attach import attach
+from inlay.model.load.pretrained import load
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")

@@ -30,9 +30,9 @@ from inlay.memory.known import Literals, known_tensor
 from inlay.memory.ledger import CATEGORIES, HOST, Ledger, Work
 from inlay.memory.optimisers import Optimiser
 from inlay.memory.policy import Policy
-from inlay.model.libraries import in_model_code
-from inlay.model.stream import BUFFERS
-from inlay.model.targets import output_head
+from inlay.model.adapters.targets import output_head
+from inlay.model.load.libraries import in_model_code
+from inlay.model.stream.host import BUFFERS
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.streamed import SEGMENT, StreamedEmbedding
 

@@ -1,1 +1,1 @@
-"""Load, find layers, attach, detach, merge: the only code that changes a model."""
+"""Load a model, put adapters on it, make it fast, merge: the only code that changes a model."""

@@ -24,7 +24,7 @@ from inlay.checkpoint.folder import CARD, CONFIG, EXTRAS, TENSORS, located, read
 from inlay.checkpoint.placement import described
 from inlay.checkpoint.tensors import Slot, fill, slots
 from inlay.errors import CheckpointError
-from inlay.model.attach import adapters
+from inlay.model.adapters.attach import adapters
 from inlay.peft.configs import method_of, prepared, recorded_of
 from inlay.peft.errors import AdapterError
 from inlay.peft.seam import PEFT_TYPE_TO_CONFIG_MAPPING

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from inlay.model.instance import change_class
-from inlay.model.layer import AdaptedLayer
+from inlay.model.adapters.instance import change_class
+from inlay.model.adapters.layer import AdaptedLayer
 from inlay.peft.errors import AdapterError
 from inlay.peft.views import Word
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.model.attach import activate, adapted_layers, required_registry
-from inlay.model.layer import AdaptedLayer, become_adapted
-from inlay.model.merge import why_not_mergeable
-from inlay.model.merge_plan import Update, held, takes_over
+from inlay.model.adapters.attach import activate, adapted_layers, required_registry
+from inlay.model.adapters.layer import AdaptedLayer, become_adapted
+from inlay.model.merge.merge import why_not_mergeable
+from inlay.model.merge.plan import Update, held, takes_over
 from inlay.peft.errors import MergeError
 from inlay.storage.registry import frozen
 

@@ -10,14 +10,14 @@ from peft import PeftConfig
 from torch import nn
 
 from inlay.errors import ModelError
-from inlay.model.attach import activate, active, detach, registry_of, required_registry
-from inlay.model.deferred import check_values
-from inlay.model.fidelity import LEAST_EFFECT, compared, logits_of
-from inlay.model.finite import check_adapters_finite
-from inlay.model.inputs import example_inputs
-from inlay.model.layer import own_modules
-from inlay.model.quantize import describe_quantization
-from inlay.model.untie import Ties
+from inlay.model.adapters.attach import activate, active, detach, registry_of, required_registry
+from inlay.model.adapters.deferred import check_values
+from inlay.model.adapters.layer import own_modules
+from inlay.model.example_inputs import example_inputs
+from inlay.model.load.quantize import describe_quantization
+from inlay.model.merge.fidelity import LEAST_EFFECT, compared, logits_of
+from inlay.model.merge.finite import check_adapters_finite
+from inlay.model.merge.untie import Ties
 from inlay.peft.apart import check_apart
 from inlay.peft.errors import AdapterError, MergeError, NotForPromptsError
 from inlay.peft.look import Switched

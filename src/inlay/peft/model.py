@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from inlay.model.attach import whole_outputs
+from inlay.model.adapters.attach import whole_outputs
 from inlay.model.fast.causal_lm import FastCausalLM
 from inlay.model.fast.fused import reads_past
 from inlay.peft.errors import AdapterError

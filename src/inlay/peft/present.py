@@ -12,9 +12,9 @@ from inlay.checkpoint.placement import saved_roots, under_any
 from inlay.checkpoint.tensors import TOKEN_KEY
 from inlay.methods.base import LowRank, SelectMethod
 from inlay.methods.tokens import ROWS
-from inlay.model.attach import Attached, active, adapters, own_modules, required_registry
-from inlay.model.layer import AdaptedLayer
-from inlay.model.rebuild import MADE_BY
+from inlay.model.adapters.attach import Attached, active, adapters, own_modules, required_registry
+from inlay.model.adapters.layer import AdaptedLayer
+from inlay.model.load.rebuild import MADE_BY
 from inlay.peft.look import Look
 from inlay.peft.presented import Presented
 from inlay.peft.saved import SavedLayer, TokenLayer, become_wrapper

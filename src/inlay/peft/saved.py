@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from inlay.methods.tokens import tokens_of
-from inlay.model.instance import change_class
-from inlay.model.layer import AdaptedLayer, own_modules
-from inlay.model.rebuild import MADE_BY, reduced
+from inlay.model.adapters.instance import change_class
+from inlay.model.adapters.layer import AdaptedLayer, own_modules
+from inlay.model.load.rebuild import MADE_BY, reduced
 from inlay.peft.presented import Presented
 from inlay.peft.seam import ModulesToSaveWrapper, TrainableTokensLayer
 from inlay.peft.tuner_layer import widths_of

@@ -9,7 +9,7 @@ from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig
 from torch import nn
 
 from inlay.checkpoint.placement import under_any
-from inlay.model.layer import own_modules
+from inlay.model.adapters.layer import own_modules
 from inlay.peft.presented import Presented
 from inlay.peft.saved import SavedContainer, SavedLayer, TokenLayer
 from inlay.peft.seam import TunerLayerStatus, TunerModelStatus

@@ -13,7 +13,7 @@ from peft import PeftConfig
 from torch import nn
 
 from inlay.checkpoint.adapter import unchanged_on_failure
-from inlay.model.attach import (
+from inlay.model.adapters.attach import (
     active,
     adapter_places,
     adapters,
@@ -22,8 +22,8 @@ from inlay.model.attach import (
     set_trained,
     use,
 )
-from inlay.model.deferred import defer
-from inlay.model.places import module_at, view_at
+from inlay.model.adapters.deferred import defer
+from inlay.model.adapters.places import module_at, view_at
 from inlay.peft.apart import check_apart
 from inlay.peft.configs import method_of, placement_of, prepared
 from inlay.peft.errors import AdapterError, as_peft_raises

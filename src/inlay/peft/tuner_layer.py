@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from inlay.methods.base import LowRank, replaced
 from inlay.methods.ia3 import IA3
-from inlay.model.layer import AdaptedLayer
+from inlay.model.adapters.layer import AdaptedLayer
 from inlay.peft.errors import AdapterError
 from inlay.peft.presented import Presented
 from inlay.peft.views import Dropouts, Numbers, Scaling, low_rank_of, which_dora

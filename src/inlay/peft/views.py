@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.methods.base import LowRank, Params, replaced
-from inlay.model.layer import AdaptedLayer
+from inlay.model.adapters.layer import AdaptedLayer
 
 
 @dataclass(frozen=True)

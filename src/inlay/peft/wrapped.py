@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from inlay.checkpoint.tensors import computed, slots
 from inlay.methods.base import Params
-from inlay.model.attach import adapters
-from inlay.model.report import base_size
+from inlay.model.adapters.attach import adapters
+from inlay.model.adapters.report import base_size
 from inlay.peft.configs import check_config, plain
 from inlay.peft.errors import AdapterError, KindError
 from inlay.peft.prompted import PromptNames

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
 from inlay.errors import UsageError
-from inlay.model.shapes import length_multiple
-from inlay.train.config import RunConfig
+from inlay.model.fast.lengths import length_multiple
+from inlay.run.config import RunConfig
 
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Our schedules -> the names transformers has for them."""

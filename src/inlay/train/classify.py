@@ -14,7 +14,7 @@ from inlay.data.rows import Rows
 from inlay.evaluate.labels import compare_labels, held_out_labels
 from inlay.evaluate.record import ComparisonRecord
 from inlay.memory.devices import Device
-from inlay.model.heads import Head
+from inlay.model.load.heads import Head
 from inlay.train import planning
 from inlay.train.arguments import shared
 from inlay.train.head_trainer import HeadTrainer

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inlay.evaluate.losses import PADDING
 from inlay.kernels.loss import IGNORED
-from inlay.model.packing import positions
+from inlay.model.fast.packing import positions
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from inlay.evaluate.images import joining
 from inlay.evaluate.preference import Preferences, compare_pairs, log_probs
 from inlay.evaluate.record import ComparisonRecord
 from inlay.memory.devices import Device
-from inlay.model.attach import disabled
-from inlay.model.shapes import length_multiple
+from inlay.model.adapters.attach import disabled
+from inlay.model.fast.lengths import length_multiple
 from inlay.train import planning
 from inlay.train.answers import check_answers
 from inlay.train.arguments import shared

@@ -18,15 +18,15 @@ from inlay.evaluate.record import ComparisonRecord
 from inlay.evaluate.similar import Candidates, ranks
 from inlay.memory.devices import Device
 from inlay.methods.base import evaluating
-from inlay.model.heads import Head
-from inlay.model.shapes import length_multiple
+from inlay.model.fast.lengths import length_multiple
+from inlay.model.load.heads import Head
 from inlay.train import planning
 from inlay.train.arguments import shared
 from inlay.train.embedder import Embedder, check_installed, embedder, prompts_in
 from inlay.train.guard import FAR_TOO_HIGH
+from inlay.train.processes.share import ranges
 from inlay.train.rows import RunRows
 from inlay.train.running import Running, Tokens
-from inlay.train.share import ranges
 from inlay.train.similar import (
     HIDDEN,
     SCALE,

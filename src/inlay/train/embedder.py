@@ -18,7 +18,7 @@ from inlay.errors import ModelError, UsageError
 from inlay.evaluate.losses import Progress
 from inlay.evaluate.outputs import accepted, padded_batches
 from inlay.methods.base import evaluating
-from inlay.model.folder import located
+from inlay.model.load.folder import located
 
 MODULES = "modules.json"
 RENAMED = {"sentence_transformers.models": "sentence_transformers.sentence_transformer.modules"}

@@ -18,8 +18,8 @@ from inlay.evaluate.generation import context_length
 from inlay.evaluate.record import ComparisonRecord
 from inlay.evaluate.reward import Prompts, answers_of, compare_rewards
 from inlay.memory.devices import Device
-from inlay.model.folder import located
-from inlay.model.merge import check_mergeable
+from inlay.model.load.folder import located
+from inlay.model.merge.merge import check_mergeable
 from inlay.train import planning
 from inlay.train.arguments import shared
 from inlay.train.judge import Judge, judge_of

@@ -13,12 +13,12 @@ from inlay.memory.devices import Device
 from inlay.memory.skeleton import config_of
 from inlay.methods.base import PromptMethod
 from inlay.methods.catalog import catalog
-from inlay.model.folder import located
-from inlay.model.libraries import quiet_transformers
-from inlay.model.shapes import MULTIPLE
-from inlay.model.tokenizer import has_tokenizer, read_tokenizer
+from inlay.model.fast.lengths import MULTIPLE
+from inlay.model.load.folder import located
+from inlay.model.load.libraries import quiet_transformers
+from inlay.model.load.tokenizer import has_tokenizer, read_tokenizer
+from inlay.run.config import RunConfig
 from inlay.train import planning
-from inlay.train.config import RunConfig
 from inlay.train.rows import rows_of_run
 
 Planned = Callable[[RunConfig, int], planning.Rows]

@@ -17,7 +17,7 @@ from typing import Any, cast
 import yaml
 
 from inlay.errors import TrainingError, UsageError, did_you_mean
-from inlay.train.files import sha256_of
+from inlay.train.output.files import sha256_of
 from inlay.train.rewards import BUILT_IN, Function
 
 __all__ = ["Answers", "Judge", "Reward", "judge_of", "reward_problems"]

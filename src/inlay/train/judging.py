@@ -9,7 +9,7 @@ from inlay.data.rows import Rows
 from inlay.data.tokens import Encoded
 from inlay.evaluate.generation import Answer, Sampling
 from inlay.evaluate.reward import Prompts
-from inlay.train.config import RunConfig
+from inlay.run.config import RunConfig
 from inlay.train.judge import Answers, Judge
 
 

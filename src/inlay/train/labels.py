@@ -22,9 +22,9 @@ from inlay.evaluate.run import Told
 from inlay.kernels.loss import IGNORED
 from inlay.memory.devices import Device
 from inlay.memory.skeleton import config_of
-from inlay.model.heads import SINGLE, Head, head_loss, head_of, labels_in
+from inlay.model.load.heads import SINGLE, Head, head_loss, head_of, labels_in
+from inlay.run.config import RunConfig
 from inlay.train import planning
-from inlay.train.config import RunConfig
 from inlay.train.head_planning import Planned, full_row, longest_row, reader
 from inlay.train.head_trainer import PadLabelled
 from inlay.train.overview import Example, Reading, example_of

@@ -17,7 +17,7 @@ from inlay.kernels.loss import IGNORED
 from inlay.train.preference_trainer import columns, longer_sides
 from inlay.train.reference import Telling, call_of
 from inlay.train.scoring import Scoring
-from inlay.train.seams.trl import score_by_fused_head
+from inlay.train.trl import score_by_fused_head
 
 with warnings.catch_warnings():  # that it may change; the tests hold it to its own results
     warnings.simplefilter("ignore", TRLExperimentalWarning)

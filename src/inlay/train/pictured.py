@@ -16,9 +16,9 @@ from inlay.errors import UsageError
 from inlay.evaluate.images import Seeing
 from inlay.evaluate.record import ComparisonRecord
 from inlay.memory.plan import Plan
-from inlay.train.config import RunConfig
+from inlay.run.config import RunConfig
+from inlay.train.processes.share import Share
 from inlay.train.running import Running, Tokens
-from inlay.train.share import Share
 from inlay.train.trainer import AdapterLoop
 from inlay.train.vision_cache import VisionCache, cached_vision
 from inlay.train.vision_planning import as_seen

@@ -26,16 +26,16 @@ from inlay.memory.policy import POLICIES, Policy
 from inlay.memory.probe import runtime
 from inlay.memory.skeleton import computing_dtype, config_of, skeleton
 from inlay.methods.catalog import build_method
-from inlay.model.attach import attach
-from inlay.model.eight_bits import compute_in_8_bits
-from inlay.model.folder import located
-from inlay.model.heads import Head, not_adapted, to_train
-from inlay.model.libraries import quiet_transformers
-from inlay.model.purpose import check_writes
-from inlay.model.shapes import length_multiple
-from inlay.model.tokenizer import has_tokenizer, read_tokenizer
+from inlay.model.adapters.attach import attach
+from inlay.model.fast.lengths import length_multiple
+from inlay.model.load.eight_bits import compute_in_8_bits
+from inlay.model.load.folder import located
+from inlay.model.load.heads import Head, not_adapted, to_train
+from inlay.model.load.libraries import quiet_transformers
+from inlay.model.load.purpose import check_writes
+from inlay.model.load.tokenizer import has_tokenizer, read_tokenizer
+from inlay.run.config import RunConfig
 from inlay.train.collate import Concatenate
-from inlay.train.config import RunConfig
 from inlay.train.mismatched import mismatched_in_batches
 from inlay.train.order import kept_order, order
 from inlay.train.rows import encode_labelled_rows, encode_pair_rows, encode_rows, rows_of_run

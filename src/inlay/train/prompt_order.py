@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from inlay.train.order import TrainingOrder
-from inlay.train.world import ALONE, World
+from inlay.train.processes.world import ALONE, World
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from math import ceil
 from inlay.errors import TrainingError
 from inlay.memory.devices import Device
 from inlay.memory.plan import Plan
-from inlay.train.config import RunConfig
+from inlay.run.config import RunConfig
 from inlay.train.planning import Rows, planned_run
 from inlay.train.tasks import TASKS
 

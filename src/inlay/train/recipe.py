@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from inlay.train.config import RunConfig
+from inlay.run.config import RunConfig
 from inlay.train.tasks import TASKS
 
 FULL_FINE_TUNING = 5e-5

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from inlay.evaluate.losses import buckets
 from inlay.kernels.loss import IGNORED
-from inlay.model.attach import disabled
+from inlay.model.adapters.attach import disabled
+from inlay.train.processes.share import Share
 from inlay.train.scoring import Scoring
-from inlay.train.share import Share
 from inlay.train.trainer import AdapterLoop
 
 NOT_THE_MODELS = ("completion_mask", "counted_mask", "label")

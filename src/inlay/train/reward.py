@@ -14,8 +14,8 @@ from inlay.data.rows import Rows
 from inlay.evaluate.record import ComparisonRecord
 from inlay.evaluate.reward_model import compare_rewards, held_out_rewards
 from inlay.memory.devices import Device
-from inlay.model.heads import Head
-from inlay.model.shapes import length_multiple
+from inlay.model.fast.lengths import length_multiple
+from inlay.model.load.heads import Head
 from inlay.train import planning
 from inlay.train.arguments import shared
 from inlay.train.head_planning import longest_row

@@ -19,9 +19,9 @@ from inlay.evaluate.record import ComparisonRecord
 from inlay.evaluate.reward_model import compare_rewards
 from inlay.evaluate.run import Told
 from inlay.memory.devices import Device
-from inlay.model.heads import Head, head_of
+from inlay.model.load.heads import Head, head_of
+from inlay.run.config import RunConfig
 from inlay.train import planning
-from inlay.train.config import RunConfig
 from inlay.train.head_planning import Planned, full_row, longest_row, reader
 from inlay.train.overview import Example, Reading, example_of
 

@@ -21,18 +21,18 @@ from inlay.errors import TrainingError
 from inlay.evaluate.generation import Sampling, continued, end_tokens, settings
 from inlay.kernels.loss import IGNORED
 from inlay.methods.base import evaluating
-from inlay.model.attach import disabled
-from inlay.model.merged_weights import merged_weights
-from inlay.model.shapes import length_multiple
+from inlay.model.adapters.attach import disabled
+from inlay.model.fast.lengths import length_multiple
+from inlay.model.merge.weights import merged_weights
 from inlay.train.guard import Guard
 from inlay.train.judge import Answers, Judge
+from inlay.train.processes.share import Part
+from inlay.train.processes.steps import SharedSteps
 from inlay.train.prompt_order import Group, PromptOrder
 from inlay.train.reference import Telling
 from inlay.train.scoring import Scoring
-from inlay.train.seams.trl import checkpointing_left_on
-from inlay.train.share import Part
 from inlay.train.shared_answers import Stream, drawn_together
-from inlay.train.shared_steps import SharedSteps
+from inlay.train.trl import checkpointing_left_on
 
 SHOWN = {
     "reward": "reward",

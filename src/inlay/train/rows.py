@@ -19,9 +19,9 @@ from inlay.data.similar import normalise_similar
 from inlay.data.split import content, split
 from inlay.data.tokens import Encoded, encode, own_template
 from inlay.errors import DataError, UsageError
-from inlay.train.config import RunConfig
+from inlay.run.config import RunConfig
+from inlay.train import trl
 from inlay.train.judge import judge_of
-from inlay.train.seams import trl
 from inlay.train.tasks import IMAGES, TASKS, seeing_tasks
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ from datasets import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from inlay.methods.catalog import build_method
-from inlay.train.config import RunConfig
-from inlay.train.events import Event, OnEvent
-from inlay.train.folder import open_folder
-from inlay.train.parallel import divided
+from inlay.run.config import RunConfig
+from inlay.train.output.events import Event, OnEvent
+from inlay.train.output.folder import open_folder
+from inlay.train.processes.division import divided
+from inlay.train.processes.world import joined
 from inlay.train.rows import have_images
 from inlay.train.running import Running, TrainResult
 from inlay.train.tasks import TASKS
-from inlay.train.world import joined
 
 
 def train(config: RunConfig, *, on_event: OnEvent | None = None) -> TrainResult:

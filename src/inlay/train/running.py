@@ -25,37 +25,38 @@ from inlay.memory.plan import Plan
 from inlay.memory.policy import applied
 from inlay.memory.skeleton import config_of
 from inlay.methods.base import Method
-from inlay.model.attach import attach
-from inlay.model.folder import located
-from inlay.model.heads import Head, not_adapted, to_train
-from inlay.model.libraries import in_model_code, quiet_transformers
-from inlay.model.load import load
-from inlay.model.purpose import check_continues, check_writes
-from inlay.model.report import report
-from inlay.model.shard import let_go, resident_bytes, shard
-from inlay.model.tokenizer import read_tokenizer
-from inlay.model.tokens import ids_of
-from inlay.model.vision import tokenizer_in
-from inlay.train import checkpoints, planning, provenance
+from inlay.model.adapters.attach import attach
+from inlay.model.adapters.report import report
+from inlay.model.adapters.tokens import ids_of
+from inlay.model.load.folder import located
+from inlay.model.load.heads import Head, not_adapted, to_train
+from inlay.model.load.libraries import in_model_code, quiet_transformers
+from inlay.model.load.pretrained import load
+from inlay.model.load.purpose import check_continues, check_writes
+from inlay.model.load.tokenizer import read_tokenizer
+from inlay.model.load.vision import tokenizer_in
+from inlay.model.stream.shard import let_go, resident_bytes, shard
+from inlay.run.config import RunConfig
+from inlay.train import planning
 from inlay.train.arguments import check_optimizer
-from inlay.train.config import RunConfig
-from inlay.train.events import Event, OnEvent
-from inlay.train.files import saving
-from inlay.train.folder import RunFolder, check_same_inputs
 from inlay.train.guard import Guard, check_changed, fingerprints
-from inlay.train.parallel import (
+from inlay.train.output import checkpoints, provenance
+from inlay.train.output.events import Event, OnEvent
+from inlay.train.output.files import saving
+from inlay.train.output.folder import RunFolder, check_same_inputs
+from inlay.train.output.record import begun_record, ended_record, planned_record
+from inlay.train.output.recorder import Recorder, read_metrics
+from inlay.train.processes.division import (
     FollowedFolder,
     FollowingRecorder,
     groups,
     mesh_of,
     planned_division,
 )
+from inlay.train.processes.share import Share
 from inlay.train.proposal import check_fits
 from inlay.train.recipe import LearningRate, learning_rate
-from inlay.train.recorder import Recorder, read_metrics
 from inlay.train.rows import RunRows, check_image_keys, counted, rows_of_run, sample
-from inlay.train.run_record import begun_record, ended_record, planned_record
-from inlay.train.share import Share
 from inlay.train.tasks import TASKS
 from inlay.train.trainer import AdapterLoop, left_as_it_was
 

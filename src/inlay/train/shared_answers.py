@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from inlay.evaluate.generation import Sampling, continued
-from inlay.model.shard import is_sharded
-from inlay.train.state import random_state, restore_random_state
-from inlay.train.world import World
+from inlay.model.stream.shard import is_sharded
+from inlay.train.output.state import random_state, restore_random_state
+from inlay.train.processes.world import World
 
 
 class SharedDraws(LogitsProcessor):

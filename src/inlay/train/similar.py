@@ -21,10 +21,10 @@ from inlay.evaluate.record import ComparisonRecord
 from inlay.evaluate.run import LEVEL, Stage, Told, named
 from inlay.evaluate.similar import Candidates, compared_retrieval, compared_scores
 from inlay.memory.devices import Device
-from inlay.model.attach import disabled
-from inlay.model.heads import Head
+from inlay.model.adapters.attach import disabled
+from inlay.model.load.heads import Head
+from inlay.run.config import RunConfig
 from inlay.train import planning
-from inlay.train.config import RunConfig
 from inlay.train.embedder import Embedder, embedder, longest_in, save_modules
 from inlay.train.head_planning import Planned, full_row, longest_row, reader
 from inlay.train.overview import Example, Reading, example_of

@@ -30,14 +30,14 @@ from inlay.checkpoint.adapter import save_adapter
 from inlay.evaluate.losses import EncodedRow
 from inlay.kernels.loss import IGNORED
 from inlay.memory.probe import measuring
-from inlay.train import checkpoints
-from inlay.train.adapter_state import load_tensors, tensors_of
 from inlay.train.arguments import warmup_steps
 from inlay.train.guard import DivergedError, Guard, check_gradients, check_same, fingerprints
-from inlay.train.recorder import Recorder
-from inlay.train.share import Share
-from inlay.train.shared_steps import SharedSteps
-from inlay.train.state import load_tree, random_state, restore_random_state, save_tree
+from inlay.train.output import checkpoints
+from inlay.train.output.adapter_state import load_tensors, tensors_of
+from inlay.train.output.recorder import Recorder
+from inlay.train.output.state import load_tree, random_state, restore_random_state, save_tree
+from inlay.train.processes.share import Share
+from inlay.train.processes.steps import SharedSteps
 
 HeldOut = Callable[[], Mapping[str, float]]
 """Measures the held-out `loss`, if the task has one, and what else it measures by name."""

@@ -19,8 +19,8 @@ from inlay.kernels.loss import IGNORED
 from inlay.memory.devices import Device
 from inlay.memory.skeleton import computing_dtype, config_of
 from inlay.methods.catalog import build_method
+from inlay.run.config import RunConfig
 from inlay.train import planning
-from inlay.train.config import RunConfig
 from inlay.train.mismatched import mismatched_in_batches
 from inlay.train.rows import encode_labelled_rows, encode_pair_rows, encode_rows
 from inlay.train.trainer import labels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from inlay.evaluate.labelled import Weights
-from inlay.train.config import RunConfig
+from inlay.run.config import RunConfig
 
 LEAST, MOST = 1.0, 4 / 3
 """How the desirable rows' weight in all should stand to the others' (arXiv 2402.01306, eq. 8)."""

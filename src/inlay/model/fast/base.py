@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from inlay.model.instance import change_class
-from inlay.model.rebuild import MADE_BY, reduced
+from inlay.model.adapters.instance import change_class
+from inlay.model.load.rebuild import MADE_BY, reduced
 
 
 class Fast(nn.Module):

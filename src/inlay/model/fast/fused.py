@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from inlay.kernels.frozen import frozen_linear_t
 from inlay.kernels.opaque import without_autocast
 from inlay.methods.base import WeightMethod
-from inlay.model.layer import AdaptedLayer
+from inlay.model.adapters.layer import AdaptedLayer
 from inlay.storage.registry import frozen
 
 ANSWERED = frozenset({"log_probs", "entropy", "is_top1", "mean_logits"})

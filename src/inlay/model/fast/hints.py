@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from inlay.model.fast.source import assigned, computes_as, text, variables
 from inlay.model.seams.transformers import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
-from inlay.model.source import assigned, computes_as, text, variables
 from inlay.storage.registry import layer_class
 
 SLICED = "slice_logits_to_keep(hidden_states, logits_to_keep)"

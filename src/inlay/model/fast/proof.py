@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 from inlay.kernels import switches
-from inlay.model.libraries import quiet_transformers
+from inlay.model.load.libraries import quiet_transformers
 from inlay.storage.registry import layer_class
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from inlay.model.wrapped import unwrapped
+from inlay.model.adapters.wrapped import unwrapped
 
 TRAINER = "transformers.trainer"
 RESUMES, TAKES_BEST = "_load_from_checkpoint", "_load_best_model"

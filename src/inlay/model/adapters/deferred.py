@@ -1,0 +1,84 @@
+"""Adapters made on no device, to be given their values from a state or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from inlay.errors import AdapterError
+from inlay.methods.base import Params, WeightMethod
+from inlay.model.adapters.attach import active, adapter_places, adapter_tensors, adapters
+from inlay.model.adapters.places import module_at, view_at
+
+GUARDS: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
+"""What keeps a model from running while an adapter of it has no values."""
+
+
+def deferred(model: nn.Module, name: str) -> Iterator[tuple[str, Params, str]]:
+    """Every tensor of an adapter that its method has besides the layer's own parameters."""
+    for place, params, method, _ in adapter_tensors(model, name):
+        module, parameter = module_at(model, place)
+        own = () if parameter else module._parameters
+        for tensor in params._parameters if isinstance(method, WeightMethod) else ():
+            if tensor not in own:
+                yield place, params, tensor
+
+
+@torch.no_grad()
+def defer(model: nn.Module, name: str) -> None:
+    """Take a new adapter's tensors off their device; what is copied from the base stays."""
+    for _, params, tensor in list(deferred(model, name)):
+        move(params, tensor, torch.device("meta"))
+    if model not in GUARDS:
+        GUARDS[model] = model.register_forward_pre_hook(refuse)
+
+
+@torch.no_grad()
+def give_room(model: nn.Module, name: str) -> None:
+    """Give those of an adapter's tensors that lie on no device room where their layers lie."""
+    for place, params, tensor in list(deferred(model, name)):
+        view, held = view_at(model, place), params._parameters[tensor]
+        if held is not None and held.is_meta and view is not None:
+            move(params, tensor, view.device)
+    if model in GUARDS and not any(map(partial(lacks_values, model), adapters(model))):
+        GUARDS.pop(model).remove()
+
+
+def lacks_values(model: nn.Module, name: str) -> bool:
+    """Say whether a tensor of an adapter lies on no device."""
+    places = adapter_places(model, name)
+    return any(p.is_meta for _, params in places for p in params.parameters())
+
+
+def refuse(model: nn.Module, args: Any) -> None:
+    """Raise while an adapter that is to act has no values."""
+    del args
+    check_values(model, active(model))
+
+
+def check_values(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise where adapters were made on no device and have no values yet.
+
+    Raises:
+        AdapterError: one was.
+    """
+    empty = [name for name in names if model in GUARDS and lacks_values(model, name)]
+    if empty:
+        raise AdapterError(
+            f"adapter {empty[0]!r} has no values yet, as low_cpu_mem_usage=True makes it; load "
+            "values into it, or make it without low_cpu_mem_usage"
+        )
+
+
+def move(params: Params, tensor: str, device: torch.device) -> None:
+    """Put an empty tensor on a device in the place of another."""
+    old = params._parameters[tensor]
+    assert old is not None
+    empty = torch.empty_like(old, device=device)
+    params._parameters[tensor] = nn.Parameter(empty, old.requires_grad)

@@ -1,0 +1,194 @@
+"""What an adapter puts where: the tensors of a method at every place it goes to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import AdapterError, TargetError
+from inlay.methods.base import (
+    HiddenMethod,
+    Kind,
+    Method,
+    Params,
+    PromptMethod,
+    SelectMethod,
+    WeightMethod,
+    replaced,
+)
+from inlay.methods.tokens import ROWS, give_tokens, tokens_of
+from inlay.model.adapters.instance import is_shadowed
+from inlay.model.adapters.layer import rate_of
+from inlay.model.adapters.places import Matrix, matrices_at
+from inlay.model.adapters.selected import selected_copies
+from inlay.model.adapters.targets import Found, entries, find_targets, reach
+from inlay.model.adapters.wrapped import unwrapped
+from inlay.model.seams.accelerate import brought_in
+from inlay.storage.base import FrozenLinear
+from inlay.storage.convolution import is_convolution
+from inlay.storage.parameters import Parameter
+from inlay.storage.registry import frozen, matrix_kind
+
+
+@dataclass
+class Place:
+    """What one adapter puts at one module."""
+
+    method: Method | None
+    params: Params
+    parts: dict[str, WeightMethod] = field(default_factory=dict)
+    """Parameter -> the method on it alone, whose tensors are a part of `params`."""
+
+    def add(self, copies: Params) -> None:
+        """Add trained copies of the module's own parameters, and of its statistics."""
+        for name, copy in copies.named_parameters():
+            self.params.register_parameter(name, copy)
+        for name, copy in copies.named_buffers():
+            self.params.register_buffer(name, copy)
+        for rows in ROWS:
+            if tokens_of(copies, rows):
+                give_tokens(self.params, rows, tokens_of(copies, rows))
+
+
+def places_for(
+    model: nn.Module,
+    method: Method,
+    targets: str | Sequence[str] | None,
+    exclude: str | Sequence[str],
+    layers: str | tuple[int, ...] | None,
+    saved: Sequence[str],
+    seed: int,
+) -> tuple[dict[str, Place], Found]:
+    """Create the tensors of a method at every module it goes to."""
+    if isinstance(method, PromptMethod):
+        if targets or exclude or layers is not None:
+            raise AdapterError(f"{method.name} acts on the whole model: leave targets out")
+        return {}, Found()
+    if isinstance(method, SelectMethod):
+        copies = selected_copies(model, method, targets, exclude, layers)
+        return {n: Place(None, p) for n, p in copies.items()}, Found(tuple(copies))
+    assert isinstance(method, WeightMethod | HiddenMethod)
+    found = find_targets(
+        model,
+        method.own_targets if targets is None else targets,
+        exclude=(*entries(exclude), *saved),
+        layers=layers,
+        kinds=reach(method),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    places: dict[str, Place] = {}
+    for name in found.names:
+        add_places(places, model, name, method, generator)
+    for extra in method.also_selects:
+        for module_name, copies in copies_beside(model, extra, found).items():
+            places.setdefault(module_name, Place(None, Params({}))).add(copies)
+    return places, found
+
+
+def copies_beside(model: nn.Module, extra: SelectMethod, found: Found) -> dict[str, Params]:
+    """Return trained copies of what is selected beside a method; say so where that is nothing."""
+    try:
+        return selected_copies(model, extra, extra_targets(extra, found))
+    except TargetError:
+        where = (
+            "its adapted layers have" if extra.only_adapted else f"this {type(model).__name__} has"
+        )
+        warnings.warn(
+            f"bias training was asked for and trains nothing: {where} no bias", stacklevel=2
+        )
+        return {}
+
+
+def extra_targets(extra: SelectMethod, found: Found) -> tuple[str, ...] | None:
+    """Return where the selection beside a method applies: its own layers, or the whole model."""
+    return found.names if extra.only_adapted else None
+
+
+def add_places(
+    places: dict[str, Place],
+    model: nn.Module,
+    name: str,
+    method: WeightMethod | HiddenMethod,
+    seed: torch.Generator,
+) -> None:
+    """Create the tensors at one target, with the hyperparameters that hold there."""
+    if isinstance(method, HiddenMethod):
+        here = method.for_layer(name)
+        assert isinstance(here, HiddenMethod)
+        block = unwrapped(model.get_submodule(name))
+        check_not_shadowed(block, name, here)
+        places[name] = Place(here, here.init(*shape_and_place(block), seed))
+        return
+    for at in matrices_at(model, name):
+        here = method.for_layer(at.place)
+        assert isinstance(here, WeightMethod)
+        here = without_dropout(here, at)
+        module = unwrapped(model.get_submodule(at.name))
+        check_not_shadowed(module, at.place, here, at.view)
+        with brought_in(module):
+            params = initial(here, at, matrix_kind(module) or "linear", seed)
+        if at.parameter is None:
+            places[at.name] = Place(here, params)
+            continue
+        place = places.setdefault(at.name, Place(None, Params({})))
+        place.params.add_module(at.parameter, params)
+        place.parts[at.parameter] = here
+
+
+def initial(method: WeightMethod, at: Matrix, layer_kind: Kind, seed: torch.Generator) -> Params:
+    """Create the tensors for one matrix, or those for each of a stack, stacked."""
+    if not isinstance(at.view, Parameter) or at.view.stack is None:
+        return method.init(at.view, layer_kind, seed)
+    each = [method.init(member, layer_kind, seed) for member in at.view.each()]
+    first = each[0]
+    stacked = {n: torch.stack([getattr(p, n).detach() for p in each]) for n in first._buffers}
+    derived = {n: stacked[n] for n in first._non_persistent_buffers_set}
+    trained = {n: torch.stack([getattr(p, n).detach() for p in each]) for n in first._parameters}
+    fixed = {n: t for n, t in stacked.items() if n not in derived}
+    return Params(trained, fixed, derived)
+
+
+def without_dropout(method: WeightMethod, at: Matrix) -> WeightMethod:
+    """Return the method as it acts here: nothing drops out an input that only the layer reads."""
+    if not at.view.by_weight or at.view.linear_in_weight or not rate_of(method):
+        return method
+    changed = replaced(method, dropout=0.0)
+    assert isinstance(changed, WeightMethod)
+    return changed
+
+
+def check_not_shadowed(
+    module: nn.Module, name: str, method: Method, view: FrozenLinear | None = None
+) -> None:
+    """Raise when the instance's own forward leads past whatever an adapter does there.
+
+    One that reads a dense weight reads the adapted one.
+    """
+    if is_shadowed(module) and (view is None or view.storage != "dense"):
+        own = vars(module)["forward"]
+        raise AdapterError(
+            f"{name or 'the model'} has a forward of its own instance, "
+            f"{getattr(own, '__qualname__', type(own).__name__)}, which does not call the forward "
+            f"of its class {type(module).__name__}, so that an adapter ({method.name}) would have "
+            "no effect there; leave it out with exclude, or attach before that forward is set"
+        )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Say whether a module is a linear layer, whatever its forward."""
+    return matrix_kind(module) in ("linear", "conv1d") and not is_convolution(module)
+
+
+def shape_and_place(module: nn.Module) -> tuple[tuple[int, int], Tensor]:
+    """Return (out, in) of a layer or of a whole block, and an empty tensor that lies with it."""
+    layers = [m for m in module.modules() if is_linear(m)]
+    if not layers:
+        raise AdapterError(f"the block {type(module).__name__} has no linear layer to size by")
+    linears = [frozen(layer) for layer in layers]
+    with brought_in(layers[0]):
+        like = torch.empty(0, dtype=linears[0].dtype, device=linears[0].device)
+    return (linears[-1].shape[0], linears[0].shape[1]), like

@@ -1,0 +1,139 @@
+"""What an attached model trains: what matched, what did not, how much, where."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from inlay.methods.base import Params, WeightMethod
+from inlay.model.adapters.attach import active, adapter_places, adapter_tensors, adapters, notes
+from inlay.model.adapters.layer import rate_of
+from inlay.model.adapters.places import module_at
+from inlay.model.adapters.wrapped import looks_through
+from inlay.storage.base import FrozenLinear
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """One adapter: where it went, what was left out, how many parameters it trains."""
+
+    name: str
+    method: str
+    active: bool
+    parameters: int
+    matched: tuple[str, ...]
+    left_out: tuple[str, ...]
+    undropped: tuple[str, ...]
+    """Where the method's dropout does not act: the layer alone reads its input."""
+    passed_over: tuple[tuple[str, str], ...]
+    """What is no linear layer, holds weights and stays frozen, with what it is."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The adapters of a model; `str(report)` is a readable summary."""
+
+    adapters: tuple[AdapterReport, ...]
+    trainable: int
+    total: int
+    """The parameters of the whole model, active adapters included; copies count once."""
+    notes: tuple[str, ...] = ()
+    """What is to be known of the fast paths that stepped aside."""
+
+    @property
+    def percent(self) -> float:
+        """Trained parameters as a percentage of the whole model's."""
+        return 100 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{self.trainable:,} of {self.total:,} parameters train ({self.percent:.3g}%)"]
+        for adapter in self.adapters:
+            state = "active" if adapter.active else "not active"
+            lines.append(f"{adapter.name}: {adapter.method}, {adapter.parameters:,} ({state})")
+            lines += [f"  on {line}" for line in grouped(adapter.matched)]
+            lines += [f"  without dropout: {line}" for line in grouped(adapter.undropped)]
+            lines += [f"  left out: {line}" for line in grouped(adapter.left_out)]
+            for what in dict.fromkeys(kind for _, kind in adapter.passed_over):
+                names = tuple(name for name, kind in adapter.passed_over if kind == what)
+                lines += [f"  passed over ({what}): {line}" for line in grouped(names)]
+        lines += self.notes
+        return "\n".join(lines)
+
+
+@looks_through
+def report(model: nn.Module) -> Report:
+    """Return what the model's adapters matched, left out and train; an empty report for none."""
+    here = active(model)
+    found = tuple(
+        AdapterReport(
+            name=name,
+            method=attached.method.name,
+            active=name in here,
+            parameters=count_once(model, name),
+            matched=attached.found.names,
+            left_out=attached.found.left_out,
+            undropped=tuple(undropped(model, name)),
+            passed_over=attached.found.passed_over,
+        )
+        for name, attached in adapters(model).items()
+    )
+    trained, added = trained_sizes(model)
+    total = base_size(model) + sum(added.values())
+    return Report(found, sum(trained.values()), total, notes(model))
+
+
+def undropped(model: nn.Module, name: str) -> Iterator[str]:
+    """Every place where an adapter's method drops nothing out, though elsewhere it does."""
+    if not getattr(adapters(model)[name].method, "dropout", 0.0):
+        return
+    for place, _, method, _ in adapter_tensors(model, name):
+        if isinstance(method, WeightMethod) and not rate_of(method):
+            yield place
+
+
+def trained_sizes(model: nn.Module) -> tuple[dict[int, int], dict[int, int]]:
+    """Return the sizes of what trains, and of what active adapters add to the model, by identity.
+
+    A trained copy of a parameter stands in its place, so that it adds nothing.
+    """
+    trained: dict[int, int] = {}
+    added: dict[int, int] = {}
+    for name in active(model):
+        for place, params in adapter_places(model, name):
+            module, parameter = module_at(model, place)
+            own = {} if parameter else module._parameters
+            for key, p in params.named_parameters(recurse=False):
+                trained |= {id(p): p.numel()} if p.requires_grad else {}
+                added |= {} if own.get(key) is not None else {id(p): p.numel()}
+    return trained, added
+
+
+@looks_through
+def base_size(model: nn.Module) -> int:
+    """Count the base model's parameters: as many as before quantisation, tied ones once."""
+    adapter = {id(p) for m in model.modules() if isinstance(m, Params) for p in m.parameters()}
+    sizes: dict[int, int] = {}
+    for module in model.modules():
+        quantised = isinstance(module, FrozenLinear)
+        if quantised:
+            sizes[id(module)] = math.prod(module.shape)
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in adapter and not (quantised and name != "bias"):
+                sizes[id(p)] = p.numel()
+    return sum(sizes.values())
+
+
+def count_once(model: nn.Module, name: str) -> int:
+    """Count one adapter's parameters, tied ones once."""
+    seen = {id(p): p.numel() for _, ps in adapter_places(model, name) for p in ps.parameters()}
+    return sum(seen.values())
+
+
+def grouped(names: tuple[str, ...]) -> list[str]:
+    """Group layer names that differ only in their block number, with a count."""
+    shapes = Counter(".".join("*" if w.isdigit() else w for w in n.split(".")) for n in names)
+    return [f"{shape} ({count})" for shape, count in shapes.items()]

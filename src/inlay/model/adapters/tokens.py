@@ -1,0 +1,182 @@
+"""Rows of embeddings that an adapter trains or brings: where they go, tied heads included."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import AdapterError, TargetError, UsageError, did_you_mean
+from inlay.methods.base import Params, stored
+from inlay.methods.tokens import give_tokens
+from inlay.model.adapters.layer import own_modules
+from inlay.model.adapters.targets import Found, matches, nearest, output_head
+from inlay.storage.base import FrozenLinear
+from inlay.storage.registry import frozen, matrix_kind
+
+Tokens = Sequence[int] | Mapping[str, Sequence[int]]
+"""Ids of the input embedding's rows, or ids by the name of a module."""
+
+
+def token_rows(
+    model: nn.Module, wanted: Tokens, saved: Collection[str]
+) -> tuple[dict[str, Params], dict[str, tuple[int, ...]]]:
+    """Return the rows to train by module, tied ones shared, and the ids that were asked for.
+
+    `saved` names the modules that train whole.
+
+    Raises:
+        TargetError: a name matches no embedding or head.
+        AdapterError: an id has no row, is named twice, or the module trains whole already.
+    """
+    asked = resolved(model, wanted)
+    found: dict[str, Params] = {}
+    for name, ids in asked.items():
+        if name in found:
+            continue
+        if name in saved:
+            raise AdapterError(
+                f"{name} trains whole, as modules_to_save says, so no token's row trains apart; "
+                "leave it out of modules_to_save or of trainable_tokens"
+            )
+        module = model.get_submodule(name)
+        check_ids(name, module, ids)
+        rows = nn.Parameter(rows_of(module, ids))
+        leads = name == input_name(model)  # what follows a head alone is no matter of the embedding
+        tied = tied_to(model, name) if leads else ()
+        sharing = [n for n in tied if asked.get(n, ids) == ids and n not in saved]
+        for each in (name, *sharing):
+            found[each] = Params({"token_rows": rows})
+            give_tokens(found[each], "token_rows", ids)
+    return found, asked
+
+
+def resolved(model: nn.Module, wanted: Tokens) -> dict[str, tuple[int, ...]]:
+    """Return the ids by the whole name of each module, an input embedding before its head."""
+    if not isinstance(wanted, Mapping):
+        if not len(wanted):
+            return {}
+        name = input_name(model)
+        if name is None:
+            raise TargetError(
+                f"this {type(model).__name__} does not say which module is its input embedding; "
+                "give trainable_tokens as a mapping from the module's name to ids"
+            )
+        return {name: tuple(wanted)}
+    names = [n for n, _ in own_modules(model) if n]
+    found: dict[str, tuple[int, ...]] = {}
+    for entry, ids in wanted.items():
+        here = [n for n in names if matches(entry, n)]
+        if not here:
+            raise TargetError(f"trainable_tokens names {entry!r}, no module{nearest(entry, names)}")
+        found |= {n: tuple(ids) for n in here}
+    first = input_name(model)
+    return dict(sorted(found.items(), key=lambda item: item[0] != first))
+
+
+def check_ids(name: str, module: nn.Module, ids: Sequence[int]) -> None:
+    """Raise unless every id has a row of a weight here, and is named once."""
+    if matrix_kind(module) not in ("linear", "conv1d", "embedding"):
+        raise TargetError(
+            f"trainable_tokens names {name!r}, a {type(module).__name__}, which has no rows of "
+            "tokens that can train apart; train it whole with modules_to_save"
+        )
+    count = row_count(module)
+    wrong = [i for i in ids if not 0 <= i < count]
+    if wrong or not ids:
+        raise AdapterError(
+            f"trainable_tokens has {wrong[0] if wrong else 'no ids'}, and {name} has rows 0 to "
+            f"{count - 1}; call model.resize_token_embeddings first where tokens were added"
+        )
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if list(ids).count(i) > 1)
+        raise AdapterError(f"trainable_tokens names token {twice} twice for {name}")
+
+
+def input_name(model: nn.Module) -> str | None:
+    """Return the name of the model's token embedding, if it says."""
+    return name_of(model, input_embeddings(model))
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the model's token embedding, or None where it does not say."""
+    getter: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        return getter() if getter else None
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
+    """Return a module's name in the model."""
+    return next((n for n, m in own_modules(model) if m is wanted and wanted is not None), None)
+
+
+def tied_to(model: nn.Module, name: str) -> Iterator[str]:
+    """Every other module whose rows are the same tensor, or are meant to be."""
+    module = model.get_submodule(name)
+    own = module._parameters.get("weight")
+    ends = [input_embeddings(model), output_head(model)]
+    config: Any = getattr(model, "config", None)
+    tied = bool(getattr(config, "tie_word_embeddings", False)) and module is ends[0]
+    for other_name, other in own_modules(model):
+        same = own is not None and other._parameters.get("weight") is own
+        if other is not module and matrix_kind(other) and (same or (tied and other is ends[1])):
+            yield other_name
+
+
+def row_count(module: nn.Module) -> int:
+    """Return how many tokens a layer has a row for."""
+    matrix = frozen(module)
+    return matrix.shape[1] if is_embedding(matrix) else matrix.shape[0]
+
+
+def is_embedding(matrix: FrozenLinear) -> bool:
+    """Say whether a weight is read by ids."""
+    return "embedding" in (matrix.layer_kind, matrix.stands_for)
+
+
+def rows_of(module: nn.Module, ids: Sequence[int]) -> Tensor:
+    """Return copies of some rows, (ids, width), in the dtype that adapters are stored in."""
+    matrix = frozen(module)
+    places = torch.tensor(list(ids), device=matrix.device)
+    with torch.no_grad():
+        rows = matrix.matmul(places) if is_embedding(matrix) else matrix.dequantize(places)
+        return stored(matrix, *rows.shape).copy_(rows)
+
+
+def check_apart(rows: Collection[str], found: Found) -> None:
+    """Raise when a layer is adapted and some of its rows train: HF PEFT's layout has one or other.
+
+    Raises:
+        AdapterError: there is such a layer.
+    """
+    both = [name for name in found.names if name in rows]
+    if both:
+        raise AdapterError(
+            f"{both[0]} is both a target of the method and a layer whose tokens' rows train; "
+            "leave it out of targets or of trainable_tokens (a tied head goes with its embedding)"
+        )
+
+
+def ids_of(words: Sequence[str | int], tokenizer: Any) -> list[int]:
+    """Return the ids of tokens that are named by themselves or by their ids, each once.
+
+    Raises:
+        UsageError: a word is no token of the tokenizer.
+    """
+    known: Mapping[str, int] = tokenizer.get_vocab() if words else {}
+    found: dict[int, None] = {}
+    for each in words:
+        word = str(each)
+        if word not in known and not word.isdecimal():
+            raise UsageError(
+                f"trainable_tokens names {word!r}, which is no token of the model's tokenizer"
+                f"{did_you_mean(word, known)}; give a token as the vocabulary spells it, or its "
+                "id. To train new tokens, add them to a copy of the model first: "
+                "tokenizer.add_tokens, model.resize_token_embeddings, save_pretrained of both"
+            )
+        found[known[word] if each in known else int(word)] = None
+    return list(found)

@@ -1,0 +1,1 @@
+"""Merge adapters into the base weights, check the result, write it."""
