@@ -35,7 +35,7 @@ from vision_tiny import Tiny, make_digits, save_tiny, tokenizer_of  # noqa: E402
 import inlay  # noqa: E402
 from inlay.data.processor import image_reader  # noqa: E402
 from inlay.data.vision import ImageInputs, encode_images  # noqa: E402
-from inlay.model.fast.lengths import length_multiple  # noqa: E402
+from inlay.model.fast.padding import length_multiple  # noqa: E402
 from inlay.run.config import load_config  # noqa: E402
 from inlay.train.planning import step_loss  # noqa: E402
 from inlay.train.rows import rows_of_run  # noqa: E402

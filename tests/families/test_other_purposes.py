@@ -24,9 +24,9 @@ from inlay.data.tokens import Encoded
 from inlay.errors import ModelError
 from inlay.evaluate.generation import generate
 from inlay.evaluate.losses import losses
+from inlay.model.load.causal import check_continues
 from inlay.model.load.folder import EMBEDDED
 from inlay.model.load.libraries import in_model_code
-from inlay.model.load.purpose import check_continues
 
 POCKET = EMBEDDED["pocket"]
 CLASSES = {

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from inlay.kernels.switches import plain
 from inlay.methods.lora import LoRA
 from inlay.model.adapters.attach import adapter_places, attach
-from inlay.model.fast.fused import asked_for
+from inlay.model.fast.trl_head import asked_for
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 30], [3, 3, 60, 11, 0, 8]])
 LABELS = torch.where(IDS > 4, IDS, -100)

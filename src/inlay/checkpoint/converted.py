@@ -17,7 +17,7 @@ from torch import nn
 from inlay.checkpoint.folder import AdapterFolder
 from inlay.methods.base import Kind, Method, PromptMethod
 from inlay.model.adapters.layer import own_modules
-from inlay.model.seams.renames import renaming
+from inlay.model.seams.transformers import renaming
 
 PREFIX = "base_model.model."
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

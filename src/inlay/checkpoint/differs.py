@@ -13,7 +13,7 @@ from inlay.checkpoint.placement import told_by_weight
 from inlay.methods.base import Method
 from inlay.model.adapters.attach import Attached
 from inlay.model.adapters.places import matrices_at
-from inlay.model.seams.renames import renaming
+from inlay.model.seams.transformers import renaming
 from inlay.storage.base import FrozenLinear
 from inlay.storage.convolution import Convolution
 from inlay.storage.own import OwnEmbedding, OwnLinear

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from inlay.errors import CheckpointError
-from inlay.model.seams.conversions import family_of_experts
+from inlay.model.seams.transformers import family_of_experts
 
 RENAMED: dict[str, dict[str, str]] = {
     "mixtral": {

@@ -17,7 +17,7 @@ from inlay.data.rows import Rows
 from inlay.evaluate.losses import padded
 from inlay.model.load.libraries import quiet_transformers
 from inlay.model.merge.merge import inputs_for, merged
-from inlay.model.merge.written import check_written
+from inlay.model.merge.save import check_written
 from inlay.train.output.files import saving, write_folder, write_json
 from inlay.train.tasks import TASKS
 

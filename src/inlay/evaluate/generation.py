@@ -20,7 +20,7 @@ from inlay.errors import DataError, ModelError
 from inlay.evaluate.losses import Progress, buckets
 from inlay.methods.base import PromptMethod, evaluating
 from inlay.model.adapters.attach import active, adapters
-from inlay.model.load.purpose import check_one_text
+from inlay.model.load.causal import check_one_text
 
 Prompt = str | Sequence[int]
 """A prompt as text, or as tokens."""

@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 from inlay.errors import DataError, ModelError
 from inlay.kernels.loss import most_rows
 from inlay.methods.base import evaluating
-from inlay.model.fast.lengths import length_multiple
 from inlay.model.fast.packing import mixes_rows, positions
-from inlay.model.load.purpose import check_one_text
+from inlay.model.fast.padding import length_multiple
+from inlay.model.load.causal import check_one_text
 
 PADDING = 0
 

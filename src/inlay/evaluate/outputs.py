@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from inlay.errors import ModelError
 from inlay.evaluate.losses import Progress, buckets, rounded_up
 from inlay.methods.base import evaluating
-from inlay.model.fast.lengths import length_multiple
+from inlay.model.fast.padding import length_multiple
 from inlay.model.merge.fidelity import first_tensor
 
 __all__ = ["Input", "accepted", "outputs", "padded_batches", "padded_inputs", "padding_of"]

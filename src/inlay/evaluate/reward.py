@@ -25,7 +25,7 @@ from inlay.evaluate.statistics import (
 from inlay.kernels.loss import most_rows
 from inlay.methods.base import evaluating
 from inlay.model.adapters.attach import disabled
-from inlay.model.fast.lengths import length_multiple
+from inlay.model.fast.padding import length_multiple
 
 __all__ = ["Judging", "Prompts", "answers_of", "compare_rewards", "divergence"]
 

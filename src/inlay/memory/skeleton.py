@@ -12,10 +12,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from inlay.errors import ModelError, did_you_mean
+from inlay.model.load.arguments import checked_dtype, packed_storage
 from inlay.model.load.folder import EMBEDDED, looks_like_hub_id
 from inlay.model.load.heads import Head, configured
 from inlay.model.load.libraries import failures_as_sentences
-from inlay.model.load.pretrained import checked_dtype, model_class, packed_storage
+from inlay.model.load.pretrained import model_class
 from inlay.model.load.quantize import dense_view, storages
 from inlay.model.seams.transformers import built_empty, no_init_weights
 from inlay.model.stream.host import embedding_on_host

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from inlay.model.adapters.attach import whole_outputs
 from inlay.model.fast.causal_lm import FastCausalLM
-from inlay.model.fast.fused import reads_past
+from inlay.model.fast.trl_head import reads_past
 from inlay.peft.errors import AdapterError
 from inlay.peft.rows import routed
 from inlay.peft.saving import Saved

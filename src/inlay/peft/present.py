@@ -14,7 +14,7 @@ from inlay.methods.base import LowRank, SelectMethod
 from inlay.methods.tokens import ROWS
 from inlay.model.adapters.attach import Attached, active, adapters, own_modules, required_registry
 from inlay.model.adapters.layer import AdaptedLayer
-from inlay.model.load.rebuild import MADE_BY
+from inlay.model.pickling import MADE_BY
 from inlay.peft.look import Look
 from inlay.peft.presented import Presented
 from inlay.peft.saved import SavedLayer, TokenLayer, become_wrapper

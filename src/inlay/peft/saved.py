@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from inlay.methods.tokens import tokens_of
 from inlay.model.adapters.instance import change_class
 from inlay.model.adapters.layer import AdaptedLayer, own_modules
-from inlay.model.load.rebuild import MADE_BY, reduced
+from inlay.model.pickling import MADE_BY, reduced
 from inlay.peft.presented import Presented
 from inlay.peft.seam import ModulesToSaveWrapper, TrainableTokensLayer
 from inlay.peft.tuner_layer import widths_of

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
 from inlay.errors import UsageError
-from inlay.model.fast.lengths import length_multiple
+from inlay.model.fast.padding import length_multiple
 from inlay.run.config import RunConfig
 
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}

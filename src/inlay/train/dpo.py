@@ -16,7 +16,7 @@ from inlay.evaluate.preference import Preferences, compare_pairs, log_probs
 from inlay.evaluate.record import ComparisonRecord
 from inlay.memory.devices import Device
 from inlay.model.adapters.attach import disabled
-from inlay.model.fast.lengths import length_multiple
+from inlay.model.fast.padding import length_multiple
 from inlay.train import planning
 from inlay.train.answers import check_answers
 from inlay.train.arguments import shared

@@ -18,7 +18,7 @@ from inlay.evaluate.record import ComparisonRecord
 from inlay.evaluate.similar import Candidates, ranks
 from inlay.memory.devices import Device
 from inlay.methods.base import evaluating
-from inlay.model.fast.lengths import length_multiple
+from inlay.model.fast.padding import length_multiple
 from inlay.model.load.heads import Head
 from inlay.train import planning
 from inlay.train.arguments import shared

@@ -13,7 +13,7 @@ from inlay.memory.devices import Device
 from inlay.memory.skeleton import config_of
 from inlay.methods.base import PromptMethod
 from inlay.methods.catalog import catalog
-from inlay.model.fast.lengths import MULTIPLE
+from inlay.model.fast.padding import MULTIPLE
 from inlay.model.load.folder import located
 from inlay.model.load.libraries import quiet_transformers
 from inlay.model.load.tokenizer import has_tokenizer, read_tokenizer

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from inlay.data.inputs import InputRow
 from inlay.evaluate.outputs import accepted, padded_inputs, padding_of
 from inlay.kernels.loss import IGNORED
-from inlay.model.fast.lengths import length_multiple
+from inlay.model.fast.padding import length_multiple
 from inlay.model.load.heads import Head, head_loss
 from inlay.train.trainer import AdapterLoop
 

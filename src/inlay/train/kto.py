@@ -18,7 +18,7 @@ from inlay.evaluate.labelled import Judgements, Weights, compare_labelled, label
 from inlay.evaluate.record import ComparisonRecord
 from inlay.memory.devices import Device
 from inlay.model.adapters.attach import disabled
-from inlay.model.fast.lengths import length_multiple
+from inlay.model.fast.padding import length_multiple
 from inlay.train import planning
 from inlay.train.answers import check_answers
 from inlay.train.arguments import shared

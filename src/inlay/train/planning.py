@@ -27,12 +27,12 @@ from inlay.memory.probe import runtime
 from inlay.memory.skeleton import computing_dtype, config_of, skeleton
 from inlay.methods.catalog import build_method
 from inlay.model.adapters.attach import attach
-from inlay.model.fast.lengths import length_multiple
+from inlay.model.fast.padding import length_multiple
+from inlay.model.load.causal import check_writes
 from inlay.model.load.eight_bits import compute_in_8_bits
 from inlay.model.load.folder import located
 from inlay.model.load.heads import Head, not_adapted, to_train
 from inlay.model.load.libraries import quiet_transformers
-from inlay.model.load.purpose import check_writes
 from inlay.model.load.tokenizer import has_tokenizer, read_tokenizer
 from inlay.run.config import RunConfig
 from inlay.train.collate import Concatenate

@@ -14,7 +14,7 @@ from inlay.data.rows import Rows
 from inlay.evaluate.record import ComparisonRecord
 from inlay.evaluate.reward_model import compare_rewards, held_out_rewards
 from inlay.memory.devices import Device
-from inlay.model.fast.lengths import length_multiple
+from inlay.model.fast.padding import length_multiple
 from inlay.model.load.heads import Head
 from inlay.train import planning
 from inlay.train.arguments import shared

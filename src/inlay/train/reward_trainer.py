@@ -22,7 +22,7 @@ from inlay.evaluate.generation import Sampling, continued, end_tokens, settings
 from inlay.kernels.loss import IGNORED
 from inlay.methods.base import evaluating
 from inlay.model.adapters.attach import disabled
-from inlay.model.fast.lengths import length_multiple
+from inlay.model.fast.padding import length_multiple
 from inlay.model.merge.weights import merged_weights
 from inlay.train.guard import Guard
 from inlay.train.judge import Answers, Judge

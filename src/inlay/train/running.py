@@ -28,11 +28,11 @@ from inlay.methods.base import Method
 from inlay.model.adapters.attach import attach
 from inlay.model.adapters.report import report
 from inlay.model.adapters.tokens import ids_of
+from inlay.model.load.causal import check_continues, check_writes
 from inlay.model.load.folder import located
 from inlay.model.load.heads import Head, not_adapted, to_train
 from inlay.model.load.libraries import in_model_code, quiet_transformers
 from inlay.model.load.pretrained import load
-from inlay.model.load.purpose import check_continues, check_writes
 from inlay.model.load.tokenizer import read_tokenizer
 from inlay.model.load.vision import tokenizer_in
 from inlay.model.stream.shard import let_go, resident_bytes, shard

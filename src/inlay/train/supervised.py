@@ -15,8 +15,8 @@ from inlay.evaluate.losses import losses
 from inlay.evaluate.record import ComparisonRecord
 from inlay.evaluate.run import compare
 from inlay.memory.devices import Device
-from inlay.model.fast.lengths import length_multiple
 from inlay.model.fast.packing import mixes_rows
+from inlay.model.fast.padding import length_multiple
 from inlay.model.load.eight_bits import ACCEPTED, compute_in_8_bits, gate
 from inlay.model.trunk import Trunk, trunk_of
 from inlay.train import planning

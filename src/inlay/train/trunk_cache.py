@@ -19,8 +19,8 @@ from inlay.errors import InlayError
 from inlay.evaluate.losses import PADDING, EncodedRow, buckets, joined, padded
 from inlay.memory.devices import available_memory
 from inlay.methods.base import evaluating
-from inlay.model.fast.lengths import length_multiple
 from inlay.model.fast.packing import mixes_rows, positions, segments
+from inlay.model.fast.padding import length_multiple
 from inlay.model.seams.transformers import has_cache
 from inlay.model.trunk import Trunk, changes, trunk_of
 

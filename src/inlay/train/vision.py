@@ -19,7 +19,7 @@ from inlay.evaluate.losses import losses
 from inlay.evaluate.record import ComparisonRecord
 from inlay.evaluate.run import compare
 from inlay.memory.devices import Device
-from inlay.model.fast.lengths import length_multiple
+from inlay.model.fast.padding import length_multiple
 from inlay.train import planning
 from inlay.train.arguments import arguments
 from inlay.train.pictured import Pictures

@@ -23,7 +23,7 @@ from inlay.errors import InlayError, ModelError
 from inlay.evaluate.images import Seeing
 from inlay.memory.devices import available_memory
 from inlay.methods.base import evaluating
-from inlay.model.fast.lengths import length_multiple
+from inlay.model.fast.padding import length_multiple
 from inlay.train.trunk_cache import FULL, LOW, SHARE_OF_MEMORY
 
 FEATURES = "get_image_features"

@@ -19,7 +19,7 @@ from inlay.model.adapters.by_weight import Changed, made_again
 from inlay.model.adapters.derived import follow, follow_loaded
 from inlay.model.adapters.instance import change_class
 from inlay.model.adapters.wrapped import unwrapped
-from inlay.model.load.rebuild import MADE_BY, reduced
+from inlay.model.pickling import MADE_BY, reduced
 from inlay.storage.base import FrozenLinear, whereabouts
 from inlay.storage.dense import DenseView
 from inlay.storage.own import ByWeight

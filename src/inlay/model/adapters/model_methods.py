@@ -14,7 +14,8 @@ from typing import Any, overload
 from torch import nn
 from transformers import PreTrainedModel
 
-from inlay.model.seams.trainer import follow_trainer
+from inlay.model.adapters.wrapped import unwrapped
+from inlay.model.seams.transformers import follow_trainer
 
 FILES = "inlay.checkpoint.attached"
 """Where files are written and read: called from here, and not known."""
@@ -45,7 +46,8 @@ def call(name: str, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def restore(model: nn.Module, checkpoint: Path) -> bool:
     """Put a checkpoint's adapters into a model; False where model or checkpoint has none."""
-    return "inlay" in vars(model) and call("restore", model, checkpoint)
+    inner = unwrapped(model)
+    return "inlay" in vars(inner) and call("restore", inner, checkpoint)
 
 
 class ActiveAdapters(Sequence[str]):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from inlay.model.adapters.instance import change_class
-from inlay.model.load.rebuild import MADE_BY, reduced
+from inlay.model.pickling import MADE_BY, reduced
 
 
 class Fast(nn.Module):

@@ -17,8 +17,8 @@ from inlay.kernels.loss import IGNORED, Scores, linear_cross_entropy, rows_at_on
 from inlay.kernels.switches import is_on
 from inlay.model.fast.attention import attending
 from inlay.model.fast.base import Fast, by_name, parameters_of
-from inlay.model.fast.fused import acts_on, asked_for, mean_logits, reads_past, temperature_of
 from inlay.model.fast.layers import FastLastBlock
+from inlay.model.fast.trl_head import acts_on, asked_for, mean_logits, reads_past, temperature_of
 from inlay.model.seams.transformers import ForCausalLMLoss, ModelOutput, cache_field, cache_in
 from inlay.storage.registry import frozen, kind, layer_class
 

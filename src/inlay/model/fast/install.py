@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from inlay.model.fast import process
+from inlay.model import process
 from inlay.model.fast.attention import ATTENTION, FastBackbone, Labelled
 from inlay.model.fast.base import Fast, become_fast, become_plain, parameters_of
 from inlay.model.fast.causal_lm import NARROW_WAY, FastCausalLM

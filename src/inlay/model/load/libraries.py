@@ -13,7 +13,7 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 from inlay.errors import ModelError
-from inlay.model.load.quantizer import Stopped
+from inlay.model.load.hf_quantizer import Stopped
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -19,7 +19,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from inlay.errors import ModelError, did_you_mean
+from inlay.errors import ModelError
+from inlay.model.load.arguments import (
+    check_word,
+    checked_device,
+    checked_dtype,
+    quantization_for,
+)
 from inlay.model.load.folder import check_folder, located, weight_files
 from inlay.model.load.heads import (
     Head,
@@ -29,9 +35,9 @@ from inlay.model.load.heads import (
     initialise,
     pad_token,
 )
+from inlay.model.load.hf_quantizer import InlayQuantizationConfig, InlayQuantizer, unread_tensors
 from inlay.model.load.libraries import failures_as_sentences, quiet_transformers
-from inlay.model.load.quantize import describe_quantization, head_of, storages
-from inlay.model.load.quantizer import ReadingConfig, ReadingQuantizer, unread_tensors
+from inlay.model.load.quantize import describe_quantization, separate_head, storages
 from inlay.model.load.tokenizer import read_reader
 from inlay.model.load.vision import sees_images, tokenizer_in
 from inlay.model.stream import files as stream_files
@@ -98,14 +104,14 @@ def load(
     folder = located(model, revision)
     with quiet_transformers(), torch.random.fork_rng(enabled=head is not None):
         config = read_config(folder, trust_remote_code)
-        reading = reading_config(config, model, storage, double_quant, head_storage)
+        quantization = quantization_for(config, model, storage, double_quant, head_storage)
         dtype = checked_dtype(dtype)
         where = checked_device(device)
         if stream == "disk":
-            loaded = read_streamed(folder, config, reading, dtype, where, head)
+            loaded = read_streamed(folder, config, quantization, dtype, where, head)
         else:
             at = torch.device("cpu") if stream == "host" else where
-            loaded = read_model(folder, config, reading, dtype, at, trust_remote_code, head)
+            loaded = read_model(folder, config, quantization, dtype, at, trust_remote_code, head)
         reader = read_reader(folder, config, trust_remote_code)
     if head is not None:
         pad_token(loaded, tokenizer_in(reader))
@@ -118,97 +124,16 @@ def load(
     return loaded.requires_grad_(False).eval(), reader
 
 
-def check_word(key: str, value: str, allowed: Any) -> None:
-    """Raise unless a value is one of those that a Literal allows."""
-    if value not in get_args(allowed):
-        raise ModelError(f"{key} must be one of {', '.join(get_args(allowed))}, not {value!r}")
-
-
 def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     """Read the model's configuration."""
     with failures_as_sentences(folder, "configuration"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def reading_config(
-    config: PreTrainedConfig,
-    model: str,
-    storage: str,
-    double_quant: bool,
-    head_storage: str = "dense",
-) -> ReadingConfig | None:
-    """Return how the weights are to be packed while loading; None when they stay as they are.
-
-    A configuration that says bitsandbytes is given our reader instead.
-    """
-    packed_as = packed_storage(getattr(config, "quantization_config", None), model)
-    if packed_as is None:
-        if storage == head_storage == "dense":
-            return None
-        return ReadingConfig(storage=storage, double_quant=double_quant, head_storage=head_storage)
-    if storage not in ("dense", packed_as):
-        raise ModelError(
-            f"{model} is held in {packed_as} already, so it cannot be loaded as {storage}; "
-            f"load it with storage='{packed_as}' or find the model it was made from"
-        )
-    config.quantization_config = {
-        "quant_method": "inlay",
-        "storage": packed_as,
-        "double_quant": double_quant,
-        "head_storage": head_storage,
-    }
-    return None
-
-
-def packed_storage(quantization: Mapping[str, Any] | Any, model: str) -> str | None:
-    """Return the storage that a checkpoint's own quantisation is, or None for a dense one."""
-    if quantization is None:
-        return None
-    said = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
-    if said.get("load_in_8bit"):
-        return "int8"
-    four_bit = said.get("bnb_4bit_quant_type", "fp4") if said.get("load_in_4bit") else None
-    if four_bit == "nf4":
-        return "nf4"
-    kind = four_bit or said.get("quant_method") or "an unnamed method"
-    raise ModelError(
-        f"{model} is quantised with {kind}; of quantised models, those in bitsandbytes' nf4 "
-        "and int8 can be loaded. Load the model it was made from, with storage='nf4'"
-    )
-
-
-def checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """Return a floating-point dtype or `auto`; raise for anything else."""
-    names = ("bfloat16", "float16", "float32", "float64")
-    if dtype == "auto" or dtype in {getattr(torch, n) for n in names}:
-        return dtype
-    if dtype in names:
-        return getattr(torch, str(dtype))
-    raise ModelError(
-        f"dtype must be 'auto', {', '.join(names)}, not {dtype!r}.{did_you_mean(str(dtype), names)}"
-    )
-
-
-def checked_device(device: str | torch.device | None) -> torch.device:
-    """Return the device asked for, by default the first GPU; raise when there is none such."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        asked = torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(f"there is no device {device!r}; 'cpu' and 'cuda:0' are two") from error
-    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
-        raise ModelError(
-            f"device {str(asked)!r} was asked for, but this machine has "
-            f"{torch.cuda.device_count()} CUDA devices that PyTorch can use"
-        )
-    return asked
-
-
 def read_model(
     folder: Path,
     config: PreTrainedConfig,
-    reading: ReadingConfig | None,
+    quantization: InlayQuantizationConfig | None,
     dtype: str | torch.dtype,
     where: torch.device,
     trust_remote_code: bool,
@@ -216,7 +141,7 @@ def read_model(
 ) -> PreTrainedModel:
     """Read the weights; raise unless every one of them was found and used, heads apart."""
     read_as = model_class(config, head)
-    packed = reading is not None or "quantization_config" in vars(config)
+    packed = quantization is not None or "quantization_config" in vars(config)
     # transformers would map the files into memory; packed weights are better read piecemeal.
     piecemeal = packed and reads_piecemeal(read_as)
     if piecemeal and dtype == "auto":
@@ -228,14 +153,14 @@ def read_model(
         config,
         head,
         partial(unread_tensors, weight_files(folder)) if piecemeal else None,
-        quantization_config=reading,
+        quantization_config=quantization,
         dtype=dtype,
         device_map={"": where},
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
     )
     quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, ReadingQuantizer):
+    if isinstance(quantizer, InlayQuantizer):
         quantizer.release(model)
     return model
 
@@ -243,7 +168,7 @@ def read_model(
 def read_streamed(
     folder: Path,
     config: PreTrainedConfig,
-    reading: ReadingConfig | None,
+    quantization: InlayQuantizationConfig | None,
     dtype: str | torch.dtype,
     device: torch.device,
     head: Head | None = None,
@@ -259,10 +184,10 @@ def read_streamed(
     compute = stored_dtype(folder, config) if isinstance(dtype, str) else dtype
     with failures_as_sentences(folder, "configuration"):
         skeleton = stream_files.skeleton(read_as, config, compute)
-    if reading is not None:
-        packed_as = storages(skeleton, reading.storage, reading.head_storage)
+    if quantization is not None:
+        packed_as = storages(skeleton, quantization.storage, quantization.head_storage)
         folder = stream_files.packed_copy(
-            folder, weight_files(folder), skeleton, config, packed_as, reading.double_quant
+            folder, weight_files(folder), skeleton, config, packed_as, quantization.double_quant
         )
         check_cached(folder)
     else:
@@ -272,7 +197,7 @@ def read_streamed(
     tensors = stream_files.opened_files(files)
     weights, left = stream_files.weights_in_files(skeleton, tensors, packed_as)
     if said.get("head_storage", "dense") != "dense":
-        check_head_streams(folder, weights[head_of(skeleton)].packing, said["head_storage"])
+        check_head_streams(folder, weights[separate_head(skeleton)].packing, said["head_storage"])
     state = partial(stream_files.stand_ins, skeleton, files, left, weights)
     at = {"": "cpu"}
     model: Any = with_weights(read_as, folder, config, head, state, dtype=compute, device_map=at)

@@ -129,10 +129,10 @@ def storages(
     for name in {storage, head_storage} - {"dense"}:
         storage_class(name)
     found = {} if storage == "dense" else dict.fromkeys(quantizable(model, skip), storage)
-    return found if head_storage == "dense" else found | {head_of(model): head_storage}
+    return found if head_storage == "dense" else found | {separate_head(model): head_storage}
 
 
-def head_of(model: nn.Module) -> str:
+def separate_head(model: nn.Module) -> str:
     """Return the name of a language model's output head, if it can be held by itself.
 
     Raises:

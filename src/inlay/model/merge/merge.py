@@ -27,8 +27,8 @@ from inlay.model.merge.fidelity import (
 )
 from inlay.model.merge.finite import check_adapters_finite
 from inlay.model.merge.plan import Plan
+from inlay.model.merge.save import check_place, check_written, write_whole
 from inlay.model.merge.untie import Ties
-from inlay.model.merge.written import check_place, check_written, write_whole
 from inlay.model.stream.host import is_streamed
 
 Storage = Literal["dense", "keep"]

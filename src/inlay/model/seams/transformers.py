@@ -5,14 +5,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, conversion_mapping
 from transformers.activations import SiLUActivation
 from transformers.core_model_loading import ConversionOps
 from transformers.initialization import no_init_weights
@@ -208,3 +215,103 @@ def recomputed(model: nn.Module) -> Recomputed | None:
 def built_empty(made_as: Any, config: PreTrainedConfig, dtype: Any) -> PreTrainedModel:
     """Build a model of a class from its configuration, in a dtype."""
     return made_as._from_config(config, dtype=dtype)
+
+
+def family_of_experts(config: Any) -> str | None:
+    """Return the family whose conversion of experts a configuration's model type has, or None."""
+    kind = getattr(config, "model_type", None)
+    if not isinstance(kind, str):
+        return None
+    table: dict[str, str] = {
+        **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}),
+        "mixtral": "mixtral",
+    }
+    converts: Any = getattr(conversion_mapping, "get_checkpoint_conversion_mapping", None)
+    if converts is not None and converts(kind) is None:
+        return None
+    return table.get(kind)
+
+
+def renaming(model: nn.Module) -> Callable[[str], str] | None:
+    """Return what brings an earlier name to the one that the model has; None where nothing does."""
+    table: Any = getattr(conversion_mapping, "get_model_conversion_mapping", None)
+    if not isinstance(model, PreTrainedModel) or table is None:
+        return None
+    renames = [c for c in table(model) if type(c).__name__ == "WeightRenaming"]
+
+    def renamed(name: str) -> str:
+        for each in renames:
+            name = each.rename_source_key(name)[0]
+        return name
+
+    return renamed if renames else None
+
+
+TRAINER = "transformers.trainer"
+RESUMES, TAKES_BEST = "_load_from_checkpoint", "_load_best_model"
+"""The methods of Trainer that put a checkpoint's values into the model."""
+FOLLOWED = "followed_by_inlay"
+
+Restore = Callable[[nn.Module, Path], bool]
+"""Put the adapters of a checkpoint into a model; False where it is none of this model's."""
+
+
+def follow_trainer(restore: Restore) -> None:
+    """Have Trainer restore adapters by this function, now or as soon as it is imported.
+
+    It is not imported for it: that would take as much memory as all of a small model's training.
+    """
+    loaded = sys.modules.get(TRAINER)
+    if loaded is not None:
+        follow(loaded, restore)
+    elif not any(isinstance(finder, AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, AfterImport(restore))
+
+
+class AfterImport(MetaPathFinder):
+    """Finds the one module as everybody does, and follows it once it is loaded."""
+
+    def __init__(self, restore: Restore) -> None:
+        self.restore = restore
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> Any:
+        """Return the module's own spec, with a loader that goes on to `follow`."""
+        del path, target
+        if fullname != TRAINER:
+            return None
+        sys.meta_path.remove(self)
+        spec: ModuleSpec | None = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            load: Any = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                follow(module, self.restore)
+
+            setattr(spec.loader, "exec_module", exec_module)  # noqa: B010
+        return spec
+
+
+def follow(module: ModuleType, restore: Restore) -> None:
+    """Wrap the two methods of Trainer, once."""
+    trainer: Any = getattr(module, "Trainer", None)
+    if trainer is None or FOLLOWED in vars(trainer):
+        return
+    resume, best = vars(trainer)[RESUMES], vars(trainer)[TAKES_BEST]
+
+    @wraps(resume)
+    def resumed(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> Any:
+        target = self.model if model is None else model
+        if not restore(target, Path(resume_from_checkpoint)):
+            return resume(self, resume_from_checkpoint, model)
+        return None
+
+    @wraps(best)
+    def took_best(self: Any) -> Any:
+        if not restore(self.model, Path(self.state.best_model_checkpoint)):
+            return best(self)
+        return None
+
+    setattr(trainer, RESUMES, resumed)
+    setattr(trainer, TAKES_BEST, took_best)
+    setattr(trainer, FOLLOWED, True)

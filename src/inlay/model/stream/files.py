@@ -22,8 +22,8 @@ from transformers import PreTrainedConfig
 from inlay.errors import ModelError, StorageError
 from inlay.model.load.folder import INDEX
 from inlay.model.load.heads import head_modules
+from inlay.model.load.hf_quantizer import unread_tensors
 from inlay.model.load.quantize import bitsandbytes_config, dense_view, is_dense_linear
-from inlay.model.load.quantizer import unread_tensors
 from inlay.model.stream.host import Weight, block_name, file_weights
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.registry import storage_class

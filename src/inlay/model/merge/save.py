@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from inlay.errors import MergeError
+from inlay.model.load.arguments import quantization_for
 from inlay.model.load.libraries import quiet_transformers
-from inlay.model.load.pretrained import read_config, read_model, reading_config
+from inlay.model.load.pretrained import read_config, read_model
 from inlay.model.merge.fidelity import TOLERANCE, Batches, largest, logits_of
 from inlay.storage.quantized import QuantizedLinear
 
@@ -134,7 +135,7 @@ def read_back(model: PreTrainedModel, folder: Path) -> tuple[nn.Module, str]:
     """Read a folder as its reader will, where the model lies; return it and what read it."""
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         config = read_config(folder, False)
-        held = reading_config(config, str(folder), "dense", True)
+        held = quantization_for(config, str(folder), "dense", True)
         with quiet_transformers():
             return read_model(folder, config, held, "auto", model.device, False), "inlay.load"
     said = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from inlay.errors import InlayError, ModelError, StorageError
-from inlay.model.load.quantize import dense_view, head_of, storages
+from inlay.model.load.quantize import dense_view, separate_head, storages
 from inlay.model.seams.transformers import (
     ConversionOps,
     HfQuantizer,
@@ -44,7 +44,7 @@ def stopped_at(layer: str, error: StorageError) -> Stopped:
 
 
 @dataclass(kw_only=True)
-class ReadingConfig(QuantizationConfigMixin):
+class InlayQuantizationConfig(QuantizationConfigMixin):
     """What `load` asks transformers' loader for."""
 
     storage: str = "nf4"
@@ -53,19 +53,19 @@ class ReadingConfig(QuantizationConfigMixin):
     quant_method: Any = "inlay"
 
 
-class ReadingQuantizer(HfQuantizer):
+class InlayQuantizer(HfQuantizer):
     """transformers' hooks: which weights are quantised as they are read, and how.
 
     The skeleton keeps its empty dense layers until their weight comes; then the layer is replaced
     by one that holds the packed weight.
     """
 
-    quantization_config: ReadingConfig
+    quantization_config: InlayQuantizationConfig
     serialized_names = {
         "weight": list(dict.fromkeys(n for c in STORAGES.values() for n in c.tensor_names))
     }
 
-    def __init__(self, quantization_config: ReadingConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: InlayQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.storages: dict[str, str] = {}
         self.head: str | None = None
@@ -82,7 +82,7 @@ class ReadingQuantizer(HfQuantizer):
         config = self.quantization_config
         try:
             self.storages = storages(model, config.storage, config.head_storage)
-            self.head = None if config.head_storage == "dense" else head_of(model)
+            self.head = None if config.head_storage == "dense" else separate_head(model)
         except ModelError as error:
             raise Stopped(error) from error
 
@@ -125,18 +125,18 @@ class ReadingQuantizer(HfQuantizer):
         return True
 
 
-register_quantization_config("inlay")(ReadingConfig)
-register_quantizer("inlay")(ReadingQuantizer)
+register_quantization_config("inlay")(InlayQuantizationConfig)
+register_quantizer("inlay")(InlayQuantizer)
 
 
-class ReadingOp(ConversionOps):
+class LoaderOp(ConversionOps):
     """One step of transformers' loader for one weight."""
 
-    def __init__(self, hf_quantizer: ReadingQuantizer) -> None:
+    def __init__(self, hf_quantizer: InlayQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
 
-class QuantizeOne(ReadingOp):
+class QuantizeOne(LoaderOp):
     """Quantise one dense weight that was just read."""
 
     @torch.no_grad()
