@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import inlay
-from inlay.checkpoint.folder import sha256_of
 from inlay.cli.main import main
+from inlay.files import sha256_of
 from inlay.methods.catalog import catalog
 from inlay.model.load.folder import EMBEDDED
 from inlay.run.config import RunConfig

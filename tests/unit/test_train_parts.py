@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from inlay import files
 from inlay.errors import CheckpointError, TrainingError
 from inlay.methods.lora import LoRA
 from inlay.model.adapters.attach import adapter_places, attach
@@ -19,9 +20,10 @@ from inlay.run.config import checked_config
 from inlay.train.arguments import warmup_steps
 from inlay.train.guard import Guard, check_changed, check_gradients, fingerprints
 from inlay.train.order import order
-from inlay.train.output import checkpoints, files
+from inlay.train.output import checkpoints
 from inlay.train.output.events import Event
 from inlay.train.output.recorder import Recorder, read_metrics
+from inlay.train.output.saving import saving
 from inlay.train.output.state import load_tree, random_state, restore_random_state, save_tree
 from inlay.train.recipe import learning_rate
 
@@ -220,7 +222,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(TrainingError, match="the disk is full"), files.saving("run.json", path):
+    with pytest.raises(TrainingError, match="the disk is full"), saving("run.json", path):
         files.write_json(path, {"a": 2})
     assert path.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1

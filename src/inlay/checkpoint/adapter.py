@@ -29,7 +29,7 @@ from inlay.checkpoint.folder import (
     TENSORS,
     AdapterFolder,
     read_folder,
-    write_folder,
+    write_adapter,
 )
 from inlay.checkpoint.options import WITHOUT_EFFECT, method_in, recorded_method, shortened
 from inlay.checkpoint.placement import (
@@ -132,7 +132,7 @@ def save_adapter(
         text = card(attached.method, hyperparameters(attached.method), base, count, differs)
         (folder / CARD).write_text(text, encoding="utf-8")
 
-    write_folder(Path(directory), put)
+    write_adapter(Path(directory), put)
     return Path(directory)
 
 

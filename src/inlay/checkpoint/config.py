@@ -16,7 +16,7 @@ from torch import nn
 
 from inlay.checkpoint.base import describe_base
 from inlay.checkpoint.embeddings import brought
-from inlay.checkpoint.folder import FORMAT, TENSORS, sha256_of
+from inlay.checkpoint.folder import FORMAT, TENSORS
 from inlay.checkpoint.options import COMMON, DEFAULTS
 from inlay.checkpoint.placement import (
     peft_placement,
@@ -25,6 +25,7 @@ from inlay.checkpoint.placement import (
     suffixes,
     told_by_weight,
 )
+from inlay.files import sha256_of
 from inlay.methods.base import Method, PromptMethod, SelectMethod, replaced
 from inlay.model.adapters.attach import Attached, adapter_places
 from inlay.model.adapters.places import module_at, view_at

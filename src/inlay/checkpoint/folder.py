@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -16,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from inlay.errors import CheckpointError
+from inlay.files import flush_names, is_full, put_in_place, sha256_of
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -193,20 +191,7 @@ def check_extras(path: Path, extras: Mapping[str, Any]) -> None:
         )
 
 
-def share_as_usual(path: Path) -> None:
-    """Give a file the permissions any new file has here; safetensors lets only its owner read."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's contents."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_folder(directory: Path, fill: Callable[[Path], None]) -> None:
+def write_adapter(directory: Path, fill: Callable[[Path], None]) -> None:
     """Put the files that `fill` writes into `directory`, all at once; on failure, none of them.
 
     They are written into a folder of their own inside it and flushed to the disk. One rename then
@@ -238,12 +223,7 @@ def stage(directory: Path, fill: Callable[[Path], None]) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     fill(unfinished)
-    for path in unfinished.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    flush_names(unfinished)
-    unfinished.rename(directory / COMPLETE)
-    flush_names(directory)
+    put_in_place(unfinished, directory / COMPLETE)
 
 
 def finish(directory: Path) -> None:
@@ -263,19 +243,10 @@ def located(directory: Path, name: str) -> Path:
     return newer if newer.is_file() else directory / name
 
 
-def flush_names(folder: Path) -> None:
-    """Have a folder's list of names on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def not_saved(directory: Path, error: Exception) -> CheckpointError:
     """Say why an adapter could not be saved."""
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
+    strerror = getattr(error, "strerror", None)
+    reason = "the disk is full" if is_full(error) else strerror or str(error)
     return CheckpointError(
         f"the adapter could not be saved in {directory}: {reason}; what was there before is intact"
     )

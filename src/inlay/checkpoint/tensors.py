@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from inlay.checkpoint.converted import plainly
 from inlay.checkpoint.embeddings import PREFIX, ends_of, keep_embeddings, module_of
-from inlay.checkpoint.folder import TENSORS, AdapterFolder, Entry, located, share_as_usual
+from inlay.checkpoint.folder import TENSORS, AdapterFolder, Entry, located
 from inlay.checkpoint.layouts import AS_IT_IS, TWICE, Layout, layout_of
 from inlay.checkpoint.pickled import read_pickled
 from inlay.checkpoint.placement import saved_roots, under_any
 from inlay.errors import CheckpointError
+from inlay.files import share_as_usual
 from inlay.methods.base import Kind, Method, Params, PromptMethod, SelectMethod
 from inlay.model.adapters.attach import (
     Attached,

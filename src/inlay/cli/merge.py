@@ -95,7 +95,7 @@ def run(given: dict[str, Any]) -> int:
     model, tokenizer = load_tuned(tuned, dtype=None if options.dtype == "auto" else options.dtype)
 
     from inlay.cli.merging import encoded_batches, merge_and_save
-    from inlay.train.output.files import size_of
+    from inlay.files import size_of
 
     inputs = None
     if rows is not None:
@@ -107,10 +107,10 @@ def run(given: dict[str, Any]) -> int:
         model, tokenizer, output, inputs, options.storage, about, finish, options.accept_loss
     )
     if as_json:
-        show.as_json({**record, "output": str(output), "bytes": size_of([output])})
+        show.as_json({**record, "output": str(output), "bytes": size_of(output)})
         return 0
     summary.merged(record)
-    print(f"\nSaved in {output} ({show.size(size_of([output]))}).")
+    print(f"\nSaved in {output} ({show.size(size_of(output))}).")
     print(f"A plain model: {reader(model, tuned)}({str(output)!r}) reads it.")
     if tuned.task == "embed":
         print(f"So does SentenceTransformer({str(output)!r}), with its pooling.")

@@ -11,14 +11,14 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from inlay.checkpoint.folder import share_as_usual
 from inlay.cli.reading import read
 from inlay.data.rows import Rows
 from inlay.evaluate.losses import padded
+from inlay.files import share_as_usual, write_folder, write_json
 from inlay.model.load.libraries import quiet_transformers
 from inlay.model.merge.merge import inputs_for, merged
 from inlay.model.merge.save import check_written
-from inlay.train.output.files import saving, write_folder, write_json
+from inlay.train.output.saving import saving
 from inlay.train.tasks import TASKS
 
 REPORT = "merge.json"

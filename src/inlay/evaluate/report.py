@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -35,6 +34,7 @@ from inlay.evaluate.record import (
     Run,
     Step,
 )
+from inlay.files import write_text
 
 NAMES = {
     "loss": "Held-out loss",
@@ -96,13 +96,9 @@ def write_report(
     """
     path = Path(path)
     page = report_page(run, metrics, comparison, merge)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(page, "utf-8")
-        partial.replace(path)
+        write_text(path, page)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise InlayError(
             f"the report cannot be written to {path}: {error.strerror}; "
             f"choose a folder that exists, may be written to and has room"

@@ -24,6 +24,7 @@ from inlay.checkpoint.folder import CARD, CONFIG, EXTRAS, TENSORS, located, read
 from inlay.checkpoint.placement import described
 from inlay.checkpoint.tensors import Slot, fill, slots
 from inlay.errors import CheckpointError
+from inlay.files import write_text
 from inlay.model.adapters.attach import adapters
 from inlay.peft.configs import method_of, prepared, recorded_of
 from inlay.peft.errors import AdapterError
@@ -128,7 +129,7 @@ def write(
     text = earlier if OURS not in earlier else readme.read_text(encoding="utf-8")
     card = ModelCard(text, ignore_metadata_errors=True)
     mark(card, wrapped, [tags] if isinstance(tags, str) else list(tags or ()))
-    readme.write_text(str(card), encoding="utf-8")
+    write_text(readme, str(card))
 
 
 def mark(card: Any, wrapped: Any, more: list[str]) -> None:

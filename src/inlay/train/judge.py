@@ -17,7 +17,7 @@ from typing import Any, cast
 import yaml
 
 from inlay.errors import TrainingError, UsageError, did_you_mean
-from inlay.train.output.files import sha256_of
+from inlay.files import sha256_of
 from inlay.train.rewards import BUILT_IN, Function
 
 __all__ = ["Answers", "Judge", "Reward", "judge_of", "reward_problems"]
@@ -104,7 +104,7 @@ class Judge:
     @property
     def sha256(self) -> str | None:
         """Of the user's files; None where there are none."""
-        return sha256_of(self.files) if self.files else None
+        return sha256_of(*self.files) if self.files else None
 
     def scores(
         self, answers: Answers, when: str, also: Mapping[str, Any] | None = None
@@ -321,7 +321,7 @@ def hash_of(path: Path) -> str:
     """
     if not path.is_file():
         raise UsageError(f"there is no file {path}, which the rewards name; check the path")
-    return sha256_of([path])
+    return sha256_of(path)
 
 
 @cache

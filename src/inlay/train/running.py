@@ -42,10 +42,10 @@ from inlay.train.arguments import check_optimizer
 from inlay.train.guard import Guard, check_changed, fingerprints
 from inlay.train.output import checkpoints, provenance
 from inlay.train.output.events import Event, OnEvent
-from inlay.train.output.files import saving
 from inlay.train.output.folder import RunFolder, check_same_inputs
 from inlay.train.output.record import begun_record, ended_record, planned_record
 from inlay.train.output.recorder import Recorder, read_metrics
+from inlay.train.output.saving import saving
 from inlay.train.processes.division import (
     FollowedFolder,
     FollowingRecorder,

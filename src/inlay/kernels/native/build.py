@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from inlay.errors import UsageError
+from inlay.files import put_in_place
 from inlay.kernels.switches import is_on
 
 TORCH = Path(torch.__file__).parent
@@ -147,7 +148,7 @@ def built(recipe: Recipe) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
         if done.returncode:
             raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr.strip()[-500:]}")
-        made.replace(path)
+        put_in_place(made, path)
     return path
 
 

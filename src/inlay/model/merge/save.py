@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from inlay.errors import MergeError
+from inlay.files import write_folder
 from inlay.model.load.arguments import quantization_for
 from inlay.model.load.libraries import quiet_transformers
 from inlay.model.load.pretrained import read_config, read_model
 from inlay.model.merge.fidelity import TOLERANCE, Batches, largest, logits_of
 from inlay.storage.quantized import QuantizedLinear
 
-UNFINISHED = ".inlay-unfinished"
 AUTO = (
     "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM",
     "AutoModelForImageTextToText", "AutoModelForSequenceClassification",
@@ -62,24 +61,21 @@ def write_whole(model: nn.Module, output: Path, check: Callable[[Path], Written]
         MergeError: the disk is full, or the check fails.
     """
     assert isinstance(model, PreTrainedModel)
-    aside = output.with_name(output.name + UNFINISHED)
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    found: list[Written] = []
+
+    def fill(folder: Path) -> None:
         with quiet_transformers():
-            model.save_pretrained(aside)
-        found = check(aside)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if output.is_dir():
-            output.rmdir()
-        aside.rename(output)
+            model.save_pretrained(folder)
+        found.append(check(folder))
+
+    try:
+        write_folder(output, fill)
     except OSError as error:
         raise MergeError(
             f"the merged model could not be saved in {output}: {error.strerror or error}; the "
             "model in memory is merged"
         ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return found
+    return found[0]
 
 
 def check_written(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from inlay.errors import ModelError, StorageError
+from inlay.files import put_in_place
 from inlay.model.load.folder import INDEX
 from inlay.model.load.heads import head_modules
 from inlay.model.load.hf_quantizer import unread_tensors
@@ -159,7 +160,7 @@ def packed_copy(
         Copy(building, files, model, storages, double_quant).write(config)
         for extra in folder.glob("generation_config.json"):
             shutil.copy(extra, building)
-        building.rename(target)
+        put_in_place(building, target)
     except OSError as error:
         if target.is_dir():
             return target

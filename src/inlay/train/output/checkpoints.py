@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from inlay.train.output.files import remove, remove_whole, saving, write_folder
+from inlay.files import remove, remove_whole, write_folder
+from inlay.train.output.saving import saving
 
 TRAINER_STATE = "trainer_state.json"
 TRAINING_STATE = "training.safetensors"

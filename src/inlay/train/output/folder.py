@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inlay.errors import UsageError
+from inlay.files import remove_whole, write_json
 from inlay.run.config import RunConfig
 from inlay.train.output import checkpoints
-from inlay.train.output.files import remove_whole, saving, write_json
+from inlay.train.output.saving import saving
 
 FREE_TO_CHANGE = frozenset(
     {"resume", "overwrite", "output", "threads", "keep_checkpoints", "parallel"}

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from inlay.files import sha256_of, size_of
 from inlay.model.load.folder import located, weight_files
 from inlay.train.output.events import peak_memory
-from inlay.train.output.files import sha256_of, size_of
 
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "safetensors", "inlay")
 
@@ -43,7 +43,7 @@ def base_files(model: str, revision: str | None) -> list[Path]:
 
 def describe_base(files: Sequence[Path]) -> dict[str, Any]:
     """Return the hash and the size of a base model's files."""
-    return {"base_sha256": sha256_of(files), "model_bytes": size_of(files)}
+    return {"base_sha256": sha256_of(*files), "model_bytes": size_of(*files)}
 
 
 def most_memory(model: nn.Module) -> int:

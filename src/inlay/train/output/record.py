@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from inlay.files import size_of
 from inlay.memory.plan import Plan
 from inlay.methods.base import Method
 from inlay.model.adapters.report import Report
 from inlay.run.config import RunConfig
 from inlay.train.output import provenance
-from inlay.train.output.files import size_of
 from inlay.train.output.folder import RunFolder
 from inlay.train.recipe import LearningRate
 from inlay.train.trainer import AdapterLoop
@@ -64,7 +64,7 @@ def ended_record(model: PreTrainedModel, trainer: AdapterLoop, folder: RunFolder
         "steps": trainer.total_steps,
         "tokens": trainer.recorder.tokens,
         "peak_memory_bytes": provenance.most_memory(model),
-        "adapter_bytes": size_of([folder.adapter / "adapter_model.safetensors"]),
+        "adapter_bytes": size_of(folder.adapter / "adapter_model.safetensors"),
     }
 
 

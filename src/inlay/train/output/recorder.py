@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.train.output.events import Event, OnEvent, peak_memory
-from inlay.train.output.files import saving
+from inlay.train.output.saving import saving
 
 TIMINGS = ("tokens_per_second", "seconds", "memory_bytes")
 """The values in metrics.jsonl that two equal runs may differ in."""

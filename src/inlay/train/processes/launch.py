@@ -20,8 +20,9 @@ from zlib import crc32
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from inlay.errors import TrainingError, UsageError
+from inlay.files import write_text
 from inlay.run.config import RunConfig
-from inlay.train.output.files import saving, write_atomically
+from inlay.train.output.saving import saving
 
 PORT = 29500
 FOLDER = "launch"
@@ -121,8 +122,8 @@ class Launch:
         texts = {"torchrun": self.torchrun, "slurm": self.slurm, "ray": self.ray}
         with saving("the launch files", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.run_file, run)
-            write_atomically(self.script, texts[self.options.launcher]())
+            write_text(self.run_file, run)
+            write_text(self.script, texts[self.options.launcher]())
 
     def command(self, head: str) -> str:
         """Return the torchrun command of one machine, for a shell."""
