@@ -198,3 +198,11 @@ def raising(error: BaseException):
         raise error
 
     return dispatch
+
+
+@pytest.mark.parametrize("verb", ["plan", "train"])
+def test_a_verb_without_a_run_says_what_is_missing(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([verb]) == 2
+    assert "'model' is missing" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import yaml
@@ -91,7 +92,7 @@ def add_run(to: Parser, argv: Sequence[str], shown: Sequence[str] = tuple(GROUPS
 
 def method_named(argv: Sequence[str]) -> str:
     """Return the method that the words name; LoRA when they name none there is."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip_longest(argv, argv[1:], fillvalue=""):
         name = following if word == "--method" else word.removeprefix("--method=")
         if name in catalog():
             return name
