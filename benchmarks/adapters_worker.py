@@ -19,7 +19,7 @@ from turns import Parent, serve, status
 from worker import Training, touched
 
 import inlay
-from inlay.model.adapters.attach import adapters
+from inlay.model.adapters.registry import adapters
 
 
 def work(parent: Parent, spec: dict[str, Any]) -> None:

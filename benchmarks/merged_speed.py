@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import inlay
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 
 ALTERNATIONS = 40
 REPEATS = 5

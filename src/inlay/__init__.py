@@ -25,6 +25,7 @@ from inlay.errors import (
     TrainingError,
     UsageError,
 )
+from inlay.model.adapters import adapter_files
 from inlay.versions import warn_of_untested
 
 if TYPE_CHECKING:
@@ -87,6 +88,16 @@ __all__ = [
 ]
 
 warn_of_untested()
+
+
+def checkpoint_files() -> adapter_files.AdapterFiles:
+    """Import what a model with adapters saves and loads by."""
+    from inlay.checkpoint import attached
+
+    return attached
+
+
+adapter_files.provider = checkpoint_files
 
 VERBS = {
     "Head": "inlay.model.load.heads",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import inlay
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 
 IDS = torch.randint(1, 64, (2, 8), generator=torch.Generator().manual_seed(3))
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm")

@@ -27,7 +27,7 @@ from transformers import (
 
 import inlay
 from inlay.errors import StorageError
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 from inlay.storage.reads import is_tool
 
 IDS = {"input_ids": torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(1))}

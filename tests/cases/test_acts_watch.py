@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import inlay
-from inlay.model.adapters.acts import PASSED_BY, InertAdapterWarning
+from inlay.model.adapters.watch import PASSED_BY, InertAdapterWarning
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import inlay
 import inlay.peft
 from inlay.memory.devices import Device
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 from inlay.model.adapters.tokens import ids_of
 from inlay.run.config import load_config
 from inlay.train.planning import built

@@ -25,7 +25,7 @@ from transformers import (
 
 import inlay
 from inlay.errors import AdapterError, CheckpointError
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 from inlay.model.seams.transformers import FOLLOWED, RESUMES, TAKES_BEST
 
 IDS = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(3))

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import inlay
-from inlay.model.adapters.attach import adapter_places
 from inlay.model.adapters.layer import AdaptedLayer
+from inlay.model.adapters.registry import adapter_places
 from inlay.peft import get_peft_model
 
 pytest.importorskip("bitsandbytes")

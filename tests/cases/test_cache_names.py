@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import inlay
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 from inlay.model.fast.attention import FastBackbone
 from inlay.model.seams.transformers import CACHE_NAMES, cache_argument, cache_in
 

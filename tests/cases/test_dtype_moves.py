@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import inlay
 from inlay.methods.full import Full
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 
 IDS = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 METHODS = {

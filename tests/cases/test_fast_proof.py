@@ -31,7 +31,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 import inlay
 from inlay.kernels.switches import plain
 from inlay.model import process
-from inlay.model.adapters.attach import adapter_places, notes
+from inlay.model.adapters.registry import adapter_places, notes
 from inlay.model.fast import attention, layers, proof
 from inlay.model.fast.base import Fast
 

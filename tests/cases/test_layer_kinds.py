@@ -37,7 +37,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 import inlay
 from inlay.errors import CheckpointError, TargetError
-from inlay.model.adapters.attach import adapter_places, adapters
+from inlay.model.adapters.registry import adapter_places, adapters
 from inlay.storage.registry import frozen, kind
 
 SMALL = {

@@ -26,7 +26,7 @@ from inlay.memory.devices import Device
 from inlay.memory.simulate import fake_tensors
 from inlay.memory.skeleton import skeleton
 from inlay.methods.catalog import build_method
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 from inlay.run.config import RunConfig
 from inlay.storage.registry import kind
 from inlay.train import planning

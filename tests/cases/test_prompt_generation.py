@@ -23,7 +23,7 @@ from transformers import (
 
 import inlay
 from inlay.errors import AdapterError
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 from inlay.model.seams.transformers import cache_argument, cache_in
 
 SMALL = {

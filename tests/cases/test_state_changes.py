@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import inlay
-from inlay.model.adapters.attach import adapter_places
 from inlay.model.adapters.layer import AdaptedLayer
+from inlay.model.adapters.registry import adapter_places
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(4))
 ENDS = ["embed_tokens", "lm_head"]

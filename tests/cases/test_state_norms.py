@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import inlay
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 
 
 def small(seed: int, storage: str = "dense") -> nn.Sequential:

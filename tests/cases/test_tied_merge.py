@@ -12,7 +12,7 @@ from torch import Tensor
 
 import inlay
 from inlay.errors import MergeError
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 from inlay.model.example_inputs import example_inputs
 from inlay.model.merge.fidelity import first_tensor
 
@@ -109,7 +109,7 @@ def outputs(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.*no longer equal what they were tied to")
-@pytest.mark.filterwarnings("ignore::inlay.model.adapters.acts.InertAdapterWarning")
+@pytest.mark.filterwarnings("ignore::inlay.model.adapters.watch.InertAdapterWarning")
 @pytest.mark.parametrize(("name", "how", "members"), CASES)
 def test_what_is_written_is_what_was_measured(
     name: str, how: str, members: list[str], tmp_path: Path

@@ -32,8 +32,8 @@ from inlay.checkpoint.adapter import save_adapter
 from inlay.checkpoint.differs import differences
 from inlay.memory.policy import applied
 from inlay.methods.catalog import build_method
-from inlay.model.adapters.acts import listed
-from inlay.model.adapters.attach import adapter_places, adapters
+from inlay.model.adapters.registry import adapter_places, adapters
+from inlay.model.adapters.watch import listed
 from inlay.model.fast.packing import mixes_rows, positions
 from inlay.model.merge.fidelity import first_tensor
 

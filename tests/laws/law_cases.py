@@ -28,7 +28,8 @@ from transformers.pytorch_utils import Conv1D
 from inlay.errors import AdapterError, TargetError
 from inlay.methods.base import HiddenMethod, Method, Params, WeightMethod
 from inlay.methods.catalog import MethodSpec, build_method, catalog
-from inlay.model.adapters.attach import adapter_places, attach
+from inlay.model.adapters.attach import attach
+from inlay.model.adapters.registry import adapter_places
 from inlay.model.load.quantize import quantize
 from inlay.storage.base import FrozenLinear, Kind
 from inlay.storage.registry import STORAGES, frozen

@@ -21,8 +21,9 @@ from law_cases import (
 from torch import Tensor, nn
 
 from inlay.methods.base import Params, WeightMethod
-from inlay.model.adapters.attach import adapter_tensors, attach, detach, disabled
+from inlay.model.adapters.attach import attach, detach, disabled
 from inlay.model.adapters.places import view_at
+from inlay.model.adapters.registry import adapter_tensors
 from inlay.model.merge.merge import merge
 from inlay.storage.base import FrozenLinear
 from inlay.storage.own import ByWeight

@@ -31,8 +31,9 @@ from inlay.methods.base import (
     SelectMethod,
     WeightMethod,
 )
-from inlay.model.adapters.attach import adapter_places, adapters, attach, detach, disabled, use
+from inlay.model.adapters.attach import attach, detach, disabled, use
 from inlay.model.adapters.layer import AdaptedLayer
+from inlay.model.adapters.registry import adapter_places, adapters
 from inlay.model.adapters.report import report
 from inlay.model.merge.merge import merge
 

@@ -19,7 +19,7 @@ import inlay
 from inlay.data.processor import ImageReader, Pictured, image_reader
 from inlay.data.vision import ImageInputs, encode_images
 from inlay.kernels.switches import plain
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 from inlay.model.load.pretrained import load
 from inlay.train.planning import step_loss
 from inlay.train.vision import SideBySide

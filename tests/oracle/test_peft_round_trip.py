@@ -24,7 +24,8 @@ from inlay.methods.norms import NormTuning
 from inlay.methods.p_tuning import PTuning
 from inlay.methods.prefix import PrefixTuning
 from inlay.methods.prompt import PromptTuning
-from inlay.model.adapters.attach import adapters, attach
+from inlay.model.adapters.attach import attach
+from inlay.model.adapters.registry import adapters
 from inlay.model.merge.merge import merge
 from inlay.model.stream.host import embedding_on_host
 

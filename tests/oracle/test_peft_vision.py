@@ -20,7 +20,7 @@ import inlay
 from inlay.checkpoint.adapter import load_adapter, save_adapter
 from inlay.data.processor import image_reader
 from inlay.data.vision import ImageInputs, encode_images
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 from inlay.model.load.pretrained import load
 from inlay.train.vision import SideBySide
 

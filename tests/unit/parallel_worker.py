@@ -26,7 +26,7 @@ from vision_tiny import make_vision_run
 
 from inlay.errors import InlayError
 from inlay.memory.probe import warm_up
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 from inlay.model.stream.shard import resident_bytes
 from inlay.train.output.adapter_state import tensors_of
 from inlay.train.run import train

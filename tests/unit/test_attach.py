@@ -38,8 +38,9 @@ from inlay.methods.ia3 import IA3
 from inlay.methods.lora import LoRA
 from inlay.methods.prefix import PrefixTuning
 from inlay.methods.prompt import PromptTuning
-from inlay.model.adapters.attach import active, adapter_places, adapters, attach, detach, use
+from inlay.model.adapters.attach import attach, detach, use
 from inlay.model.adapters.layer import own_modules
+from inlay.model.adapters.registry import active, adapter_places, adapters
 from inlay.model.adapters.report import report
 from inlay.model.load.quantize import quantize
 from inlay.model.merge.merge import merge

@@ -27,7 +27,8 @@ from inlay.methods.bitfit import BitFit
 from inlay.methods.bottleneck import Bottleneck
 from inlay.methods.full import Full
 from inlay.methods.lora import LoRA
-from inlay.model.adapters.attach import active, adapters, attach
+from inlay.model.adapters.attach import attach
+from inlay.model.adapters.registry import active, adapters
 from inlay.model.load.quantize import quantize
 
 

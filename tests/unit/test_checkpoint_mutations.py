@@ -18,7 +18,8 @@ from inlay.checkpoint.folder import CONFIG, EXTRAS, TENSORS
 from inlay.checkpoint.tensors import slots
 from inlay.errors import InlayError
 from inlay.methods.lora import LoRA
-from inlay.model.adapters.attach import adapters, attach
+from inlay.model.adapters.attach import attach
+from inlay.model.adapters.registry import adapters
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(5))
 VALUES: tuple[Any, ...] = (

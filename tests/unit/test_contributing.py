@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.methods.base import Params, WeightMethod, zeros
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 from inlay.storage.base import FrozenLinear, Kind
 
 ROOT = Path(__file__).parents[2]

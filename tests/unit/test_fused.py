@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from inlay.kernels.switches import plain
 from inlay.methods.lora import LoRA
-from inlay.model.adapters.attach import adapter_places, attach
+from inlay.model.adapters.attach import attach
+from inlay.model.adapters.registry import adapter_places
 from inlay.model.fast.trl_head import asked_for
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 30], [3, 3, 60, 11, 0, 8]])

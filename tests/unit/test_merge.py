@@ -22,7 +22,8 @@ from inlay.methods.lora import LoRA
 from inlay.methods.norms import NormTuning
 from inlay.methods.prefix import PrefixTuning
 from inlay.methods.prompt import PromptTuning
-from inlay.model.adapters.attach import adapter_places, adapters, attach, use
+from inlay.model.adapters.attach import attach, use
+from inlay.model.adapters.registry import adapter_places, adapters
 from inlay.model.load.quantize import quantize
 from inlay.model.merge.merge import merge
 from inlay.model.merge.plan import Plan

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import inlay
 from inlay.errors import MergeError
 from inlay.methods.base import Method
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 from inlay.model.merge.weights import merged_weights
 from inlay.model.stream.host import embedding_on_host
 

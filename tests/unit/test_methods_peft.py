@@ -21,7 +21,8 @@ from inlay.methods.lora import LoRA
 from inlay.methods.norms import NormTuning
 from inlay.methods.prefix import PrefixTuning
 from inlay.methods.prompt import PromptTuning
-from inlay.model.adapters.attach import adapter_places, attach
+from inlay.model.adapters.attach import attach
+from inlay.model.adapters.registry import adapter_places
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing:FutureWarning",  # peft reads what transformers renamed

@@ -22,7 +22,8 @@ from inlay.data.preference import encode_pairs
 from inlay.errors import DataError
 from inlay.evaluate.preference import log_probs
 from inlay.methods.lora import LoRA
-from inlay.model.adapters.attach import adapter_places, attach, disabled
+from inlay.model.adapters.attach import attach, disabled
+from inlay.model.adapters.registry import adapter_places
 from inlay.model.load.pretrained import load
 from inlay.run.config import RunConfig, load_config
 from inlay.train.dpo import Stages

@@ -30,7 +30,8 @@ from inlay.evaluate.reward import Measured, divergence, reward_records
 from inlay.kernels.switches import plain
 from inlay.methods.base import evaluating
 from inlay.methods.lora import LoRA
-from inlay.model.adapters.attach import adapter_places, attach, disabled
+from inlay.model.adapters.attach import attach, disabled
+from inlay.model.adapters.registry import adapter_places
 from inlay.model.load.pretrained import load
 from inlay.run.config import RunConfig, load_config
 from inlay.train import grpo

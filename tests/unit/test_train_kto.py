@@ -23,7 +23,8 @@ from inlay.data.labelled import encode_labelled
 from inlay.errors import DataError
 from inlay.evaluate.labelled import labelled_losses
 from inlay.methods.lora import LoRA
-from inlay.model.adapters.attach import adapter_places, attach, disabled
+from inlay.model.adapters.attach import attach, disabled
+from inlay.model.adapters.registry import adapter_places
 from inlay.model.load.pretrained import load
 from inlay.run.config import RunConfig, load_config
 from inlay.train import planning, proposal

@@ -15,7 +15,8 @@ from torch import nn
 from inlay import files
 from inlay.errors import CheckpointError, TrainingError
 from inlay.methods.lora import LoRA
-from inlay.model.adapters.attach import adapter_places, attach
+from inlay.model.adapters.attach import attach
+from inlay.model.adapters.registry import adapter_places
 from inlay.run.config import checked_config
 from inlay.train.arguments import warmup_steps
 from inlay.train.guard import Guard, check_changed, check_gradients, fingerprints

@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from inlay.errors import DataError, InlayError, TrainingError, UsageError
 from inlay.kernels.switches import plain
 from inlay.memory.plan import Plan
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 from inlay.run.config import RunConfig, load_config
 from inlay.train import planning, trainer
 from inlay.train.output import checkpoints

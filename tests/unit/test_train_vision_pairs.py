@@ -19,7 +19,8 @@ from vision_tiny import FAMILIES, check_kept_features, make_vision_run, notes_of
 from inlay.data.processor import ImageReader
 from inlay.errors import DataError, TrainingError, UsageError
 from inlay.methods.catalog import build_method
-from inlay.model.adapters.attach import adapter_places, disabled
+from inlay.model.adapters.attach import disabled
+from inlay.model.adapters.registry import adapter_places
 from inlay.run.config import RunConfig, load_config
 from inlay.train.kto_trainer import LabelledTrainer
 from inlay.train.orpo_trainer import OddsTrainer

@@ -51,12 +51,14 @@ from inlay.methods.base import (
     WeightMethod,
     replaced,
 )
-from inlay.model.adapters.attach import Attached, adapters, attach, detach
+from inlay.model.adapters.attach import attach, detach
+from inlay.model.adapters.copies import own_parameters
+from inlay.model.adapters.create import shape_and_device
+from inlay.model.adapters.entries import entries
 from inlay.model.adapters.places import matrices_at, module_at
-from inlay.model.adapters.placing import shape_and_place
-from inlay.model.adapters.selected import own_parameters
-from inlay.model.adapters.targets import entries, find_targets, matches, reach
-from inlay.model.adapters.wrapped import gains, looks_through
+from inlay.model.adapters.registry import Attached, adapters
+from inlay.model.adapters.targets import adaptable_kinds, find_targets
+from inlay.model.adapters.wrappers import gains, looks_through
 
 FAR_MORE = 16
 """More than this many times the file's values cannot be a mere misfit."""
@@ -250,7 +252,7 @@ def method_here(model: nn.Module, file: AdapterFile, asked: Mapping[str, Any]) -
     method = file.method
     if not isinstance(method, LowRank) or any(k.endswith("bias") for k in file.folder.tensors):
         return method
-    found = find_targets(model, asked["targets"], kinds=reach(method))
+    found = find_targets(model, asked["targets"], kinds=adaptable_kinds(method))
     layers = {"lora_only": found.names, "all": names_of(model)}.get(method.bias_training, ())
     biased = any("bias" in dict(own_parameters(module_at(model, n)[0])) for n in layers)
     return method if biased else replaced(method, bias_training="none")
@@ -283,12 +285,12 @@ def counts(
     """How many values each place of a method would train."""
     targets = method.default_targets if asked["targets"] is None else asked["targets"]
     rest = {key: asked[key] for key in ("exclude", "layers") if key in asked}
-    found = find_targets(model, targets, kinds=reach(method), **rest)
+    found = find_targets(model, targets, kinds=adaptable_kinds(method), **rest)
     for name in found.names:
         if isinstance(method, HiddenMethod):
             here = method.for_layer(name)
             assert isinstance(here, HiddenMethod)
-            yield here.count(shape_and_place(model.get_submodule(name))[0])
+            yield here.count(shape_and_device(model.get_submodule(name))[0])
             continue
         for at in matrices_at(model, name):
             here = method.for_layer(at.place)
@@ -322,7 +324,7 @@ def exactly(model: nn.Module, targets: Any, modules: Any) -> dict[str, Any]:
     names = place_names(model)
     if not targets or not isinstance(modules, list) or not set(names).issuperset(modules):
         return {}
-    if not all(any(matches(entry, name) for entry in entries(targets)) for name in modules):
+    if not all(any(entry.matches(name) for entry in entries(targets)) for name in modules):
         return {}
     found = suffixes(modules, names)
     return {"targets": found if isinstance(found, str) else tuple(found)}

@@ -17,7 +17,8 @@ from inlay.checkpoint.folder import CONFIG, located
 from inlay.checkpoint.placement import described
 from inlay.checkpoint.tensors import fill
 from inlay.errors import AdapterError, CheckpointError
-from inlay.model.adapters.attach import active, adapters, check_known, required_registry, use
+from inlay.model.adapters.attach import use
+from inlay.model.adapters.registry import active, adapters, check_known, required_registry
 
 DEFAULT = "default"
 WITHOUT_EFFECT = frozenset({

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.model.adapters.copies import own_parameters
 from inlay.model.adapters.layer import own_modules
-from inlay.model.adapters.selected import own_parameters
 from inlay.model.adapters.targets import output_head
 from inlay.model.load.folder import EMBEDDED
 from inlay.model.seams.accelerate import brought_in

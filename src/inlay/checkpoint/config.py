@@ -27,8 +27,8 @@ from inlay.checkpoint.placement import (
 )
 from inlay.files import sha256_of
 from inlay.methods.base import Method, PromptMethod, SelectMethod, replaced
-from inlay.model.adapters.attach import Attached, adapter_places
 from inlay.model.adapters.places import module_at, view_at
+from inlay.model.adapters.registry import Attached, adapter_places
 from inlay.model.adapters.tokens import input_name
 from inlay.model.load.heads import head_of
 

@@ -11,8 +11,8 @@ from torch import nn
 from inlay.checkpoint.experts import renamed
 from inlay.checkpoint.placement import told_by_weight
 from inlay.methods.base import Method
-from inlay.model.adapters.attach import Attached
 from inlay.model.adapters.places import matrices_at
+from inlay.model.adapters.registry import Attached
 from inlay.model.seams.transformers import renaming
 from inlay.storage.base import FrozenLinear
 from inlay.storage.convolution import Convolution

@@ -19,9 +19,10 @@ from transformers import PreTrainedConfig
 from inlay.errors import ModelError
 from inlay.methods.base import Params
 from inlay.methods.tokens import ROWS, give_tokens, tokens_of
-from inlay.model.adapters.attach import Attached, activate, adapter_places, put, required_registry
+from inlay.model.adapters.attach import put
+from inlay.model.adapters.create import Place
 from inlay.model.adapters.layer import AdaptedLayer
-from inlay.model.adapters.placing import Place
+from inlay.model.adapters.registry import Attached, activate, adapter_places, required_registry
 from inlay.model.adapters.targets import output_head
 from inlay.model.adapters.tokens import (
     input_embeddings,

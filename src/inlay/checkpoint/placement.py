@@ -14,11 +14,18 @@ from inlay.checkpoint.experts import check_not_renamed, renamed
 from inlay.checkpoint.options import words
 from inlay.errors import CheckpointError
 from inlay.methods.base import Method, PromptMethod, attention_shape
-from inlay.model.adapters.attach import Attached
+from inlay.model.adapters.copies import own_parameters
+from inlay.model.adapters.entries import Entry, entries
 from inlay.model.adapters.layer import own_modules
-from inlay.model.adapters.places import expert_stacks, loose_parameters, module_at
-from inlay.model.adapters.selected import own_parameters
-from inlay.model.adapters.targets import BEYOND, find_targets, matches, places_in
+from inlay.model.adapters.places import (
+    BEYOND,
+    expert_stacks,
+    loose_parameters,
+    module_at,
+    places_in,
+)
+from inlay.model.adapters.registry import Attached
+from inlay.model.adapters.targets import find_targets
 from inlay.storage.convolution import is_convolution
 from inlay.storage.parameters import projections
 from inlay.storage.registry import matrix_kind
@@ -42,7 +49,7 @@ def suffixes(names: Sequence[str], everything: Iterable[str]) -> list[str] | str
     for name in names:
         suffix = next((s for s in endings(name) if s not in too_wide), None)
         if suffix is None:
-            return "|".join(re.escape(n) for n in names)
+            return Entry.exactly(names)
         found[suffix] = None
     return list(found)
 
@@ -325,7 +332,7 @@ def with_tied(model: nn.Module, names: Sequence[str]) -> list[str]:
 def saved_roots(model: nn.Module, attached: Attached) -> tuple[str, ...]:
     """Return the whole names of the modules an adapter trains beside its method."""
     names = names_of(model)
-    return tuple(n for n in names if any(matches(e, n) for e in attached.modules_to_save))
+    return tuple(n for n in names if any(e.matches(n) for e in entries(attached.modules_to_save)))
 
 
 def peft_placement(

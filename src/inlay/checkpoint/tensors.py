@@ -20,18 +20,18 @@ from inlay.checkpoint.placement import saved_roots, under_any
 from inlay.errors import CheckpointError
 from inlay.files import share_as_usual
 from inlay.methods.base import Kind, Method, Params, PromptMethod, SelectMethod
-from inlay.model.adapters.attach import (
+from inlay.model.adapters.copies import own_parameters
+from inlay.model.adapters.deferred import give_room
+from inlay.model.adapters.layer import AdaptedLayer
+from inlay.model.adapters.places import module_at, view_at
+from inlay.model.adapters.registry import (
     Attached,
     adapter_tensors,
     adapters,
     check_known,
     required_registry,
 )
-from inlay.model.adapters.deferred import give_room
-from inlay.model.adapters.layer import AdaptedLayer
-from inlay.model.adapters.places import module_at, view_at
-from inlay.model.adapters.selected import own_parameters
-from inlay.model.adapters.wrapped import looks_through
+from inlay.model.adapters.wrappers import looks_through
 from inlay.storage.parameters import JOINED
 from inlay.storage.streamed import StreamedEmbedding
 

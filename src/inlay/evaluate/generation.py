@@ -19,7 +19,7 @@ from transformers import (
 from inlay.errors import DataError, ModelError
 from inlay.evaluate.losses import Progress, buckets
 from inlay.methods.base import PromptMethod, evaluating
-from inlay.model.adapters.attach import active, adapters
+from inlay.model.adapters.registry import active, adapters
 from inlay.model.load.causal import check_one_text
 
 Prompt = str | Sequence[int]

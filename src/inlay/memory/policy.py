@@ -33,7 +33,8 @@ from torch.utils.checkpoint import (
 )
 
 from inlay.errors import ModelError
-from inlay.model.adapters.targets import BLOCKS, output_head
+from inlay.model.adapters.places import BLOCKS
+from inlay.model.adapters.targets import output_head
 from inlay.storage.registry import frozen, kind
 
 Policy = Literal["keep-all", "keep-products", "recompute-mlp", "layer-inputs", "offload"]

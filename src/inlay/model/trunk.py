@@ -117,18 +117,12 @@ def changes(trunk: Trunk, call: dict[str, Tensor]) -> str | None:
     return None if torch.equal(first, second) else "the frozen blocks have dropout"
 
 
-def keep_trunk_free_of_gradients(model: nn.Module) -> None:
-    """Let checkpointing ask for gradients of the embeddings only where it cannot do without.
-
-    transformers asks whenever activations are recomputed, which drags the backward pass through
-    all frozen blocks; only reentrant checkpointing needs it.
-    """
-    if hasattr(model, "enable_input_require_grads"):
-        model.__dict__["enable_input_require_grads"] = InputGradients(model)
-
-
 class InputGradients:
-    """`enable_input_require_grads` of an attached model."""
+    """`enable_input_require_grads` of an attached model: only where checkpointing needs it.
+
+    transformers calls it whenever activations are recomputed, which drags the backward pass through
+    all frozen blocks; only reentrant checkpointing needs gradients of the embeddings.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from inlay.methods.tokens import tokens_of
-from inlay.model.adapters.attach import adapter_places
 from inlay.model.adapters.places import module_at
+from inlay.model.adapters.registry import adapter_places
 from inlay.peft.errors import AdapterError
 
 

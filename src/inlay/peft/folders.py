@@ -25,7 +25,7 @@ from inlay.checkpoint.placement import described
 from inlay.checkpoint.tensors import Slot, fill, slots
 from inlay.errors import CheckpointError
 from inlay.files import write_text
-from inlay.model.adapters.attach import adapters
+from inlay.model.adapters.registry import adapters
 from inlay.peft.configs import method_of, prepared, recorded_of
 from inlay.peft.errors import AdapterError
 from inlay.peft.seam import PEFT_TYPE_TO_CONFIG_MAPPING

@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from inlay.model.adapters.attach import adapters
+from inlay.model.adapters.registry import adapters
 from inlay.peft.configs import check_config, prepared
 from inlay.peft.errors import AdapterError
 from inlay.peft.seam import check_target_module_exists

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from inlay.model.adapters.instance import change_class
+from inlay.model.adapters.change_class import change_class
 from inlay.model.adapters.layer import AdaptedLayer
 from inlay.peft.errors import AdapterError
 from inlay.peft.views import Word

@@ -12,8 +12,8 @@ from inlay.checkpoint.placement import saved_roots, under_any
 from inlay.checkpoint.tensors import TOKEN_KEY
 from inlay.methods.base import LowRank, SelectMethod
 from inlay.methods.tokens import ROWS
-from inlay.model.adapters.attach import Attached, active, adapters, own_modules, required_registry
-from inlay.model.adapters.layer import AdaptedLayer
+from inlay.model.adapters.layer import AdaptedLayer, own_modules
+from inlay.model.adapters.registry import Attached, active, adapters, required_registry
 from inlay.model.pickling import MADE_BY
 from inlay.peft.look import Look
 from inlay.peft.presented import Presented

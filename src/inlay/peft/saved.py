@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from inlay.methods.tokens import tokens_of
-from inlay.model.adapters.instance import change_class
+from inlay.model.adapters.change_class import change_class
 from inlay.model.adapters.layer import AdaptedLayer, own_modules
 from inlay.model.pickling import MADE_BY, reduced
 from inlay.peft.presented import Presented

@@ -28,8 +28,8 @@ from inlay.methods.base import (
     input_embedding,
     token_rows,
 )
-from inlay.model.adapters.attach import adapter_tensors
 from inlay.model.adapters.places import module_at, view_at
+from inlay.model.adapters.registry import adapter_tensors
 from inlay.peft.configs import options_of
 from inlay.peft.errors import AdapterError
 from inlay.storage.parameters import JOINED

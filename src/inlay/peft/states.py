@@ -25,8 +25,8 @@ from inlay.checkpoint.tensors import (
     unlike,
 )
 from inlay.methods.base import Params
-from inlay.model.adapters.attach import adapters, registry_of
 from inlay.model.adapters.deferred import give_room
+from inlay.model.adapters.registry import adapters, registry_of
 from inlay.peft.errors import AdapterError, StateError
 from inlay.peft.model import PeftModel
 from inlay.peft.seam import save_and_load as theirs

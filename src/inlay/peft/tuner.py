@@ -13,17 +13,10 @@ from peft import PeftConfig
 from torch import nn
 
 from inlay.checkpoint.adapter import unchanged_on_failure
-from inlay.model.adapters.attach import (
-    active,
-    adapter_places,
-    adapters,
-    attach,
-    detach,
-    set_trained,
-    use,
-)
+from inlay.model.adapters.attach import attach, detach, set_trained, use
 from inlay.model.adapters.deferred import defer
 from inlay.model.adapters.places import module_at, view_at
+from inlay.model.adapters.registry import active, adapter_places, adapters
 from inlay.peft.apart import check_apart
 from inlay.peft.configs import method_of, placement_of, prepared
 from inlay.peft.errors import AdapterError, as_peft_raises

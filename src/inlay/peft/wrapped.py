@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from inlay.checkpoint.tensors import computed, slots
 from inlay.methods.base import Params
-from inlay.model.adapters.attach import adapters
+from inlay.model.adapters.registry import adapters
 from inlay.model.adapters.report import base_size
 from inlay.peft.configs import check_config, plain
 from inlay.peft.errors import AdapterError, KindError

@@ -12,7 +12,7 @@ from torch import nn
 
 from inlay.errors import TrainingError
 from inlay.methods.base import Params
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 
 TOO_HIGH = 1.5
 """A model this much worse than the untrained one, step after step, has diverged."""

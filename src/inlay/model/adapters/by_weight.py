@@ -1,7 +1,7 @@
 """Adapting a layer through its weight: its own forward reads the adapted parameter.
 
-The adapted parameter is made for each pass. What the pass would keep of it for the backward pass
-is made again there instead, so that no layer holds a dense copy of its weight between the two.
+The adapted parameter is made for each pass. What autograd would keep of it for the backward pass is
+computed again there instead, so that no layer holds a dense copy of its weight between the two.
 """
 
 from __future__ import annotations
@@ -16,24 +16,22 @@ from torch import Tensor
 from inlay.methods.base import Params, WeightMethod
 from inlay.storage.own import ByWeight
 
-Pairs = Sequence[tuple[WeightMethod, Params]]
-
 
 class Changed(NamedTuple):
     """One parameter of a layer, and the active weight methods on it, in order of activation."""
 
     view: ByWeight
-    pairs: Pairs
+    pairs: Sequence[tuple[WeightMethod, Params]]
 
     def names(self) -> tuple[str, ...]:
-        """The parameters that are others while the methods act."""
+        """Return the names of the parameters that the methods change."""
         bias = self.view.bias_name
         return (self.view.parameter,) if bias is None else (self.view.parameter, bias)
 
-    def matrices(self, wide: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Return the adapted matrix, or stack of them, and the bias that belongs to it.
+    def parameters(self, wide: bool = False) -> dict[str, Tensor]:
+        """Return the adapted parameters, as the layer holds them, by name.
 
-        `wide`: in float32 at least, as a merge needs it before it rounds.
+        `wide`: in float32 at least, as a merge needs them before it rounds.
         """
         w, b = self.view.matrix(), self.view.bias
         if wide:
@@ -41,36 +39,31 @@ class Changed(NamedTuple):
         with torch.autocast(w.device.type, enabled=False):
             for method, p in self.pairs:
                 w, b = method.weight(p, w), method.bias(p, b)
-        return w, b
-
-    def parameters(self, wide: bool = False) -> dict[str, Tensor]:
-        """Return the adapted parameters, as the layer holds them, by name."""
-        w, b = self.matrices(wide)
         found = {self.view.parameter: self.view.as_stored(w)}
         if b is not None and self.view.bias_name is not None:
             found[self.view.bias_name] = b
         return found
 
 
-class Again:
-    """Stands for a tensor in what autograd keeps, and makes it again when it is asked for."""
+class Recomputed:
+    """Stands for a tensor in what autograd keeps, and computes it again when it is asked for."""
 
-    def __init__(self, make: Callable[[], Tensor]) -> None:
-        self.make = make
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self.compute = compute
         self.value: Tensor | None = None
         self.kept = self.given = 0
 
     def part(self, of: Tensor) -> Callable[[], Tensor]:
-        """Return what gives this view of the tensor back."""
+        """Return the function that gives this view of the tensor back."""
         self.kept += 1
         shape, stride, start = of.shape, of.stride(), of.storage_offset()
         return lambda: self.whole().as_strided(shape, stride, start)
 
     def whole(self) -> Tensor:
-        """Return the tensor, made once for all the views that a backward pass asks for."""
+        """Return the tensor, computed once for all the views that a backward pass asks for."""
         if self.value is None:
             with torch.no_grad():
-                self.value = self.make().detach()
+                self.value = self.compute().detach()
         found = self.value
         self.given += 1
         if self.given >= self.kept:
@@ -79,20 +72,22 @@ class Again:
 
 
 @contextmanager
-def made_again(found: Sequence[tuple[Changed, dict[str, Tensor]]]) -> Generator[None]:
+def recomputed_in_backward(
+    found: Sequence[tuple[Changed, dict[str, Tensor]]],
+) -> Generator[None]:
     """Keep none of these adapted parameters for the backward pass inside the `with` block.
 
-    Where something else decides already what is kept, such as activation checkpointing, it does.
+    Where other hooks decide already what is kept, as activation checkpointing does, they do.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or others_decide():
         yield
         return
-    own: dict[int, Again] = {}
+    own: dict[int, Recomputed] = {}
     for changed, parameters in found:
         name = changed.view.parameter
         tensor = parameters[name]
         if tensor.requires_grad:
-            own[tensor.untyped_storage()._cdata] = Again(
+            own[tensor.untyped_storage()._cdata] = Recomputed(
                 lambda changed=changed, name=name: changed.parameters()[name]
             )
 
@@ -108,7 +103,7 @@ def made_again(found: Sequence[tuple[Changed, dict[str, Tensor]]]) -> Generator[
 
 
 def others_decide() -> bool:
-    """Say whether saved tensors go through somebody else's hooks now; yes when it is not known."""
+    """Say whether saved tensors go through other hooks now; yes when it is not known."""
     autograd: Any = getattr(torch._C, "_autograd", None)  # torch tells it nowhere else
     top = getattr(autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(False) is not None

@@ -1,4 +1,4 @@
-"""Adapters made on no device, to be given their values from a state or a file."""
+"""Adapters created on the meta device, whose values come later, from a state or a file."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.utils.hooks import RemovableHandle
 
 from inlay.errors import AdapterError
 from inlay.methods.base import Params, WeightMethod
-from inlay.model.adapters.attach import active, adapter_places, adapter_tensors, adapters
 from inlay.model.adapters.places import module_at, view_at
+from inlay.model.adapters.registry import active, adapter_places, adapter_tensors, adapters
 
 GUARDS: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
-"""What keeps a model from running while an adapter of it has no values."""
+"""The hooks that keep a model from running while an active adapter has no values."""
 
 
 def deferred(model: nn.Module, name: str) -> Iterator[tuple[str, Params, str]]:
-    """Every tensor of an adapter that its method has besides the layer's own parameters."""
+    """Yield an adapter's tensors of weight methods, other than copies of the layer's own."""
     for place, params, method, _ in adapter_tensors(model, name):
         module, parameter = module_at(model, place)
         own = () if parameter else module._parameters
@@ -32,7 +32,7 @@ def deferred(model: nn.Module, name: str) -> Iterator[tuple[str, Params, str]]:
 
 @torch.no_grad()
 def defer(model: nn.Module, name: str) -> None:
-    """Take a new adapter's tensors off their device; what is copied from the base stays."""
+    """Move a new adapter's tensors to the meta device; copies of base parameters stay."""
     for _, params, tensor in list(deferred(model, name)):
         move(params, tensor, torch.device("meta"))
     if model not in GUARDS:
@@ -41,7 +41,7 @@ def defer(model: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def give_room(model: nn.Module, name: str) -> None:
-    """Give those of an adapter's tensors that lie on no device room where their layers lie."""
+    """Allocate an adapter's meta tensors, without values, on the devices of their layers."""
     for place, params, tensor in list(deferred(model, name)):
         view, held = view_at(model, place), params._parameters[tensor]
         if held is not None and held.is_meta and view is not None:
@@ -51,23 +51,17 @@ def give_room(model: nn.Module, name: str) -> None:
 
 
 def lacks_values(model: nn.Module, name: str) -> bool:
-    """Say whether a tensor of an adapter lies on no device."""
     places = adapter_places(model, name)
     return any(p.is_meta for _, params in places for p in params.parameters())
 
 
 def refuse(model: nn.Module, args: Any) -> None:
-    """Raise while an adapter that is to act has no values."""
     del args
     check_values(model, active(model))
 
 
 def check_values(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise where adapters were made on no device and have no values yet.
-
-    Raises:
-        AdapterError: one was.
-    """
+    """Raise `AdapterError` where one of these adapters has no values yet."""
     empty = [name for name in names if model in GUARDS and lacks_values(model, name)]
     if empty:
         raise AdapterError(
@@ -77,7 +71,7 @@ def check_values(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def move(params: Params, tensor: str, device: torch.device) -> None:
-    """Put an empty tensor on a device in the place of another."""
+    """Replace a tensor by an uninitialised one on a device."""
     old = params._parameters[tensor]
     assert old is not None
     empty = torch.empty_like(old, device=device)

@@ -1,4 +1,4 @@
-"""What a method computed from the base weight is made again once that weight has changed."""
+"""What a method computed from the base weight is computed again once that weight has changed."""
 
 from __future__ import annotations
 

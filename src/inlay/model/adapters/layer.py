@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,24 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from inlay.errors import AdapterError, ModelError
 from inlay.methods.base import HiddenMethod, Method, Params, WeightMethod
 from inlay.methods.tokens import ROWS, TOKENS, TokenRows, tokens_of
-from inlay.model.adapters.by_weight import Changed, made_again
-from inlay.model.adapters.derived import follow, follow_loaded
-from inlay.model.adapters.instance import change_class
-from inlay.model.adapters.wrapped import unwrapped
-from inlay.model.pickling import MADE_BY, reduced
-from inlay.storage.base import FrozenLinear, whereabouts
+from inlay.model.adapters.by_weight import Changed, recomputed_in_backward
+from inlay.model.adapters.composed import Composed
+from inlay.model.adapters.derived import follow
+from inlay.model.adapters.wrappers import unwrapped
+from inlay.storage.base import FrozenLinear
 from inlay.storage.dense import DenseView
 from inlay.storage.own import ByWeight
 from inlay.storage.parameters import Parameter
-from inlay.storage.reads import READ, as_value, asked_by_tool
+from inlay.storage.reads import READ, as_value
 from inlay.storage.registry import is_exact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     Base = nn.Module
 else:
     Base = object
@@ -71,18 +67,19 @@ class AdaptedLayer(Base):
         if weights:
             self.keep_up(weights)
             assert self.base is not None
-            h: Any = self.composed(weights[:-1]).forward_through(*weights[-1], read(args, kwargs))
+            below, (method, p) = self.composed(weights[:-1]), weights[-1]
+            h: Any = method.forward(p, input_of(args, kwargs), below, self.training)
             h = self.base.finished(h)
         elif changed:
             self.keep_up(self.weight_methods())
             h = self.on_weights(changed, args, kwargs)
         elif self.base is not None and self.base.replaces_forward:
-            h = self.base.linear(read(args, kwargs))
+            h = self.base.linear(input_of(args, kwargs))
         else:
             h = super().forward(*args, **kwargs)
         for method, p in here:
             if isinstance(method, HiddenMethod):
-                h = method.hidden(p, read(args, kwargs), h, self.training)
+                h = method.hidden(p, input_of(args, kwargs), h, self.training)
         return h
 
     def changed(self) -> list[Changed]:
@@ -102,11 +99,11 @@ class AdaptedLayer(Base):
         self, changed: list[Changed], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the layer's own forward on its adapted parameters."""
-        if self.training and any(rate_of(m) for each in changed for m, _ in each.pairs):
-            return self.with_dropout(changed[0], read(args, kwargs))
+        if self.training and any(dropout_of(m) for each in changed for m, _ in each.pairs):
+            return self.with_dropout(changed[0], input_of(args, kwargs))
         found = [(each, each.parameters()) for each in changed]
         held: dict[str, Tensor | None] = {n: t for _, ps in found for n, t in ps.items()}
-        with made_again(found), self.holding(held):
+        with recomputed_in_backward(found), self.holding(held):
             return super().forward(*args, **kwargs)
 
     def with_dropout(self, changed: Changed, x: Tensor) -> Tensor:
@@ -122,10 +119,12 @@ class AdaptedLayer(Base):
         for method, p in changed.pairs:
             before = w, b
             w, b = method.weight(p, w), method.bias(p, b)
-            moved = None if b is None or before[1] is None or b is before[1] else b - before[1]
-            update = (view.as_stored(w - before[0]), moved)
+            bias_update = (
+                None if b is None or before[1] is None or b is before[1] else b - before[1]
+            )
+            update = (view.as_stored(w - before[0]), bias_update)
             with self.holding(dict(zip(names, update, strict=True))):
-                h = h + super().forward(F.dropout(x, rate_of(method)))
+                h = h + super().forward(F.dropout(x, dropout_of(method)))
         return h
 
     @contextmanager
@@ -149,12 +148,12 @@ class AdaptedLayer(Base):
                 return trained if own is None else trained.to(own.dtype)
         return own
 
-    def composed(self, weights: list[tuple[WeightMethod, Params]]) -> Composed:
+    def composed(self, weights: list[tuple[WeightMethod, Params]]) -> FrozenLinear:
         """Return the frozen weight with these methods applied, itself a frozen weight."""
         assert self.base is not None
-        weight = Composed(self.base, None, self.training)
-        for pair in weights:
-            weight = Composed(weight if weight.pair else self.base, pair, self.training)
+        weight = self.base
+        for method, params in weights:
+            weight = Composed(weight, method, params, self.training)
         return weight
 
     def holder_of_buffers(self) -> Params | None:
@@ -204,7 +203,7 @@ class AdaptedLayer(Base):
         return self.base is not None and self.base.storage == "dense" and not is_exact(self)
 
     def merged_parameters(self) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
-        """Return, by matrix, what it is, what the active weight methods define, and how it is held.
+        """Return, for each adapted matrix, its value before and after a merge, and what is stored.
 
         The last are the layer's parameters by name, in float32 at least.
         """
@@ -226,10 +225,10 @@ class AdaptedLayer(Base):
         return params
 
     def acts_on(self, name: str) -> bool:
-        """Say whether a parameter reads otherwise than it is held: packed, or mapped now."""
+        """Say whether a parameter acts otherwise than it is held: it is packed, or adapted now."""
         if name in ("weight", "bias") and not isinstance(self.base, ByWeight):
-            maps = any(isinstance(self.methods.get(n), WeightMethod) for n in self.active)
-            return maps or is_packed(self)
+            adapted = any(isinstance(self.methods.get(n), WeightMethod) for n in self.active)
+            return adapted or isinstance(self, FrozenLinear)
         if not self.active or not (self.part_views or isinstance(self.base, ByWeight)):
             return False
         return any(name in changed.names() for changed in self.changed())
@@ -249,12 +248,7 @@ class AdaptedLayer(Base):
             for method, p in self.weight_methods():
                 found = method.bias(p, found)
             return found
-        w = base.matrix() if isinstance(base, DenseView) else base.dequantize()
-        w = w.to(torch.promote_types(w.dtype, torch.float32))
-        with torch.autocast(w.device.type, enabled=False):
-            for method, p in self.weight_methods():
-                w = method.weight(p, w)
-        return self.read_as(name, base.turned(w.to(base.dtype)))
+        return self.read_as(name, base.turned(self.adapted_weight()[0].to(base.dtype)))
 
     def read_as(self, name: str, value: Tensor) -> Tensor:
         """Return a parameter's value for one reader; what computes with it is noted."""
@@ -262,137 +256,20 @@ class AdaptedLayer(Base):
         return as_value(value, f"the {name} of a {type(self).__name__}", used)
 
     def adapted_weight(self) -> tuple[Tensor, Tensor | None]:
-        """Return the dense weight (out, in) and bias that the active weight methods define."""
-        assert self.base is not None
-        w, b = self.base.dequantize(), self.base.bias
+        """Return the weight (out, in), in fp32 at least, and bias with every active method."""
+        base = self.base
+        assert base is not None
+        w, b = base.matrix() if isinstance(base, DenseView) else base.dequantize(), base.bias
         w = w.to(torch.promote_types(w.dtype, torch.float32))
-        for method, p in self.weight_methods():
-            w, b = method.weight(p, w), method.bias(p, b)
+        with torch.autocast(w.device.type, enabled=False):
+            for method, p in self.weight_methods():
+                w, b = method.weight(p, w), method.bias(p, b)
         return w, b
 
 
-def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return a layer's input, given by position or by name."""
     return args[0] if args else next(iter(kwargs.values()))
-
-
-class Composed(FrozenLinear):
-    """A frozen weight with one weight method on it: again a frozen weight."""
-
-    storage = "composed"
-
-    def __init__(
-        self, base: FrozenLinear, pair: tuple[WeightMethod, Params] | None, training: bool
-    ) -> None:
-        self.base, self.pair, self.training = base, pair, training
-
-    def forward_through(self, method: WeightMethod, p: Params, x: Tensor) -> Tensor:
-        """Apply one more method on top of this weight to x."""
-        return method.forward(p, x, self if self.pair else self.base, self.training)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
-
-    @property
-    def padding(self) -> int | None:
-        return self.base.padding
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.pair[0].bias(self.pair[1], self.base.bias) if self.pair else self.base.bias
-
-    def linear(self, x: Tensor) -> Tensor:
-        if self.pair is None:
-            return self.base.linear(x)
-        return self.pair[0].forward(self.pair[1], x, self.base, self.training)
-
-    def matmul(self, x: Tensor) -> Tensor:
-        y = self.linear(x)
-        return y if self.bias is None else y - self.bias
-
-    def matmul_t(self, g: Tensor) -> Tensor:
-        return g @ self.dequantize()
-
-    def state(self) -> tuple[object, ...] | None:
-        below = self.base.state()
-        own = () if self.pair is None else tuple(map(whereabouts, self.pair[1].parameters()))
-        return None if below is None else (*below, *own)
-
-    def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
-        w = self.base.dequantize()
-        w = self.pair[0].weight(self.pair[1], w) if self.pair else w
-        return w if rows is None else w[rows]
-
-
-@cache
-def adapted_class(
-    original: type[nn.Module], parameters: tuple[str, ...], buffers: frozenset[str] = frozenset()
-) -> type[nn.Module]:
-    """Return the subclass of `original` that carries adapters; its name stays the same."""
-    body: dict[str, Any] = {name: property(reader(name), refuser(name)) for name in parameters}
-    body |= {name: property(own_or_moved(name)) for name in buffers}
-    body |= {"original": original, "moved": buffers, "__module__": original.__module__}
-    body |= {"__qualname__": original.__qualname__, "__reduce_ex__": reduced}
-    body[MADE_BY] = (adapted_class, original, parameters, buffers)
-    return type(original.__name__, (AdaptedLayer, original), body)
-
-
-def reader(name: str) -> Callable[[AdaptedLayer], Tensor | None]:
-    """Return the reader of one parameter.
-
-    It reads as the layer's own forward is to see it while that runs, as it is held to tools, and
-    as it acts to all other code.
-    """
-
-    def read(layer: AdaptedLayer) -> Tensor | None:
-        held = layer.reads_as
-        if held is not None and name in held:
-            return held[name]
-        own = layer.stored_parameter(name)
-        if held is not None or not layer.acts_on(name):
-            if own is not layer._parameters[name]:
-                note_use(layer, read=True)
-            return own
-        if asked_by_tool() or (name == "bias" and is_packed(layer) and is_compiling()):
-            return own  # a tool, or the storage itself
-        note_use(layer, read=True)
-        return layer.acting_parameter(name)
-
-    return read
-
-
-def refuser(name: str) -> Callable[[AdaptedLayer, object], None]:
-    """Return what refuses to set a layer's parameter to anything but an nn.Parameter."""
-
-    def refuse(layer: AdaptedLayer, value: object) -> None:
-        raise ModelError(
-            f"the {name} of a {type(layer).__name__} was set to a {type(value).__name__}, and an "
-            "adapted layer's must be an nn.Parameter; torch.nn.utils' hooks (weight_norm, prune) "
-            "are to be put on before adapters are attached, and FullyShardedDataParallel (FSDP1), "
-            "which sets such, is not supported: use FSDP2 (fully_shard, fsdp_version: 2)"
-        )
-
-    return refuse
-
-
-def own_or_moved(name: str) -> Callable[[AdaptedLayer], Tensor | None]:
-    """Return the reader of one buffer: an active adapter's own copy, else the layer's."""
-
-    def read(layer: AdaptedLayer) -> Tensor | None:
-        holder = layer.holder_of_buffers()
-        own = None if holder is None else holder._buffers.get(name)
-        return layer._buffers[name] if own is None else own
-
-    return read
 
 
 def moved_buffers(layer: nn.Module) -> frozenset[str]:
@@ -402,14 +279,9 @@ def moved_buffers(layer: nn.Module) -> frozenset[str]:
     return frozenset(layer._buffers.keys() - layer._non_persistent_buffers_set)
 
 
-def rate_of(method: WeightMethod) -> float:
+def dropout_of(method: WeightMethod) -> float:
     """Return the share of its input that a method drops out in training."""
     return float(getattr(method, "dropout", 0.0))
-
-
-def is_packed(layer: nn.Module) -> bool:
-    """Say whether a layer is itself a storage, whose parameters are not the weight."""
-    return isinstance(layer, FrozenLinear)
 
 
 def note_use(layer: AdaptedLayer, read: bool = False) -> None:
@@ -419,61 +291,12 @@ def note_use(layer: AdaptedLayer, read: bool = False) -> None:
         note(read)
 
 
-STATE = ("methods", "active", "base", "part_methods", "part_views", "reads_as")
-"""The attributes of an adapted layer beside its tables of tensors."""
-
-
-def check_names_free(layer: nn.Module, name: str) -> None:
-    """Raise when a layer has an attribute of its own under a name that an adapted one needs.
-
-    Raises:
-        AdapterError: it has.
-    """
-    if isinstance(layer, AdaptedLayer):
-        return
-    own = {*vars(layer), *layer._modules, *layer._parameters, *layer._buffers}
-    taken = [n for n in ("adapters", *STATE) if n in own or hasattr(type(layer), n)]
-    if taken:
-        raise AdapterError(
-            f"{name}, a {type(layer).__name__}, has an attribute {taken[0]!r} of its own, and "
-            "adapters are kept under that name at the layer they adapt; rename the attribute, or "
-            "leave the layer out (exclude)"
-        )
-
-
-def become_adapted(layer: nn.Module, base: FrozenLinear | None) -> AdaptedLayer:
-    """Turn a layer into an adapted one, in place; an adapted one stays as it is."""
-    if isinstance(layer, AdaptedLayer):
-        return layer
-    layer.adapters = nn.ModuleDict()
-    state = ({}, (), base, {}, {}, None)
-    layer.__dict__.update(zip(STATE, state, strict=True))
-    adapted = adapted_class(type(layer), tuple(layer._parameters), moved_buffers(layer))
-    change_class(layer, adapted)
-    assert isinstance(layer, AdaptedLayer)
-    layer.register_load_state_dict_post_hook(follow_loaded)
-    return layer
-
-
-def become_original(layer: AdaptedLayer) -> None:
-    """Take the last traces of adapters off a layer."""
-    change_class(layer, type(layer).original)
-    del layer.adapters
-    for name in STATE:
-        del layer.__dict__[name]
-    for name in ("watch", "divided", READ):
-        layer.__dict__.pop(name, None)
-    hooks = layer._load_state_dict_post_hooks
-    for key in [key for key, hook in hooks.items() if hook is follow_loaded]:
-        del hooks[key]
-
-
 def own_modules(
     module: nn.Module, name: str = "", seen: set[nn.Module] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Every module of the model itself with its name, adapters' tensors never entered.
+    """Yield every module of the model itself with its name; adapters' tensors are never entered.
 
-    As `named_modules` orders them; the time does not depend on how many adapters there are.
+    The order is that of `named_modules`; the time does not depend on how many adapters there are.
     """
     seen, module = set() if seen is None else seen, unwrapped(module)
     if module in seen or isinstance(module, Params):

@@ -1,53 +1,124 @@
-"""What others call on a model that carries adapters: save it, load into it, choose an adapter.
+"""The methods of a model that mean something else while adapters are on it.
 
-transformers would save the base alone, under the tuned model's name, and read it back as such.
+Tying, resizing and replacing embeddings must not touch adapters: transformers ties weights by name
+when it loads, saves or resizes, and would take an adapter's trained copy for the base's. Saving and
+loading mean the adapter's files: transformers would save the base alone, under the tuned model's
+name, and read it back as such.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, overload
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from inlay.model.adapters.wrapped import unwrapped
+from inlay.errors import AdapterError
+from inlay.model.adapters import adapter_files
+from inlay.model.adapters.layer import AdaptedLayer, own_modules
+from inlay.model.adapters.registry import Registry, layers_inactive, override
+from inlay.model.adapters.wrappers import unwrapped
+from inlay.model.merge.untie import own_names
 from inlay.model.seams.transformers import follow_trainer
+from inlay.model.trunk import InputGradients
 
-FILES = "inlay.checkpoint.attached"
-"""Where files are written and read: called from here, and not known."""
-CALLS = ("save_pretrained", "load_adapter", "set_adapter")
-ACTIVE = "active_adapters"
-
-
-def answer_for(model: nn.Module) -> None:
-    """Have the model's own calls of files and adapters mean Inlay's."""
-    if not isinstance(model, PreTrainedModel):
-        return
-    for name in CALLS:
-        vars(model)[name] = partial(call, name, model)
-    vars(model)[ACTIVE] = ActiveAdapters(model)
-    follow_trainer(restore)
+TIES = "tie_weights"
+EMBEDDINGS = {
+    "resize_token_embeddings": ("get_input_embeddings", "get_output_embeddings"),
+    "set_input_embeddings": ("get_input_embeddings",),
+    "set_output_embeddings": ("get_output_embeddings",),
+}
+"""The methods that put other embeddings in place -> what gets the present ones."""
 
 
-def stop_answering(model: nn.Module) -> None:
-    """Give the model its class's calls back."""
-    for name in (*CALLS, ACTIVE):
-        vars(model).pop(name, None)
+def override_methods(model: nn.Module, registry: Registry) -> None:
+    """Override the methods of a model, and of the models inside it, until the last detach."""
+    for _, module in list(own_modules(model)):
+        for name in (TIES, *EMBEDDINGS):
+            if callable(getattr(type(module), name, None)) and name not in vars(module):
+                replacement = TieBase if name == TIES else KeepEmbeddings
+                override(registry, module, name, replacement(module, name))
+    if hasattr(model, "enable_input_require_grads"):
+        override(registry, model, "enable_input_require_grads", InputGradients(model))
+    if isinstance(model, PreTrainedModel):
+        for name, function in FILE_METHODS.items():
+            override(registry, model, name, partial(function, model))
+        override(registry, model, "active_adapters", ActiveAdapters(model))
+        follow_trainer(restore)
 
 
-def call(name: str, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call a function of the room that knows files."""
-    return getattr(import_module(FILES), name)(model, *args, **kwargs)
+class Replacement:
+    """Stands in for a method of a model's class."""
+
+    def __init__(self, owner: nn.Module, method: str) -> None:
+        self.owner, self.method = owner, method
+
+    def own(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the class's own method."""
+        return getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
+
+
+class TieBase(Replacement):
+    """`tie_weights`: ties the base's weights; adapters' own copies stay what they are."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with layers_inactive(self.owner), own_names(self.owner):
+            return self.own(*args, **kwargs)
+
+
+class KeepEmbeddings(Replacement):
+    """Methods that put other embeddings in place: refused where an adapter is on the present one.
+
+    The adapter would be left on a layer of another size.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for getter in EMBEDDINGS[self.method]:
+            layer = getattr(self.owner, getter)() if hasattr(self.owner, getter) else None
+            if not isinstance(layer, AdaptedLayer) or not len(layer.adapters):
+                continue
+            if not self.leaves(layer, *args, **kwargs):
+                name = next((n for n, m in own_modules(self.owner) if m is layer), getter)
+                raise AdapterError(
+                    f"{self.method} would put other weights at {name}, where adapter "
+                    f"{next(iter(layer.adapters))!r} is, which was made for the present ones; call "
+                    f"inlay.detach or inlay.merge, then {self.method}, then attach"
+                )
+        return self.own(*args, **kwargs)
+
+    def leaves(self, layer: nn.Module, *args: Any, **kwargs: Any) -> bool:
+        """Say whether a call with these arguments leaves the layer as it is."""
+        given = [value for value in (*args[:1], *kwargs.values()) if value is not None]
+        size = getattr(layer, "num_embeddings", getattr(layer, "out_features", None))
+        return all(value is layer or (isinstance(value, int) and value == size) for value in given)
+
+
+def save_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    adapter_files.provider().save_pretrained(model, *args, **kwargs)
+
+
+def load_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    adapter_files.provider().load_adapter(model, *args, **kwargs)
+
+
+def set_adapter(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    adapter_files.provider().set_adapter(model, *args, **kwargs)
 
 
 def restore(model: nn.Module, checkpoint: Path) -> bool:
     """Put a checkpoint's adapters into a model; False where model or checkpoint has none."""
     inner = unwrapped(model)
-    return "inlay" in vars(inner) and call("restore", inner, checkpoint)
+    return "inlay" in vars(inner) and adapter_files.provider().restore(inner, checkpoint)
+
+
+FILE_METHODS = {
+    "save_pretrained": save_pretrained,
+    "load_adapter": load_adapter,
+    "set_adapter": set_adapter,
+}
 
 
 class ActiveAdapters(Sequence[str]):

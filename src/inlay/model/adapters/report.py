@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from inlay.methods.base import Params, WeightMethod
-from inlay.model.adapters.attach import active, adapter_places, adapter_tensors, adapters, notes
-from inlay.model.adapters.layer import rate_of
+from inlay.model.adapters.layer import dropout_of
 from inlay.model.adapters.places import module_at
-from inlay.model.adapters.wrapped import looks_through
+from inlay.model.adapters.registry import active, adapter_places, adapter_tensors, adapters, notes
+from inlay.model.adapters.wrappers import looks_through
 from inlay.storage.base import FrozenLinear
 
 
@@ -28,9 +28,9 @@ class AdapterReport:
     matched: tuple[str, ...]
     left_out: tuple[str, ...]
     undropped: tuple[str, ...]
-    """Where the method's dropout does not act: the layer alone reads its input."""
+    """Places without the method's dropout: only the layer's own code reads the input."""
     passed_over: tuple[tuple[str, str], ...]
-    """What is no linear layer, holds weights and stays frozen, with what it is."""
+    """Frozen weights that are no linear layer's: their name and what they are."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Report:
     total: int
     """The parameters of the whole model, active adapters included; copies count once."""
     notes: tuple[str, ...] = ()
-    """What is to be known of the fast paths that stepped aside."""
+    """Sentences about fast paths that do not run on this model."""
 
     @property
     def percent(self) -> float:
@@ -66,7 +66,7 @@ class Report:
 
 @looks_through
 def report(model: nn.Module) -> Report:
-    """Return what the model's adapters matched, left out and train; an empty report for none."""
+    """Report what the model's adapters matched, left out and train; empty for a model of none."""
     here = active(model)
     found = tuple(
         AdapterReport(
@@ -87,18 +87,18 @@ def report(model: nn.Module) -> Report:
 
 
 def undropped(model: nn.Module, name: str) -> Iterator[str]:
-    """Every place where an adapter's method drops nothing out, though elsewhere it does."""
+    """Yield the places where a method that has dropout does not apply it."""
     if not getattr(adapters(model)[name].method, "dropout", 0.0):
         return
     for place, _, method, _ in adapter_tensors(model, name):
-        if isinstance(method, WeightMethod) and not rate_of(method):
+        if isinstance(method, WeightMethod) and not dropout_of(method):
             yield place
 
 
 def trained_sizes(model: nn.Module) -> tuple[dict[int, int], dict[int, int]]:
-    """Return the sizes of what trains, and of what active adapters add to the model, by identity.
+    """Return the sizes of the active adapters' trained tensors, and of those added to the model.
 
-    A trained copy of a parameter stands in its place, so that it adds nothing.
+    By identity. A trained copy of a parameter stands in its place, so that it adds nothing.
     """
     trained: dict[int, int] = {}
     added: dict[int, int] = {}

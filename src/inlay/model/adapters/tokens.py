@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from inlay.errors import AdapterError, TargetError, UsageError, did_you_mean
 from inlay.methods.base import Params, stored
 from inlay.methods.tokens import give_tokens
+from inlay.model.adapters.entries import Entry, nearest
 from inlay.model.adapters.layer import own_modules
-from inlay.model.adapters.targets import Found, matches, nearest, output_head
+from inlay.model.adapters.targets import Found, output_head
 from inlay.storage.base import FrozenLinear
 from inlay.storage.registry import frozen, matrix_kind
 
@@ -21,7 +22,7 @@ Tokens = Sequence[int] | Mapping[str, Sequence[int]]
 
 
 def token_rows(
-    model: nn.Module, wanted: Tokens, saved: Collection[str]
+    model: nn.Module, tokens: Tokens, saved: Collection[str]
 ) -> tuple[dict[str, Params], dict[str, tuple[int, ...]]]:
     """Return the rows to train by module, tied ones shared, and the ids that were asked for.
 
@@ -31,9 +32,9 @@ def token_rows(
         TargetError: a name matches no embedding or head.
         AdapterError: an id has no row, is named twice, or the module trains whole already.
     """
-    asked = resolved(model, wanted)
+    ids_by_name = by_whole_name(model, tokens)
     found: dict[str, Params] = {}
-    for name, ids in asked.items():
+    for name, ids in ids_by_name.items():
         if name in found:
             continue
         if name in saved:
@@ -44,35 +45,34 @@ def token_rows(
         module = model.get_submodule(name)
         check_ids(name, module, ids)
         rows = nn.Parameter(rows_of(module, ids))
-        leads = name == input_name(model)  # what follows a head alone is no matter of the embedding
-        tied = tied_to(model, name) if leads else ()
-        sharing = [n for n in tied if asked.get(n, ids) == ids and n not in saved]
+        # Rows of the embedding go to a tied head too; rows of the head alone stay there.
+        tied = tied_to(model, name) if name == input_name(model) else ()
+        sharing = [n for n in tied if ids_by_name.get(n, ids) == ids and n not in saved]
         for each in (name, *sharing):
             found[each] = Params({"token_rows": rows})
             give_tokens(found[each], "token_rows", ids)
-    return found, asked
+    return found, ids_by_name
 
 
-def resolved(model: nn.Module, wanted: Tokens) -> dict[str, tuple[int, ...]]:
+def by_whole_name(model: nn.Module, tokens: Tokens) -> dict[str, tuple[int, ...]]:
     """Return the ids by the whole name of each module, an input embedding before its head."""
-    if not isinstance(wanted, Mapping):
-        if not len(wanted):
+    first = input_name(model)
+    if not isinstance(tokens, Mapping):
+        if not len(tokens):
             return {}
-        name = input_name(model)
-        if name is None:
+        if first is None:
             raise TargetError(
                 f"this {type(model).__name__} does not say which module is its input embedding; "
                 "give trainable_tokens as a mapping from the module's name to ids"
             )
-        return {name: tuple(wanted)}
+        return {first: tuple(tokens)}
     names = [n for n, _ in own_modules(model) if n]
     found: dict[str, tuple[int, ...]] = {}
-    for entry, ids in wanted.items():
-        here = [n for n in names if matches(entry, n)]
+    for entry, ids in tokens.items():
+        here = [n for n in names if Entry(entry).matches(n)]
         if not here:
             raise TargetError(f"trainable_tokens names {entry!r}, no module{nearest(entry, names)}")
         found |= {n: tuple(ids) for n in here}
-    first = input_name(model)
     return dict(sorted(found.items(), key=lambda item: item[0] != first))
 
 
@@ -109,32 +109,30 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
-    """Return a module's name in the model."""
-    return next((n for n, m in own_modules(model) if m is wanted and wanted is not None), None)
+def name_of(model: nn.Module, module: nn.Module | None) -> str | None:
+    return next((n for n, m in own_modules(model) if m is module), None)
 
 
 def tied_to(model: nn.Module, name: str) -> Iterator[str]:
-    """Every other module whose rows are the same tensor, or are meant to be."""
+    """Yield every other module whose rows are the same tensor, or are meant to be."""
     module = model.get_submodule(name)
     own = module._parameters.get("weight")
-    ends = [input_embeddings(model), output_head(model)]
     config: Any = getattr(model, "config", None)
-    tied = bool(getattr(config, "tie_word_embeddings", False)) and module is ends[0]
+    says_tied = bool(getattr(config, "tie_word_embeddings", False))
+    head = output_head(model) if says_tied and module is input_embeddings(model) else None
     for other_name, other in own_modules(model):
-        same = own is not None and other._parameters.get("weight") is own
-        if other is not module and matrix_kind(other) and (same or (tied and other is ends[1])):
+        tied = other is head or (own is not None and other._parameters.get("weight") is own)
+        if tied and other is not module and matrix_kind(other):
             yield other_name
 
 
 def row_count(module: nn.Module) -> int:
-    """Return how many tokens a layer has a row for."""
+    """Return the number of tokens that a layer has a row for."""
     matrix = frozen(module)
     return matrix.shape[1] if is_embedding(matrix) else matrix.shape[0]
 
 
 def is_embedding(matrix: FrozenLinear) -> bool:
-    """Say whether a weight is read by ids."""
     return "embedding" in (matrix.layer_kind, matrix.stands_for)
 
 
@@ -148,11 +146,7 @@ def rows_of(module: nn.Module, ids: Sequence[int]) -> Tensor:
 
 
 def check_apart(rows: Collection[str], found: Found) -> None:
-    """Raise when a layer is adapted and some of its rows train: HF PEFT's layout has one or other.
-
-    Raises:
-        AdapterError: there is such a layer.
-    """
+    """Raise when a layer is adapted and some of its rows train: HF PEFT's layout has no both."""
     both = [name for name in found.names if name in rows]
     if both:
         raise AdapterError(
@@ -162,7 +156,7 @@ def check_apart(rows: Collection[str], found: Found) -> None:
 
 
 def ids_of(words: Sequence[str | int], tokenizer: Any) -> list[int]:
-    """Return the ids of tokens that are named by themselves or by their ids, each once.
+    """Return the ids of tokens that are given as text or as ids, each once.
 
     Raises:
         UsageError: a word is no token of the tokenizer.

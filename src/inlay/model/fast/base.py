@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from inlay.model.adapters.instance import change_class
+from inlay.model.adapters.change_class import change_class
 from inlay.model.pickling import MADE_BY, reduced
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from inlay.errors import ModelError
-from inlay.model.adapters.wrapped import looks_through
+from inlay.model.adapters.wrappers import looks_through
 from inlay.storage.registry import frozen, kind
 
 ACCEPTED = 0.005

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from inlay.errors import ModelError, StorageError, did_you_mean
 from inlay.model.adapters.targets import output_head
-from inlay.model.adapters.wrapped import looks_through
+from inlay.model.adapters.wrappers import looks_through
 from inlay.model.load.heads import head_modules
 from inlay.model.load.vision import parts_of
 from inlay.model.seams.transformers import get_keys_to_not_convert, kept_in_full

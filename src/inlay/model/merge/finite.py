@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import InlayError, MergeError
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 
 SHOWN = 3
 

@@ -11,9 +11,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from inlay.errors import MergeError, ModelError
-from inlay.model.adapters.attach import active, adapted_layers, adapters, detach, disabled
+from inlay.model.adapters.attach import detach, disabled
 from inlay.model.adapters.layer import AdaptedLayer, own_modules
-from inlay.model.adapters.wrapped import looks_through
+from inlay.model.adapters.registry import active, adapted_layers, adapters
+from inlay.model.adapters.wrappers import looks_through
 from inlay.model.example_inputs import example_inputs
 from inlay.model.load.quantize import describe_quantization
 from inlay.model.merge.fidelity import (

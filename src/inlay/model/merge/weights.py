@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.model.adapters.layer import AdaptedLayer, own_modules
-from inlay.model.adapters.wrapped import looks_through
+from inlay.model.adapters.wrappers import looks_through
 from inlay.model.merge.merge import check_mergeable
 from inlay.model.merge.plan import trained_copy
 from inlay.storage.base import FrozenLinear

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import ModelError, StorageError
-from inlay.model.adapters.wrapped import looks_through
+from inlay.model.adapters.wrappers import looks_through
 from inlay.model.load.heads import to_train
 from inlay.model.load.quantize import check_not_adapted, shared_parameters
 from inlay.storage.buffers import Buffers, Statistics

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import CheckpointError
-from inlay.model.adapters.attach import adapter_places
+from inlay.model.adapters.registry import adapter_places
 
 
 def tensors_of(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:

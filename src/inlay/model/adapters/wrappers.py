@@ -1,4 +1,4 @@
-"""Wrappers that every verb looks through: of compiled, data-parallel and checkpointed models."""
+"""Wrappers of compiled, data-parallel and checkpointed models, which every verb looks through."""
 
 from __future__ import annotations
 
@@ -21,16 +21,12 @@ INSIDE = {
     "CheckpointWrapper": "_checkpoint_wrapped_module",
     "DeepSpeedEngine": "module",
 }
-"""What wraps a module -> the name of the module inside. By name: most are costly to import."""
+"""Wrapper class -> the name of the module inside. By name: most are costly to import."""
 FLAT = "FullyShardedDataParallel"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model itself inside its wrappers.
-
-    Raises:
-        ModelError: the wrapper holds the weights in another shape, so that no verb can act.
-    """
+    """Return the model inside its wrappers; `ModelError` where one has flattened the weights."""
     while (name := inside(type(model))) is not None:
         if name == FLAT:
             raise ModelError(
@@ -45,7 +41,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @cache
 def inside(cls: type[nn.Module]) -> str | None:
-    """Return the name of the module inside a wrapper's class; None for any other class."""
+    """Return the name under which a wrapper class keeps the module; None for another class."""
     for each in cls.__mro__:
         if each.__module__.startswith(("torch.", "deepspeed.")):
             if each.__name__ == FLAT:
@@ -56,7 +52,7 @@ def inside(cls: type[nn.Module]) -> str | None:
 
 
 def looks_through(verb: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
-    """Have a verb act on the model inside its wrappers; it returns the wrapper given."""
+    """Have a verb act on the model inside its wrappers, and return the wrapper it was given."""
 
     @wraps(verb)
     def acting(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -69,7 +65,7 @@ def looks_through(verb: Callable[Concatenate[Any, P], T]) -> Callable[Concatenat
 
 
 def gains(verb: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
-    """Have a verb that adds tensors act on the model inside its wrappers, where they may come."""
+    """As `looks_through`, for a verb that adds tensors: refused inside DistributedDataParallel."""
     through = looks_through(verb)
 
     @wraps(verb)
@@ -81,11 +77,7 @@ def gains(verb: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P
 
 
 def check_gains(model: nn.Module) -> None:
-    """Raise when tensors added now would train in each process by themselves.
-
-    Raises:
-        ModelError: the model is wrapped for several processes already.
-    """
+    """Raise when gradients of new tensors would not be averaged over the processes."""
     parallel = isinstance(model, nn.parallel.DistributedDataParallel)
     if parallel and torch.distributed.get_world_size(model.process_group) > 1:
         raise ModelError(

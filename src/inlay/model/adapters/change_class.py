@@ -1,8 +1,8 @@
-"""Modules that change their class in place, and the forwards that an instance keeps of the old one.
+"""Change a module's class in place, and the bound forwards of the class that the instance keeps.
 
 `module.forward = wrapper` shadows the class's forward. Such a wrapper keeps the bound forward that
 was there before it: as accelerate's hooks do, as a partial, or in a closure. When the module's
-class changes, what is kept must be the new class's forward, or the change would have no effect.
+class changes, the kept forward must become the new class's, or the change would have no effect.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from torch import nn
 from inlay.model.seams.accelerate import KEPT_FORWARDS
 
 DEPTH = 6
-"""How many wrappers deep a kept forward is looked for."""
+"""Wrappers inside wrappers in which a kept forward is looked for."""
 
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Give a module another class, and the forwards that its instance keeps with it."""
     leaving = type(module)
     object.__setattr__(module, "__class__", cls)
     if "forward" not in vars(module):
@@ -32,7 +31,7 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def is_shadowed(module: nn.Module) -> bool:
-    """Say whether an instance's own forward stands before the class's and does not lead to it."""
+    """Say whether an instance has its own forward, which does not call the class's."""
     if "forward" not in vars(module):
         return False
     own = forwards_of(type(module))
@@ -40,7 +39,6 @@ def is_shadowed(module: nn.Module) -> bool:
 
 
 def forwards_of(cls: type[nn.Module]) -> set[Any]:
-    """Return every forward that a class has or inherits."""
     return {vars(c)["forward"] for c in cls.__mro__ if "forward" in vars(c)}
 
 
@@ -48,7 +46,7 @@ Put = Callable[[types.MethodType], None]
 
 
 def kept_forwards(module: nn.Module) -> Iterator[tuple[types.MethodType, Put]]:
-    """Every bound forward of the module that its instance keeps, with what puts another there."""
+    """Yield every bound forward of the module that its instance keeps, and a setter for it."""
     for name in ("forward", *KEPT_FORWARDS):
         if name in vars(module):
             put = functools.partial(vars(module).__setitem__, name)
@@ -58,7 +56,7 @@ def kept_forwards(module: nn.Module) -> Iterator[tuple[types.MethodType, Put]]:
 def within(
     held: Any, put: Callable[[Any], None], module: nn.Module, depth: int
 ) -> Iterator[tuple[types.MethodType, Put]]:
-    """Every bound forward of the module inside a callable: itself, a partial's, a closure's."""
+    """Yield every bound forward of the module in a callable: itself, a partial's, a closure's."""
     if not depth or not callable(held):
         return
     if isinstance(held, types.MethodType):
@@ -76,7 +74,7 @@ def within(
 def in_function(
     function: types.FunctionType, module: nn.Module, depth: int
 ) -> Iterator[tuple[types.MethodType, Put]]:
-    """Every bound forward of the module in a function's closure or its parameters' defaults."""
+    """Yield every bound forward of the module in a function's closure or default values."""
     for cell in function.__closure__ or ():
         try:
             content = cell.cell_contents
@@ -88,14 +86,13 @@ def in_function(
 
 
 def with_function(held: functools.partial[Any], put: Put, function: Any) -> None:
-    """Put a partial of another function where one was, with what was noted on it."""
+    """Put a partial of another function in a partial's place, with the same attributes."""
     made = functools.partial(function, *held.args, **held.keywords)
     made.__dict__.update(held.__dict__)
     put(made)  # pyright: ignore[reportArgumentType]
 
 
 def set_default(function: types.FunctionType, place: int, value: Any) -> None:
-    """Change one default value of a function's parameters."""
     defaults = list(function.__defaults__ or ())
     defaults[place] = value
     function.__defaults__ = tuple(defaults)

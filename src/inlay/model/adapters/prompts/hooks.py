@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 from inlay.errors import AdapterError
 from inlay.kernels.loss import IGNORED
 from inlay.methods.base import Params, PromptMethod, encoder_of, input_embedding
-from inlay.model.adapters.prompt_cache import (
+from inlay.model.adapters.prompts.cache import (
     BehindPrompt,
     check_begun,
     check_continues,
@@ -28,7 +28,7 @@ from inlay.model.adapters.prompt_cache import (
     wants_cache,
     without_cache,
 )
-from inlay.model.adapters.prompt_trial import EMBEDDINGS, Takes, taken_by
+from inlay.model.adapters.prompts.trial import EMBEDDINGS, Takes, taken_by
 from inlay.model.seams.transformers import ModelOutput, Recomputed, cache_argument, recomputed
 from inlay.storage.registry import layer_class
 

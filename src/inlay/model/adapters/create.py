@@ -1,4 +1,4 @@
-"""What an adapter puts where: the tensors of a method at every place it goes to."""
+"""Create the tensors of a method at every place it goes to."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from inlay.methods.base import (
     replaced,
 )
 from inlay.methods.tokens import ROWS, give_tokens, tokens_of
-from inlay.model.adapters.instance import is_shadowed
-from inlay.model.adapters.layer import rate_of
+from inlay.model.adapters.change_class import is_shadowed
+from inlay.model.adapters.copies import selected_copies
+from inlay.model.adapters.entries import entries
+from inlay.model.adapters.layer import dropout_of
 from inlay.model.adapters.places import Matrix, matrices_at
-from inlay.model.adapters.selected import selected_copies
-from inlay.model.adapters.targets import Found, entries, find_targets, reach
-from inlay.model.adapters.wrapped import unwrapped
+from inlay.model.adapters.targets import Found, adaptable_kinds, find_targets
+from inlay.model.adapters.wrappers import unwrapped
 from inlay.model.seams.accelerate import brought_in
 from inlay.storage.base import FrozenLinear
 from inlay.storage.convolution import is_convolution
@@ -38,8 +39,8 @@ from inlay.storage.registry import frozen, matrix_kind
 class Place:
     """What one adapter puts at one module."""
 
-    method: Method | None
-    params: Params
+    method: Method | None = None
+    params: Params = field(default_factory=lambda: Params({}))
     parts: dict[str, WeightMethod] = field(default_factory=dict)
     """Parameter -> the method on it alone, whose tensors are a part of `params`."""
 
@@ -77,22 +78,25 @@ def places_for(
         method.own_targets if targets is None else targets,
         exclude=(*entries(exclude), *saved),
         layers=layers,
-        kinds=reach(method),
+        kinds=adaptable_kinds(method),
     )
     generator = torch.Generator().manual_seed(seed)
     places: dict[str, Place] = {}
     for name in found.names:
-        add_places(places, model, name, method, generator)
+        if isinstance(method, HiddenMethod):
+            places[name] = hidden_place(model, name, method, generator)
+        else:
+            add_weight_places(places, model, name, method, generator)
     for extra in method.also_selects:
-        for module_name, copies in copies_beside(model, extra, found).items():
-            places.setdefault(module_name, Place(None, Params({}))).add(copies)
+        for module_name, copies in extra_copies(model, extra, found).items():
+            places.setdefault(module_name, Place()).add(copies)
     return places, found
 
 
-def copies_beside(model: nn.Module, extra: SelectMethod, found: Found) -> dict[str, Params]:
-    """Return trained copies of what is selected beside a method; say so where that is nothing."""
+def extra_copies(model: nn.Module, extra: SelectMethod, found: Found) -> dict[str, Params]:
+    """Return trained copies of what is selected beside a method; warn where that is nothing."""
     try:
-        return selected_copies(model, extra, extra_targets(extra, found))
+        return selected_copies(model, extra, found.names if extra.only_adapted else None)
     except TargetError:
         where = (
             "its adapted layers have" if extra.only_adapted else f"this {type(model).__name__} has"
@@ -103,26 +107,23 @@ def copies_beside(model: nn.Module, extra: SelectMethod, found: Found) -> dict[s
         return {}
 
 
-def extra_targets(extra: SelectMethod, found: Found) -> tuple[str, ...] | None:
-    """Return where the selection beside a method applies: its own layers, or the whole model."""
-    return found.names if extra.only_adapted else None
+def hidden_place(model: nn.Module, name: str, method: HiddenMethod, seed: torch.Generator) -> Place:
+    """Create the tensors behind one layer or block, with the hyperparameters that hold there."""
+    here = method.for_layer(name)
+    assert isinstance(here, HiddenMethod)
+    block = unwrapped(model.get_submodule(name))
+    check_not_shadowed(block, name, here)
+    return Place(here, here.init(*shape_and_device(block), seed))
 
 
-def add_places(
+def add_weight_places(
     places: dict[str, Place],
     model: nn.Module,
     name: str,
-    method: WeightMethod | HiddenMethod,
+    method: WeightMethod,
     seed: torch.Generator,
 ) -> None:
-    """Create the tensors at one target, with the hyperparameters that hold there."""
-    if isinstance(method, HiddenMethod):
-        here = method.for_layer(name)
-        assert isinstance(here, HiddenMethod)
-        block = unwrapped(model.get_submodule(name))
-        check_not_shadowed(block, name, here)
-        places[name] = Place(here, here.init(*shape_and_place(block), seed))
-        return
+    """Create the tensors for each matrix of a target, with the hyperparameters that hold there."""
     for at in matrices_at(model, name):
         here = method.for_layer(at.place)
         assert isinstance(here, WeightMethod)
@@ -134,7 +135,7 @@ def add_places(
         if at.parameter is None:
             places[at.name] = Place(here, params)
             continue
-        place = places.setdefault(at.name, Place(None, Params({})))
+        place = places.setdefault(at.name, Place())
         place.params.add_module(at.parameter, params)
         place.parts[at.parameter] = here
 
@@ -144,17 +145,18 @@ def initial(method: WeightMethod, at: Matrix, layer_kind: Kind, seed: torch.Gene
     if not isinstance(at.view, Parameter) or at.view.stack is None:
         return method.init(at.view, layer_kind, seed)
     each = [method.init(member, layer_kind, seed) for member in at.view.each()]
-    first = each[0]
-    stacked = {n: torch.stack([getattr(p, n).detach() for p in each]) for n in first._buffers}
-    derived = {n: stacked[n] for n in first._non_persistent_buffers_set}
-    trained = {n: torch.stack([getattr(p, n).detach() for p in each]) for n in first._parameters}
-    fixed = {n: t for n, t in stacked.items() if n not in derived}
-    return Params(trained, fixed, derived)
+
+    def stacked(names: Sequence[str]) -> dict[str, Tensor]:
+        return {n: torch.stack([getattr(p, n).detach() for p in each]) for n in names}
+
+    derived = each[0]._non_persistent_buffers_set
+    fixed = [n for n in each[0]._buffers if n not in derived]
+    return Params(stacked(list(each[0]._parameters)), stacked(fixed), stacked(list(derived)))
 
 
 def without_dropout(method: WeightMethod, at: Matrix) -> WeightMethod:
-    """Return the method as it acts here: nothing drops out an input that only the layer reads."""
-    if not at.view.by_weight or at.view.linear_in_weight or not rate_of(method):
+    """Return the method as it acts here: no dropout on an input that the layer reads by itself."""
+    if not at.view.by_weight or at.view.linear_in_weight or not dropout_of(method):
         return method
     changed = replaced(method, dropout=0.0)
     assert isinstance(changed, WeightMethod)
@@ -164,9 +166,9 @@ def without_dropout(method: WeightMethod, at: Matrix) -> WeightMethod:
 def check_not_shadowed(
     module: nn.Module, name: str, method: Method, view: FrozenLinear | None = None
 ) -> None:
-    """Raise when the instance's own forward leads past whatever an adapter does there.
+    """Raise when the instance's own forward does not call its class's, where an adapter acts.
 
-    One that reads a dense weight reads the adapted one.
+    A forward of its own that reads a dense weight reads the adapted one, which is well.
     """
     if is_shadowed(module) and (view is None or view.storage != "dense"):
         own = vars(module)["forward"]
@@ -178,17 +180,16 @@ def check_not_shadowed(
         )
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Say whether a module is a linear layer, whatever its forward."""
-    return matrix_kind(module) in ("linear", "conv1d") and not is_convolution(module)
-
-
-def shape_and_place(module: nn.Module) -> tuple[tuple[int, int], Tensor]:
-    """Return (out, in) of a layer or of a whole block, and an empty tensor that lies with it."""
-    layers = [m for m in module.modules() if is_linear(m)]
+def shape_and_device(module: nn.Module) -> tuple[tuple[int, int], Tensor]:
+    """Return (out, in) of a layer or block, and an empty tensor of its dtype on its device."""
+    layers = [
+        m
+        for m in module.modules()
+        if matrix_kind(m) in ("linear", "conv1d") and not is_convolution(m)
+    ]
     if not layers:
         raise AdapterError(f"the block {type(module).__name__} has no linear layer to size by")
-    linears = [frozen(layer) for layer in layers]
+    first, last = frozen(layers[0]), frozen(layers[-1])
     with brought_in(layers[0]):
-        like = torch.empty(0, dtype=linears[0].dtype, device=linears[0].device)
-    return (linears[-1].shape[0], linears[0].shape[1]), like
+        like = torch.empty(0, dtype=first.dtype, device=first.device)
+    return (last.shape[0], first.shape[1]), like

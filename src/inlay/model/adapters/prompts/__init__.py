@@ -1,0 +1,1 @@
+"""Prompt adapters: virtual tokens before every sequence of a model."""
