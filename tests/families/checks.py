@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 import inlay
 from inlay.checkpoint.adapter import save_adapter
-from inlay.checkpoint.differs import differences
+from inlay.checkpoint.peft_differences import differences
 from inlay.memory.policy import applied
 from inlay.methods.catalog import build_method
 from inlay.model.adapters.registry import adapter_places, adapters

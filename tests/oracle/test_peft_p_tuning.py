@@ -15,7 +15,7 @@ from peft import PromptEncoderConfig
 from safetensors.torch import load_file, save_file
 
 import inlay
-from inlay.checkpoint.tensors import slots
+from inlay.checkpoint.slots import slots
 from inlay.peft import (
     PeftModel,
     get_peft_model,

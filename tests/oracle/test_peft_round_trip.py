@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 from inlay.checkpoint.adapter import load_adapter, save_adapter
-from inlay.checkpoint.tensors import slots
+from inlay.checkpoint.slots import slots
 from inlay.methods.base import Method
 from inlay.methods.dora import DoRA
 from inlay.methods.ia3 import IA3

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from inlay.checkpoint import folder as folder_module
-from inlay.checkpoint.adapter import load_adapter, read_adapter, save_adapter
+from inlay.checkpoint.adapter import load_adapter, save_adapter
+from inlay.checkpoint.adapter_file import read_adapter
 from inlay.checkpoint.folder import CONFIG, EXTRAS, TENSORS
-from inlay.checkpoint.tensors import slots
+from inlay.checkpoint.slots import slots
 from inlay.errors import AdapterError, CheckpointError
 from inlay.methods.bitfit import BitFit
 from inlay.methods.bottleneck import Bottleneck

@@ -15,7 +15,7 @@ from torch import nn
 
 from inlay.checkpoint.adapter import load_adapter, save_adapter
 from inlay.checkpoint.folder import CONFIG, EXTRAS, TENSORS
-from inlay.checkpoint.tensors import slots
+from inlay.checkpoint.slots import slots
 from inlay.errors import InlayError
 from inlay.methods.lora import LoRA
 from inlay.model.adapters.attach import attach

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 import inlay
-from inlay.checkpoint.options import DEFAULTS, PLACEMENT
+from inlay.checkpoint.peft_options import DEFAULTS, PLACEMENT
 from inlay.errors import AdapterError
 from inlay.model.fast.causal_lm import FastCausalLM
 from inlay.model.load.folder import EMBEDDED

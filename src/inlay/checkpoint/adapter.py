@@ -1,85 +1,64 @@
-"""Save and load adapters: HF PEFT's layout, read strictly."""
+"""Save and load adapters in HF PEFT's layout, read strictly."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from inlay.checkpoint.base import base_name, describe_base, keep_description, warn_unfrozen
-from inlay.checkpoint.card import card
-from inlay.checkpoint.config import Placement, config_of, extras_of, hyperparameters, replaced_by
-from inlay.checkpoint.converted import fitted
-from inlay.checkpoint.differs import warn_where_peft_differs
+from inlay.checkpoint.adapter_file import (
+    AdapterFile,
+    check_recorded,
+    check_size,
+    made_for,
+    read_adapter,
+)
 from inlay.checkpoint.embeddings import saved_embeddings
+from inlay.checkpoint.fingerprint import base_name, keep_description, warn_unfrozen
 from inlay.checkpoint.folder import (
     CARD,
     CONFIG,
     EXTRAS,
     TENSORS,
-    AdapterFolder,
-    read_folder,
     write_adapter,
 )
-from inlay.checkpoint.options import WITHOUT_EFFECT, method_in, recorded_method, shortened
-from inlay.checkpoint.placement import (
-    described,
-    names_of,
-    place_names,
-    placement_in,
-    suffixes,
+from inlay.checkpoint.key_conversion import fitted
+from inlay.checkpoint.metadata import (
+    Placement,
+    card,
+    config_of,
+    extras_of,
+    hyperparameters,
+    replaced_by,
 )
-from inlay.checkpoint.tensors import PREFIX, computed, fill, gathered, slots, write_tensors
+from inlay.checkpoint.peft_differences import warn_where_peft_differs
+from inlay.checkpoint.peft_options import WITHOUT_EFFECT
+from inlay.checkpoint.peft_targets import placement_in
+from inlay.checkpoint.placement import described, names_of, place_names, suffixes
+from inlay.checkpoint.slots import computed, gathered, slots
+from inlay.checkpoint.tensors import PREFIX, fill, write_tensors
 from inlay.errors import CheckpointError, TargetError
 from inlay.methods.base import (
     HiddenMethod,
     Kind,
     LowRank,
     Method,
-    PromptMethod,
-    SelectMethod,
     WeightMethod,
     replaced,
 )
-from inlay.model.adapters.attach import attach, detach
-from inlay.model.adapters.copies import own_parameters
-from inlay.model.adapters.create import shape_and_device
-from inlay.model.adapters.entries import entries
-from inlay.model.adapters.places import matrices_at, module_at
-from inlay.model.adapters.registry import Attached, adapters
-from inlay.model.adapters.targets import adaptable_kinds, find_targets
-from inlay.model.adapters.wrappers import gains, looks_through
-
-FAR_MORE = 16
-"""More than this many times the file's values cannot be a mere misfit."""
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """An adapter on disk: its method, and the folder with its configuration and tensors' shapes."""
-
-    method: Method
-    folder: AdapterFolder
-
-    @property
-    def base_model(self) -> str | None:
-        """The base model that the adapter was trained on, if the folder says."""
-        return self.folder.base_model
-
-    @property
-    def storage(self) -> str | None:
-        """How the base's weights were held in training, if the folder says."""
-        return self.folder.storage
+from inlay.model.adapters.attach import adapters, attach, detach
+from inlay.model.adapters.places import module_at
+from inlay.model.adapters.selected import own_parameters
+from inlay.model.adapters.targets import entries, find_targets, matches, reach
+from inlay.model.adapters.wrapped import gains, looks_through
 
 
 @looks_through
@@ -201,36 +180,6 @@ def put_adapter(model: nn.Module, directory: str | Path, name: str, seed: int = 
     return file
 
 
-def check_same(file: AdapterFile, attached: Attached, directory: str | Path) -> None:
-    """Raise unless a folder's adapter is the one that is on a model, of the same tensors.
-
-    Raises:
-        CheckpointError: it is another one.
-    """
-    here, there = attached.method, file.method
-    same = there.to_peft() == here.to_peft()
-    if not same or there.peft_tensors("linear") != here.peft_tensors("linear"):
-        raise CheckpointError(
-            f"the adapter in {directory} is {there}, and adapter {attached.name!r} on this model "
-            f"is {here}; load it under another name"
-        )
-
-
-def read_adapter(directory: str | Path) -> AdapterFile:
-    """Read which method an adapter is and what its files hold, without a model.
-
-    Raises:
-        CheckpointError: the files are missing, damaged, or of a kind not known.
-    """
-    folder = read_folder(directory)
-    if folder.extras is not None:
-        return AdapterFile(recorded_method(folder.extras, str(folder.path / EXTRAS)), folder)
-    method = method_in(folder.config, str(folder.path / CONFIG))
-    if isinstance(method, PromptMethod):
-        method = method.held_in(folder.tensors)
-    return AdapterFile(method, folder)
-
-
 def attach_from(model: nn.Module, file: AdapterFile, name: str, seed: int) -> None:
     """Attach the method to the very modules that the folder says."""
     where = str(file.folder.path / CONFIG)
@@ -256,46 +205,6 @@ def method_here(model: nn.Module, file: AdapterFile, asked: Mapping[str, Any]) -
     layers = {"lora_only": found.names, "all": names_of(model)}.get(method.bias_training, ())
     biased = any("bias" in dict(own_parameters(module_at(model, n)[0])) for n in layers)
     return method if biased else replaced(method, bias_training="none")
-
-
-def check_size(model: nn.Module, file: AdapterFile, asked: Mapping[str, Any]) -> None:
-    """Raise when the configuration asks for far more values than the file has.
-
-    A damaged rank would otherwise ask for more memory than there is, before shapes are compared.
-    """
-    method = file.method
-    if isinstance(method, SelectMethod):
-        return
-    if isinstance(method, PromptMethod):
-        wanted = method.count_for(model.config)
-    else:
-        assert isinstance(method, WeightMethod | HiddenMethod)
-        wanted = sum(counts(model, method, asked))
-    held = sum(math.prod(entry.shape) for entry in file.folder.tensors.values())
-    if wanted > FAR_MORE * max(held, 1):
-        raise CheckpointError(
-            f"{file.folder.path / CONFIG} asks for {wanted:,} values on this {described(model)}, "
-            f"and {TENSORS} holds {held:,}; it was made for {made_for(file.folder)}"
-        )
-
-
-def counts(
-    model: nn.Module, method: WeightMethod | HiddenMethod, asked: Mapping[str, Any]
-) -> Iterator[int]:
-    """How many values each place of a method would train."""
-    targets = method.default_targets if asked["targets"] is None else asked["targets"]
-    rest = {key: asked[key] for key in ("exclude", "layers") if key in asked}
-    found = find_targets(model, targets, kinds=adaptable_kinds(method), **rest)
-    for name in found.names:
-        if isinstance(method, HiddenMethod):
-            here = method.for_layer(name)
-            assert isinstance(here, HiddenMethod)
-            yield here.count(shape_and_device(model.get_submodule(name))[0])
-            continue
-        for at in matrices_at(model, name):
-            here = method.for_layer(at.place)
-            assert isinstance(here, WeightMethod)
-            yield here.count_on(at.view) * (at.view.stack or 1)
 
 
 def recorded_placement(model: nn.Module, file: AdapterFile) -> dict[str, Any] | None:
@@ -347,42 +256,6 @@ def modules_in(file: AdapterFile) -> list[str]:
     return list(found)
 
 
-def check_recorded(model: nn.Module, attached: Attached, folder: AdapterFolder) -> None:
-    """Raise when the configuration is not the saved one, or the base's values are others."""
-    now = config_of(model, attached, None)
-    for key in sorted(set(now) - WITHOUT_EFFECT):
-        theirs = now[key]
-        if folder.config.get(key, theirs) != theirs:
-            raise CheckpointError(
-                f"{folder.path / CONFIG} sets {key} to {shortened(folder.config[key])}, "
-                f"{EXTRAS} beside it to {shortened(theirs)}; restore the one that was changed, or "
-                f"delete {EXTRAS} to read the folder as plain HF PEFT"
-            )
-    check_base(model, attached, folder)
-
-
-def check_base(model: nn.Module, attached: Attached, folder: AdapterFolder) -> None:
-    """Raise when the base has other shapes or values than the one the adapter was trained on."""
-    recorded = (folder.extras or {}).get("base")
-    if not isinstance(recorded, dict):
-        raise CheckpointError(f"{folder.path / EXTRAS} must describe the base; it is damaged")
-    now = describe_base(model, None, replaced_by(model, attached.name, folder.tensors))
-    comparable = "float16" not in (now["dtype"], recorded.get("dtype")) or (
-        now["dtype"] == recorded.get("dtype")
-    )
-    same_shapes = now["shapes_sha256"] == recorded.get("shapes_sha256")
-    same_values = now["values_sha256"] == recorded.get("values_sha256") or not comparable
-    if same_shapes and same_values:
-        return
-    what = "weights of the same shapes but other values" if same_shapes else "other weights"
-    raise CheckpointError(
-        f"the adapter in {folder.path} was trained on {made_for(folder)}, and this "
-        f"{described(model)} has {what}; load that base. Rows of tokens that were added to it are "
-        "in this folder only if it was saved with embeddings=True. Without "
-        f"{EXTRAS} the folder is read unchecked, and computes something else on this base"
-    )
-
-
 @looks_through
 def keep_base_description(model: nn.Module, name: str = "default") -> None:
     """Keep what a saved adapter says of its base; call it before the weights are divided."""
@@ -404,14 +277,6 @@ def unchanged_on_failure(model: nn.Module, name: str) -> Generator[None]:
             for parameter, flag in trains:
                 parameter.requires_grad_(flag)
         raise
-
-
-def made_for(folder: AdapterFolder) -> str:
-    """Return what an adapter was made for, as far as its folder says."""
-    base = (folder.extras or {}).get("base")
-    architecture = base.get("architecture") if isinstance(base, dict) else None
-    known = [str(word) for word in (architecture, folder.base_model) if word]
-    return f"{known[0]} ({known[1]})" if len(known) == 2 else "".join(known) or "a base not named"
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

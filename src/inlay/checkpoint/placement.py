@@ -1,37 +1,48 @@
-"""Where an adapter goes, in HF PEFT's words and in ours: module names, suffixes, patterns."""
+"""Where an adapter goes, by module names, as Inlay and HF PEFT write it."""
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from inlay.checkpoint.base import base_name
-from inlay.checkpoint.experts import check_not_renamed, renamed
-from inlay.checkpoint.options import words
+from inlay.checkpoint.fingerprint import base_name
 from inlay.errors import CheckpointError
 from inlay.methods.base import Method, PromptMethod, attention_shape
 from inlay.model.adapters.copies import own_parameters
 from inlay.model.adapters.entries import Entry, entries
 from inlay.model.adapters.layer import own_modules
-from inlay.model.adapters.places import (
-    BEYOND,
-    expert_stacks,
-    loose_parameters,
-    module_at,
-    places_in,
-)
-from inlay.model.adapters.registry import Attached
-from inlay.model.adapters.targets import find_targets
-from inlay.storage.convolution import is_convolution
-from inlay.storage.parameters import projections
-from inlay.storage.registry import matrix_kind
+from inlay.model.adapters.places import module_at
+from inlay.model.adapters.selected import own_parameters
+from inlay.model.adapters.targets import BEYOND, matches, places_in
+from inlay.model.seams.transformers import family_of_experts
 
-AUTOMATIC = ("classifier", "score", "qa_outputs")
-"""Heads that HF PEFT adds to `modules_to_save` by itself, whether the model has them or not."""
+RENAMED: dict[str, dict[str, str]] = {
+    "mixtral": {
+        "gate": "gate.weight",
+        "w1": "gate_up_proj",
+        "w3": "gate_up_proj",
+        "w2": "down_proj",
+    },
+    "qwen2_moe": {
+        "gate": "gate.weight",
+        "gate_proj": "gate_up_proj",
+        "up_proj": "gate_up_proj",
+        "down_proj": "down_proj",
+    },
+}
+"""Family -> a layer's name -> the parameter that HF PEFT from 0.19 on puts in its place.
+
+It does so for every target that ends in the name, a shared expert's or a dense block's too, and
+for LoRA alone.
+"""
+
+
+def renamed(model: nn.Module) -> Mapping[str, str]:
+    """Return which names HF PEFT takes for experts on this model; none on most models."""
+    return RENAMED.get(family_of_experts(getattr(model, "config", None)) or "", {})
 
 
 def suffixes(names: Sequence[str], everything: Iterable[str]) -> list[str] | str:
@@ -69,208 +80,9 @@ def names_of(model: nn.Module) -> list[str]:
     return [name for name, _ in own_modules(model) if name]
 
 
-def placement_in(
-    model: nn.Module, method: Method, config: Mapping[str, Any], where: str
-) -> dict[str, Any]:
-    """Return `attach`'s arguments from HF PEFT's options, resolved on this model.
-
-    Raises:
-        CheckpointError: an option is not of its type, matches nothing, or is for another model.
-    """
-    names = names_of(model)
-    saved, tokens = saved_modules(config, names, where), tokens_in(config, where)
-    if isinstance(method, PromptMethod):
-        check_dimensions(model, method, config, where)
-        return {"modules_to_save": saved}
-    single = parameter_places(model, config, where)
-    if config.get("target_modules") == "all-linear":
-        if not config.get("exclude_modules") and not single and not stacks_in(model):
-            return {"targets": "all-linear", "modules_to_save": saved, **tokens}
-        config = {**config, "target_modules": list(find_targets(model, "all-linear").names)}
-    check_not_renamed(model, config, where)
-    asked = config.get("target_modules") not in (None, [], "") or not single
-    found = modules_or_warning(config, names, where, single) if asked else []
-    if config.get("ensure_weight_tying"):
-        found, saved = with_tied(model, found), with_tied(model, saved)
-    found += [place for place in single if place not in found]
-    return {"targets": suffixes(found, place_names(model)), "modules_to_save": saved, **tokens}
-
-
-def modules_or_warning(
-    config: Mapping[str, Any], names: Sequence[str], where: str, single: Sequence[str]
-) -> list[str]:
-    """Return the modules targeted; none, with a warning, where only parameters were matched.
-
-    Raises:
-        CheckpointError: nothing is matched, or an option is not of its type.
-    """
-    given = words(config, "target_modules", where)
-    entries = [given] if isinstance(given, str) else given
-    if not single or any(meant(given, name) for name in names):
-        return peft_targets(config, names, where)
-    said = "{" + ", ".join(map(repr, entries)) + "}"
-    warnings.warn(
-        f"target_modules={said} were set but no module was matched. The adapter goes to the "
-        "parameters that target_parameters names alone",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return []
-
-
-def parameter_places(model: nn.Module, config: Mapping[str, Any], where: str) -> list[str]:
-    """Return the places that `target_parameters` means, by HF PEFT's own rules.
-
-    Raises:
-        CheckpointError: it is no list of strings, or a name in it means no parameter, or one that
-            no method adapts.
-    """
-    targets = words(config, "target_parameters", where)
-    if isinstance(targets, str):
-        raise CheckpointError(f"{where}: target_parameters must be a list, not {targets!r}")
-    found: dict[str, None] = {}
-    matched: set[str] = set()
-    for name, module in own_modules(model):
-        for key, _ in own_parameters(module):
-            full = f"{name}.{key}" if name else key
-            hits = [t for t in targets if full == t or full.endswith("." + t)]
-            if hits:
-                matched |= set(hits)
-                found[place_of_parameter(name, module, key, where)] = None
-    idle = [t for t in targets if t not in matched]
-    if targets and not matched:
-        say_unmatched(model, config, targets, where)
-    elif idle:
-        raise CheckpointError(
-            f"{where}: target_parameters names {', '.join(map(repr, idle))}, and this model has no "
-            "such parameter"
-        )
-    return list(found)
-
-
-def say_unmatched(
-    model: nn.Module, config: Mapping[str, Any], targets: Sequence[str], where: str
-) -> None:
-    """Warn that `target_parameters` means no parameter; raise where nothing else is targeted.
-
-    Raises:
-        CheckpointError: nothing else is.
-    """
-    if config.get("target_modules"):
-        warnings.warn(
-            f"target_parameters={list(targets)} were set but no parameter was matched. The "
-            "adapter goes to the modules that target_modules names alone",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return
-    some = [name for name, _ in model.named_parameters()][:3]
-    raise CheckpointError(
-        "No `target_modules` passed but also no `target_parameters` found. Please check the values "
-        f"for these arguments. {where}: target_parameters names {', '.join(map(repr, targets))}, "
-        f"and this model has no such parameter; it has some such as {', '.join(some)}"
-    )
-
-
-def place_of_parameter(name: str, module: nn.Module, parameter: str, where: str) -> str:
-    """Return the place of one parameter: the layer whose weight it is, or the parameter's own."""
-    full = f"{name}.{parameter}" if name else parameter
-    if parameter == "weight" and matrix_kind(module) == "linear" and not is_convolution(module):
-        return name
-    loose = [*loose_parameters(name, module), *expert_stacks(name, module)]
-    attention = isinstance(module, nn.MultiheadAttention) and parameter in projections(module)
-    if full in loose or attention:
-        return full
-    raise CheckpointError(
-        f"{where}: target_parameters names {full}, a parameter of a {type(module).__name__}; a "
-        "method adapts matrices and stacks of them that way, linear layers' weights among them"
-    )
-
-
 def place_names(model: nn.Module) -> list[str]:
     """Return every name that a target can mean: modules, parameters, experts' former names."""
     return [name for name in places_in(model, BEYOND).everything() if name]
-
-
-def stacks_in(model: nn.Module) -> bool:
-    """Say whether a model holds experts' weights in one parameter."""
-    return any(True for n, m in own_modules(model) for _ in expert_stacks(n, m))
-
-
-def tokens_in(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return `attach`'s argument for the tokens whose rows train; nothing when there are none.
-
-    Raises:
-        CheckpointError: they are no whole numbers, by module or for the input embedding.
-    """
-    value = config.get("trainable_token_indices")
-    if not value:
-        return {}
-    lists: list[Any] = list(value.values()) if isinstance(value, dict) else [value]
-    if not all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in lists):
-        raise CheckpointError(
-            f"{where}: trainable_token_indices must be a list of whole numbers, or such lists by "
-            f"the names of modules, not {value!r}"
-        )
-    return {"trainable_tokens": value}
-
-
-def peft_targets(config: Mapping[str, Any], names: Sequence[str], where: str) -> list[str]:
-    """Return the modules that an HF PEFT configuration targets, by its own rules.
-
-    Raises:
-        CheckpointError: an option is not a string or a list of strings, or no module matches.
-    """
-    target = words(config, "target_modules", where)
-    exclude = words(config, "exclude_modules", where)
-    saved = saved_modules(config, names, where)
-    blocks = block_numbers(config, where)
-    patterns = words(config, "layers_pattern", where)
-    try:
-        found = [
-            name
-            for name in names
-            if meant(target, name)
-            and not (exclude and meant(exclude, name))
-            and not under_any(name, saved)
-            and (blocks is None or isinstance(target, str) or in_blocks(name, blocks, patterns))
-        ]
-    except re.error as error:
-        raise CheckpointError(f"{where} holds an invalid regular expression: {error}") from None
-    if not found:
-        raise CheckpointError(f"{where}: {why_none(target, exclude, saved, config, names)}")
-    return found
-
-
-def why_none(
-    target: str | Sequence[str],
-    exclude: str | Sequence[str],
-    saved: Sequence[str],
-    config: Mapping[str, Any],
-    names: Sequence[str],
-) -> str:
-    """Say why the targets of a configuration leave no module, in HF PEFT's words where it has."""
-    hit = [name for name in names if meant(target, name) and not under_any(name, saved)]
-    left_out = [name for name in hit if exclude and meant(exclude, name)]
-    one_by_one = [target] if isinstance(target, str) else [[entry] for entry in target]
-    every_entry_hits = all(any(meant(entry, name) for name in hit) for entry in one_by_one)
-    shown = config.get("target_modules")
-    there = f"it has modules such as {', '.join(names[-3:])}"
-    if left_out and every_entry_hits:
-        return (
-            f"All modules were excluded: target_modules {shown} means {', '.join(left_out[:3])}, "
-            f"and exclude_modules {config.get('exclude_modules')} takes out all of them"
-        )
-    if left_out or saved or hit:
-        return (
-            f"No modules were targeted for adaptation: of target_modules {shown}, this model has "
-            "none, or those that it has are excluded, saved whole (modules_to_save), or in no "
-            f"block that layers_to_transform names; {there}"
-        )
-    return (
-        f"Target modules {shown} not found in the base model: {there}. The adapter was made for "
-        f"{config.get('base_model_name_or_path') or 'another base'}"
-    )
 
 
 def meant(target: str | Sequence[str], name: str) -> bool:
@@ -283,50 +95,6 @@ def meant(target: str | Sequence[str], name: str) -> bool:
 def under_any(name: str, roots: Collection[str]) -> bool:
     """Say whether a module is one of `roots` or lies below one."""
     return any(name == root or name.startswith(root + ".") for root in roots)
-
-
-def block_numbers(config: Mapping[str, Any], where: str) -> set[int] | None:
-    """Return the blocks that `layers_to_transform` names; None when it names none."""
-    value = config.get("layers_to_transform")
-    if value is None or value == []:
-        return None
-    numbers = value if isinstance(value, list) else [value]
-    if not all(isinstance(n, int) for n in numbers):
-        raise CheckpointError(f"{where}: layers_to_transform must be whole numbers, not {value!r}")
-    return set(numbers)
-
-
-def in_blocks(name: str, blocks: set[int], patterns: str | Sequence[str]) -> bool:
-    """Say whether a module lies in one of these blocks, as HF PEFT numbers them."""
-    given = [patterns] if isinstance(patterns, str) else patterns
-    rules = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in given] or [r".*?\.[^.]*\.(\d+)\."]
-    match = next((m for m in (re.match(rule, name) for rule in rules) if m), None)
-    return match is not None and int(match[1]) in blocks
-
-
-def saved_modules(config: Mapping[str, Any], names: Sequence[str], where: str) -> list[str]:
-    """Return the modules that `modules_to_save` means.
-
-    Raises:
-        CheckpointError: an entry matches no module of the model.
-    """
-    entries = words(config, "modules_to_save", where)
-    if isinstance(entries, str):
-        raise CheckpointError(f"{where}: modules_to_save must be a list, not {entries!r}")
-    for entry in entries:
-        if entry not in AUTOMATIC and not any(n.endswith(entry) for n in names):
-            raise CheckpointError(
-                f"{where}: modules_to_save names {entry!r}, which matches no module of this model"
-            )
-    found = [n for n in names if any(n.endswith(entry) for entry in entries)]
-    return [n for n in found if not under_any(n.rpartition(".")[0], found)]
-
-
-def with_tied(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return these modules and those that share a parameter with one of them."""
-    own = {name: own_parameters(module) for name, module in own_modules(model)}
-    shared = {id(p) for name in names for _, p in own[name]}
-    return [n for n, ps in own.items() if n in names or any(id(p) in shared for _, p in ps)]
 
 
 def saved_roots(model: nn.Module, attached: Attached) -> tuple[str, ...]:
@@ -411,18 +179,6 @@ def submodules_of(config: Any, method: PromptMethod) -> int:
     if not getattr(config, "is_encoder_decoder", False):
         return 1
     return 2 if method.peft_type == "PREFIX_TUNING" else method.rows // method.tokens
-
-
-def check_dimensions(
-    model: nn.Module, method: PromptMethod, config: Mapping[str, Any], where: str
-) -> None:
-    """Raise when a prompt was made for a model of other sizes."""
-    for key, here in prompt_dimensions(model, method).items():
-        if config.get(key) not in (None, here):
-            raise CheckpointError(
-                f"{where} says {key} {config[key]!r}, this {described(model)} has {here}: the "
-                "adapter was made for another base"
-            )
 
 
 def described(model: nn.Module) -> str:

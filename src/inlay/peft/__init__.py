@@ -16,7 +16,16 @@ if find_spec("peft") is None:
         "with pip install 'inlay[peft]', or use inlay.attach, which needs no peft"
     )
 
-from inlay.peft.auto import (
+from inlay.peft.inject import inject_adapter_in_model
+from inlay.peft.model import PeftModel, get_peft_model
+from inlay.peft.patch import take_over
+from inlay.peft.state_dict import (
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
+from inlay.peft.task_models import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
     AutoPeftModelForFeatureExtraction,
@@ -24,8 +33,6 @@ from inlay.peft.auto import (
     AutoPeftModelForSeq2SeqLM,
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
-)
-from inlay.peft.by_task import (
     PeftMixedModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -34,15 +41,6 @@ from inlay.peft.by_task import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from inlay.peft.inject import inject_adapter_in_model
-from inlay.peft.model import PeftModel, get_peft_model
-from inlay.peft.states import (
-    get_base_model_state_dict,
-    get_peft_model_state_dict,
-    set_base_model_state_dict,
-    set_peft_model_state_dict,
-)
-from inlay.peft.trainers import take_over
 from inlay.peft.tuner import Tuner
 
 __all__ = [

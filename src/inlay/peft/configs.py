@@ -11,8 +11,9 @@ from typing import Any
 from peft import PeftConfig, PeftType
 from torch import nn
 
-from inlay.checkpoint.options import DEFAULTS, method_in
-from inlay.checkpoint.placement import meant, names_of, placement_in, prompt_dimensions, suffixes
+from inlay.checkpoint.peft_options import DEFAULTS, method_in
+from inlay.checkpoint.peft_targets import placement_in
+from inlay.checkpoint.placement import meant, names_of, prompt_dimensions, suffixes
 from inlay.errors import CheckpointError
 from inlay.methods.base import Method, PromptMethod, replaced
 from inlay.peft.errors import AdapterError, TargetError

@@ -11,18 +11,13 @@ from huggingface_hub import ModelCard, snapshot_download
 from peft import PeftConfig, PeftModelForCausalLM, PeftType
 from torch import Tensor, nn
 
-from inlay.checkpoint.adapter import (
-    AdapterFile,
-    check_recorded,
-    check_same,
-    put_adapter,
-    read_adapter,
-    save_adapter,
-)
-from inlay.checkpoint.converted import fitted
+from inlay.checkpoint.adapter import put_adapter, save_adapter
+from inlay.checkpoint.adapter_file import AdapterFile, check_recorded, check_same, read_adapter
 from inlay.checkpoint.folder import CARD, CONFIG, EXTRAS, TENSORS, located, read_json
+from inlay.checkpoint.key_conversion import fitted
 from inlay.checkpoint.placement import described
-from inlay.checkpoint.tensors import Slot, fill, slots
+from inlay.checkpoint.slots import Slot, slots
+from inlay.checkpoint.tensors import fill
 from inlay.errors import CheckpointError
 from inlay.files import write_text
 from inlay.model.adapters.registry import adapters

@@ -10,8 +10,8 @@ from torch import nn
 
 from inlay.checkpoint.placement import under_any
 from inlay.model.adapters.layer import own_modules
-from inlay.peft.presented import Presented
-from inlay.peft.saved import SavedContainer, SavedLayer, TokenLayer
+from inlay.peft.auxiliary import SavedContainer, SavedLayer, TokenLayer
+from inlay.peft.layer import Presented
 from inlay.peft.seam import TunerLayerStatus, TunerModelStatus
 from inlay.peft.tuner import Tuner
 from inlay.storage.registry import frozen, kind

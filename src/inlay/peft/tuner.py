@@ -16,14 +16,12 @@ from inlay.checkpoint.adapter import unchanged_on_failure
 from inlay.model.adapters.attach import attach, detach, set_trained, use
 from inlay.model.adapters.deferred import defer
 from inlay.model.adapters.places import module_at, view_at
-from inlay.model.adapters.registry import active, adapter_places, adapters
-from inlay.peft.apart import check_apart
 from inlay.peft.configs import method_of, placement_of, prepared
 from inlay.peft.errors import AdapterError, as_peft_raises
-from inlay.peft.look import Switched
-from inlay.peft.merging import Merging
+from inlay.peft.initial_values import start
+from inlay.peft.layer import Switched
+from inlay.peft.merge import Merging, check_apart
 from inlay.peft.seam import check_target_module_exists, tied_with_embedding
-from inlay.peft.start import start
 
 LACKING = frozenset({"add_weighted_adapter", "inject_adapter", "subtract_mutated_init"})
 """What HF PEFT's tuners do besides, and this one does not."""

@@ -12,7 +12,7 @@ from inlay.methods.base import LowRank, replaced
 from inlay.methods.ia3 import IA3
 from inlay.model.adapters.layer import AdaptedLayer
 from inlay.peft.errors import AdapterError
-from inlay.peft.presented import Presented
+from inlay.peft.layer import Presented
 from inlay.peft.views import Dropouts, Numbers, Scaling, low_rank_of, which_dora
 from inlay.storage.registry import kind
 

@@ -1,4 +1,4 @@
-"""What adapter_config.json and inlay.json say of an adapter."""
+"""What adapter_config.json, inlay.json and the model card say of an adapter."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 from pydantic import ConfigDict
 from torch import nn
 
-from inlay.checkpoint.base import describe_base
 from inlay.checkpoint.embeddings import brought
+from inlay.checkpoint.fingerprint import describe_base
 from inlay.checkpoint.folder import FORMAT, TENSORS
-from inlay.checkpoint.options import COMMON, DEFAULTS
+from inlay.checkpoint.peft_options import COMMON, DEFAULTS
 from inlay.checkpoint.placement import (
     peft_placement,
     place_names,
@@ -219,3 +219,64 @@ def recorded_placement(placement: Placement) -> dict[str, Any]:
     if not placement.trainable_tokens:
         del found["trainable_tokens"]
     return found
+
+
+TEXT = """\
+---
+{front}
+---
+
+# {title}
+
+An adapter made with inlay: {method}, {count:,} trained values.
+It needs its base model, {base}.
+
+| hyperparameter | value |
+|---|---|
+{rows}
+
+```python
+import inlay
+
+model, tokenizer = inlay.load({base_code})
+inlay.load_adapter(model, "path/to/this/folder")
+```
+{peft}"""
+
+
+PEFT = """
+HF PEFT reads it too: `PeftModel.from_pretrained(model, "path/to/this/folder")`.
+"""
+
+
+def card(
+    method: Method,
+    hyperparameters: Mapping[str, object],
+    base: str | None,
+    count: int,
+    differs: Sequence[str] = (),
+) -> str:
+    """Return the text of an adapter's README.md."""
+    kind = [method.peft_type.lower()] if method.peft_type else []
+    tags = dict.fromkeys(["inlay", method.name, *kind])
+    front = [f"base_model: {json.dumps(base)}"] if base else []
+    front += ["library_name: peft", "tags:", *(f"- {tag}" for tag in tags)]
+    rows = [f"| {key} | `{json.dumps(value)}` |" for key, value in hyperparameters.items()]
+    return TEXT.format(
+        front="\n".join(front),
+        title=f"{method.name} adapter" + (f" for {base}" if base else ""),
+        method=method.name,
+        count=count,
+        base=f"`{base}`" if base else "which this folder does not name",
+        rows="\n".join(rows),
+        base_code=json.dumps(base or "the base model"),
+        peft=peft_text(method, differs),
+    )
+
+
+def peft_text(method: Method, differs: Sequence[str]) -> str:
+    """Return what the card says of HF PEFT."""
+    if method.peft_type is None:
+        return ""
+    rows = "\n".join(f"- {each}" for each in differs)
+    return f"\nHF PEFT 0.21 computes otherwise or cannot load it:\n\n{rows}\n" if rows else PEFT

@@ -1,4 +1,4 @@
-"""One batch through several adapters: every row of it through the one named for it."""
+"""Mixed batches: each row of a batch goes through the adapter named for it."""
 
 from __future__ import annotations
 

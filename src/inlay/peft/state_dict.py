@@ -11,17 +11,15 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from inlay.checkpoint.folder import Entry
 from inlay.checkpoint.placement import described
+from inlay.checkpoint.slots import Slot, computed, slots
 from inlay.checkpoint.tensors import (
     DTYPES,
     PREFIX,
     Problems,
-    Slot,
-    computed,
     listed,
     misfit,
     missing,
     separate,
-    slots,
     unlike,
 )
 from inlay.methods.base import Params
@@ -35,6 +33,8 @@ SPELLED = {dtype: word for word, dtype in DTYPES.items()}
 
 
 GET: Any = theirs.get_peft_model_state_dict
+
+
 SET: Any = theirs.set_peft_model_state_dict
 """HF PEFT's own, for models with its layers; kept here, for `take_over` puts others in place."""
 

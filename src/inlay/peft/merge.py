@@ -1,29 +1,160 @@
-"""The state of a model's adapters: which act, and which are merged into the base for now."""
+"""Merging adapters into the base: for a while, undone bit for bit, or for good."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from peft import PeftConfig
-from torch import nn
+from torch import Tensor, nn
 
 from inlay.errors import ModelError
-from inlay.model.adapters.attach import detach
+from inlay.methods.tokens import tokens_of
+from inlay.model.adapters.attach import (
+    activate,
+    active,
+    adapted_layers,
+    adapter_places,
+    detach,
+    registry_of,
+    required_registry,
+)
 from inlay.model.adapters.deferred import check_values
-from inlay.model.adapters.layer import own_modules
-from inlay.model.adapters.registry import activate, active, registry_of, required_registry
+from inlay.model.adapters.layer import AdaptedLayer, become_adapted, own_modules
+from inlay.model.adapters.places import module_at
 from inlay.model.example_inputs import example_inputs
 from inlay.model.load.quantize import describe_quantization
 from inlay.model.merge.fidelity import LEAST_EFFECT, compared, logits_of
 from inlay.model.merge.finite import check_adapters_finite
+from inlay.model.merge.merge import why_not_mergeable
+from inlay.model.merge.plan import Update, held, takes_over
 from inlay.model.merge.untie import Ties
-from inlay.peft.apart import check_apart
 from inlay.peft.errors import AdapterError, MergeError, NotForPromptsError
-from inlay.peft.look import Switched
-from inlay.peft.merged import Merged
-from inlay.peft.present import present
+from inlay.peft.layer import Switched
+from inlay.peft.layer_classes import present
+from inlay.storage.registry import frozen
+
+
+def check_apart(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise when two adapters have copies of one parameter, or rows of one token.
+
+    Only one of them could act.
+
+    Raises:
+        AdapterError: they have.
+    """
+    owners: dict[tuple[str, str], str] = {}
+    for name in names:
+        for place, params in adapter_places(model, name):
+            module, parameter = module_at(model, place)
+            own = {} if parameter else module._parameters
+            copied = set(params._parameters) & set(own)
+            rows = {f"token {token}" for token in tokens_of(params, "token_rows")}
+            for what in sorted(copied | rows):
+                other = owners.setdefault((place, what), name)
+                if other != name:
+                    kind = "TrainableTokensWrapper" if what in rows else "ModulesToSaveWrapper"
+                    raise AdapterError(
+                        f"Only one adapter can be set at a time for {kind}: {other!r} and "
+                        f"{name!r} each train {what} of {place}; name one of them"
+                    )
+
+
+Swap = tuple[nn.Module, str, Any, Any]
+"""An owner, the name of its child or parameter, what is there unmerged and what merged."""
+
+
+class Merged(Update):
+    """The merge of some adapters, which can be put in place and taken out at no cost.
+
+    The base's own tensors are kept aside, not computed back, so that taking it out gives them
+    bit for bit. A quantised layer is dense while it is merged.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        reason = why_not_mergeable(model, names)
+        if reason is not None:
+            raise MergeError(reason)
+        self.model, self.names = model, tuple(names)
+        self.swaps: list[Swap] = []
+        self.plan()
+
+    @torch.no_grad()
+    def plan(self) -> None:
+        """Compute what every adapted layer holds once merged."""
+        registry = required_registry(self.model)
+        before = {layer: layer.active for layer in adapted_layers(self.model)}
+        activate(self.model, registry, self.names)
+        try:
+            for name, layer in list(self.model.named_modules()):
+                if isinstance(layer, AdaptedLayer) and layer.here():
+                    self.layer(name, layer)
+        finally:
+            for layer, active in before.items():
+                layer.active = active
+
+    def layer(self, name: str, layer: AdaptedLayer) -> None:
+        """Plan one layer: its weight and bias, or the module that holds them dense."""
+        if layer.keeps_class or not layer.weight_methods():
+            for key, own, rounded in self.changes(layer):
+                self.swaps.append((layer, key, own, rounded))
+            return
+        assert layer.base is not None
+        w, bias = layer.adapted_weight()
+        new = held(layer.base, w, bias, "dense")
+        self.account(layer.base.dequantize(), w, frozen(new).dequantize())
+        if layer.base.storage == "dense":
+            for key, value in new._parameters.items():
+                if value is not None:
+                    self.swaps.append((layer, key, layer._parameters[key], value))
+            return
+        parent, _, leaf = name.rpartition(".")
+        takes_over(new, layer)
+        twin = become_adapted(new.train(layer.training), frozen(new))
+        twin.adapters, twin.methods = layer.adapters, layer.methods
+        self.swaps.append((self.model.get_submodule(parent), leaf, layer, twin))
+
+    def check_finite(self) -> None:
+        """Raise when a merged weight is not finite.
+
+        Raises:
+            MergeError: the adapters hold NaN or infinite values.
+        """
+        for owner, key, _, new in self.swaps:
+            held_here = [new] if isinstance(new, Tensor) else list(new.parameters(recurse=False))
+            if not all(bool(torch.isfinite(each).all()) for each in held_here):
+                where = next(n for n, m in self.model.named_modules() if m is owner)
+                raise MergeError(
+                    "NaNs detected in the merged weights. The adapter "
+                    f"{', '.join(self.names)} seems to be broken: {where}.{key} is not finite "
+                    "with it; nothing was merged"
+                )
+
+    def put_in(self) -> None:
+        """Put the merged weights in place."""
+        for owner, key, old, new in self.swaps:
+            place(owner, key, old, new)
+
+    def take_out(self) -> None:
+        """Put the base's own back."""
+        for owner, key, old, new in self.swaps:
+            place(owner, key, new, old)
+
+
+def place(owner: nn.Module, key: str, leaving: Any, coming: Any) -> None:
+    """Swap one child or tensor, which takes over the mode and device that were set meanwhile."""
+    if isinstance(coming, nn.Module):
+        coming.train(leaving.training)
+        owner._modules[key] = coming
+        return
+    if coming.device != leaving.device:
+        coming.data = coming.data.to(leaving.device)
+    (owner._buffers if key in owner._buffers else owner._parameters)[key] = coming
+
 
 LEAST = 0.9
 """The share of an update in the weights below which the outputs decide on a merge for good."""

@@ -1,4 +1,4 @@
-"""What an adapter trains beside its method, as HF PEFT's wrappers of it look from outside."""
+"""Layers named in `modules_to_save` and trained token rows, as HF PEFT's wrappers of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from inlay.methods.tokens import tokens_of
 from inlay.model.adapters.change_class import change_class
 from inlay.model.adapters.layer import AdaptedLayer, own_modules
 from inlay.model.pickling import MADE_BY, reduced
-from inlay.peft.presented import Presented
+from inlay.peft.layer import Presented
 from inlay.peft.seam import ModulesToSaveWrapper, TrainableTokensLayer
 from inlay.peft.tuner_layer import widths_of
 from inlay.peft.views import with_tensors

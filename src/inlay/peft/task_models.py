@@ -1,15 +1,19 @@
-"""HF PEFT's classes by task, and the one for mixed adapters, of which a wrapped model is one."""
+"""HF PEFT's model classes by task, and its `AutoPeftModel…` loaders."""
 
 from __future__ import annotations
 
 import warnings
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import peft
+from torch import nn
 
 from inlay.peft.errors import KindError
+from inlay.peft.folders import HUB
 from inlay.peft.model import PeftModel
-from inlay.peft.wrapped import BY_TASK
+from inlay.peft.model_wrapper import BY_TASK
 
 theirs: Any = peft
 
@@ -82,4 +86,73 @@ BY_TASK.update(
     TOKEN_CLS=PeftModelForTokenClassification,
     QUESTION_ANS=PeftModelForQuestionAnswering,
     FEATURE_EXTRACTION=PeftModelForFeatureExtraction,
+)
+
+
+TAKEN = frozenset({"adapter_name", "is_trainable", "config", "subfolder", *HUB})
+"""What of the options belongs to the adapter; the others are the base model's."""
+
+
+def target(cls: type[PeftModel]) -> Any:
+    """Return what HF PEFT's loaders call for the adapter, by the name that they look for."""
+    body = {"from_pretrained": staticmethod(partial(load, cls))}
+    return type(cls.__name__, (), body)
+
+
+def load(cls: type[PeftModel], model: nn.Module, folder: str | Path, **options: Any) -> PeftModel:
+    """Return a loaded base with an adapter from a folder or the hub."""
+    found = {key: value for key, value in options.items() if key in TAKEN}
+    return cls.from_pretrained(model, folder, **found)
+
+
+class AutoPeftModel(peft.AutoPeftModel):
+    """A model whose class the adapter's folder names, with the adapter."""
+
+    _target_peft_class = target(PeftModel)
+
+
+class AutoPeftModelForCausalLM(peft.AutoPeftModelForCausalLM):
+    """A causal language model with the adapter."""
+
+    _target_peft_class = target(PeftModelForCausalLM)
+
+
+class AutoPeftModelForSeq2SeqLM(peft.AutoPeftModelForSeq2SeqLM):
+    """An encoder and a decoder with the adapter."""
+
+    _target_peft_class = target(PeftModelForSeq2SeqLM)
+
+
+class AutoPeftModelForSequenceClassification(peft.AutoPeftModelForSequenceClassification):
+    """A classifier of sequences with the adapter."""
+
+    _target_peft_class = target(PeftModelForSequenceClassification)
+
+
+class AutoPeftModelForTokenClassification(peft.AutoPeftModelForTokenClassification):
+    """A classifier of tokens with the adapter."""
+
+    _target_peft_class = target(PeftModelForTokenClassification)
+
+
+class AutoPeftModelForQuestionAnswering(peft.AutoPeftModelForQuestionAnswering):
+    """A finder of answers in a text with the adapter."""
+
+    _target_peft_class = target(PeftModelForQuestionAnswering)
+
+
+class AutoPeftModelForFeatureExtraction(peft.AutoPeftModelForFeatureExtraction):
+    """A model of hidden states with the adapter."""
+
+    _target_peft_class = target(PeftModelForFeatureExtraction)
+
+
+CLASSES: tuple[Any, ...] = (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForFeatureExtraction,
 )

@@ -1,4 +1,4 @@
-"""How a new adapter's values start: as HF PEFT draws them, one for one, from the same seed."""
+"""The initial values of a new adapter: those that HF PEFT draws from the same seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from inlay.checkpoint.layouts import Layout
-from inlay.checkpoint.tensors import slots
+from inlay.checkpoint.slots import slots
 from inlay.methods.base import (
     Kind,
     LowRank,
@@ -35,6 +35,8 @@ from inlay.peft.errors import AdapterError
 from inlay.storage.parameters import JOINED
 
 Options = dict[str, Any]
+
+
 Drawn = tuple[str, Params, Method | None, Kind | None]
 """A place of an adapter: its name, tensors, method and kind."""
 
@@ -222,6 +224,8 @@ def put(tensor: Tensor, value: Tensor, rounded_to: torch.dtype | None) -> None:
 
 
 Draw = Callable[[nn.Module, str, Params, Method, Kind | None, Options], None]
+
+
 DRAWS: dict[str, Draw] = {
     "LORA": draw_lora,
     "IA3": draw_ia3,

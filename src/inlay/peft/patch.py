@@ -1,4 +1,4 @@
-"""What makes a trainer that is given a `peft_config`, and other code of HF PEFT's, call Inlay."""
+"""Puts Inlay's functions in the place of HF PEFT's, in `peft` and in TRL."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Any
 
 import peft
 
-from inlay.peft import auto, states
 from inlay.peft.model import get_peft_model
+from inlay.peft.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+from inlay.peft.task_models import CLASSES
 
 LIBRARIES = ("peft", "trl")
 """Whose modules call HF PEFT's functions by names of their own."""
+
+
 OURS: dict[str, Any] = {
     "get_peft_model": get_peft_model,
-    "get_peft_model_state_dict": states.get_peft_model_state_dict,
-    "set_peft_model_state_dict": states.set_peft_model_state_dict,
+    "get_peft_model_state_dict": get_peft_model_state_dict,
+    "set_peft_model_state_dict": set_peft_model_state_dict,
 }
 
 
@@ -41,7 +44,7 @@ def take_over() -> ExitStack:
         theirs = getattr(peft, name)
         put(name, ours, in_place_of=theirs)
         undo.callback(put, name, theirs, in_place_of=ours)
-    for ours in auto.CLASSES:
+    for ours in CLASSES:
         theirs: Any = getattr(peft, ours.__name__)
         undo.callback(setattr, theirs, TARGET, getattr(theirs, TARGET))
         setattr(theirs, TARGET, getattr(ours, TARGET))

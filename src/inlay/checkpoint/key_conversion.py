@@ -20,14 +20,22 @@ from inlay.model.adapters.layer import own_modules
 from inlay.model.seams.transformers import renaming
 
 PREFIX = "base_model.model."
+
+
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
 LEADING = re.compile(rf"^(?:module\.)?(?:{re.escape(PREFIX)}|base_model\.)*(?:module\.)?")
+
+
 NAMED = re.compile(
     r"\.(lora_[AB](?=\.[^.]+\.(?:weight|bias)$)"
     r"|lora_(?:embedding_A|embedding_B|magnitude_vector)|ia3_l|modules_to_save)"
     r"\.(?!weight$|bias$)([^.]+)(?=\.|$)"
 )
 """A tensor of HF PEFT's modules in memory, whose key has the adapter's name."""
+
+
 Rename = Callable[[str], str]
 
 

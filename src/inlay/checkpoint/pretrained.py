@@ -1,4 +1,4 @@
-"""Files of a model that carries adapters, as transformers and its Trainer ask for them."""
+"""`save_pretrained`, `load_adapter` and `set_adapter` of a transformers model with adapters."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 
-from inlay.checkpoint.adapter import check_recorded, check_same, read_adapter, save_adapter
 from inlay.checkpoint.adapter import load_adapter as load_new
-from inlay.checkpoint.base import base_name
+from inlay.checkpoint.adapter import save_adapter
+from inlay.checkpoint.adapter_file import check_recorded, check_same, read_adapter
+from inlay.checkpoint.fingerprint import base_name
 from inlay.checkpoint.folder import CONFIG, located
 from inlay.checkpoint.placement import described
 from inlay.checkpoint.tensors import fill
@@ -21,17 +22,24 @@ from inlay.model.adapters.attach import use
 from inlay.model.adapters.registry import active, adapters, check_known, required_registry
 
 DEFAULT = "default"
+
+
 WITHOUT_EFFECT = frozenset({
     "max_shard_size", "variant", "save_peft_format", "save_original_format", "safe_serialization",
     "save_function", "tags", "selected_adapters", "save_embedding_layers",
 })  # fmt: skip
 """Options of other libraries' saving that an adapter's one file has no use for."""
+
+
 HUB = ("commit_message", "private", "create_pr", "revision")
+
+
 SAVED = (
     "save_pretrained of a model with adapters writes the adapter alone, as HF PEFT does "
     "(adapter_config.json, adapter_model.safetensors); for a whole model call "
     "inlay.merge(model, output=...)"
 )
+
 
 UNNAMED = (
     ". The base was built from a configuration, so it has no name that from_pretrained could find "

@@ -1,4 +1,4 @@
-"""Gives the adapted layers of a model the look of HF PEFT's, by what its adapters are now."""
+"""The classes that adapted layers get, so that `isinstance` finds HF PEFT's layers."""
 
 from __future__ import annotations
 
@@ -9,22 +9,15 @@ from typing import Any, cast
 from torch import nn
 
 from inlay.checkpoint.placement import saved_roots, under_any
-from inlay.checkpoint.tensors import TOKEN_KEY
+from inlay.checkpoint.slots import TOKEN_KEY
 from inlay.methods.base import LowRank, SelectMethod
 from inlay.methods.tokens import ROWS
 from inlay.model.adapters.layer import AdaptedLayer, own_modules
 from inlay.model.adapters.registry import Attached, active, adapters, required_registry
 from inlay.model.pickling import MADE_BY
-from inlay.peft.look import Look
-from inlay.peft.presented import Presented
-from inlay.peft.saved import SavedLayer, TokenLayer, become_wrapper
-from inlay.peft.seam import (
-    LNTuningLayer,
-    ModulesToSaveWrapper,
-    TrainableTokensWrapper,
-    ia3,
-    lora,
-)
+from inlay.peft.auxiliary import SavedLayer, TokenLayer, become_wrapper
+from inlay.peft.layer import Look, Presented
+from inlay.peft.seam import LNTuningLayer, ModulesToSaveWrapper, TrainableTokensWrapper, ia3, lora
 from inlay.peft.tuner_layer import TunerLayer
 from inlay.peft.views import Word
 from inlay.storage.registry import kind
@@ -32,8 +25,12 @@ from inlay.storage.registry import kind
 LORA: Mapping[str, Any] = {"linear": lora.Linear, "conv1d": lora.Linear,
                            "embedding": lora.Embedding}  # fmt: skip
 """HF PEFT's class of a LoRA layer, by the layer's kind."""
+
+
 KINDS = {"lora": "lora", "ia3": "ia3", "ln": "ln_tuning"}
 """What HF PEFT's layers are called, by what their tensors' names begin with."""
+
+
 BELOW = {"lora_magnitude_vector": "weight"}
 """What HF PEFT has below the adapter's name and leaves out in its file."""
 

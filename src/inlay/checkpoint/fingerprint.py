@@ -19,6 +19,8 @@ from inlay.storage.base import FrozenLinear
 from inlay.storage.registry import frozen, kind
 
 SAMPLED_ROWS = 16
+
+
 DESCRIBED = "described_base"
 """The attribute of a model that keeps what is said of it."""
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from inlay.checkpoint.experts import renamed
-from inlay.checkpoint.placement import told_by_weight
+from inlay.checkpoint.placement import renamed, told_by_weight
 from inlay.methods.base import Method
 from inlay.model.adapters.places import matrices_at
 from inlay.model.adapters.registry import Attached

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PEFT_VERSION = "0.21.2"
 """The version whose layout is written."""
 
+
 COMMON: dict[str, Any] = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
@@ -29,11 +30,15 @@ COMMON: dict[str, Any] = {
     "revision": None,
     "task_type": None,
 }
+
+
 LAYERS: dict[str, Any] = {
     "exclude_modules": None,
     "modules_to_save": None,
     "target_modules": None,
 }
+
+
 PROMPT: dict[str, Any] = {
     "modules_to_save": None,
     "num_attention_heads": None,
@@ -42,6 +47,8 @@ PROMPT: dict[str, Any] = {
     "num_virtual_tokens": None,
     "token_dim": None,
 }
+
+
 LORA: dict[str, Any] = {
     **LAYERS,
     "alora_invocation_tokens": None,
@@ -76,6 +83,8 @@ LORA: dict[str, Any] = {
     "use_rslora": False,
     "velora_config": None,
 }
+
+
 DEFAULTS: dict[str, dict[str, Any]] = {
     "LORA": LORA,
     "IA3": {
@@ -108,12 +117,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """Every option of the HF PEFT methods that Inlay has, with its default."""
 
+
 PLACEMENT = frozenset({
     "exclude_modules", "feedforward_modules", "layers_pattern", "layers_to_transform",
     "modules_to_save", "target_modules", "target_parameters", "num_attention_heads", "num_layers",
     "token_dim", "trainable_token_indices",
 })  # fmt: skip
 """Options that say where an adapter goes; `placement` reads them."""
+
 
 WITHOUT_EFFECT = frozenset({
     *COMMON, "peft_type", "encoder_hidden_size", "ensure_weight_tying", "eva_config",
@@ -122,6 +133,7 @@ WITHOUT_EFFECT = frozenset({
     "prompt_tuning_init_text", "qalora_group_size", "tokenizer_kwargs", "tokenizer_name_or_path",
 })  # fmt: skip
 """Options that change how an adapter starts or is named, not what a trained one computes."""
+
 
 INITS = (True, False, "gaussian", "orthogonal", "eva")
 """LoRA's initialisations that leave the base weights as they are."""
