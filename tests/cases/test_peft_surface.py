@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import peft
@@ -378,6 +381,42 @@ def test_a_model_is_of_its_tasks_class_and_auto_models_are_inlays(tmp_path: Path
     classified = LlamaForSequenceClassification(LlamaConfig(**SIZES, pad_token_id=0))
     found = inlay.peft.get_peft_model(classified, LoraConfig(task_type="SEQ_CLS"))
     assert isinstance(found, peft.PeftModelForSequenceClassification)
+
+
+def attributes() -> dict[tuple[str, str], object]:
+    """Return every attribute of the loaded modules of peft and TRL, and peft's loaders' targets."""
+    loaded = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in ("peft", "trl")}
+    found = {(name, key): value for name, m in loaded.items() for key, value in vars(m).items()}
+    loaders = [name for name in dir(peft) if name.startswith("AutoPeftModel")]
+    return found | {(name, "target"): getattr(peft, name)._target_peft_class for name in loaders}
+
+
+@pytest.mark.parametrize("end", ["with", "close", "error", "nested"])
+def test_take_over_gives_every_attribute_back(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    importlib.import_module("trl.trainer.sft_trainer")
+    later = ModuleType("trl.loaded_later")
+    before = attributes()
+    taken = inlay.peft.take_over()
+    changed = {key for key, value in attributes().items() if value is not before.get(key)}
+    assert {("peft", "get_peft_model"), ("trl.trainer.sft_trainer", "get_peft_model")} <= changed
+    assert ("AutoPeftModelForCausalLM", "target") in changed
+    monkeypatch.setitem(sys.modules, later.__name__, later)
+    exec("from peft import get_peft_model", vars(later))
+    assert vars(later)["get_peft_model"] is inlay.peft.get_peft_model
+    if end == "with":
+        with taken:
+            pass
+    elif end == "error":
+        with pytest.raises(ZeroDivisionError), taken:
+            raise ZeroDivisionError
+    else:
+        if end == "nested":
+            inlay.peft.take_over().close()
+            assert peft.get_peft_model is inlay.peft.get_peft_model
+        taken.close()
+    after = attributes()
+    assert vars(later)["get_peft_model"] is peft.get_peft_model
+    assert [key for key, value in before.items() if after[key] is not value] == []
 
 
 def test_rows_of_an_encoder_decoder_have_their_adapters_under_beams() -> None:

@@ -388,8 +388,8 @@ def test_a_tied_tensor_is_saved_once_and_restored_to_both(tmp_path: Path) -> Non
 def test_the_folder_says_what_it_is(saved: Path) -> None:
     file = read_adapter(saved)
     assert file.method == LoRA(rank=2)
-    assert file.base_model == "some/base"
-    assert file.storage == "dense"
+    assert file.folder.base_model == "some/base"
+    assert file.folder.storage == "dense"
     extras = json.loads((saved / EXTRAS).read_text())
     digest = hashlib.sha256((saved / TENSORS).read_bytes()).hexdigest()
     assert extras["files"] == {TENSORS: digest}

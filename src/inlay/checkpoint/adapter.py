@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from inlay.checkpoint.adapter_file import (
     AdapterFile,
     check_recorded,
+    check_same,
     check_size,
     made_for,
     read_adapter,
 )
 from inlay.checkpoint.embeddings import saved_embeddings
-from inlay.checkpoint.fingerprint import base_name, keep_description, warn_unfrozen
+from inlay.checkpoint.fingerprint import DESCRIBED, base_name, description, warn_unfrozen
 from inlay.checkpoint.folder import (
     CARD,
     CONFIG,
@@ -30,25 +31,24 @@ from inlay.checkpoint.folder import (
     TENSORS,
     write_adapter,
 )
-from inlay.checkpoint.key_conversion import fitted
+from inlay.checkpoint.key_conversion import fitted, method_modules
 from inlay.checkpoint.metadata import (
     Placement,
+    adapter_config,
+    adapter_extras,
     card,
-    config_of,
-    extras_of,
     hyperparameters,
     replaced_by,
 )
 from inlay.checkpoint.peft_differences import warn_where_peft_differs
 from inlay.checkpoint.peft_options import WITHOUT_EFFECT
 from inlay.checkpoint.peft_targets import placement_in
-from inlay.checkpoint.placement import described, names_of, place_names, suffixes
-from inlay.checkpoint.slots import computed, gathered, slots
-from inlay.checkpoint.tensors import PREFIX, fill, write_tensors
+from inlay.checkpoint.placement import described, exact_targets, names_of, place_names
+from inlay.checkpoint.slots import computed, gathered, known, slots
+from inlay.checkpoint.tensors import fill, write_tensors
 from inlay.errors import CheckpointError, TargetError
 from inlay.methods.base import (
     HiddenMethod,
-    Kind,
     LowRank,
     Method,
     WeightMethod,
@@ -72,10 +72,10 @@ def save_adapter(
     embeddings: bool | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Save one adapter in HF PEFT's layout, all of it or, on failure, nothing.
+    """Save one adapter in HF PEFT's layout: all of it, or nothing on failure.
 
     Writes adapter_config.json, adapter_model.safetensors, inlay.json (what HF PEFT's layout has
-    no place for) and a model card. An older adapter in the folder gives way.
+    no place for) and a model card. They replace an older adapter in the folder.
 
     Args:
         model: the model that has the adapter.
@@ -100,15 +100,16 @@ def save_adapter(
     warn_unfrozen(model)
     attached = adapters(model)[name]
     base = base_model or base_name(model)
-    config = config_of(model, attached, base) | checked_records(recorded or {})
+    config = adapter_config(model, attached, base) | checked_records(recorded or {})
     differs = warn_where_peft_differs(model, attached, f"the adapter saved in {directory}")
-    whole, beside = saved_embeddings(model, attached, embeddings), computed(model, name, found)
+    whole = saved_embeddings(model, attached, embeddings)
+    more = {**whole, **computed(model, name, found)}
 
     def put(folder: Path) -> None:
         write_json(folder / CONFIG, config)
         once = attached.method.peft_type is None
-        write_tensors(folder / TENSORS, found, {**whole, **beside}, shared_once=once)
-        write_json(folder / EXTRAS, extras_of(model, attached, base, folder, whole))
+        write_tensors(folder / TENSORS, found, more, shared_once=once)
+        write_json(folder / EXTRAS, adapter_extras(model, attached, base, folder, whole))
         count = sum({id(s.tensor): s.tensor.numel() for s in found}.values())
         text = card(attached.method, hyperparameters(attached.method), base, count, differs)
         (folder / CARD).write_text(text, encoding="utf-8")
@@ -118,7 +119,6 @@ def save_adapter(
 
 
 def checked_records(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options to record; raise when one of them says what the adapter computes."""
     for key in recorded:
         if key not in WITHOUT_EFFECT:
             raise CheckpointError(
@@ -147,12 +147,11 @@ def load_adapter(
         CheckpointError: the files are missing, damaged, for another base, or of a kind not known.
         AdapterError: the name is taken.
     """
-    say_finished(put_adapter(model, directory, name, seed), directory)
+    warn_of_lost_encoder(put_adapter(model, directory, name, seed), directory)
     return model
 
 
-def say_finished(file: AdapterFile, directory: str | Path) -> None:
-    """Warn where HF PEFT left an adapter's encoder out, and it is about to train."""
+def warn_of_lost_encoder(file: AdapterFile, directory: str | Path) -> None:
     if file.folder.extras is None and getattr(file.method, "finished", False):
         warnings.warn(
             f"the adapter in {directory} holds the embeddings that its prompt encoder computed, as "
@@ -165,28 +164,42 @@ def say_finished(file: AdapterFile, directory: str | Path) -> None:
 
 @gains
 def put_adapter(model: nn.Module, directory: str | Path, name: str, seed: int = 0) -> AdapterFile:
-    """Attach an adapter from its folder, and return what the folder holds."""
     file = read_adapter(directory)
     file = AdapterFile(file.method, fitted(model, file.method, file.folder))
     with unchanged_on_failure(model, name):
         attach_from(model, file, name, seed)
-        about = f"the adapter in {file.folder.path} does not fit this {described(model)}"
-        about += f"; it was made for {made_for(file.folder)}"
+        about = (
+            f"the adapter in {file.folder.path} does not fit this {described(model)}; it was made "
+            f"for {made_for(file.folder)}"
+        )
         fill(model, name, file.folder, about)
+        attached = adapters(model)[name]
         if file.folder.extras is None:
-            warn_where_peft_differs(model, adapters(model)[name], f"the adapter in {directory}")
-        if file.folder.extras is not None:
-            check_recorded(model, adapters(model)[name], file.folder)
+            warn_where_peft_differs(model, attached, f"the adapter in {directory}")
+        else:
+            check_recorded(model, attached, file.folder)
+    return file
+
+
+def reload_adapter(model: nn.Module, directory: str | Path, name: str) -> AdapterFile:
+    """Put a folder's values into an adapter that is on the model."""
+    file, attached = read_adapter(directory), known(model, name)
+    check_same(file, attached, directory)
+    about = f"the adapter in {directory} does not fit adapter {name!r} of this {described(model)}"
+    fill(model, name, fitted(model, file.method, file.folder), about)
+    if file.folder.extras is not None:
+        check_recorded(model, attached, file.folder)
     return file
 
 
 def attach_from(model: nn.Module, file: AdapterFile, name: str, seed: int) -> None:
-    """Attach the method to the very modules that the folder says."""
+    """Attach the method to exactly the modules that the folder names."""
     where = str(file.folder.path / CONFIG)
     try:
-        asked = recorded_placement(model, file) or peft_placement_in(model, file, where)
-        check_size(model, file, asked)
-        attach(model, method_here(model, file, asked), name=name, seed=seed, **asked)
+        placement = recorded_placement(model, file) or peft_placement_in(model, file, where)
+        check_size(model, file, placement)
+        method = without_missing_biases(model, file, placement)
+        attach(model, method, name=name, seed=seed, **placement)
     except TargetError as error:
         raise CheckpointError(
             f"{where} does not fit this {described(model)}, it was made for "
@@ -196,12 +209,14 @@ def attach_from(model: nn.Module, file: AdapterFile, name: str, seed: int) -> No
         raise CheckpointError(f"{where} holds an invalid regular expression: {error}") from None
 
 
-def method_here(model: nn.Module, file: AdapterFile, asked: Mapping[str, Any]) -> Method:
-    """Return the method, without biases where HF PEFT was to train some and there are none."""
+def without_missing_biases(
+    model: nn.Module, file: AdapterFile, placement: Mapping[str, Any]
+) -> Method:
+    """Return the method, without bias training where the model has no such biases."""
     method = file.method
     if not isinstance(method, LowRank) or any(k.endswith("bias") for k in file.folder.tensors):
         return method
-    found = find_targets(model, asked["targets"], kinds=adaptable_kinds(method))
+    found = find_targets(model, placement["targets"], kinds=reach(method))
     layers = {"lora_only": found.names, "all": names_of(model)}.get(method.bias_training, ())
     biased = any("bias" in dict(own_parameters(module_at(model, n)[0])) for n in layers)
     return method if biased else replaced(method, bias_training="none")
@@ -210,17 +225,18 @@ def method_here(model: nn.Module, file: AdapterFile, asked: Mapping[str, Any]) -
 def recorded_placement(model: nn.Module, file: AdapterFile) -> dict[str, Any] | None:
     """Return `attach`'s arguments from inlay.json, or None when there is none.
 
-    Where the model has every layer that the adapter was on, it goes to these and no others: names
-    of layers may mean more than when it was saved.
+    Where the model has every layer that the adapter was on, it goes to these and no others: a
+    target may match more layers than when it was saved.
     """
     if file.folder.extras is None:
         return None
     try:
         found = json.dumps(file.folder.extras.get("placement"))
-        asked = dataclasses.asdict(TypeAdapter(Placement).validate_json(found, strict=True))
+        placement = dataclasses.asdict(TypeAdapter(Placement).validate_json(found, strict=True))
         if isinstance(file.method, WeightMethod | HiddenMethod):
-            asked |= exactly(model, asked["targets"], file.folder.extras.get("modules"))
-        return asked
+            modules = file.folder.extras.get("modules")
+            placement |= recorded_targets(model, placement["targets"], modules)
+        return placement
     except ValidationError as error:
         raise CheckpointError(
             f"{file.folder.path / EXTRAS} must say a placement, and it is damaged: "
@@ -228,45 +244,33 @@ def recorded_placement(model: nn.Module, file: AdapterFile) -> dict[str, Any] | 
         ) from None
 
 
-def exactly(model: nn.Module, targets: Any, modules: Any) -> dict[str, Any]:
+def recorded_targets(model: nn.Module, targets: Any, modules: Any) -> dict[str, Any]:
     """Return the targets that mean the recorded modules alone, if the model has all of them."""
     names = place_names(model)
     if not targets or not isinstance(modules, list) or not set(names).issuperset(modules):
         return {}
     if not all(any(entry.matches(name) for entry in entries(targets)) for name in modules):
         return {}
-    found = suffixes(modules, names)
-    return {"targets": found if isinstance(found, str) else tuple(found)}
+    return {"targets": exact_targets(modules, names)}
 
 
 def peft_placement_in(model: nn.Module, file: AdapterFile, where: str) -> dict[str, Any]:
-    """Return `attach`'s arguments from HF PEFT's options, resolved on this model."""
     config = file.folder.config
     if config.get("target_modules") is None and not config.get("target_parameters"):
-        config = {**config, "target_modules": modules_in(file)}
+        named = method_modules(file.method, file.folder.tensors)
+        config = {**config, "target_modules": named}
     return placement_in(model, file.method, config, where)
-
-
-def modules_in(file: AdapterFile) -> list[str]:
-    """Return the modules that the file has tensors of the method for."""
-    kinds: tuple[Kind, ...] = ("linear", "conv1d", "embedding")
-    endings = {"." + key for kind in kinds for key in file.method.peft_tensors(kind).values()}
-    keys = [key.removeprefix(PREFIX) for key in file.folder.tensors]
-    found = {key.removesuffix(end): None for key in keys for end in endings if key.endswith(end)}
-    return list(found)
 
 
 @looks_through
 def keep_base_description(model: nn.Module, name: str = "default") -> None:
-    """Keep what a saved adapter says of its base; call it before the weights are divided."""
-    keep_description(
-        model, replaced_by(model, name, saved_embeddings(model, adapters(model)[name], None))
-    )
+    """Keep a saved adapter's description of its base; call it before the weights are divided."""
+    whole = saved_embeddings(model, adapters(model)[name], None)
+    vars(model)[DESCRIBED] = description(model, replaced_by(model, name, whole))
 
 
 @contextmanager
 def unchanged_on_failure(model: nn.Module, name: str) -> Generator[None]:
-    """Leave the model as it was when the body raises."""
     before = set(adapters(model))
     trains = [(p, p.requires_grad) for p in model.parameters()]
     try:

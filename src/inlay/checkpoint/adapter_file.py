@@ -19,7 +19,7 @@ from inlay.checkpoint.folder import (
     read_folder,
 )
 from inlay.checkpoint.metadata import (
-    config_of,
+    adapter_config,
     replaced_by,
 )
 from inlay.checkpoint.peft_options import WITHOUT_EFFECT, method_in, recorded_method, shortened
@@ -38,33 +38,19 @@ from inlay.model.adapters.placing import shape_and_place
 from inlay.model.adapters.targets import find_targets, reach
 
 FAR_MORE = 16
-"""More than this many times the file's values cannot be a mere misfit."""
+"""A configuration that asks for more than this many times the file's values is damaged."""
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter on disk: its method, and the folder with its configuration and tensors' shapes."""
+    """An adapter on disk: its method, and its folder."""
 
     method: Method
     folder: AdapterFolder
 
-    @property
-    def base_model(self) -> str | None:
-        """The base model that the adapter was trained on, if the folder says."""
-        return self.folder.base_model
-
-    @property
-    def storage(self) -> str | None:
-        """How the base's weights were held in training, if the folder says."""
-        return self.folder.storage
-
 
 def check_same(file: AdapterFile, attached: Attached, directory: str | Path) -> None:
-    """Raise unless a folder's adapter is the one that is on a model, of the same tensors.
-
-    Raises:
-        CheckpointError: it is another one.
-    """
+    """Raise unless a folder's adapter is of the same method and tensors as the model's."""
     here, there = attached.method, file.method
     same = there.to_peft() == here.to_peft()
     if not same or there.peft_tensors("linear") != here.peft_tensors("linear"):
@@ -75,7 +61,7 @@ def check_same(file: AdapterFile, attached: Attached, directory: str | Path) -> 
 
 
 def read_adapter(directory: str | Path) -> AdapterFile:
-    """Read which method an adapter is and what its files hold, without a model.
+    """Read an adapter's method and the shapes in its files, without a model.
 
     Raises:
         CheckpointError: the files are missing, damaged, or of a kind not known.
@@ -89,7 +75,7 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     return AdapterFile(method, folder)
 
 
-def check_size(model: nn.Module, file: AdapterFile, asked: Mapping[str, Any]) -> None:
+def check_size(model: nn.Module, file: AdapterFile, placement: Mapping[str, Any]) -> None:
     """Raise when the configuration asks for far more values than the file has.
 
     A damaged rank would otherwise ask for more memory than there is, before shapes are compared.
@@ -98,24 +84,24 @@ def check_size(model: nn.Module, file: AdapterFile, asked: Mapping[str, Any]) ->
     if isinstance(method, SelectMethod):
         return
     if isinstance(method, PromptMethod):
-        wanted = method.count_for(model.config)
+        expected = method.count_for(model.config)
     else:
         assert isinstance(method, WeightMethod | HiddenMethod)
-        wanted = sum(counts(model, method, asked))
+        expected = sum(counts(model, method, placement))
     held = sum(math.prod(entry.shape) for entry in file.folder.tensors.values())
-    if wanted > FAR_MORE * max(held, 1):
+    if expected > FAR_MORE * max(held, 1):
         raise CheckpointError(
-            f"{file.folder.path / CONFIG} asks for {wanted:,} values on this {described(model)}, "
+            f"{file.folder.path / CONFIG} asks for {expected:,} values on this {described(model)}, "
             f"and {TENSORS} holds {held:,}; it was made for {made_for(file.folder)}"
         )
 
 
 def counts(
-    model: nn.Module, method: WeightMethod | HiddenMethod, asked: Mapping[str, Any]
+    model: nn.Module, method: WeightMethod | HiddenMethod, placement: Mapping[str, Any]
 ) -> Iterator[int]:
-    """How many values each place of a method would train."""
-    targets = method.default_targets if asked["targets"] is None else asked["targets"]
-    rest = {key: asked[key] for key in ("exclude", "layers") if key in asked}
+    """Yield the number of values that each place of a method would train."""
+    targets = method.default_targets if placement["targets"] is None else placement["targets"]
+    rest = {key: placement[key] for key in ("exclude", "layers") if key in placement}
     found = find_targets(model, targets, kinds=reach(method), **rest)
     for name in found.names:
         if isinstance(method, HiddenMethod):
@@ -130,8 +116,8 @@ def counts(
 
 
 def check_recorded(model: nn.Module, attached: Attached, folder: AdapterFolder) -> None:
-    """Raise when the configuration is not the saved one, or the base's values are others."""
-    now = config_of(model, attached, None)
+    """Raise where the configuration or the base is not the one that the adapter was saved with."""
+    now = adapter_config(model, attached, None)
     for key in sorted(set(now) - WITHOUT_EFFECT):
         theirs = now[key]
         if folder.config.get(key, theirs) != theirs:
@@ -144,14 +130,12 @@ def check_recorded(model: nn.Module, attached: Attached, folder: AdapterFolder) 
 
 
 def check_base(model: nn.Module, attached: Attached, folder: AdapterFolder) -> None:
-    """Raise when the base has other shapes or values than the one the adapter was trained on."""
     recorded = (folder.extras or {}).get("base")
     if not isinstance(recorded, dict):
         raise CheckpointError(f"{folder.path / EXTRAS} must describe the base; it is damaged")
     now = describe_base(model, None, replaced_by(model, attached.name, folder.tensors))
-    comparable = "float16" not in (now["dtype"], recorded.get("dtype")) or (
-        now["dtype"] == recorded.get("dtype")
-    )
+    dtypes = {now["dtype"], recorded.get("dtype")}
+    comparable = "float16" not in dtypes or len(dtypes) == 1
     same_shapes = now["shapes_sha256"] == recorded.get("shapes_sha256")
     same_values = now["values_sha256"] == recorded.get("values_sha256") or not comparable
     if same_shapes and same_values:
@@ -166,7 +150,7 @@ def check_base(model: nn.Module, attached: Attached, folder: AdapterFolder) -> N
 
 
 def made_for(folder: AdapterFolder) -> str:
-    """Return what an adapter was made for, as far as its folder says."""
+    """Return the base that an adapter was made for, as far as its folder names it."""
     base = (folder.extras or {}).get("base")
     architecture = base.get("architecture") if isinstance(base, dict) else None
     known = [str(word) for word in (architecture, folder.base_model) if word]

@@ -8,7 +8,7 @@ they act while it does, and the base stays what it is.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,14 @@ from inlay.model.load.folder import EMBEDDED, looks_like_hub_id
 from inlay.storage.registry import frozen, matrix_kind
 
 PREFIX = "base_model.model."
-HOMES = ("token_adapter.base_layer.", "base_layer.", "original_module.", "modules_to_save.", "")
-"""Where in a module HF PEFT keeps the weight, by what is around the module."""
+WRAPPERS = ("token_adapter.base_layer.", "base_layer.", "original_module.", "modules_to_save.", "")
+"""The prefixes of a weight's key in a module, by HF PEFT's wrapper around the module."""
 
 
 def ends_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the input embedding and the output head by name; those that hold no matrix left out.
+    """Return the input embedding and the output head by name, those that hold a matrix.
 
-    A head that is tied to the embedding is named by itself, too.
+    A head that is tied to the embedding is listed too.
     """
     ends = (input_embeddings(model), output_head(model))
     held = [module for module in ends if module is not None and matrix_kind(module)]
@@ -53,26 +53,20 @@ def ends_of(model: nn.Module) -> dict[str, nn.Module]:
 def resized_from(model: nn.Module) -> int | None:
     """Return the vocabulary's size before it was changed, or None where nothing shows a change.
 
-    It shows against the checkpoint's configuration, and in a body that keeps the size it was made
-    with.
+    A change shows against the checkpoint's configuration, and in a body that keeps the size it was
+    made with.
     """
     config: Any = getattr(model, "config", None)
     embedding = input_embeddings(model)
     if not isinstance(config, PreTrainedConfig) or embedding is None:
         return None
     now = getattr(config.get_text_config(), "vocab_size", None)
-    name = name_of(model, embedding) or ""
-    around = [model.get_submodule(name[:end]) for end in dots(name)]
+    parts = (name_of(model, embedding) or "").split(".")
+    around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
     sizes = [vars(module).get("vocab_size") for module in around]
     sizes.append(stored_size(config, getattr(model, "name_or_path", "")))
     other = [size for size in sizes if isinstance(size, int) and size != now]
     return min(other) if other and isinstance(now, int) else None
-
-
-def dots(name: str) -> Iterator[int]:
-    """Return where a dotted name can be cut to name what is around the module; 0 is the model."""
-    yield 0
-    yield from (at for at, letter in enumerate(name) if letter == ".")
 
 
 def stored_size(config: PreTrainedConfig, path: str) -> int | None:
@@ -87,24 +81,22 @@ def stored_size(config: PreTrainedConfig, path: str) -> int | None:
     return getattr(found.get_text_config(), "vocab_size", None)
 
 
-def saved_embeddings(
-    model: nn.Module, attached: Attached, wanted: bool | None
-) -> dict[str, Tensor]:
+def saved_embeddings(model: nn.Module, attached: Attached, asked: bool | None) -> dict[str, Tensor]:
     """Return the whole matrices to write beside an adapter, under HF PEFT's keys.
 
     Args:
         model: the adapted model.
         attached: the adapter.
-        wanted: whether to write them; None: where the vocabulary was changed, or the adapter was
+        asked: whether to write them; None: where the vocabulary was changed, or the adapter was
             read with rows of its own.
     """
     before = resized_from(model)
     here = dict(adapter_places(model, attached.name))
     kept = any(tokens_of(p, "kept_rows") for p in here.values())
-    if wanted is False or not (wanted or kept or before is not None):
+    if asked is False or not (asked or kept or before is not None):
         return {}
     found: dict[str, Tensor] = {}
-    if wanted and not ends_of(model):
+    if asked and not ends_of(model):
         warnings.warn(
             "Could not identify embedding layer(s) because the model is not a 🤗 transformers "
             f"model. No embedding is saved of this {type(model).__name__}, which does not say "
@@ -113,28 +105,23 @@ def saved_embeddings(
         )
     for name, module in ends_of(model).items():
         params = here.get(name)
-        shared = set(tied_to(model, name)) & found_modules(found)
-        covered = params is not None and not wanted and covers(params, module, before)
+        shared = set(tied_to(model, name)) & set(map(module_of, found))
+        covered = params is not None and not asked and covers(params, module, before)
         copied = params is not None and "weight" in params._parameters
         if not shared and not copied and not covered:
-            home = home_of(name, attached, params)
-            found[f"{PREFIX}{name}.{home}weight"] = whole(module, params)
+            home = wrapper_prefix(name, attached, params)
+            found[f"{PREFIX}{name}.{home}weight"] = whole_matrix(module, params)
     return found
 
 
-def found_modules(found: Mapping[str, Tensor]) -> set[str]:
-    """Return the modules that keys of whole matrices stand for."""
-    return {module_of(key) for key in found}
-
-
 def module_of(key: str) -> str:
-    """Return the module whose weight a key is, whatever HF PEFT puts around it; "" for another."""
+    """Return the module whose weight a key is, without HF PEFT's wrappers; "" for another key."""
     name = key.removeprefix(PREFIX)
-    endings = (f".{home}weight" for home in HOMES)
+    endings = (f".{home}weight" for home in WRAPPERS)
     return next((name.removesuffix(end) for end in endings if name.endswith(end)), "")
 
 
-def home_of(name: str, attached: Attached, params: Params | None) -> str:
+def wrapper_prefix(name: str, attached: Attached, params: Params | None) -> str:
     """Return what stands between a module's name and `weight` in HF PEFT's key."""
     if name in attached.found.names:
         return "base_layer."
@@ -143,15 +130,14 @@ def home_of(name: str, attached: Attached, params: Params | None) -> str:
 
 
 def covers(params: Params, module: nn.Module, before: int | None) -> bool:
-    """Say whether an adapter trains every row that a changed vocabulary has brought."""
+    """Say whether an adapter trains every row that a changed vocabulary has added."""
     if before is None or tokens_of(params, "kept_rows"):
         return False
     return set(range(before, row_count(module))) <= set(tokens_of(params, "token_rows"))
 
 
 @torch.no_grad()
-def whole(module: nn.Module, params: Params | None) -> Tensor:
-    """Return a matrix of tokens' rows, an adapter's kept ones in their places."""
+def whole_matrix(module: nn.Module, params: Params | None) -> Tensor:
     matrix = frozen(module)
     rows = matrix.dequantize()
     rows = (rows.T if is_embedding(matrix) else rows).clone()
@@ -163,35 +149,32 @@ def whole(module: nn.Module, params: Params | None) -> Tensor:
 
 @torch.no_grad()
 def keep_embeddings(model: nn.Module, name: str, values: Mapping[str, Tensor]) -> None:
-    """Give an adapter the rows of whole matrices, by module, that are unlike the base's own."""
+    """Give an adapter the rows of whole matrices, by module, that differ from the base's own."""
     copied = {n for n, p in adapter_places(model, name) if "weight" in p._parameters}
     for module_name, value in values.items():
         module = model.get_submodule(module_name)
         everywhere = rows_of(module, range(row_count(module)))
-        wanted = value.to(everywhere)
-        ids = (wanted != everywhere).any(1).nonzero().squeeze(1)
+        given = value.to(everywhere)
+        ids = (given != everywhere).any(1).nonzero().squeeze(1)
         if not len(ids):
             continue
         kept = value.to(frozen(module).device)[ids].to(frozen(module).dtype)
         tied = [n for n in tied_to(model, module_name) if n not in values and n not in copied]
         for each in (module_name, *tied):
-            keep_rows(model.get_submodule(each), name, kept, ids.tolist())
+            layer = model.get_submodule(each)
+            if not (isinstance(layer, AdaptedLayer) and name in layer.adapters):
+                put(layer, Place(None, Params({})), name)
+            assert isinstance(layer, AdaptedLayer)
+            layer.params(name).register_buffer("kept_rows", kept)
+            give_tokens(layer.params(name), "kept_rows", ids.tolist())
     registry = required_registry(model)
     activate(model, registry, registry.active)
 
 
-def keep_rows(module: nn.Module, name: str, rows: Tensor, ids: list[int]) -> None:
-    """Put rows that came with an adapter on one module."""
-    if not (isinstance(module, AdaptedLayer) and name in module.adapters):
-        put(module, Place(None, Params({})), name)
-    assert isinstance(module, AdaptedLayer)
-    params = module.params(name)
-    params.register_buffer("kept_rows", rows)
-    give_tokens(params, "kept_rows", ids)
-
-
-def brought(model: nn.Module, name: str, keys: Mapping[str, object]) -> dict[str, set[int] | None]:
-    """Return the weights whose values come with an adapter's file: these ids' rows, or all (None).
+def replaced_rows(
+    model: nn.Module, name: str, keys: Mapping[str, object]
+) -> dict[str, set[int] | None]:
+    """Return the weights that an adapter's file replaces: these tokens' rows, or all (None).
 
     `keys` are those of the file.
     """

@@ -19,16 +19,14 @@ from inlay.storage.base import FrozenLinear
 from inlay.storage.registry import frozen, kind
 
 SAMPLED_ROWS = 16
-
-
 DESCRIBED = "described_base"
-"""The attribute of a model that keeps what is said of it."""
+"""The attribute of a model that keeps its description."""
 
 
 def describe_base(
     model: nn.Module, base_model: str | None, replaced: Mapping[str, set[int] | None]
 ) -> dict[str, Any]:
-    """Return what inlay.json says of a base model.
+    """Return the description of a base model in inlay.json.
 
     `replaced` names the parameters that the adapter replaces, whole or in some rows, whose values
     are left out: a new classifier starts from other values on every load.
@@ -40,7 +38,7 @@ def describe_base(
 def warn_unfrozen(model: nn.Module) -> None:
     """Warn when the base's own parameters train, whose values no adapter's file holds.
 
-    A parameter that accelerate has put away is a place holder, which does not train.
+    A parameter that accelerate has put away is a placeholder, which does not train.
     """
     found = [
         f"{name}.{key}" if name else key
@@ -58,13 +56,7 @@ def warn_unfrozen(model: nn.Module) -> None:
         )
 
 
-def keep_description(model: nn.Module, replaced: Mapping[str, set[int] | None]) -> None:
-    """Describe a base while its weights are whole; they are divided among processes next."""
-    vars(model)[DESCRIBED] = description(model, replaced)
-
-
 def description(model: nn.Module, replaced: Mapping[str, set[int] | None]) -> dict[str, Any]:
-    """Return what is found out about a base from the model itself."""
     return {
         "architecture": type(model).__name__,
         "storage": storage_of(model),
@@ -82,7 +74,7 @@ def base_name(model: nn.Module) -> str | None:
 
 
 def storage_of(model: nn.Module) -> str:
-    """Return the storage of the packed layers but the output head, or `dense` without any."""
+    """Return the storage of the packed layers without the output head, or `dense` without any."""
     head = output_head(model)
     layers = [m for _, m in own_modules(model) if m is not head and kind(m) == "linear"]
     held = {frozen(layer).storage for layer in layers}
@@ -96,13 +88,12 @@ def head_storage_of(model: nn.Module) -> str:
 
 
 def dtype_of(model: nn.Module) -> str:
-    """Return the dtype the model computes in."""
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
     return str(next(dtypes, torch.float32)).removeprefix("torch.")
 
 
 def shapes_digest(model: nn.Module) -> str:
-    """Return the SHA-256 of every weight's name and shape, packed ones by what they stand for."""
+    """Return the SHA-256 of every weight's name and shape, of packed ones the logical shape."""
     digest = hashlib.sha256()
     for name, shape in sorted(shapes(model)):
         digest.update(f"{name} {shape}\n".encode())
@@ -110,7 +101,7 @@ def shapes_digest(model: nn.Module) -> str:
 
 
 def shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every parameter's name and logical shape; a matrix is (out, in) whatever its layout."""
+    """Yield every parameter's name and logical shape; a matrix is (out, in) whatever its layout."""
     for name, module in own_modules(model):
         matrix = frozen(module) if kind(module) else None
         if matrix is not None:
@@ -138,42 +129,34 @@ def values_digest(model: nn.Module, replaced: Mapping[str, set[int] | None]) -> 
 def sampled(
     name: str, module: nn.Module, replaced: Mapping[str, set[int] | None]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of one module that is sampled, with the values taken."""
+    """Yield the name and the sampled values of every parameter of one module that is sampled."""
     for parameter, value in own_parameters(module):
         full = f"{name}.{parameter}"
         rows = replaced.get(full, set())
-        if rows is not None and is_sampled(module, parameter, value):
-            yield full, sample(value, rows)
+        packed = isinstance(module, FrozenLinear) and parameter != "bias"
+        if rows is None or packed or not value.is_floating_point():
+            continue
+        if value.ndim == 1:
+            yield full, value
+        elif kind(module) == "embedding":
+            yield full, value[sampled_rows(value.shape[0], rows).to(value.device)]
     rows = replaced.get(f"{name}.weight", set())
     if isinstance(module, FrozenLinear) and kind(module) == "embedding" and rows is not None:
         yield f"{name}.weight", module.matmul(sampled_rows(module.shape[1], rows))
 
 
-def is_sampled(module: nn.Module, parameter: str, value: Tensor) -> bool:
-    """Say whether a parameter is one that every storage leaves as it is."""
-    packed = isinstance(module, FrozenLinear) and parameter != "bias"
-    return (
-        value.is_floating_point()
-        and not packed
-        and (value.ndim == 1 or kind(module) == "embedding")
-    )
-
-
-def sample(value: Tensor, without: Collection[int]) -> Tensor:
-    """Return a vector whole, or evenly spaced rows of a matrix."""
-    if value.ndim == 1:
-        return value
-    return value[sampled_rows(value.shape[0], without).to(value.device)]
-
-
 def sampled_rows(count: int, without: Collection[int]) -> Tensor:
-    """Return the numbers of evenly spaced rows of a matrix of `count`, but some."""
+    """Return the numbers of evenly spaced rows of a matrix of `count` rows, without some."""
     numbers = torch.linspace(0, count - 1, min(SAMPLED_ROWS, count)).long()
     return torch.tensor([n for n in numbers.tolist() if n not in without], dtype=torch.long)
 
 
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that FSDP2 divides among processes; any other as it is."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
 def as_bytes(value: Tensor) -> bytes:
-    """Return a tensor's values in bf16 as bytes."""
-    full = getattr(value, "full_tensor", None)  # Divided among processes by FSDP2.
-    value = value if full is None else full()
-    return value.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+    rounded = whole_tensor(value.detach()).to("cpu", torch.bfloat16)
+    return rounded.contiguous().view(torch.uint8).numpy().tobytes()

@@ -20,13 +20,13 @@ TENSORS = "adapter_model.safetensors"
 EXTRAS = "inlay.json"
 CARD = "README.md"
 FORMAT = 1
-"""The version of `inlay.json`; a reader refuses a later one."""
+"""The version of `inlay.json`; a reader refuses another one."""
 
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 """torch's own format, of which tensors alone are read."""
 WHOLE = "pytorch_model.bin"
 PICKLE_STARTS = (b"\x80", b"PK\x03\x04")
-"""How a bare pickle and torch.save's zip archive of one begin."""
+"""The first bytes of a bare pickle, and of torch.save's zip archive of one."""
 
 UNFINISHED, COMPLETE = ".inlay-unfinished", ".inlay-complete"
 """Folders inside an adapter's folder while it is saved: files being written, files to move."""
@@ -42,7 +42,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """What an adapter's folder holds, tensors' values left out."""
+    """The contents of an adapter's folder, without the tensors' values."""
 
     path: Path
     config: dict[str, Any]
@@ -56,22 +56,18 @@ class AdapterFolder:
 
     @property
     def base_model(self) -> str | None:
-        """The base model that the adapter was trained on, if the folder says."""
         name = self.config.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
 
     @property
     def storage(self) -> str | None:
-        """How the base's weights were held in training, if the folder says."""
-        return self.said_of_base("storage")
+        return self.base_word("storage")
 
     @property
     def head_storage(self) -> str | None:
-        """How the base's output head was held in training, if the folder says."""
-        return self.said_of_base("head_storage")
+        return self.base_word("head_storage")
 
-    def said_of_base(self, key: str) -> str | None:
-        """Return a word that inlay.json says of the base, or None."""
+    def base_word(self, key: str) -> str | None:
         found = (self.extras or {}).get("base")
         word = found.get(key) if isinstance(found, dict) else None
         return word if isinstance(word, str) else None
@@ -97,7 +93,6 @@ def read_folder(directory: str | Path) -> AdapterFolder:
 
 @contextmanager
 def reading(path: Path) -> Generator[None]:
-    """Turn the disk's errors while reading into a sentence."""
     try:
         yield
     except OSError as error:
@@ -105,7 +100,6 @@ def reading(path: Path) -> Generator[None]:
 
 
 def check_files(path: Path) -> None:
-    """Raise unless the folder holds a configuration and safetensors."""
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {found}; an adapter is a folder with {CONFIG} and {TENSORS}")
@@ -128,7 +122,6 @@ def below(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_such_number)
     except (ValueError, RecursionError) as error:
@@ -139,12 +132,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def no_such_number(word: str) -> float:
-    """Refuse NaN and Infinity, which JSON does not have."""
     raise ValueError(f"{word} is not a number in JSON")
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Read the names, dtypes and shapes of a safetensors file."""
     check_no_pickle(path)
     try:
         with safe_open(path, framework="numpy") as file:
@@ -157,7 +148,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def header_of_pickle(path: Path) -> dict[str, Entry]:
-    """Read the names, dtypes and shapes of a file of torch.save that holds tensors alone."""
+    """Read the names, dtypes and shapes of the tensors in a file of torch.save."""
     from inlay.checkpoint.pickled import read_pickled, spelled
 
     tensors = read_pickled(path).items()
@@ -165,7 +156,6 @@ def header_of_pickle(path: Path) -> dict[str, Entry]:
 
 
 def check_no_pickle(path: Path) -> None:
-    """Raise when a file named safetensors begins as a pickle does."""
     with path.open("rb") as file:
         start = file.read(9)
     if start.startswith(PICKLE_STARTS) and start[8:] != b"{":
@@ -176,7 +166,7 @@ def check_no_pickle(path: Path) -> None:
 
 
 def check_extras(path: Path, extras: Mapping[str, Any]) -> None:
-    """Raise unless inlay.json is of a known format and names the very tensors beside it."""
+    """Raise unless inlay.json is of a known format and describes the tensors in the folder."""
     if extras.get("format") != FORMAT:
         raise CheckpointError(
             f"{path / EXTRAS} has format {extras.get('format')!r}, this version of inlay reads "
@@ -197,9 +187,6 @@ def write_adapter(directory: Path, fill: Callable[[Path], None]) -> None:
     They are written into a folder of their own inside it and flushed to the disk. One rename then
     makes them the ones that `located` finds, and each is moved to its place. A process killed at
     any moment leaves either the old adapter or the new one. Other files in `directory` stay.
-
-    Raises:
-        CheckpointError: the disk is full, or the place cannot be written.
     """
     created = not directory.exists()
     try:
@@ -218,7 +205,7 @@ def write_adapter(directory: Path, fill: Callable[[Path], None]) -> None:
 
 
 def stage(directory: Path, fill: Callable[[Path], None]) -> None:
-    """Write the files aside, whole and on the disk, and make them count with one rename."""
+    """Write the files aside, flush them, and make them count with one rename."""
     unfinished = directory / UNFINISHED
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
@@ -227,7 +214,7 @@ def stage(directory: Path, fill: Callable[[Path], None]) -> None:
 
 
 def finish(directory: Path) -> None:
-    """Move files that were written whole to their places, as an interrupted save left them too."""
+    """Move finished files to their places, also those that an interrupted save left."""
     complete = directory / COMPLETE
     if not complete.is_dir():
         return
@@ -238,13 +225,12 @@ def finish(directory: Path) -> None:
 
 
 def located(directory: Path, name: str) -> Path:
-    """Return where a file of the adapter lies, also after a save that was interrupted."""
+    """Return the path of a file of the adapter, also after a save that was interrupted."""
     newer = directory / COMPLETE / name
     return newer if newer.is_file() else directory / name
 
 
 def not_saved(directory: Path, error: Exception) -> CheckpointError:
-    """Say why an adapter could not be saved."""
     strerror = getattr(error, "strerror", None)
     reason = "the disk is full" if is_full(error) else strerror or str(error)
     return CheckpointError(

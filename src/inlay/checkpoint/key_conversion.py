@@ -1,4 +1,4 @@
-"""Adapters as people have them, brought into the names that this model has.
+"""Keys of other models and libraries, converted to the names that this model has.
 
 Keys of a compiled or wrapped model, of a whole state saved by torch.save, of the bare body or of
 the whole model, and those that transformers has renamed since.
@@ -9,40 +9,32 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
+from inlay.checkpoint.embeddings import PREFIX
 from inlay.checkpoint.folder import AdapterFolder
 from inlay.methods.base import Kind, Method, PromptMethod
 from inlay.model.adapters.layer import own_modules
 from inlay.model.seams.transformers import renaming
 
-PREFIX = "base_model.model."
-
-
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-
 LEADING = re.compile(rf"^(?:module\.)?(?:{re.escape(PREFIX)}|base_model\.)*(?:module\.)?")
-
-
 NAMED = re.compile(
     r"\.(lora_[AB](?=\.[^.]+\.(?:weight|bias)$)"
     r"|lora_(?:embedding_A|embedding_B|magnitude_vector)|ia3_l|modules_to_save)"
     r"\.(?!weight$|bias$)([^.]+)(?=\.|$)"
 )
 """A tensor of HF PEFT's modules in memory, whose key has the adapter's name."""
-
-
 Rename = Callable[[str], str]
 
 
 def fitted(model: nn.Module, method: Method, folder: AdapterFolder) -> AdapterFolder:
-    """Return a folder whose keys and targets are this model's; the same one where they are.
+    """Return a folder with keys and targets of this model; the same folder where they are.
 
-    A note says what was converted. Keys that no conversion brings to places of this model stay.
+    A warning says what was converted. Keys that no conversion brings to places of this model stay.
     """
     if isinstance(method, PromptMethod) or not folder.tensors:
         return folder
@@ -51,11 +43,11 @@ def fitted(model: nn.Module, method: Method, folder: AdapterFolder) -> AdapterFo
     if places.have(keys.values()):
         return folder
     plain = {key: plainly(key) for key in keys}
-    renames = [lambda name: name, *ways(model)]
+    renames = [lambda name: name, *other_names(model)]
     for rename in renames:
         found = {key: PREFIX + rename(name) for key, name in plain.items()}
         if len(set(found.values())) == len(found) and places.have(found.values()):
-            return converted(folder, found, places)
+            return converted(folder, found, method)
     return folder
 
 
@@ -70,8 +62,8 @@ def plainly(key: str) -> str:
     return key.replace(".modules_to_save.", ".")
 
 
-def ways(model: nn.Module) -> Iterator[Rename]:
-    """Yield ways to other names: transformers' renames, and the body inside or outside a model."""
+def other_names(model: nn.Module) -> Iterator[Rename]:
+    """Yield functions to other names: transformers' renames, the body inside or outside a model."""
     theirs = renaming(model)
     body = getattr(model, "base_model_prefix", "")
     if theirs is not None:
@@ -84,20 +76,31 @@ def ways(model: nn.Module) -> Iterator[Rename]:
         yield lambda name: theirs(name).removeprefix(f"{body}.")
 
 
+def endings_of(method: Method) -> set[str]:
+    """Return how the keys of a method's tensors end, after the module's name."""
+    kinds: tuple[Kind, ...] = ("linear", "conv1d", "embedding")
+    return {key for kind in kinds for key in method.peft_tensors(kind).values()}
+
+
+def method_modules(method: Method, keys: Iterable[str]) -> list[str]:
+    endings = {f".{ending}" for ending in endings_of(method)}
+    names = [key.removeprefix(PREFIX) for key in keys]
+    found = {name.removesuffix(e): None for name in names for e in endings if name.endswith(e)}
+    return list(found)
+
+
 class Places:
-    """What keys a model and a method have."""
+    """The keys that a model and a method can have."""
 
     def __init__(self, model: nn.Module, method: Method) -> None:
         self.modules = dict(own_modules(model))
-        kinds: tuple[Kind, ...] = ("linear", "conv1d", "embedding")
-        self.endings = {key for kind in kinds for key in method.peft_tensors(kind).values()}
+        self.endings = endings_of(method)
 
     def have(self, keys: Collection[str]) -> bool:
-        """Say whether every key names a place of the model."""
         return all(key.startswith(PREFIX) and self.has(key.removeprefix(PREFIX)) for key in keys)
 
     def has(self, name: str) -> bool:
-        """Say whether a name is a module's and, after it, a tensor's that it can have here."""
+        """Say whether a name is a module's and, after it, a tensor's that the module can have."""
         for cut in [i for i, letter in enumerate(name) if letter == "."][::-1]:
             module = self.modules.get(name[:cut])
             if module is None:
@@ -107,18 +110,9 @@ class Places:
             return rest in self.endings or rest in own or "." not in rest
         return False
 
-    def targets(self, keys: Collection[str]) -> list[str]:
-        """Return the modules that have tensors of the method among these keys."""
-        found: dict[str, None] = {}
-        for key in keys:
-            for ending in self.endings:
-                if key.endswith("." + ending):
-                    found[key.removeprefix(PREFIX).removesuffix("." + ending)] = None
-        return list(found)
 
-
-def converted(folder: AdapterFolder, keys: Mapping[str, str], places: Places) -> AdapterFolder:
-    """Return the folder with keys of other names, and its targets taken from them."""
+def converted(folder: AdapterFolder, keys: Mapping[str, str], method: Method) -> AdapterFolder:
+    """Return the folder with converted keys, and its targets taken from them."""
     old = next((key for key, new in keys.items() if key != new), None)
     if old is None:
         return folder
@@ -129,7 +123,7 @@ def converted(folder: AdapterFolder, keys: Mapping[str, str], places: Places) ->
     )
     config: dict[str, Any] = dict(folder.config)
     if config.get("target_modules") is not None:
-        config["target_modules"] = places.targets(keys.values())
+        config["target_modules"] = method_modules(method, keys.values())
         config |= {key: None for key in ("exclude_modules", "layers_to_transform", "layers_pattern")
                    if key in config}  # fmt: skip
     for key in ("rank_pattern", "alpha_pattern"):

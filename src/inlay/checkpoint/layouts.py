@@ -1,4 +1,4 @@
-"""How an adapter's tensors lie in HF PEFT's files, where that is not how they lie here."""
+"""The layouts of an adapter's tensors in HF PEFT's files that differ from Inlay's."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ Turn = Callable[[Tensor], Tensor]
 
 
 def same(t: Tensor) -> Tensor:
-    """Return a tensor as it is."""
     return t
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one tensor becomes the file's, and the file's this one."""
+    """The conversion of one tensor to its layout in the file, and back."""
 
     written: Turn = same
     read: Turn = same
@@ -35,7 +34,7 @@ TWICE = Layout(lambda t: t / 2, lambda t: t * 2)
 
 
 def layout_of(view: FrozenLinear | None, key: str, shape: torch.Size) -> Layout:
-    """Return the layout of a tensor by the matrix that it is for and HF PEFT's name for it."""
+    """Return the layout of a tensor by the matrix that it is for and HF PEFT's name of it."""
     if isinstance(view, Convolution):
         return of_convolution(view, key, shape)
     if isinstance(view, Parameter) and view.stack is not None:

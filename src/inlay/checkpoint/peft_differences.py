@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from inlay.checkpoint.placement import renamed, told_by_weight
+from inlay.checkpoint.placement import expert_names, named_by_weight
 from inlay.methods.base import Method
 from inlay.model.adapters.places import matrices_at
 from inlay.model.adapters.registry import Attached
@@ -22,33 +22,34 @@ from inlay.storage.registry import layer_class
 
 
 def warn_where_peft_differs(model: nn.Module, attached: Attached, about: str) -> list[str]:
-    """Warn once of every kind of place that HF PEFT computes otherwise; return what was said."""
+    """Warn of every kind of place that HF PEFT computes otherwise; return one place of each."""
     found = dict[str, str]()
     for place, reason in differences(model, attached):
         found.setdefault(reason, place)
-    said = [f"{place}: {reason}" for reason, place in found.items()]
-    if said:
+    places = [f"{place}: {reason}" for reason, place in found.items()]
+    if places:
         warnings.warn(
             f"{about} is as Inlay computes it, and HF PEFT 0.21 computes otherwise or cannot load "
-            f"it. {'; '.join(said)}",
+            f"it. {'; '.join(places)}",
             UserWarning,
             stacklevel=3,
         )
-    return said
+    return places
 
 
 def differences(model: nn.Module, attached: Attached) -> Iterator[tuple[str, str]]:
-    """Every place that HF PEFT computes otherwise, with the reason."""
+    """Yield every place that HF PEFT computes otherwise, with the reason."""
     method = attached.method
     if method.peft_type is None:
         return
-    old = renamed(model) if method.peft_type == "LORA" else {}
-    convert = renaming(model) if method.peft_type == "LORA" else None
+    lora = method.peft_type == "LORA"
+    experts, convert = (expert_names(model), renaming(model)) if lora else ((), None)
     for target in attached.found.names:
         leaf = target.rpartition(".")[2]
-        if convert is not None and is_renamed(convert, target) and has_layer(model, target):
+        layers_alone = all(at.parameter is None for at in matrices_at(model, target))
+        if convert is not None and is_renamed(convert, target) and layers_alone:
             yield target, "it takes the layer's name for one of older checkpoints, and loses it"
-        if leaf in old and not told_by_weight(model, method, target) and has_layer(model, target):
+        if leaf in experts and not named_by_weight(model, method, target) and layers_alone:
             yield target, f"it takes the name {leaf} for the experts', and has no other way to it"
         for at in matrices_at(model, target):
             above, _, last = at.name.rpartition(".")
@@ -63,26 +64,20 @@ def differences(model: nn.Module, attached: Attached) -> Iterator[tuple[str, str
 
 
 def is_renamed(convert: Callable[[str], str], name: str) -> bool:
-    """Say whether HF PEFT gives a layer's tensors another name when it reads them."""
+    """Say whether HF PEFT renames a layer's tensors when it reads them."""
     keys = [f"{prefix}{name}.lora_A.weight" for prefix in ("base_model.model.", "")]
     return any(not key.endswith(convert(key)) for key in keys)
 
 
 def is_read(model: nn.Module, name: str) -> bool:
-    """Say whether code past a layer's forward computes with its weight, as far as was seen."""
+    """Say whether code outside a layer's forward was seen to compute with its weight."""
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer):
         return True  # in torch's fused path
     return bool(vars(model.get_submodule(name)).get(READ))
 
 
-def has_layer(model: nn.Module, name: str) -> bool:
-    """Say whether a place is a layer and no parameter."""
-    return all(at.parameter is None for at in matrices_at(model, name))
-
-
 def reason_at(method: Method, view: FrozenLinear, module: nn.Module) -> str | None:
-    """Return why HF PEFT computes otherwise at one matrix, or None."""
     plain = method.peft_type == "LORA" and not method.peft_fixed
     if isinstance(view, Parameter) and not plain:
         return f"it adapts single parameters by LoRA alone, not by {method.name}"
@@ -100,7 +95,6 @@ def reason_at(method: Method, view: FrozenLinear, module: nn.Module) -> str | No
 
 
 def reason_at_convolution(view: Convolution) -> str | None:
-    """Return why HF PEFT computes otherwise at a convolution, or None."""
     layer: Any = view.layer
     if view.groups > 1:
         return "it adapts a convolution in groups by what no kernel of the layer can hold"

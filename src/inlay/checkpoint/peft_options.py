@@ -1,4 +1,4 @@
-"""HF PEFT's configuration options: their defaults, which ones are ours, which must stay neutral."""
+"""HF PEFT's configuration options: their defaults, those Inlay has, those that must be neutral."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 PEFT_VERSION = "0.21.2"
 """The version whose layout is written."""
-
-
 COMMON: dict[str, Any] = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
@@ -30,15 +28,11 @@ COMMON: dict[str, Any] = {
     "revision": None,
     "task_type": None,
 }
-
-
 LAYERS: dict[str, Any] = {
     "exclude_modules": None,
     "modules_to_save": None,
     "target_modules": None,
 }
-
-
 PROMPT: dict[str, Any] = {
     "modules_to_save": None,
     "num_attention_heads": None,
@@ -47,8 +41,6 @@ PROMPT: dict[str, Any] = {
     "num_virtual_tokens": None,
     "token_dim": None,
 }
-
-
 LORA: dict[str, Any] = {
     **LAYERS,
     "alora_invocation_tokens": None,
@@ -83,8 +75,6 @@ LORA: dict[str, Any] = {
     "use_rslora": False,
     "velora_config": None,
 }
-
-
 DEFAULTS: dict[str, dict[str, Any]] = {
     "LORA": LORA,
     "IA3": {
@@ -116,16 +106,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 """Every option of the HF PEFT methods that Inlay has, with its default."""
-
-
 PLACEMENT = frozenset({
     "exclude_modules", "feedforward_modules", "layers_pattern", "layers_to_transform",
     "modules_to_save", "target_modules", "target_parameters", "num_attention_heads", "num_layers",
     "token_dim", "trainable_token_indices",
 })  # fmt: skip
 """Options that say where an adapter goes; `placement` reads them."""
-
-
 WITHOUT_EFFECT = frozenset({
     *COMMON, "peft_type", "encoder_hidden_size", "ensure_weight_tying", "eva_config",
     "fan_in_fan_out", "init_ia3_weights", "init_weights", "megatron_core",
@@ -133,8 +119,6 @@ WITHOUT_EFFECT = frozenset({
     "prompt_tuning_init_text", "qalora_group_size", "tokenizer_kwargs", "tokenizer_name_or_path",
 })  # fmt: skip
 """Options that change how an adapter starts or is named, not what a trained one computes."""
-
-
 INITS = (True, False, "gaussian", "orthogonal", "eva")
 """LoRA's initialisations that leave the base weights as they are."""
 
@@ -144,7 +128,7 @@ def method_in(config: Mapping[str, Any], where: str, remedy: str | None = None) 
 
     Args:
         config: the options, by HF PEFT's names.
-        where: what the options are called in an error.
+        where: the name of the configuration in an error.
         remedy: what to do about an option that Inlay does not have; default: convert the adapter.
 
     Raises:
@@ -165,7 +149,7 @@ def method_in(config: Mapping[str, Any], where: str, remedy: str | None = None) 
 
 
 def spec_for(config: Mapping[str, Any], where: str) -> MethodSpec:
-    """Return the method an HF PEFT type means, told apart by the options fixed for each."""
+    """Return the method of an HF PEFT type, chosen by the options fixed for each method."""
     kind = config.get("peft_type")
     known = sorted({s.peft_type for s in catalog().values() if s.peft_type})
     if not isinstance(kind, str) or kind not in known:
@@ -179,7 +163,7 @@ def spec_for(config: Mapping[str, Any], where: str) -> MethodSpec:
 
 
 def agreement(spec: MethodSpec, config: Mapping[str, Any]) -> int:
-    """Count the options fixed for a method that a configuration sets so; -1 when one differs."""
+    """Count a method's fixed options that a configuration sets so; -1 when one differs."""
     cls = getattr(importlib.import_module(spec.module), spec.class_name)
     same = [config.get(key) == value for key, value in cls.peft_fixed.items()]
     return sum(same) if all(same) else -1
@@ -188,7 +172,6 @@ def agreement(spec: MethodSpec, config: Mapping[str, Any]) -> int:
 def refuse_unknown(
     options: Mapping[str, Any], ours: set[str], where: str, remedy: str | None
 ) -> None:
-    """Raise when an option that Inlay does not have is set to something."""
     plain = f"convert the adapter to plain {options['peft_type']} in HF PEFT first"
     neutral = DEFAULTS.get(options["peft_type"], {})
     for key, value in options.items():
@@ -211,14 +194,14 @@ def refuse_unknown(
 
 
 def checked(spec: MethodSpec, mine: str, theirs: str, value: Any, where: str) -> Any:
-    """Return a value of the type that the method's hyperparameter has."""
+    """Return a value in the type of the method's hyperparameter."""
     try:
         adapter = TypeAdapter(spec.fields[mine].type)
         typed = adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        wanted = spec.fields[mine].annotation
+        annotation = spec.fields[mine].annotation
         raise CheckpointError(
-            f"{where}: {theirs} must be {wanted}, not {shortened(value)} "
+            f"{where}: {theirs} must be {annotation}, not {shortened(value)} "
             f"({error.errors()[0]['msg']})"
         ) from None
     return tuple(typed) if isinstance(value, list) else value
@@ -227,7 +210,7 @@ def checked(spec: MethodSpec, mine: str, theirs: str, value: Any, where: str) ->
 def patterns(config: Mapping[str, Any], key: str, where: str) -> str | list[str]:
     """Return an option that names modules as a pattern, or as a list of patterns.
 
-    HF PEFT takes a word of such a list for any ending of a name, within a component too.
+    HF PEFT takes an entry of such a list for any ending of a name, within a component too.
     """
     found = words(config, key, where)
     return found if isinstance(found, str) else [f".*{re.escape(word)}" for word in found]
@@ -247,7 +230,7 @@ def words(config: Mapping[str, Any], key: str, where: str) -> str | list[str]:
 
 @contextmanager
 def values_of(where: str) -> Generator[None]:
-    """Say which file a value stands in that a method refuses."""
+    """Name the file in the error about a value that a method refuses."""
     try:
         yield
     except CheckpointError:
@@ -257,23 +240,16 @@ def values_of(where: str) -> Generator[None]:
 
 
 def recorded_method(extras: Mapping[str, Any], where: str) -> Method:
-    """Build the method that inlay.json describes.
-
-    Raises:
-        CheckpointError: no such method, or a hyperparameter that it does not have so.
-    """
     name, given = extras.get("method"), extras.get("hyperparameters")
     if not isinstance(name, str) or not isinstance(given, dict):
         raise CheckpointError(f"{where} must name a method and its hyperparameters; it is damaged")
     with values_of(where):
-        fields = find_method(name).fields
-        typed = {
-            k: checked(find_method(name), k, k, v, where) for k, v in given.items() if k in fields
-        }
+        spec = find_method(name)
+        known = [key for key in given if key in spec.fields]
+        typed = {key: checked(spec, key, key, given[key], where) for key in known}
         return build_method(name, {**given, **typed})
 
 
 def shortened(value: Any) -> str:
-    """Return a value as JSON, cut to a readable length."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

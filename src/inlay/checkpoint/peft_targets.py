@@ -12,11 +12,11 @@ from torch import nn
 from inlay.checkpoint.peft_options import words
 from inlay.checkpoint.placement import (
     described,
+    expert_names,
     meant,
     names_of,
     place_names,
     prompt_dimensions,
-    renamed,
     suffixes,
     under_any,
 )
@@ -52,7 +52,7 @@ def placement_in(
         if not config.get("exclude_modules") and not single and not stacks_in(model):
             return {"targets": "all-linear", "modules_to_save": saved, **tokens}
         config = {**config, "target_modules": list(find_targets(model, "all-linear").names)}
-    check_not_renamed(model, config, where)
+    check_no_former_experts(model, config, where)
     asked = config.get("target_modules") not in (None, [], "") or not single
     found = modules_or_warning(config, names, where, single) if asked else []
     if config.get("ensure_weight_tying"):
@@ -64,11 +64,7 @@ def placement_in(
 def modules_or_warning(
     config: Mapping[str, Any], names: Sequence[str], where: str, single: Sequence[str]
 ) -> list[str]:
-    """Return the modules targeted; none, with a warning, where only parameters were matched.
-
-    Raises:
-        CheckpointError: nothing is matched, or an option is not of its type.
-    """
+    """Return the modules targeted; none, with a warning, where only parameters were matched."""
     given = words(config, "target_modules", where)
     entries = [given] if isinstance(given, str) else given
     if not single or any(meant(given, name) for name in names):
@@ -84,12 +80,7 @@ def modules_or_warning(
 
 
 def parameter_places(model: nn.Module, config: Mapping[str, Any], where: str) -> list[str]:
-    """Return the places that `target_parameters` means, by HF PEFT's own rules.
-
-    Raises:
-        CheckpointError: it is no list of strings, or a name in it means no parameter, or one that
-            no method adapts.
-    """
+    """Return the places that `target_parameters` means, by HF PEFT's own rules."""
     targets = words(config, "target_parameters", where)
     if isinstance(targets, str):
         raise CheckpointError(f"{where}: target_parameters must be a list, not {targets!r}")
@@ -104,7 +95,7 @@ def parameter_places(model: nn.Module, config: Mapping[str, Any], where: str) ->
                 found[place_of_parameter(name, module, key, where)] = None
     idle = [t for t in targets if t not in matched]
     if targets and not matched:
-        say_unmatched(model, config, targets, where)
+        warn_of_unmatched(model, config, targets, where)
     elif idle:
         raise CheckpointError(
             f"{where}: target_parameters names {', '.join(map(repr, idle))}, and this model has no "
@@ -113,14 +104,10 @@ def parameter_places(model: nn.Module, config: Mapping[str, Any], where: str) ->
     return list(found)
 
 
-def say_unmatched(
+def warn_of_unmatched(
     model: nn.Module, config: Mapping[str, Any], targets: Sequence[str], where: str
 ) -> None:
-    """Warn that `target_parameters` means no parameter; raise where nothing else is targeted.
-
-    Raises:
-        CheckpointError: nothing else is.
-    """
+    """Warn that `target_parameters` means no parameter; raise where nothing else is targeted."""
     if config.get("target_modules"):
         warnings.warn(
             f"target_parameters={list(targets)} were set but no parameter was matched. The "
@@ -138,7 +125,7 @@ def say_unmatched(
 
 
 def place_of_parameter(name: str, module: nn.Module, parameter: str, where: str) -> str:
-    """Return the place of one parameter: the layer whose weight it is, or the parameter's own."""
+    """Return the place of a parameter: the layer whose weight it is, or the parameter itself."""
     full = f"{name}.{parameter}" if name else parameter
     if parameter == "weight" and matrix_kind(module) == "linear" and not is_convolution(module):
         return name
@@ -153,16 +140,11 @@ def place_of_parameter(name: str, module: nn.Module, parameter: str, where: str)
 
 
 def stacks_in(model: nn.Module) -> bool:
-    """Say whether a model holds experts' weights in one parameter."""
     return any(True for n, m in own_modules(model) for _ in expert_stacks(n, m))
 
 
 def tokens_in(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return `attach`'s argument for the tokens whose rows train; nothing when there are none.
-
-    Raises:
-        CheckpointError: they are no whole numbers, by module or for the input embedding.
-    """
+    """Return `attach`'s argument for the tokens whose rows train; nothing when there are none."""
     value = config.get("trainable_token_indices")
     if not value:
         return {}
@@ -176,11 +158,7 @@ def tokens_in(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def peft_targets(config: Mapping[str, Any], names: Sequence[str], where: str) -> list[str]:
-    """Return the modules that an HF PEFT configuration targets, by its own rules.
-
-    Raises:
-        CheckpointError: an option is not a string or a list of strings, or no module matches.
-    """
+    """Return the modules that an HF PEFT configuration targets, by its own rules."""
     target = words(config, "target_modules", where)
     exclude = words(config, "exclude_modules", where)
     saved = saved_modules(config, names, where)
@@ -209,7 +187,7 @@ def why_none(
     config: Mapping[str, Any],
     names: Sequence[str],
 ) -> str:
-    """Say why the targets of a configuration leave no module, in HF PEFT's words where it has."""
+    """Say why a configuration targets no module, in HF PEFT's words where it has some."""
     hit = [name for name in names if meant(target, name) and not under_any(name, saved)]
     left_out = [name for name in hit if exclude and meant(exclude, name)]
     one_by_one = [target] if isinstance(target, str) else [[entry] for entry in target]
@@ -234,7 +212,6 @@ def why_none(
 
 
 def block_numbers(config: Mapping[str, Any], where: str) -> set[int] | None:
-    """Return the blocks that `layers_to_transform` names; None when it names none."""
     value = config.get("layers_to_transform")
     if value is None or value == []:
         return None
@@ -253,11 +230,6 @@ def in_blocks(name: str, blocks: set[int], patterns: str | Sequence[str]) -> boo
 
 
 def saved_modules(config: Mapping[str, Any], names: Sequence[str], where: str) -> list[str]:
-    """Return the modules that `modules_to_save` means.
-
-    Raises:
-        CheckpointError: an entry matches no module of the model.
-    """
     entries = words(config, "modules_to_save", where)
     if isinstance(entries, str):
         raise CheckpointError(f"{where}: modules_to_save must be a list, not {entries!r}")
@@ -280,7 +252,6 @@ def with_tied(model: nn.Module, names: Sequence[str]) -> list[str]:
 def check_dimensions(
     model: nn.Module, method: PromptMethod, config: Mapping[str, Any], where: str
 ) -> None:
-    """Raise when a prompt was made for a model of other sizes."""
     for key, here in prompt_dimensions(model, method).items():
         if config.get(key) not in (None, here):
             raise CheckpointError(
@@ -289,16 +260,16 @@ def check_dimensions(
             )
 
 
-def check_not_renamed(model: nn.Module, config: Mapping[str, Any], where: str) -> None:
-    """Raise when a configuration names layers that HF PEFT would look for among the experts.
+def check_no_former_experts(model: nn.Module, config: Mapping[str, Any], where: str) -> None:
+    """Raise when a configuration names layers that transformers 5 joined in a mixture's experts.
 
-    Such an adapter was trained before transformers 5 joined a mixture's experts.
+    HF PEFT would look for them among the experts.
     """
     targets = config.get("target_modules")
     if config.get("peft_type") != "LORA" or not isinstance(targets, list):
         return
-    old = renamed(model)
-    meant = [t for t in targets if isinstance(t, str) and t.rpartition(".")[2] in old]
+    names = expert_names(model)
+    meant = [t for t in targets if isinstance(t, str) and t.rpartition(".")[2] in names]
     if meant:
         raise CheckpointError(
             f"{where} targets {', '.join(sorted(meant))}, which transformers 5 has joined in the "

@@ -26,11 +26,7 @@ NESTED = ("state_dict", "model")
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
-    """Read a file of torch.save that holds tensors by name, with torch's reader of tensors alone.
-
-    Raises:
-        CheckpointError: it holds anything else, which would have to run code, or it is damaged.
-    """
+    """Read the tensors by name in a file of torch.save, with torch's reader of tensors alone."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Of protocols that its reader may not know.
@@ -56,12 +52,10 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
 
 
 def spelled(dtype: torch.dtype) -> str:
-    """Return a dtype as safetensors spells it."""
     return NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def command(path: Path) -> str:
-    """Return the line that converts a file which its user trusts."""
     new = path.with_name("adapter_model.safetensors")
     return (
         'python -c "import torch, safetensors.torch as s; '

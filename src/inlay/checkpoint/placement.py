@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,30 +19,20 @@ from inlay.model.adapters.selected import own_parameters
 from inlay.model.adapters.targets import BEYOND, matches, places_in
 from inlay.model.seams.transformers import family_of_experts
 
-RENAMED: dict[str, dict[str, str]] = {
-    "mixtral": {
-        "gate": "gate.weight",
-        "w1": "gate_up_proj",
-        "w3": "gate_up_proj",
-        "w2": "down_proj",
-    },
-    "qwen2_moe": {
-        "gate": "gate.weight",
-        "gate_proj": "gate_up_proj",
-        "up_proj": "gate_up_proj",
-        "down_proj": "down_proj",
-    },
+EXPERT_NAMES = {
+    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
+    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
 }
-"""Family -> a layer's name -> the parameter that HF PEFT from 0.19 on puts in its place.
+"""Family -> the layers' names that HF PEFT from 0.19 on reads as parameters of the experts.
 
 It does so for every target that ends in the name, a shared expert's or a dense block's too, and
 for LoRA alone.
 """
 
 
-def renamed(model: nn.Module) -> Mapping[str, str]:
-    """Return which names HF PEFT takes for experts on this model; none on most models."""
-    return RENAMED.get(family_of_experts(getattr(model, "config", None)) or "", {})
+def expert_names(model: nn.Module) -> Collection[str]:
+    """Return the names of layers that HF PEFT reads as experts' on this model."""
+    return EXPERT_NAMES.get(family_of_experts(getattr(model, "config", None)) or "", frozenset())
 
 
 def suffixes(names: Sequence[str], everything: Iterable[str]) -> list[str] | str:
@@ -54,8 +44,8 @@ def suffixes(names: Sequence[str], everything: Iterable[str]) -> list[str] | str
     >>> suffixes(["a.q", "b.q"], ["a", "a.q", "a.k", "b", "b.q"])
     ['q']
     """
-    wanted = set(names)
-    too_wide = {s for name in everything if name not in wanted for s in endings(name)}
+    meant_names = set(names)
+    too_wide = {s for name in everything if name not in meant_names for s in endings(name)}
     found: dict[str, None] = {}
     for name in names:
         suffix = next((s for s in endings(name) if s not in too_wide), None)
@@ -63,6 +53,12 @@ def suffixes(names: Sequence[str], everything: Iterable[str]) -> list[str] | str
             return Entry.exactly(names)
         found[suffix] = None
     return list(found)
+
+
+def exact_targets(names: Sequence[str], everything: Iterable[str]) -> str | tuple[str, ...]:
+    """Return the targets that mean exactly these modules, as `attach` takes them."""
+    found = suffixes(names, everything)
+    return found if isinstance(found, str) else tuple(found)
 
 
 def endings(name: str) -> list[str]:
@@ -76,12 +72,12 @@ def endings(name: str) -> list[str]:
 
 
 def names_of(model: nn.Module) -> list[str]:
-    """Return the names of the model's own modules, adapters' tensors left out."""
+    """Return the names of the model's own modules, without adapters' tensors."""
     return [name for name, _ in own_modules(model) if name]
 
 
 def place_names(model: nn.Module) -> list[str]:
-    """Return every name that a target can mean: modules, parameters, experts' former names."""
+    """Return every name that a target can mean: modules, parameters, former names of experts."""
     return [name for name in places_in(model, BEYOND).everything() if name]
 
 
@@ -93,12 +89,11 @@ def meant(target: str | Sequence[str], name: str) -> bool:
 
 
 def under_any(name: str, roots: Collection[str]) -> bool:
-    """Say whether a module is one of `roots` or lies below one."""
     return any(name == root or name.startswith(root + ".") for root in roots)
 
 
 def saved_roots(model: nn.Module, attached: Attached) -> tuple[str, ...]:
-    """Return the whole names of the modules an adapter trains beside its method."""
+    """Return the full names of the modules that an adapter trains whole beside its method."""
     names = names_of(model)
     return tuple(n for n in names if any(e.matches(n) for e in entries(attached.modules_to_save)))
 
@@ -106,10 +101,10 @@ def saved_roots(model: nn.Module, attached: Attached) -> tuple[str, ...]:
 def peft_placement(
     model: nn.Module, method: Method, targets: Sequence[str], saved: Sequence[str]
 ) -> dict[str, Any]:
-    """Return HF PEFT's options that say where an adapter goes on this model."""
+    """Return HF PEFT's options for an adapter's places on this model."""
     if isinstance(method, PromptMethod):
         return prompt_dimensions(model, method)
-    modules, parameters = divided(model, method, targets)
+    modules, parameters = modules_and_parameters(model, method, targets)
     found = {
         "target_modules": suffixes(modules, names_of(model)) if modules else [],
         "modules_to_save": list(saved) or None,
@@ -121,12 +116,12 @@ def peft_placement(
     return found
 
 
-def divided(
+def modules_and_parameters(
     model: nn.Module, method: Method, targets: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Return the modules and the parameters that HF PEFT is to be told of.
+    """Return the modules and the parameters that HF PEFT's configuration is to name.
 
-    A layer whose name it would take for an expert's is told by its weight's name.
+    A layer whose name HF PEFT would read as an expert's is named by its weight.
     """
     modules: list[str] = []
     parameters: list[str] = []
@@ -134,25 +129,21 @@ def divided(
         _, parameter = module_at(model, name)
         if parameter is not None:
             parameters.append(name)
-        elif told_by_weight(model, method, name):
+        elif named_by_weight(model, method, name):
             parameters.append(f"{name}.weight")
         else:
             modules.append(name)
     return modules, parameters
 
 
-def told_by_weight(model: nn.Module, method: Method, name: str) -> bool:
-    """Say whether HF PEFT takes a layer's name for an expert's, and has another way to it."""
-    taken = method.peft_type == "LORA" and name.rpartition(".")[2] in renamed(model)
+def named_by_weight(model: nn.Module, method: Method, name: str) -> bool:
+    """Say whether HF PEFT reads a layer's name as an expert's, and can be given its weight's."""
+    taken = method.peft_type == "LORA" and name.rpartition(".")[2] in expert_names(model)
     return taken and not method.peft_fixed
 
 
 def prompt_dimensions(model: nn.Module, method: PromptMethod) -> dict[str, Any]:
-    """Return the sizes of the model that HF PEFT records for a prompt.
-
-    Raises:
-        CheckpointError: its configuration does not say them.
-    """
+    """Return the sizes of the model that HF PEFT records for a prompt."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not hasattr(text, "num_attention_heads"):
@@ -175,7 +166,10 @@ def prompt_dimensions(model: nn.Module, method: PromptMethod) -> dict[str, Any]:
 
 
 def submodules_of(config: Any, method: PromptMethod) -> int:
-    """Return for how many parts of a model HF PEFT keeps a prompt; a prefix of two is kept once."""
+    """Return the number of parts of a model for which HF PEFT keeps a prompt.
+
+    A prefix of an encoder and a decoder is kept once.
+    """
     if not getattr(config, "is_encoder_decoder", False):
         return 1
     return 2 if method.peft_type == "PREFIX_TUNING" else method.rows // method.tokens

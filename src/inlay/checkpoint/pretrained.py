@@ -11,36 +11,24 @@ from huggingface_hub import HfApi
 from torch import Tensor, nn
 
 from inlay.checkpoint.adapter import load_adapter as load_new
-from inlay.checkpoint.adapter import save_adapter
-from inlay.checkpoint.adapter_file import check_recorded, check_same, read_adapter
+from inlay.checkpoint.adapter import reload_adapter, save_adapter
 from inlay.checkpoint.fingerprint import base_name
 from inlay.checkpoint.folder import CONFIG, located
-from inlay.checkpoint.placement import described
-from inlay.checkpoint.tensors import fill
 from inlay.errors import AdapterError, CheckpointError
-from inlay.model.adapters.attach import use
-from inlay.model.adapters.registry import active, adapters, check_known, required_registry
+from inlay.model.adapters.attach import active, adapters, use
 
 DEFAULT = "default"
-
-
 WITHOUT_EFFECT = frozenset({
     "max_shard_size", "variant", "save_peft_format", "save_original_format", "safe_serialization",
     "save_function", "tags", "selected_adapters", "save_embedding_layers",
 })  # fmt: skip
-"""Options of other libraries' saving that an adapter's one file has no use for."""
-
-
+"""Options of other libraries' saving that have no effect on an adapter's one file."""
 HUB = ("commit_message", "private", "create_pr", "revision")
-
-
 SAVED = (
     "save_pretrained of a model with adapters writes the adapter alone, as HF PEFT does "
     "(adapter_config.json, adapter_model.safetensors); for a whole model call "
     "inlay.merge(model, output=...)"
 )
-
-
 UNNAMED = (
     ". The base was built from a configuration, so it has no name that from_pretrained could find "
     "it under: inlay.load_adapter puts the adapter on it"
@@ -94,14 +82,13 @@ def save_pretrained(
 
 
 def home_of(model: nn.Module, name: str, folder: Path) -> Path:
-    """Return the folder of one adapter in the folder of a model."""
     return folder if name == DEFAULT or len(adapters(model)) == 1 else folder / name
 
 
 def load_adapter(
     model: nn.Module, model_id: str | Path, adapter_name: str | None = None, **kwargs: Any
 ) -> None:
-    """Load an adapter's folder: a new adapter, or other values for the one of this name."""
+    """Load an adapter from its folder: a new one, or other values for the one of this name."""
     for key, value in kwargs.items():
         if key not in ("is_trainable", "low_cpu_mem_usage", "hotswap") and value is not None:
             raise AdapterError(
@@ -115,32 +102,12 @@ def load_adapter(
         load_new(model, model_id, name)
 
 
-def reload_adapter(model: nn.Module, directory: str | Path, name: str) -> None:
-    """Put a folder's values into an adapter that is there.
-
-    Raises:
-        CheckpointError: the folder's adapter is another one, or made for another base.
-    """
-    check_known(name, required_registry(model))
-    file, attached = read_adapter(directory), adapters(model)[name]
-    check_same(file, attached, directory)
-    about = f"the adapter in {directory} does not fit adapter {name!r} of this {described(model)}"
-    fill(model, name, file.folder, about)
-    if file.folder.extras is not None:
-        check_recorded(model, attached, file.folder)
-
-
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
-    """Make these adapters active."""
     use(model, *([adapter_name] if isinstance(adapter_name, str) else adapter_name))
 
 
 def restore(model: nn.Module, checkpoint: Path) -> bool:
-    """Put a Trainer's checkpoint into the adapters; False where it holds no adapter's files.
-
-    Raises:
-        CheckpointError: it lacks one of the active adapters, or does not fit.
-    """
+    """Load a Trainer's checkpoint into the adapters; False where it holds no adapter's files."""
     homes = {name: home_of(model, name, checkpoint) for name in adapters(model)}
     there = {name: at for name, at in homes.items() if located(at, CONFIG).is_file()}
     if not there:

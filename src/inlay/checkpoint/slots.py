@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.checkpoint.embeddings import PREFIX
+from inlay.checkpoint.fingerprint import whole_tensor
 from inlay.checkpoint.key_conversion import plainly
 from inlay.checkpoint.layouts import AS_IT_IS, TWICE, Layout, layout_of
 from inlay.checkpoint.placement import saved_roots, under_any
@@ -39,26 +40,24 @@ class Slot:
     layout: Layout = AS_IT_IS
 
     value: Tensor | None = None
-    """What to write in its place, where another process holds part of it."""
+    """The value to write, where the tensor here is only a process's part of it."""
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor itself."""
         return getattr(self.home, self.name) if self.value is None else self.value
 
     @property
     def written(self) -> Tensor:
-        """The tensor as it lies in the file."""
-        return self.layout.written(whole(self.tensor.detach()))
+        return self.layout.written(whole_tensor(self.tensor.detach()))
 
 
 OF_PROMPTS = "base_model."
-"""What the keys of a model's own modules begin with where its adapter is a prompt."""
+"""The prefix of the keys of a model's own modules where its adapter is a prompt."""
 
 
 @looks_through
 def slots(model: nn.Module, name: str) -> list[Slot]:
-    """Return every tensor of an adapter under its key; shared ones once for each module."""
+    """Return every tensor of an adapter under its key; a shared one once for each module."""
     attached = known(model, name)
     saved = saved_roots(model, attached)
     found: list[Slot] = []
@@ -73,15 +72,15 @@ def slots(model: nn.Module, name: str) -> list[Slot]:
             module, parameter = module_at(model, place)
             own = () if parameter else module._parameters
             key = key_of(attached, saved, own, place, prefix, tensor, method, kind)
-            turned = layout_of(view, key.removeprefix(prefix), getattr(params, tensor).shape)
+            layout = layout_of(view, key.removeprefix(prefix), getattr(params, tensor).shape)
             if ".base_layer.out_proj.lora_B" in key and prefix != f"{PREFIX}{place}.":
-                turned = TWICE
-            found.append(Slot(key, params, tensor, turned))
+                layout = TWICE
+            found.append(Slot(key, params, tensor, layout))
     return found
 
 
 def prefix_of(model: nn.Module, name: str, place: str) -> str:
-    """Return what the keys of one place begin with.
+    """Return the prefix of one place's keys.
 
     HF PEFT wraps a module once for each of its parameters, the last one outermost, and an
     attention module around its output projection.
@@ -101,7 +100,6 @@ def prefix_of(model: nn.Module, name: str, place: str) -> str:
 
 
 def parts_at(module: nn.Module, name: str) -> Mapping[str, Params]:
-    """Return the tensors that an adapter has for single parameters of a module."""
     if not isinstance(module, AdaptedLayer) or name not in module.adapters:
         return {}
     return module.params(name).parts
@@ -117,41 +115,41 @@ def key_of(
     attached: Attached,
     saved: Sequence[str],
     own: Collection[str],
-    module_name: str,
     place: str,
-    tensor_name: str,
+    prefix: str,
+    tensor: str,
     method: Method | None,
     kind: Kind | None,
 ) -> str:
-    """Return the key of one tensor, as HF PEFT spells it where it has the method.
+    """Return the key of one tensor, HF PEFT's where it has the method.
 
-    `own` names the place's own parameters, `place` is what its keys begin with.
+    `own` are the names of the place's own parameters.
     """
     if isinstance(method, PromptMethod):
-        return method.peft_tensors("linear").get(tensor_name, tensor_name)
-    if tensor_name == "token_rows":
-        return place + TOKEN_KEY
-    if method is not None and tensor_name not in own:
-        return place + method.peft_tensors(kind or "linear").get(tensor_name, tensor_name)
-    if under_any(module_name, saved):
-        return place + tensor_name
+        return method.peft_tensors("linear").get(tensor, tensor)
+    if tensor == "token_rows":
+        return prefix + TOKEN_KEY
+    if method is not None and tensor not in own:
+        return prefix + method.peft_tensors(kind or "linear").get(tensor, tensor)
+    if under_any(place, saved):
+        return prefix + tensor
     if isinstance(attached.method, SelectMethod):
-        return place + attached.method.peft_tensors(kind or "linear").get(tensor_name, tensor_name)
-    return place + ("base_layer." if method is not None else "") + tensor_name
+        return prefix + attached.method.peft_tensors(kind or "linear").get(tensor, tensor)
+    return prefix + ("base_layer." if method is not None else "") + tensor
 
 
 def computed(
     model: nn.Module, name: str, found: Sequence[Slot], values: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return what the file holds beside an adapter's tensors: what HF PEFT computes from them.
+    """Return the tensors of the file that HF PEFT computes from an adapter's own.
 
-    From `values`, by their keys, where they are given; nothing where these lack one.
+    They are computed from `values`, by key, where these are given; nothing where one lacks.
     """
     method = known(model, name).method
     if not isinstance(method, PromptMethod):
         return {}
     own = {key: tensor for tensor, key in method.peft_tensors("linear").items()}
-    held = {own[s.key]: whole(s.tensor.detach()) for s in found if s.key in own}
+    held = {own[s.key]: whole_tensor(s.tensor.detach()) for s in found if s.key in own}
     if values is not None:
         held = {
             tensor: values[key].to(held[tensor]) for key, tensor in own.items() if key in values
@@ -172,14 +170,7 @@ def gathered(model: nn.Module, found: list[Slot], state: Mapping[str, Tensor] | 
     return [replace(s, value=held.get(key)) for s, key in zip(found, keys, strict=True)]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that processes hold parts of as one; any other as it is."""
-    full = getattr(tensor, "full_tensor", None)
-    return tensor if full is None else full()
-
-
 def first_of_shared(found: list[Slot]) -> list[Slot]:
-    """Keep the first slot of every tensor."""
     return list({id(slot.tensor): slot for slot in reversed(found)}.values())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -34,8 +34,6 @@ DTYPES = {
     "F64": torch.float64,
 }
 """The dtypes an adapter's tensors may have in the file, as safetensors spells them."""
-
-
 COUNTS = {
     "I64": torch.int64,
     "I32": torch.int32,
@@ -45,16 +43,14 @@ COUNTS = {
     "BOOL": torch.bool,
 }
 """Those of the buffers of a module that is saved whole, such as the batches a norm has seen."""
+COMPUTED = "unlike what its others give"
+"""The problem of a value that is not what is computed from the others."""
 
 
 def write_tensors(
     path: Path, found: list[Slot], more: Mapping[str, Tensor], *, shared_once: bool
 ) -> None:
-    """Write an adapter's tensors and `more`; `shared_once` leaves out repetitions of shared ones.
-
-    Raises:
-        CheckpointError: a tensor holds a NaN or an infinity.
-    """
+    """Write an adapter's tensors and `more`; `shared_once` writes shared ones only once."""
     kept = first_of_shared(found) if shared_once else without_tied_rows(found)
     tensors = {s.key: s.written for s in kept} | dict(more)
     nowhere = sorted(key for key, value in tensors.items() if value.is_meta)
@@ -76,11 +72,7 @@ def write_tensors(
 
 
 def check_written(path: Path, values: Mapping[str, Tensor]) -> None:
-    """Read back what was written, and raise unless it is the same, bit by bit.
-
-    Raises:
-        CheckpointError: it is not: the disk or the memory is at fault.
-    """
+    """Read back what was written, and raise unless it is the same, bit by bit."""
     with safe_open(path, framework="pt") as file:
         read: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     wrong = sorted(k for k in {*read, *values} if not same_bits(read.get(k), values.get(k)))
@@ -92,18 +84,12 @@ def check_written(path: Path, values: Mapping[str, Tensor]) -> None:
 
 
 def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    """Say whether two tensors are there, and equal in dtype, shape and every bit."""
     if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return (
-        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-        if (a.ndim)
-        else torch.equal(a, b)
-    )
+    return torch.equal(*(t.reshape(-1).contiguous().view(torch.uint8) for t in (a, b)))
 
 
 def values_in(folder: AdapterFolder) -> dict[str, Tensor]:
-    """Read every tensor of an adapter's folder, by the keys that it is read under."""
     path = located(folder.path, folder.source)
     names = {key: folder.renamed.get(key, key) for key in folder.tensors}
     if folder.source != TENSORS:
@@ -120,39 +106,68 @@ def fill(model: nn.Module, name: str, folder: AdapterFolder, about: str) -> None
         CheckpointError: a tensor is missing, unread, misshapen, of another dtype, or not finite.
     """
     found, entries = slots(model, name), folder.tensors
-    expected = {slot.key: slot.written for slot in found}
-    copies = {k: base for k in entries if k not in expected for base in base_of(model, k)}
-    problems = Problems()
-    problems.add("missing", missing(found, entries))
-    beside = computed(model, name, found)
-    read = {*expected, *copies, *beside}
-    problems.add("not used by it", (key for key in entries if key not in read))
-    for key, tensor in {**copies, **expected, **beside}.items():
-        if key in entries:
-            problems.add("misfits", misfit(key, entries[key], tensor, key in copies))
-    problems.raise_if_any(about)
+    own = {slot.key for slot in found}
+    copies = {k: base for k in entries if k not in own for base in base_of(model, k)}
+    check_entries(found, entries, computed(model, name, found), copies, about)
     values = values_in(folder)
-    bad = (key for key, value in values.items() if not bool(torch.isfinite(value).all()))
-    problems.add("NaN or infinite", bad)
-    brought = {module_of(key): values[key] for key in copies if module_of(key) in ends_of(model)}
-    others = {key: base for key, base in copies.items() if module_of(key) not in brought}
-    problems.add("unlike the base's own", (k for k, b in others.items() if differs(values[k], b)))
-    beside = computed(model, name, found, values)
-    problems.add("unlike what its others give", unlike(values, beside))
-    problems.raise_if_any(about)
+    ends = ends_of(model)
+    embeddings = {module_of(key): values[key] for key in copies if module_of(key) in ends}
+    others = {key: base for key, base in copies.items() if module_of(key) not in embeddings}
+    raise_problems(
+        about,
+        {
+            "NaN or infinite": (k for k, v in values.items() if not bool(v.isfinite().all())),
+            "unlike the base's own": (k for k, base in others.items() if differs(values[k], base)),
+            COMPUTED: unlike(values, computed(model, name, found, values)),
+        },
+    )
+    put_values(model, name, found, values)
+    weights = [slot.key for slot in found if slot.name == "weight"]
+    copied = {key.removeprefix(PREFIX).removeprefix(OF_PROMPTS) for key in weights}
+    kept = {n: value for n, value in embeddings.items() if f"{n}.weight" not in copied}
+    keep_embeddings(model, name, kept)
+
+
+def check_entries(
+    found: list[Slot],
+    entries: Mapping[str, Entry],
+    computed_values: Mapping[str, Tensor],
+    copies: Mapping[str, Tensor],
+    about: str,
+) -> None:
+    """Raise unless a file's tensors have the keys, shapes and dtypes of an adapter's.
+
+    `copies` are the base's own parameters that the file repeats.
+    """
+    expected = {**copies, **{slot.key: slot.written for slot in found}, **computed_values}
+    misfits = (
+        misfit(key, entries[key], tensor, key in copies)
+        for key, tensor in expected.items()
+        if key in entries
+    )
+    raise_problems(
+        about,
+        {
+            "missing": missing(found, entries),
+            "not used by it": (key for key in entries if key not in expected),
+            "misfits": (problem for each in misfits for problem in each),
+        },
+    )
+
+
+def put_values(
+    model: nn.Module, name: str, found: list[Slot], values: Mapping[str, Tensor]
+) -> None:
     separate(found, values)
     give_room(model, name)
     with torch.no_grad():
         for slot in found:
             if slot.key in values:
                 slot.tensor.copy_(slot.layout.read(values[slot.key]))
-    weights = [slot.key for slot in found if slot.name == "weight"]
-    whole = {key.removeprefix(PREFIX).removeprefix(OF_PROMPTS) for key in weights}
-    keep_embeddings(model, name, {n: v for n, v in brought.items() if f"{n}.weight" not in whole})
 
 
 def separate(found: list[Slot], values: Mapping[str, Tensor]) -> None:
-    """Give each its own tensor where modules share one here and have different ones in the file.
+    """Give each module its own tensor where modules share one here that differs in the file.
 
     HF PEFT trains a tied embedding and head apart unless told otherwise.
     """
@@ -167,13 +182,13 @@ def separate(found: list[Slot], values: Mapping[str, Tensor]) -> None:
 
 
 def missing(found: list[Slot], entries: Mapping[str, Entry]) -> Iterator[str]:
-    """Every key that the file lacks; a shared tensor needs only one of its keys."""
+    """Return the keys that the file lacks; a shared tensor needs only one of its keys."""
     there = {id(slot.tensor) for slot in found if slot.key in entries}
     return (slot.key for slot in found if id(slot.tensor) not in there)
 
 
 def unlike(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[str]:
-    """Name the values that are not, to rounding, what is computed from the others."""
+    """Yield the keys of values that are not, to rounding, what is computed from the others."""
     for key in {*values} & {*expected}:
         room = max(1e-4, 8 * torch.finfo(values[key].dtype).eps) * expected[key].abs().max()
         if bool(((values[key].to(expected[key]) - expected[key]).abs() > room).any()):
@@ -183,10 +198,12 @@ def unlike(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iter
 def misfit(key: str, entry: Entry, tensor: Tensor, is_copy: bool) -> Iterator[str]:
     """Say how one tensor of the file differs in shape or dtype from what the model needs."""
     if entry.shape != tuple(tensor.shape):
-        wanted = f"expected {list(tensor.shape)}"
+        expected = f"expected {list(tensor.shape)}"
         if is_copy and entry.shape[1:] == tuple(tensor.shape[1:]):
-            wanted += f", for which model.resize_token_embeddings({entry.shape[0]}) is to be called"
-        yield f"{key} of shape {list(entry.shape)}, {wanted}"
+            expected += (
+                f", for which model.resize_token_embeddings({entry.shape[0]}) is to be called"
+            )
+        yield f"{key} of shape {list(entry.shape)}, {expected}"
     elif not tensor.is_floating_point():
         if COUNTS.get(entry.dtype) != tensor.dtype:
             yield f"{key} of dtype {entry.dtype}, expected {tensor.dtype}"
@@ -197,7 +214,7 @@ def misfit(key: str, entry: Entry, tensor: Tensor, is_copy: bool) -> Iterator[st
 
 
 def base_of(model: nn.Module, key: str) -> Iterator[Tensor]:
-    """Return the base's own parameter that a key is a copy of, if it is one.
+    """Yield the base's own parameter that a key is a copy of, if it is one.
 
     HF PEFT writes the whole embeddings beside an adapter that targets them.
     """
@@ -218,24 +235,13 @@ def differs(value: Tensor, base: Tensor) -> bool:
     return not torch.equal(value.to(base.dtype), base.detach().cpu())
 
 
-class Problems:
-    """What is wrong with a file's tensors, told in one sentence."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, list[str]] = {}
-
-    def add(self, what: str, keys: Iterator[str]) -> None:
-        """Add tensors that have one problem."""
-        self.found.setdefault(what, []).extend(keys)
-
-    def raise_if_any(self, about: str) -> None:
-        """Raise one error for every problem found."""
-        parts = [f"{len(k)} {what}: {listed(k)}" for what, k in self.found.items() if k]
-        if parts:
-            raise CheckpointError(f"{about}. Tensors {'; '.join(parts)}")
+def raise_problems(about: str, problems: Mapping[str, Iterable[str]]) -> None:
+    found = {problem: list(keys) for problem, keys in problems.items()}
+    parts = [f"{len(keys)} {problem}: {listed(keys)}" for problem, keys in found.items() if keys]
+    if parts:
+        raise CheckpointError(f"{about}. Tensors {'; '.join(parts)}")
 
 
 def listed(keys: list[str], most: int = 3) -> str:
-    """Join the first few and say how many more there are."""
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
     return ", ".join(keys[:most]) + more

@@ -13,18 +13,27 @@ from inlay.methods.tokens import tokens_of
 from inlay.model.adapters.change_class import change_class
 from inlay.model.adapters.layer import AdaptedLayer, own_modules
 from inlay.model.pickling import MADE_BY, reduced
-from inlay.peft.layer import Presented
+from inlay.peft.layer import PeftLayer
 from inlay.peft.seam import ModulesToSaveWrapper, TrainableTokensLayer
 from inlay.peft.tuner_layer import widths_of
 from inlay.peft.views import with_tensors
 
 
-class Wrapper(Presented):
-    """A layer that HF PEFT has inside a wrapper."""
+class Auxiliary:
+    """What HF PEFT's two wrappers have in common: tables of tensors, and no other numbers."""
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("modules_to_save",)
+    other_param_names: ClassVar[tuple[str, ...]] = ()
+
+    def _hasattr_wrapped(self, name: str, modules: Any) -> bool:
+        return False
+
+
+class SavedLayer(Auxiliary, PeftLayer):
+    """A layer that adapters train whole, named in `modules_to_save`."""
 
     @property
     def original_module(self) -> nn.Module:
-        """The layer without adapters, on the same tensors."""
         return self.get_base_layer()
 
     @property
@@ -36,22 +45,11 @@ class Wrapper(Presented):
     def _adapters(self) -> set[str]:
         return set(self.methods)
 
-    def _hasattr_wrapped(self, name: str, modules: Any) -> bool:
-        return False
 
-
-class SavedLayer(Wrapper):
-    """A layer that adapters train whole, named in `modules_to_save`."""
-
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ("modules_to_save",)
-    other_param_names: ClassVar[tuple[str, ...]] = ()
-
-
-class TokenLayer(Wrapper):
-    """An embedding, or a head, some rows of which adapters train."""
+class TokenLayer(SavedLayer):
+    """An embedding, or a head, of which adapters train some rows."""
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("token_adapter.trainable_tokens_delta",)
-    other_param_names: ClassVar[tuple[str, ...]] = ()
 
     def views(self) -> dict[str, nn.Module]:
         """Return the tables of tensors, the rows in a layer that has the verbs of this one."""
@@ -72,12 +70,12 @@ class TokenAdapter(nn.Module):
 
     @property
     def in_features(self) -> int | None:
-        """How many tokens an embedding has, or how wide a head's input is."""
+        """The number of an embedding's tokens, or the width of a head's input."""
         return widths_of(vars(self)["layer"]())[0]
 
     @property
     def out_features(self) -> int | None:
-        """How wide an embedding's output is, or how many tokens a head has."""
+        """The width of an embedding's output, or the number of a head's tokens."""
         return widths_of(vars(self)["layer"]())[1]
 
     @property
@@ -91,7 +89,6 @@ class TokenAdapter(nn.Module):
         return {name: rows[list(ids)].detach() for name, ids in tokens.items() if ids}
 
     def __getattr__(self, name: str) -> Any:
-        """Return the rows, or what the layer answers."""
         if name in self._modules:
             return self._modules[name]
         return getattr(vars(self)["layer"](), name)
@@ -100,19 +97,17 @@ class TokenAdapter(nn.Module):
 TrainableTokensLayer.register(TokenAdapter)
 
 
-class SavedContainer(nn.Module):
-    """A module of several layers that adapters train whole, named in `modules_to_save`."""
+class SavedContainer(Auxiliary, nn.Module):
+    """A module of several layers, named in `modules_to_save`; its verbs are those of each layer."""
 
     plain: ClassVar[type[nn.Module]]
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ("modules_to_save",)
-    other_param_names: ClassVar[tuple[str, ...]] = ()
 
     def _get_name(self) -> str:
         return ModulesToSaveWrapper.__name__
 
-    def layers(self) -> Iterator[Presented]:
-        """Every layer below that adapters have a copy of."""
-        return (m for _, m in own_modules(self) if isinstance(m, Presented))
+    def layers(self) -> Iterator[PeftLayer]:
+        """Yield every layer below that adapters have a copy of."""
+        return (m for _, m in own_modules(self) if isinstance(m, PeftLayer))
 
     @property
     def modules_to_save(self) -> nn.ModuleDict:
@@ -121,13 +116,12 @@ class SavedContainer(nn.Module):
 
     def of_adapter(self, name: str | None) -> nn.Module:
         """Return the module on the tensors of one adapter, or on its own."""
-        found = bare(self, name)
+        found = without_adapters(self, name)
         assert isinstance(found, nn.Module)
         return found
 
     @property
     def original_module(self) -> nn.Module:
-        """The module without adapters, on the same tensors."""
         return self.of_adapter(None)
 
     @property
@@ -136,49 +130,39 @@ class SavedContainer(nn.Module):
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether the base alone acts here."""
         return any(layer.disable_adapters for layer in self.layers())
 
     @property
     def active_adapters(self) -> list[str]:
-        """The names of the active adapters."""
         return next((layer.active_adapters for layer in self.layers()), [])
 
-    @property
-    def active_adapter(self) -> list[str]:
-        """The names of the active adapters."""
-        return self.active_adapters
+    active_adapter = active_adapters
 
     @property
     def merged_adapters(self) -> list[str]:
-        """The names of the adapters that are merged now."""
         return next((layer.merged_adapters for layer in self.layers()), [])
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones here; they train unless `inference_mode`."""
         for layer in self.layers():
             layer.set_adapter(adapter_names, inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Let the adapters act and train here, or let the base alone act."""
         for layer in self.layers():
             layer.enable_adapters(enabled)
 
     def _get_available_adapters(self) -> set[str]:
         return self._adapters
 
-    def _hasattr_wrapped(self, name: str, modules: Any) -> bool:
-        return False
 
-
-def bare(module: nn.Module, adapter: str | None) -> nn.Module:
-    """Return a module and all below it without adapters, on the tensors of one or on its own."""
+def without_adapters(module: nn.Module, adapter: str | None) -> nn.Module:
+    """Return a module and all below it without adapters, on one adapter's tensors or on its own."""
     if isinstance(module, AdaptedLayer):
         return with_tensors(module, adapter)
     plain = type(module).plain if isinstance(module, SavedContainer) else type(module)
     found = plain.__new__(plain)
     vars(found).update(vars(module))
-    found._modules = {k: m and bare(m, adapter) for k, m in module._modules.items()}
+    below = {k: m and without_adapters(m, adapter) for k, m in module._modules.items()}
+    found._modules = below
     return found
 
 

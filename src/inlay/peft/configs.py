@@ -1,4 +1,4 @@
-"""HF PEFT's configuration objects: which method they mean, and where it goes on a model."""
+"""HF PEFT's configuration objects: the method and the places on a model that each means."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-"""The heads that HF PEFT trains beside the adapter, by task."""
+"""The heads that HF PEFT trains with the adapter, by task."""
 
 STARTS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "LORA": ("init_lora_weights", (True, False, "gaussian")),
@@ -44,7 +44,7 @@ NEW_ONLY = {"ensure_weight_tying": False, "eva_config": None, "prefix_projection
 """Options without effect on a trained adapter that change how a new one is made."""
 
 LONG = MIN_TARGET_MODULES_FOR_OPTIMIZATION
-"""From how many targets on HF PEFT looks for fewer suffixes that mean the same."""
+"""The number of targets from which HF PEFT looks for fewer suffixes that mean the same."""
 
 REMEDY = "leave it at its default, or make this adapter with HF PEFT itself"
 
@@ -65,10 +65,10 @@ def prepared(config: PeftConfig, model: nn.Module) -> PeftConfig:
         given: list[str] = list(found.modules_to_save or ())
         found.modules_to_save = given + [h for h in heads if h not in given]
     if "target_modules" in DEFAULTS[plain(found.peft_type)]:
-        converted(found, model)
+        convert_experts(found, model)
         fill_targets(found, model)
-        shorten(found, model)
-        say_idle_exclude(found, model)
+        shorten_targets(found, model)
+        warn_of_idle_exclude(found, model)
     else:
         method = method_of(found)
         assert isinstance(method, PromptMethod)
@@ -83,8 +83,8 @@ def prepared(config: PeftConfig, model: nn.Module) -> PeftConfig:
     return found
 
 
-def shorten(config: Any, model: nn.Module) -> None:
-    """Let a long list of targets be the few suffixes that mean the same, as HF PEFT does."""
+def shorten_targets(config: Any, model: nn.Module) -> None:
+    """Replace a long list of targets by the few suffixes that mean the same, as HF PEFT does."""
     targets = config.target_modules
     long = isinstance(targets, list | set) and len(targets) >= LONG
     if long and plain(config.peft_type) != "IA3":  # its feedforward_modules must be among them
@@ -94,8 +94,7 @@ def shorten(config: Any, model: nn.Module) -> None:
         config.target_modules = set(short) if fewer else targets
 
 
-def say_idle_exclude(config: Any, model: nn.Module) -> None:
-    """Say where `exclude_modules` leaves out nothing that is targeted."""
+def warn_of_idle_exclude(config: Any, model: nn.Module) -> None:
     exclude, target = config.exclude_modules, config.target_modules
     if not exclude or target == "all-linear":
         return
@@ -108,13 +107,10 @@ def say_idle_exclude(config: Any, model: nn.Module) -> None:
         )
 
 
-def converted(config: Any, model: nn.Module) -> None:
-    """Let a configuration mean, as HF PEFT does, a mixture's experts by their layers' former names.
+def convert_experts(config: Any, model: nn.Module) -> None:
+    """Convert targets that name a mixture's experts by their layers' former names, as HF PEFT does.
 
-    Parameters that HF PEFT adds so and that this model has not are taken out again.
-
-    Raises:
-        TargetError: only some of the layers that are one parameter now are named.
+    Parameters that HF PEFT adds and this model does not have are taken out again.
     """
     given = set(getattr(config, "target_parameters", None) or ())
     if not hasattr(getattr(model, "config", None), "model_type"):
@@ -125,18 +121,13 @@ def converted(config: Any, model: nn.Module) -> None:
         raise TargetError(f"{type(config).__name__}: {error}") from None
     if getattr(config, "target_parameters", None):
         names = [name for name, _ in model.named_parameters()]
-        there = {
+        matched = {
             t for t in config.target_parameters if any(n == t or n.endswith("." + t) for n in names)
         }
-        config.target_parameters = sorted(there | given)
+        config.target_parameters = sorted(matched | given)
 
 
 def check_config(config: object) -> None:
-    """Raise unless this is one of HF PEFT's configurations.
-
-    Raises:
-        AdapterError: it is something else.
-    """
     if not isinstance(config, PeftConfig):
         raise AdapterError(
             "an adapter is described by one of HF PEFT's configurations, such as peft.LoraConfig, "
@@ -145,11 +136,7 @@ def check_config(config: object) -> None:
 
 
 def check_new(config: PeftConfig) -> None:
-    """Raise unless Inlay has every option of a configuration for a new adapter.
-
-    Raises:
-        AdapterError: an option is one that Inlay does not have.
-    """
+    """Raise unless Inlay has every option of a configuration for a new adapter."""
     method_of(config)
     options, where = options_of(config), type(config).__name__
     start, starts = STARTS.get(options["peft_type"], ("", ()))
@@ -175,11 +162,6 @@ def check_new(config: PeftConfig) -> None:
 
 
 def method_of(config: PeftConfig) -> Method:
-    """Return the method that a configuration means, starting as HF PEFT starts it.
-
-    Raises:
-        AdapterError: a method or an option that Inlay does not have, or a wrong value.
-    """
     options = options_of(config)
     try:
         method = method_in(options, type(config).__name__, REMEDY)
@@ -192,11 +174,7 @@ def method_of(config: PeftConfig) -> Method:
 
 
 def placement_of(config: PeftConfig, method: Method, model: nn.Module) -> dict[str, Any]:
-    """Return `attach`'s arguments for a prepared configuration.
-
-    Raises:
-        TargetError: an option names no module of this model.
-    """
+    """Return `attach`'s arguments for a prepared configuration."""
     try:
         return placement_in(model, method, options_of(config), type(config).__name__)
     except CheckpointError as error:
@@ -206,11 +184,12 @@ def placement_of(config: PeftConfig, method: Method, model: nn.Module) -> dict[s
 def fill_targets(config: Any, model: nn.Module) -> None:
     """Fill in the modules that HF PEFT targets on this kind of model when none are given."""
     kind = str(BaseTuner.get_model_config(model).get("model_type", "custom"))
-    only_parameters = bool(getattr(config, "target_parameters", None))
-    if config.target_modules is None and not (only_parameters and not has_default(config, kind)):
-        config.target_modules = default_for(
-            targets_by_kind(config), kind, "target_modules", config, model
-        )
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(plain(config.peft_type))]
+    ia3 = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    targets: Mapping[str, Any] = getattr(tuner, "target_module_mapping", ia3)
+    only_parameters = bool(getattr(config, "target_parameters", None)) and kind not in targets
+    if config.target_modules is None and not only_parameters:
+        config.target_modules = default_for(targets, kind, "target_modules", config, model)
     if getattr(config, "feedforward_modules", ()) is None:
         mapping = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
         config.feedforward_modules = default_for(
@@ -218,29 +197,11 @@ def fill_targets(config: Any, model: nn.Module) -> None:
         )
 
 
-def targets_by_kind(config: Any) -> Mapping[str, Any]:
-    """Return which modules HF PEFT's tuner targets by default, by the model's type."""
-    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(plain(config.peft_type))]
-    return getattr(
-        tuner, "target_module_mapping", TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-    )
-
-
-def has_default(config: Any, kind: str) -> bool:
-    """Say whether HF PEFT has default targets for a type of model."""
-    return kind in targets_by_kind(config)
-
-
 def default_for(
     mapping: Mapping[str, Any], kind: str, option: str, config: Any, model: nn.Module
 ) -> str | set[str]:
-    """Return HF PEFT's default of an option for a kind of model.
-
-    Raises:
-        TargetError: it has none.
-    """
     if kind not in mapping:
-        some = ", ".join(name for name in names_of(model)[-3:])
+        some = ", ".join(names_of(model)[-3:])
         raise TargetError(
             f"Please specify `{option}` in `peft_config`: the {type(config).__name__} has none, "
             f"and HF PEFT has no default for a model of type {kind!r}; this one has modules such "
@@ -250,12 +211,11 @@ def default_for(
 
 
 def options_of(config: PeftConfig) -> dict[str, Any]:
-    """Return a configuration's options as JSON has them."""
     return {key: plain(value) for key, value in config.to_dict().items()}
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON has it: sets as sorted lists, words of an enumeration as text."""
+    """Return a value as JSON has it: sets as sorted lists, members of an enumeration as text."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, set | frozenset):

@@ -1,4 +1,4 @@
-"""Inlay's errors as HF PEFT's scripts expect them: each is the `ValueError` raised there, too."""
+"""Inlay's errors for HF PEFT's scripts: each is also the error that HF PEFT raises."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TargetError(errors.TargetError, NoMatchingPeftModuleError):
 
 
 class KindError(AdapterError, TypeError):
-    """A question that this kind of adapter does not answer: HF PEFT's `TypeError`, too."""
+    """A question that this kind of adapter does not answer; also HF PEFT's `TypeError`."""
 
 
 class NotForPromptsError(AdapterError, AttributeError):
@@ -27,7 +27,7 @@ class NotForPromptsError(AdapterError, AttributeError):
 
 
 class StateError(AdapterError, RuntimeError):
-    """A state does not have a model's own keys: the `RuntimeError` that torch raises, too."""
+    """A state without a model's own keys; also the `RuntimeError` that torch raises."""
 
 
 class MergeError(errors.MergeError, ValueError):
@@ -36,7 +36,7 @@ class MergeError(errors.MergeError, ValueError):
 
 @contextmanager
 def as_peft_raises() -> Generator[None]:
-    """Let errors of the layers below be the `ValueError` that HF PEFT raises."""
+    """Turn errors of the layers below into the `ValueError` that HF PEFT raises."""
     try:
         yield
     except errors.TargetError as error:
@@ -47,14 +47,10 @@ def as_peft_raises() -> Generator[None]:
         raise AdapterError(str(error)) from None
 
 
-def refuse(asked: dict[str, Any]) -> None:
-    """Raise for the first option that asks for what Inlay does not have.
-
-    Raises:
-        AdapterError: one does.
-    """
-    for option, wanted in asked.items():
-        if wanted:
+def refuse(options: dict[str, Any]) -> None:
+    """Raise for the first option that asks for what Inlay does not have."""
+    for option, given in options.items():
+        if given:
             raise AdapterError(
                 f"{option} is not something that inlay.peft has; leave it out, or use HF PEFT "
                 "itself for it"

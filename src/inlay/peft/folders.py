@@ -1,4 +1,4 @@
-"""Adapters on disk for a `PeftModel`: found in a folder or on the hub, read strictly, written."""
+"""An adapter's folder for a `PeftModel`: found on disk or on the hub, and written."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from huggingface_hub import ModelCard, snapshot_download
 from peft import PeftConfig, PeftModelForCausalLM, PeftType
 from torch import Tensor, nn
 
-from inlay.checkpoint.adapter import put_adapter, save_adapter
-from inlay.checkpoint.adapter_file import AdapterFile, check_recorded, check_same, read_adapter
+from inlay.checkpoint.adapter import save_adapter
+from inlay.checkpoint.adapter_file import read_adapter
 from inlay.checkpoint.folder import CARD, CONFIG, EXTRAS, TENSORS, located, read_json
-from inlay.checkpoint.key_conversion import fitted
-from inlay.checkpoint.placement import described
 from inlay.checkpoint.slots import Slot, slots
-from inlay.checkpoint.tensors import fill
 from inlay.errors import CheckpointError
 from inlay.files import write_text
 from inlay.model.adapters.registry import adapters
@@ -29,18 +26,12 @@ HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 """Options of HF PEFT's loading that say where on the hub an adapter is.
 
 `device_map` and `torch_device` are taken too: an adapter lies where its layers do."""
-
-
 OURS = "\n- inlay\n"
-"""What every card that Inlay writes has in it."""
+"""A line that every card of Inlay has."""
 
 
 def folder_of(model_id: str | Path, options: Mapping[str, Any]) -> Path:
-    """Return the folder of an adapter, fetched from the hub when it is not one on this disk.
-
-    Raises:
-        AdapterError: an option that Inlay does not have.
-    """
+    """Return the folder of an adapter, fetched from the hub when it is not one on this disk."""
     known = {"subfolder", "device_map", "torch_device", *HUB}
     for key, value in options.items():
         if key not in known and value not in (None, False):
@@ -52,17 +43,12 @@ def folder_of(model_id: str | Path, options: Mapping[str, Any]) -> Path:
     if Path(model_id).exists():
         return Path(model_id) / sub
     inside = f"{sub}/" if sub else ""
-    wanted = [inside + name for name in (CONFIG, TENSORS, EXTRAS)]
+    patterns = [inside + name for name in (CONFIG, TENSORS, EXTRAS)]
     hub = {key: options[key] for key in HUB if options.get(key) is not None}
-    return Path(snapshot_download(str(model_id), allow_patterns=wanted, **hub)) / sub
+    return Path(snapshot_download(str(model_id), allow_patterns=patterns, **hub)) / sub
 
 
 def config_in(folder: Path) -> PeftConfig:
-    """Return the configuration of an adapter's folder as HF PEFT's object.
-
-    Raises:
-        CheckpointError: the folder holds none, or one of a method that HF PEFT does not have.
-    """
     read_adapter(folder)
     where = located(folder, CONFIG)
     kind = read_json(where).get("peft_type")
@@ -75,36 +61,11 @@ def config_in(folder: Path) -> PeftConfig:
     return found
 
 
-def read_new(model: nn.Module, name: str, folder: Path) -> AdapterFile:
-    """Attach an adapter from its folder, and return what that holds."""
-    return put_adapter(model, folder, name)
-
-
-def read_again(model: nn.Module, name: str, folder: Path) -> AdapterFile:
-    """Put a folder's values into an adapter that is there.
-
-    Raises:
-        CheckpointError: the folder's adapter is another one, or made for another base.
-    """
-    file, attached = read_adapter(folder), adapters(model)[name]
-    check_same(file, attached, folder)
-    about = f"the adapter in {folder} does not fit adapter {name!r} of this {described(model)}"
-    fill(model, name, fitted(model, file.method, file.folder), about)
-    if file.folder.extras is not None:
-        check_recorded(model, attached, file.folder)
-    return file
-
-
 def check_means(model: nn.Module, name: str, config: PeftConfig) -> None:
-    """Raise unless a configuration means the adapter that was read.
-
-    Raises:
-        CheckpointError: it means another one.
-    """
-    wanted, found = method_of(prepared(config, model)), adapters(model)[name].method
-    if wanted.to_peft() != found.to_peft():
+    given, found = method_of(prepared(config, model)), adapters(model)[name].method
+    if given.to_peft() != found.to_peft():
         raise CheckpointError(
-            f"the configuration given is {wanted}, and the folder's adapter is {found}; leave "
+            f"the configuration given is {given}, and the folder's adapter is {found}; leave "
             "config out"
         )
 
@@ -123,12 +84,12 @@ def write(
     save_adapter(model, directory, name, recorded=recorded, embeddings=embeddings)
     text = earlier if OURS not in earlier else readme.read_text(encoding="utf-8")
     card = ModelCard(text, ignore_metadata_errors=True)
-    mark(card, wrapped, [tags] if isinstance(tags, str) else list(tags or ()))
+    write_metadata(card, wrapped, [tags] if isinstance(tags, str) else list(tags or ()))
     write_text(readme, str(card))
 
 
-def mark(card: Any, wrapped: Any, more: list[str]) -> None:
-    """Put into a card what the hub finds adapters by, as HF PEFT does: library, tags, task."""
+def write_metadata(card: Any, wrapped: Any, more: list[str]) -> None:
+    """Write into a card what the hub finds adapters by, as HF PEFT does: library, tags, task."""
     named: list[str] = list(getattr(wrapped.get_base_model(), "model_tags", None) or ())
     theirs: set[str] = wrapped._get_peft_specific_model_tags()
     here: list[str] = list(getattr(card.data, "tags", None) or ())
@@ -140,12 +101,9 @@ def mark(card: Any, wrapped: Any, more: list[str]) -> None:
 
 @contextmanager
 def holding(wrapped: Any, name: str, state: Mapping[str, Tensor] | None) -> Generator[None]:
-    """Have the values of a state in an adapter inside the `with` block.
+    """Put the values of a state into an adapter inside the `with` block.
 
-    The state is the wrapped model's own, by its names or its file's; what it has besides is left.
-
-    Raises:
-        AdapterError: a value of the adapter is not in it, or misfits.
+    The state is the wrapped model's own, by its names or its file's; its other values are left out.
     """
     if state is None:
         yield
@@ -173,14 +131,15 @@ def holding(wrapped: Any, name: str, state: Mapping[str, Tensor] | None) -> Gene
         values.append((slot, before, slot.layout.read(value) if keys[0] == slot.key else value))
     try:
         for slot, before, value in values:
-            place(slot, nn.Parameter(value, False) if isinstance(before, nn.Parameter) else value)
+            set_tensor(
+                slot, nn.Parameter(value, False) if isinstance(before, nn.Parameter) else value
+            )
         yield
     finally:
         for slot, before, _ in values:
-            place(slot, before)
+            set_tensor(slot, before)
 
 
-def place(slot: Slot, value: Tensor) -> None:
-    """Put a tensor where a slot is."""
+def set_tensor(slot: Slot, value: Tensor) -> None:
     table = slot.home._parameters if slot.name in slot.home._parameters else slot.home._buffers
     table[slot.name] = value  # pyright: ignore[reportArgumentType]

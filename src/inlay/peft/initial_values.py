@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,17 +33,47 @@ from inlay.model.adapters.places import module_at, view_at
 from inlay.model.adapters.registry import adapter_tensors
 from inlay.peft.configs import options_of
 from inlay.peft.errors import AdapterError
+from inlay.storage.base import FrozenLinear
 from inlay.storage.parameters import JOINED
 
 Options = dict[str, Any]
-
-
-Drawn = tuple[str, Params, Method | None, Kind | None]
+Place = tuple[str, Params, Method | None, Kind | None]
 """A place of an adapter: its name, tensors, method and kind."""
+
+ENCODER = (
+    "num_virtual_tokens", "num_transformer_submodules", "token_dim", "inference_mode",
+    "encoder_hidden_size", "encoder_num_layers", "encoder_dropout",
+)  # fmt: skip
+"""The options that HF PEFT's prompt encoder reads."""
+TRUST = "trust_remote_code"
+"""An option of tokenizers that no configuration may turn on."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One place of a new adapter, and what its initial values are drawn by."""
+
+    model: nn.Module
+    place: str
+    params: Params
+    method: Method
+    kind: Kind | None
+    options: Options
+    layouts: dict[tuple[int, str], Layout]
+
+    @property
+    def base(self) -> FrozenLinear:
+        found = view_at(self.model, self.place)
+        assert found is not None
+        return found
+
+    def put(self, tensor: Tensor, value: Tensor) -> None:
+        """Copy a value into a tensor, through the dtype of a dense base as HF PEFT does."""
+        tensor.copy_(value.to(self.base.dtype) if self.base.storage == "dense" else value)
 
 
 @torch.no_grad()
-def start(model: nn.Module, name: str, config: PeftConfig) -> None:
+def draw_initial_values(model: nn.Module, name: str, config: PeftConfig) -> None:
     """Give a new adapter the values that HF PEFT starts it with, drawn from torch's global seed.
 
     Values are drawn in HF PEFT's order and rounded to the base's dtype as it rounds them, so that
@@ -52,20 +83,20 @@ def start(model: nn.Module, name: str, config: PeftConfig) -> None:
     draw = DRAWS.get(options["peft_type"])
     if draw is None:
         return
-    options["layouts"] = {(id(s.home), s.name): s.layout for s in slots(model, name)}
+    layouts = {(id(s.home), s.name): s.layout for s in slots(model, name)}
     for place, params, method, layer_kind in in_order(model, name):
         if method is not None:
-            draw(model, place, params, method, layer_kind, options)
+            draw(Drawing(model, place, params, method, layer_kind, options, layouts))
 
 
-def in_order(model: nn.Module, name: str) -> Iterator[Drawn]:
+def in_order(model: nn.Module, name: str) -> Iterator[Place]:
     """Yield the places of an adapter as HF PEFT comes to them, some of them twice.
 
     It comes to single parameters last, and draws an attention module's output projection both
     before and after its input projections.
     """
     found = list(adapter_tensors(model, name))
-    last: list[Drawn] = []
+    last: list[Place] = []
     for each in found:
         module, parameter = module_at(model, each[0])
         if parameter == JOINED and isinstance(module, nn.MultiheadAttention):
@@ -78,28 +109,18 @@ def in_order(model: nn.Module, name: str) -> Iterator[Drawn]:
     yield from last
 
 
-def draw_lora(
-    model: nn.Module,
-    place: str,
-    p: Params,
-    method: Method,
-    layer_kind: Kind | None,
-    options: Options,
-) -> None:
+def draw_lora(at: Drawing) -> None:
     """Draw A and B of one layer; DoRA's magnitudes are the row norms that they give."""
-    assert isinstance(method, LowRank)
-    how = options["init_lora_weights"]
-    draw = drawn_for_embedding if layer_kind == "embedding" else drawn_for_linear
-    base = view_at(model, place)
-    assert base is not None
-    layouts: dict[tuple[int, str], Layout] = options["layouts"]
-    at = [layouts[id(p), n] for n in ("A", "B")]
-    drawn = draw(at[0].written(p.A).shape, at[1].written(p.B).shape, how)
-    a, b = (layout.read(value) for layout, value in zip(at, drawn, strict=True))
-    put(p.A, a, base.dtype if base.storage == "dense" else None)
-    put(p.B, b, base.dtype if base.storage == "dense" else None)
+    assert isinstance(at.method, LowRank)
+    p = at.params
+    draw = drawn_for_embedding if at.kind == "embedding" else drawn_for_linear
+    of_a, of_b = at.layouts[id(p), "A"], at.layouts[id(p), "B"]
+    how = at.options["init_lora_weights"]
+    a, b = draw(of_a.written(p.A).shape, of_b.written(p.B).shape, how)
+    at.put(p.A, of_a.read(a))
+    at.put(p.B, of_b.read(b))
     if "magnitude" in p._parameters and bool(p.B.any()) and bool(p.A.any()):
-        v = base.dequantize().to(p.A.dtype) + method.scale * (p.B @ p.A)
+        v = at.base.dequantize().to(p.A.dtype) + at.method.scale * (p.B @ p.A)
         p.magnitude.copy_(torch.linalg.vector_norm(v, dim=1))
 
 
@@ -123,81 +144,26 @@ def drawn_for_embedding(a: torch.Size, b: torch.Size, how: bool | str) -> tuple[
     return torch.zeros(a), torch.randn(b)
 
 
-def draw_ia3(
-    model: nn.Module,
-    place: str,
-    p: Params,
-    method: Method,
-    layer_kind: Kind | None,
-    options: Options,
-) -> None:
+def draw_ia3(at: Drawing) -> None:
     """Draw one layer's vector, which starts at one unless `init_ia3_weights` is False."""
-    del method, layer_kind
-    drawn = torch.randn(p.l.shape)
-    base = view_at(model, place)
-    assert base is not None
-    value = torch.ones(p.l.shape) if options["init_ia3_weights"] else drawn
-    put(p.l, value, base.dtype if base.storage == "dense" else None)
+    drawn = torch.randn(at.params.l.shape)
+    at.put(at.params.l, torch.ones_like(drawn) if at.options["init_ia3_weights"] else drawn)
 
 
-def draw_prompt(
-    model: nn.Module,
-    place: str,
-    p: Params,
-    method: Method,
-    layer_kind: Kind | None,
-    options: Options,
-) -> None:
-    """Draw a prompt's embeddings or a prefix's keys and values."""
-    del place, layer_kind
-    assert isinstance(method, PromptMethod)
-    (tensor,) = (getattr(p, name) for name in p.names())
+def draw_prompt(at: Drawing) -> None:
+    assert isinstance(at.method, PromptMethod)
+    (tensor,) = (getattr(at.params, name) for name in at.params.names())
     drawn = torch.randn(tensor.shape)
-    how = options.get("prompt_tuning_init", options.get("init_weights"))
+    how = at.options.get("prompt_tuning_init", at.options.get("init_weights"))
     if how == "zero":
         drawn = torch.zeros(tensor.shape)
-    elif how in ("SAMPLE_VOCAB", "TEXT") and not options["inference_mode"]:
-        embedding = input_embedding(model)
-        sample = sampled_ids if how == "SAMPLE_VOCAB" else text_ids
-        drawn = token_rows(embedding, sample(method.rows, embedding.num_embeddings, options))
-    put(tensor, drawn, None)
-
-
-def draw_encoder(
-    model: nn.Module,
-    place: str,
-    p: Params,
-    method: Method,
-    layer_kind: Kind | None,
-    options: Options,
-) -> None:
-    """Draw a prompt encoder by HF PEFT's own class; without the network where it has none."""
-    del model, place, method, layer_kind
-    kind = PromptEncoderReparameterizationType(options["encoder_reparameterization_type"])
-    if options["encoder_dropout"] and kind == "MLP":
-        warnings.warn(
-            "encoder_dropout is ignored by HF PEFT's MLP prompt encoder, and so it is here; choose "
-            "encoder_reparameterization_type='LSTM', or leave it out",
-            stacklevel=2,
-        )
-    config = PromptEncoderConfig(**{k: v for k, v in options.items() if k in ENCODER})
-    config.encoder_reparameterization_type = kind
-    drawn = PromptEncoder(config).state_dict().values()
-    for name, value in zip(p.names(), drawn, strict=True):
-        put(getattr(p, name), value, None)
-
-
-ENCODER = (
-    "num_virtual_tokens", "num_transformer_submodules", "token_dim", "inference_mode",
-    "encoder_hidden_size", "encoder_num_layers", "encoder_dropout",
-)  # fmt: skip
-"""The options that HF PEFT's prompt encoder reads."""
-
-
-def sampled_ids(tokens: int, rows: int, options: Options) -> Tensor:
-    """Draw ids from the vocabulary."""
-    del options
-    return torch.randint(0, rows, (tokens,))
+    elif how in ("SAMPLE_VOCAB", "TEXT") and not at.options["inference_mode"]:
+        embedding = input_embedding(at.model)
+        tokens, rows = at.method.rows, embedding.num_embeddings
+        sampled = how == "SAMPLE_VOCAB"
+        ids = torch.randint(0, rows, (tokens,)) if sampled else text_ids(tokens, rows, at.options)
+        drawn = token_rows(embedding, ids)
+    tensor.copy_(drawn)
 
 
 def text_ids(tokens: int, rows: int, options: Options) -> Tensor:
@@ -214,19 +180,23 @@ def text_ids(tokens: int, rows: int, options: Options) -> Tensor:
     return torch.tensor([ids[i % len(ids)] for i in range(tokens)])
 
 
-TRUST = "trust_remote_code"
-"""An option of tokenizers that no configuration may turn on."""
+def draw_encoder(at: Drawing) -> None:
+    """Draw a prompt encoder by HF PEFT's own class; without the network where it has none."""
+    kind = PromptEncoderReparameterizationType(at.options["encoder_reparameterization_type"])
+    if at.options["encoder_dropout"] and kind == "MLP":
+        warnings.warn(
+            "encoder_dropout is ignored by HF PEFT's MLP prompt encoder, and so it is here; choose "
+            "encoder_reparameterization_type='LSTM', or leave it out",
+            stacklevel=2,
+        )
+    config = PromptEncoderConfig(**{k: v for k, v in at.options.items() if k in ENCODER})
+    config.encoder_reparameterization_type = kind
+    drawn = PromptEncoder(config).state_dict().values()
+    for name, value in zip(at.params.names(), drawn, strict=True):
+        getattr(at.params, name).copy_(value)
 
 
-def put(tensor: Tensor, value: Tensor, rounded_to: torch.dtype | None) -> None:
-    """Copy a start into an adapter's tensor, through the base's dtype as HF PEFT does."""
-    tensor.copy_(value if rounded_to is None else value.to(rounded_to))
-
-
-Draw = Callable[[nn.Module, str, Params, Method, Kind | None, Options], None]
-
-
-DRAWS: dict[str, Draw] = {
+DRAWS: dict[str, Callable[[Drawing], None]] = {
     "LORA": draw_lora,
     "IA3": draw_ia3,
     "PREFIX_TUNING": draw_prompt,

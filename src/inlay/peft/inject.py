@@ -1,4 +1,4 @@
-"""HF PEFT's low-level way: an adapter set into a model that stays the model it was."""
+"""HF PEFT's `inject_adapter_in_model`: an adapter set into a model without a wrapper."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from inlay.peft.errors import AdapterError
 from inlay.peft.seam import check_target_module_exists
 from inlay.peft.tuner import Tuner
 from inlay.storage.registry import kind
+
+TABLES = ("lora_", "ia3_", "ln_tuning_")
+"""How the names of a method's tensors at a module begin."""
 
 
 def inject_adapter_in_model(
@@ -47,7 +50,7 @@ def inject_adapter_in_model(
     if adapter_name in adapters(model):
         raise AdapterError(f"the model already has an adapter named {adapter_name!r}")
     if state_dict is not None:
-        peft_config = aimed(peft_config, model, state_dict)
+        peft_config = targeting(peft_config, model, state_dict)
     tuner = Tuner(model)
     tuner.peft_config = dict(vars(model).get("peft_config") or {})
     tuner.add(adapter_name, peft_config, True, low_cpu_mem_usage)
@@ -55,12 +58,8 @@ def inject_adapter_in_model(
     return model
 
 
-def aimed(config: PeftConfig, model: nn.Module, state: Mapping[str, Tensor]) -> PeftConfig:
-    """Return a configuration whose targets are the modules that an adapter's state has.
-
-    Raises:
-        AdapterError: the state has none of the model's modules.
-    """
+def targeting(config: PeftConfig, model: nn.Module, state: Mapping[str, Tensor]) -> PeftConfig:
+    """Return a configuration whose targets are the modules that an adapter's state has."""
     names = {name for name, _ in model.named_modules() if name}
     found: Any = copy.deepcopy(config)
     if getattr(found, "target_parameters", None):
@@ -69,35 +68,30 @@ def aimed(config: PeftConfig, model: nn.Module, state: Mapping[str, Tensor]) -> 
             "`target_parameters`, which its keys cannot tell from modules; leave the state_dict out"
         )
     keys = [key.removeprefix("base_model.model.").split(".") for key in state]
-    places = {".".join(k[:n]) for k in keys for n in range(1, len(k)) if is_tensor_of(k[n])}
-    there = sorted(places & names)
-    if not there:
+    places = {".".join(k[:n]) for k in keys for n in range(1, len(k)) if k[n].startswith(TABLES)}
+    modules = places & names
+    if not modules:
         raise AdapterError(
             "the state_dict given names no module of this model: it has keys such as "
             f"{next(iter(state), 'none')}"
         )
-    warn_of_others(config, model, set(there))
-    found.target_modules, found.exclude_modules = set(there), None
+    warn_of_others(config, model, modules)
+    found.target_modules, found.exclude_modules = modules, None
     return found
 
 
-def warn_of_others(config: PeftConfig, model: nn.Module, there: set[str]) -> None:
-    """Say where a configuration and an adapter's state do not mean the same modules."""
+def warn_of_others(config: PeftConfig, model: nn.Module, found: set[str]) -> None:
     meant: Any = prepared(config, model)
     names = (name for name, module in model.named_modules() if kind(module))
     asked = {name for name in names if check_target_module_exists(meant, name)}
-    for what, others in (("PEFT config", asked - there), ("state_dict", there - asked)):
+    for source, others in (("PEFT config", asked - found), ("state_dict", found - asked)):
         if others:
             warnings.warn(
                 "While injecting the PEFT adapters, an inconsistency was discovered between the "
                 "PEFT config and the provided state_dict. This is not necessarily an issue and can "
-                f"be ignored if this was the intent. The {what} contained these additional target "
+                "be ignored if this was the intent. The "
+                f"{source} contained these additional target "
                 f"modules: {sorted(others)}. ",
                 RuntimeWarning,
                 stacklevel=4,
             )
-
-
-def is_tensor_of(word: str) -> bool:
-    """Say whether a word of a key begins what a method has at a module."""
-    return word.startswith(("lora_", "ia3_", "ln_tuning_"))

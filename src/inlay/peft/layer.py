@@ -1,4 +1,9 @@
-"""How an adapted layer is to look to code that was written for HF PEFT, and the verbs it has."""
+"""An adapted layer as HF PEFT's own looks from outside: its names, its state, its verbs.
+
+TRL, `peft.optimizers` and `peft.helpers` find adapters by `isinstance` of HF PEFT's layers, by
+names such as `lora_B.default.weight`, by `r` and `scaling`. The tensors stay where Inlay has them;
+the names are views (views.py), through which the tensors are read and set.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +16,7 @@ from torch import nn
 from inlay.model.adapters.instance import change_class
 from inlay.model.adapters.layer import AdaptedLayer
 from inlay.peft.errors import AdapterError
-from inlay.peft.views import Word, tables, with_tensors
-
-Words = tuple[tuple[str, tuple[Word, ...]], ...]
-"""What HF PEFT calls the tensors of each adapter."""
-
-
-Alphas = tuple[tuple[str, float], ...]
-"""The alpha that each adapter's configuration says, whatever its scale is now."""
+from inlay.peft.views import PeftName, named_below, tables, with_tensors
 
 
 @dataclass(frozen=True)
@@ -26,42 +24,42 @@ class Look:
     """What a layer shows of its adapters."""
 
     kind: str | None
-    words: Words
-    alphas: Alphas
+    names: tuple[tuple[str, tuple[PeftName, ...]], ...]
+    """HF PEFT's names of each adapter's tensors."""
+    alphas: tuple[tuple[str, float], ...]
+    """The alpha in each adapter's configuration, whatever its scale is now."""
     whole: bool
-    """Whether it is itself in `modules_to_save`."""
+    """Whether the layer itself is in `modules_to_save`."""
     chosen: tuple[str, ...] = ()
-    """The active adapters, those that have nothing at this layer among them."""
+    """The active adapters, also those that have nothing at this layer."""
     merged: tuple[str, ...] = ()
     enabled: bool = True
 
 
-class Switched(AdaptedLayer):
-    """The verbs of one layer: which adapters act at it, and which train.
+class PeftLayer(AdaptedLayer):
+    """An adapted layer with HF PEFT's names beside its own.
 
-    `set_adapter`, `disable_adapter` and the like of the model set every layer alike again.
+    Its verbs set this layer alone; `set_adapter` and the like of the model set every layer alike.
     """
 
     plain: ClassVar[type[AdaptedLayer]]
     shown: ClassVar[str]
-    """What HF PEFT calls the layer's class."""
+    """The name of HF PEFT's class for the layer."""
     look: ClassVar[Look]
     made: ClassVar[Callable[[type[AdaptedLayer], Look], type[AdaptedLayer]]]
-    """What makes the class for a look."""
+    """The function that makes the class for a look."""
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether the base alone acts here."""
-        return not type(self).look.enabled
+        return not self.look.enabled
 
     @property
     def active_adapters(self) -> list[str]:
-        """The names of the active adapters, those that have nothing here among them."""
-        return list(type(self).look.chosen)
+        """The names of the active adapters, also of those that have nothing here."""
+        return list(self.look.chosen)
 
     @property
     def active_adapter(self) -> list[str]:
-        """The names of the active adapters."""
         return self.active_adapters
 
     @property
@@ -74,28 +72,26 @@ class Switched(AdaptedLayer):
 
     @property
     def merged_adapters(self) -> list[str]:
-        """The names of the adapters that are merged into the weight now."""
-        return list(type(self).look.merged)
+        return list(self.look.merged)
 
     @property
     def merged(self) -> bool:
-        """Whether an adapter is merged into the weight now."""
-        return bool(type(self).look.merged)
+        return bool(self.look.merged)
 
     def choose(self, names: str | Sequence[str]) -> None:
         """Let these adapters act here, unless adapters are disabled or merged."""
-        chosen = (names,) if isinstance(names, str) else tuple(names)
-        self.show(replace(type(self).look, chosen=chosen))
+        self.show(replace(self.look, chosen=as_names(names)))
 
     def show(self, look: Look) -> None:
-        """Take another look, and let those adapters act here that it says."""
-        change_class(self, type(self).made(type(self).plain, look))
+        """Take another look, and activate the adapters that it names."""
+        cls = type(self)
+        change_class(self, cls.made(cls.plain, look))
         acts = look.enabled and not look.merged
         self.active = tuple(n for n in look.chosen if acts and n in self.adapters)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones here; they train unless `inference_mode`."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        names = as_names(adapter_names)
         for name in self.methods:
             self.params(name).requires_grad_(name in names and not inference_mode)
         self.choose(names)
@@ -103,9 +99,7 @@ class Switched(AdaptedLayer):
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Let adapters train here, or freeze them."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        for name in set(names) & set(self.methods):
+        for name in set(as_names(adapter_names)) & set(self.methods):
             self.params(name).requires_grad_(requires_grad)
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -114,7 +108,7 @@ class Switched(AdaptedLayer):
             self.set_adapter(self.active_adapters)
         for name in () if enabled else self.methods:
             self.params(name).requires_grad_(False)
-        self.show(replace(type(self).look, enabled=enabled))
+        self.show(replace(self.look, enabled=enabled))
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.methods)
@@ -123,47 +117,28 @@ class Switched(AdaptedLayer):
         return sorted(self.methods)
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Refuse: a merge is of the whole model, which keeps what it takes to undo it.
-
-        Raises:
-            AdapterError: always.
-        """
+        """Refuse: a merge is of the whole model, which keeps what it takes to undo it."""
         raise AdapterError(
             "one layer alone cannot be merged; call merge_adapter or merge_and_unload of the model"
         )
 
     def unmerge(self) -> None:
-        """Refuse, as `merge`.
-
-        Raises:
-            AdapterError: always.
-        """
         raise AdapterError("one layer alone cannot be unmerged; call unmerge_adapter of the model")
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: Any = None) -> None:
-        """Refuse: an adapter is deleted from the whole model.
-
-        Raises:
-            AdapterError: always.
-        """
         raise AdapterError(
             f"adapter {adapter_name!r} cannot be deleted from one layer alone; call delete_adapter "
             "of the model"
         )
 
-
-class Presented(Switched):
-    """An adapted layer with HF PEFT's names beside its own."""
-
     def __getattr__(self, name: str) -> Any:
         """Return a table of tensors by HF PEFT's name, or the layer's attribute."""
-        words = type(self).look.words
-        if name in {word.table.partition(".")[0] for _, each in words for word in each}:
+        if name in {each.table.partition(".")[0] for _, names in self.look.names for each in names}:
             return self.views()[name]
         return super().__getattr__(name)
 
     def _get_name(self) -> str:
-        return type(self).shown
+        return self.shown
 
     def __repr__(self) -> str:
         shell = nn.Module()
@@ -172,40 +147,30 @@ class Presented(Switched):
         return nn.Module.__repr__(shell)
 
     def views(self) -> dict[str, nn.Module]:
-        """Return the tables of tensors by HF PEFT's names."""
-        return tables(self, type(self).look.words)
+        return tables(self, self.look.names)
 
     def get_base_layer(self) -> nn.Module:
         """Return the layer without adapters, on the same tensors."""
         return with_tensors(self, None)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Every child by name, adapters first by HF PEFT's."""
+        """Yield every child by name, adapters first by HF PEFT's names."""
         yield from self.views().items()
         yield from super().named_children()
 
     def children(self) -> Iterator[nn.Module]:
-        """Every child once: what moves, casts and trains the tensors need not see them twice."""
+        """Yield every child once: what moves, casts and trains tensors need not see them twice."""
         yield from dict.fromkeys(m for m in self._modules.values() if m is not None)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Generator[tuple[str, nn.Module]]:
-        """Every module below by name, adapters first by HF PEFT's."""
-        memo = set() if memo is None else memo
-        if self in memo:
-            return
-        if remove_duplicate:
-            memo.add(self)
-        yield prefix, self
-        for name, child in self.named_children():
-            below = f"{prefix}.{name}" if prefix else name
-            yield from child.named_modules(memo, below, remove_duplicate)
+        yield from named_below(self, self.named_children(), memo, prefix, remove_duplicate)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the state with HF PEFT's names of adapters."""
         found: Any = super().state_dict(*args, **kwargs)
-        for ours, theirs in self.spelled(kwargs.get("prefix", args[1] if len(args) > 1 else "")):
+        for ours, theirs in self.keys_in(kwargs.get("prefix", args[1] if len(args) > 1 else "")):
             if ours in found:
                 found[theirs] = found.pop(ours)
         return found
@@ -213,15 +178,19 @@ class Presented(Switched):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        for ours, theirs in self.spelled(prefix):
+        for ours, theirs in self.keys_in(prefix):
             if theirs in state_dict:
                 state_dict[ours] = state_dict.pop(theirs)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def spelled(self, prefix: str) -> Iterator[tuple[str, str]]:
-        """Every adapter tensor's name in the state, Inlay's and HF PEFT's."""
-        for adapter, words in type(self).look.words:
-            for word in words:
-                theirs = ".".join(part for part in (word.table, adapter, word.below) if part)
-                at = f"{word.part}.{word.tensor}" if word.part else word.tensor
+    def keys_in(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """Yield the key of every adapter tensor in a state: Inlay's, and HF PEFT's."""
+        for adapter, names in self.look.names:
+            for name in names:
+                theirs = ".".join(part for part in (name.table, adapter, name.below) if part)
+                at = f"{name.part}.{name.tensor}" if name.part else name.tensor
                 yield f"{prefix}adapters.{adapter}.{at}", prefix + theirs
+
+
+def as_names(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)

@@ -16,50 +16,54 @@ from inlay.model.adapters.layer import AdaptedLayer, own_modules
 from inlay.model.adapters.registry import Attached, active, adapters, required_registry
 from inlay.model.pickling import MADE_BY
 from inlay.peft.auxiliary import SavedLayer, TokenLayer, become_wrapper
-from inlay.peft.layer import Look, Presented
-from inlay.peft.seam import LNTuningLayer, ModulesToSaveWrapper, TrainableTokensWrapper, ia3, lora
+from inlay.peft.layer import Look, PeftLayer
+from inlay.peft.seam import (
+    LNTuningLayer,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    ia3,
+    lora,
+)
 from inlay.peft.tuner_layer import TunerLayer
-from inlay.peft.views import Word
+from inlay.peft.views import PeftName
 from inlay.storage.registry import kind
 
 LORA: Mapping[str, Any] = {"linear": lora.Linear, "conv1d": lora.Linear,
                            "embedding": lora.Embedding}  # fmt: skip
 """HF PEFT's class of a LoRA layer, by the layer's kind."""
-
-
-KINDS = {"lora": "lora", "ia3": "ia3", "ln": "ln_tuning"}
-"""What HF PEFT's layers are called, by what their tensors' names begin with."""
-
-
+TUNERS = {"lora": "lora", "ia3": "ia3", "ln": "ln_tuning"}
+"""HF PEFT's tuner of a layer, by the prefix of its tensors' names."""
 BELOW = {"lora_magnitude_vector": "weight"}
 """What HF PEFT has below the adapter's name and leaves out in its file."""
 
 
-def present(model: nn.Module, merged: Collection[str] = (), enabled: bool = True) -> None:
-    """Give every adapted layer of a model HF PEFT's look, as its adapters are now."""
+def set_classes(model: nn.Module, merged: Collection[str] = (), enabled: bool = True) -> None:
+    """Give every adapted layer of a model the class that shows its adapters as they are now."""
     there, chosen = adapters(model), active(model)
     roots = {name: saved_roots(model, attached) for name, attached in there.items()}
     whole = {root for each in roots.values() for root in each}
     for place, layer in own_modules(model):
         if isinstance(layer, AdaptedLayer):
-            plain: Any = type(layer).plain if isinstance(layer, Presented) else type(layer)
+            plain: Any = type(layer).plain if isinstance(layer, PeftLayer) else type(layer)
             here = {n: there[n] for n in layer.methods if n in there}
-            words = {n: words_of(layer, n, a, under_any(place, roots[n])) for n, a in here.items()}
+            names = tuple(
+                (n, peft_names(layer, n, each, under_any(place, roots[n])))
+                for n, each in here.items()
+            )
             methods = {n: a.method.for_layer(place) for n, a in here.items()}
             alphas = tuple((n, m.alpha) for n, m in methods.items() if isinstance(m, LowRank))
             now = tuple(name for name in merged if name in layer.methods)
-            spelled, root = tuple(words.items()), place in whole
-            look = Look(kind(layer), spelled, alphas, root, chosen, now, enabled)
-            layer.__class__ = presented(plain, look)
+            look = Look(kind(layer), names, alphas, place in whole, chosen, now, enabled)
+            layer.__class__ = peft_layer_class(plain, look)
         elif place in whole:
             become_wrapper(layer, required_registry(model).classes)
 
 
-def words_of(
+def peft_names(
     layer: AdaptedLayer, adapter: str, attached: Attached, saved: bool
-) -> tuple[Word, ...]:
-    """Return what HF PEFT calls one adapter's tensors at a layer; no word for those it lacks."""
-    method, found = layer.methods[adapter], list[Word]()
+) -> tuple[PeftName, ...]:
+    """Return HF PEFT's names of one adapter's tensors at a layer, of those that it has."""
+    method, found = layer.methods[adapter], list[PeftName]()
     parts = layer.params(adapter).parts
     inside = [name for name in layer._parameters if name in parts]
     for depth, name in enumerate(reversed(inside)):  # HF PEFT wraps once for each parameter
@@ -68,10 +72,10 @@ def words_of(
             table, _, below = acts.peft_tensors("linear").get(tensor, "").partition(".")
             if table:
                 nested = "base_layer." * depth + table
-                found.append(Word(tensor, nested, below or BELOW.get(table, ""), name))
+                found.append(PeftName(tensor, nested, below or BELOW.get(table, ""), name))
     for tensor in layer.params(adapter)._parameters:
         if tensor == ROWS[-1]:
-            found.append(Word(tensor, TOKEN_KEY, ""))
+            found.append(PeftName(tensor, TOKEN_KEY, ""))
             continue
         copied = method is None or tensor in layer._parameters
         if not copied and method is not None:
@@ -84,40 +88,35 @@ def words_of(
             key = ""
         table, _, below = key.partition(".")
         if table:
-            found.append(Word(tensor, table, below or BELOW.get(table, "")))
+            found.append(PeftName(tensor, table, below or BELOW.get(table, "")))
     return tuple(found)
 
 
 @cache
-def presented(plain: type[AdaptedLayer], look: Look) -> type[Presented]:
+def peft_layer_class(plain: type[AdaptedLayer], look: Look) -> type[PeftLayer]:
     """Return the subclass of an adapted class that has a look."""
-    tops = {word.table.split(".")[-1] for _, each in look.words for word in each}
-    acts = [prefix for prefix in KINDS if any(top.startswith(f"{prefix}_") for top in tops)]
-    rows = "trainable_tokens_delta" in tops
-    ours: tuple[Any, ...] = (TunerLayer,) if acts else (Presented,)
+    tops = {name.table.split(".")[-1] for _, names in look.names for name in names}
+    acts = [prefix for prefix in TUNERS if any(top.startswith(f"{prefix}_") for top in tops)]
+    ours: tuple[Any, ...] = (TunerLayer,) if acts else (PeftLayer,)
     theirs: tuple[Any, ...] = ()
     if look.whole and not acts:
         ours, theirs = (SavedLayer,), (ModulesToSaveWrapper,)
-    elif rows and not acts:
+    elif "trainable_tokens_delta" in tops and not acts:
         ours, theirs = (TokenLayer,), (TrainableTokensWrapper,)
-    body: dict[str, Any] = {"plain": plain, "look": look, "made": staticmethod(presented)}
-    body |= {"original": plain.original, MADE_BY: (presented, plain, look)}
-    own = theirs[0].__name__ if theirs else name_of(plain, look, acts)
-    body["shown"] = ".".join([KINDS[prefix] for prefix in acts[:1]] + [own])
+    body: dict[str, Any] = {"plain": plain, "look": look, "made": staticmethod(peft_layer_class)}
+    body |= {"original": plain.original, MADE_BY: (peft_layer_class, plain, look)}
+    own = theirs[0].__name__ if theirs else plain.original.__name__
+    if acts[:1] == ["lora"] and look.kind == "conv1d":
+        own = "Linear"  # With LoRA, HF PEFT calls a Conv1D a Linear.
+    body["shown"] = ".".join([TUNERS[prefix] for prefix in acts[:1]] + [own])
     body |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
     cls: Any = type(plain.__name__, (*ours, plain, *theirs), body)
     for base in (peft_class(prefix, look.kind) for prefix in acts):
         base.register(cls)
-    return cast("type[Presented]", cls)
-
-
-def name_of(plain: type[AdaptedLayer], look: Look, acts: list[str]) -> str:
-    """Return the name of a layer's class; with LoRA, HF PEFT calls a Conv1D a Linear."""
-    return "Linear" if acts[:1] == ["lora"] and look.kind == "conv1d" else plain.original.__name__
+    return cast("type[PeftLayer]", cls)
 
 
 def peft_class(prefix: str, layer_kind: str | None) -> Any:
-    """Return HF PEFT's class of a layer, by what its tensors' names begin with."""
     if prefix == "lora":
         return LORA.get(layer_kind or "", lora.LoraLayer)
     return {"ia3": ia3.IA3Layer, "ln": LNTuningLayer}[prefix]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.methods.base import PromptMethod
+from inlay.model.adapters.attach import adapters
 from inlay.model.adapters.layer import AdaptedLayer, own_modules
 from inlay.model.adapters.registry import adapters, required_registry
 from inlay.peft.errors import AdapterError, KindError
@@ -29,11 +30,8 @@ def routed(model: nn.Module, names: Sequence[str], copies: int = 1) -> Generator
 
     Args:
         model: a model in eval mode.
-        names: one adapter's name a row; `__base__` is none.
+        names: the adapter's name of each row; `__base__` is none.
         copies: how many times the model repeats each row, as beam search does.
-
-    Raises:
-        AdapterError: an adapter is not known, or cannot act on some rows only.
     """
     check_names(model, names)
     layers = [(n, m) for n, m in own_modules(model) if isinstance(m, AdaptedLayer)]
@@ -61,16 +59,16 @@ def forward(
 ) -> Tensor:
     """Return a layer's output, each row through its own adapter.
 
-    `groups` are the rows of each adapter, by how many rows there are: an encoder reads each once
-    where the decoder reads it once a beam.
+    `groups` holds the rows of each adapter by the batch size: an encoder reads each row once, where
+    the decoder reads it once a beam.
     """
     call = [*args, *kwargs.values()]
     x: Tensor = call[0]
     rows = x.shape[0]
     if len(call) != 1 or rows not in groups:
-        wanted = " or ".join(map(str, sorted(groups)))
+        expected = " or ".join(map(str, sorted(groups)))
         raise AdapterError(
-            f"layer {name} reads {rows} rows where adapter_names gives {wanted}: this model "
+            f"layer {name} reads {rows} rows where adapter_names gives {expected}: this model "
             "does not keep one row a sequence there; run the rows of each adapter by themselves"
         )
     check_batched(name, layer, x)
@@ -89,23 +87,20 @@ def forward(
 
 
 def check_names(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise unless every name is an adapter that can act on some rows only.
-
-    Raises:
-        AdapterError: it is unknown, or a prompt, or the model is training.
-    """
+    """Raise unless every name is an adapter that can act on some rows only."""
     if model.training:
         raise AdapterError(
             "Cannot pass `adapter_names` when the model is in training mode; call model.eval()"
         )
-    known = required_registry(model).adapters
+    known = adapters(model)
     wrong = sorted(set(names) - set(known) - {BASE})
     if wrong:
         raise AdapterError(
             f"Trying to infer with non-existing adapter(s): {', '.join(wrong)}; the model has "
             f"{', '.join(known)}, and {BASE} for none"
         )
-    prompts = [n for n in names if n != BASE and is_prompt(model, n)]
+    methods = {name: known[name].method for name in names if name != BASE}
+    prompts = [name for name, method in methods.items() if isinstance(method, PromptMethod)]
     if prompts:
         raise AdapterError(
             f"adapter {prompts[0]!r} stands before every row of a batch, so adapter_names cannot "
@@ -113,17 +108,7 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
         )
 
 
-def is_prompt(model: nn.Module, name: str) -> bool:
-    """Say whether an adapter is virtual tokens."""
-    return isinstance(adapters(model)[name].method, PromptMethod)
-
-
 def check_rowwise(name: str, layer: AdaptedLayer) -> None:
-    """Raise unless a layer computes each row by itself.
-
-    Raises:
-        KindError: it is neither a matrix, nor a convolution, nor a normalisation.
-    """
     shown = type(layer).__name__
     if layer.part_views and not isinstance(layer, nn.MultiheadAttention):
         raise KindError(
@@ -144,11 +129,7 @@ def check_rowwise(name: str, layer: AdaptedLayer) -> None:
 
 
 def check_batched(name: str, layer: AdaptedLayer, x: Tensor) -> None:
-    """Raise where a convolution reads one sample without a row for it.
-
-    Raises:
-        AdapterError: it does.
-    """
+    """Raise where a convolution reads one sample without a batch dimension."""
     kernel: tuple[int, ...] = getattr(layer, "kernel_size", ())
     if is_convolution(layer) and x.ndim != len(kernel) + 2:
         raise AdapterError(

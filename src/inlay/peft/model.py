@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,21 +13,131 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from inlay.checkpoint.adapter import say_finished
+from inlay.checkpoint.adapter import put_adapter, reload_adapter, warn_of_lost_encoder
 from inlay.model.adapters.attach import whole_outputs
 from inlay.model.fast.causal_lm import FastCausalLM
 from inlay.model.fast.trl_head import reads_past
 from inlay.peft import folders
 from inlay.peft.errors import AdapterError, refuse
 from inlay.peft.mixed_batches import routed
-from inlay.peft.model_wrapper import BY_TASK, Wrapped
+from inlay.peft.model_wrapper import BY_TASK, ModelWrapper
 
-NO_MATTER = ("max_shard_size", "save_function", "token", "variant", "save_peft_format")
+IGNORED = ("max_shard_size", "save_function", "token", "variant", "save_peft_format")
 """Options of transformers' `save_pretrained` that have no bearing on an adapter's one file."""
 
 
-class Saved(Wrapped):
-    """A wrapped model whose adapters come from files and go into them."""
+class PeftModel(ModelWrapper):
+    """A model with adapters, used as HF PEFT's `PeftModel` is.
+
+    Differences, all on the careful side: adapters are set into the model's own layers, so a
+    parameter is called `base_model.model.<layer>.adapters.<name>.<tensor>`; merging is undone bit
+    for bit; prompts leave a decoder's logits as long as the input; files are safetensors and are
+    read strictly; an option that Inlay does not have is an error that names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        self.wrap(model, peft_config)
+        self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        self.prepare_checkpointing()
+
+    # Running the model.
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Run the model; `adapter_names` gives each row of the batch an adapter of its own."""
+        if kwargs.get("fused_lm_head"):
+            check_head(self.get_base_model())
+        model = self.get_base_model()
+        if adapter_names is None and not self.prompts():
+            return model(*args, **kwargs)
+        with whole_outputs(model), self.rows(adapter_names, 1, kwargs, args):
+            return model(*args, **kwargs)
+
+    def generate(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """Generate; `adapter_names` as in `forward`."""
+        model = self.get_base_model()
+        if "generation_config" in vars(self):
+            model.generation_config = self.generation_config
+        settings = kwargs.get("generation_config") or model.generation_config
+        copies = max(
+            int(kwargs.get(key) or getattr(settings, key, None) or 1)
+            for key in ("num_beams", "num_return_sequences")
+        )
+        with self.rows(adapter_names, copies, kwargs, args):
+            return model.generate(*args, **kwargs)
+
+    @contextmanager
+    def rows(
+        self,
+        names: Sequence[str] | None,
+        copies: int,
+        kwargs: dict[str, Any],
+        args: tuple[Any, ...],
+    ) -> Generator[None]:
+        """Give each row of a batch its adapter inside the `with` block."""
+        if names is None or not self.base_model.enabled:
+            yield
+            return
+        if self.base_model.merged:
+            raise AdapterError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
+            )
+        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if given is not None and len(given) != len(names):
+            raise AdapterError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(given)} respectively."
+            )
+        with routed(self.get_base_model(), names, copies):
+            yield
+
+    @contextmanager
+    def disable_adapter(self) -> Generator[None]:
+        """Run the base inside the `with` block; a merge is out meanwhile and back after it."""
+        with self.base_model.disabled():
+            yield
+
+    # Adding, choosing and deleting adapters.
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an adapter as a configuration says; only the model's first becomes active.
+
+        `low_cpu_mem_usage` leaves its tensors on no device, until values are loaded into it.
+
+        Raises:
+            AdapterError: the name is taken, or an option is one that Inlay does not have.
+            TargetError: a target matched nothing that this method can adapt.
+        """
+        self.base_model.add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make an adapter, or several, the active ones; they train unless `inference_mode`."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.base_model.delete_adapter(adapter_name)
+
+    # Saving and loading adapters.
 
     def save_pretrained(
         self,
@@ -42,24 +152,19 @@ class Saved(Wrapped):
         """Save adapters in HF PEFT's layout: `default` in the folder, others in subfolders.
 
         Of the other options of transformers' function of this name, `state_dict` gives the values
-        to save, as accelerate gathers them, and `tags` go to the card; those that say how a hub is
-        reached or how the weights of a whole model are cut have nothing to do here.
+        to save, as accelerate gathers them, and `tags` go to the card; the options of the hub and
+        of a whole model's weights have no effect.
 
         Raises:
             AdapterError: no such adapter, or an option that Inlay does not have.
             CheckpointError: the disk is full, or an adapter holds values that are not finite.
         """
         given, tags = kwargs.pop("state_dict", None), kwargs.pop("tags", None)
-        for key in NO_MATTER:
+        for key in IGNORED:
             kwargs.pop(key, None)
-        refuse(
-            {
-                "path_initial_model_for_weight_conversion": bool(
-                    path_initial_model_for_weight_conversion
-                ),
-                **{key: value not in (None, False) for key, value in kwargs.items()},
-            }
-        )
+        key = "path_initial_model_for_weight_conversion"
+        refuse({key: bool(path_initial_model_for_weight_conversion)})
+        refuse({key: value not in (None, False) for key, value in kwargs.items()})
         if not safe_serialization:
             warnings.warn(
                 "safe_serialization=False asks for a pickle, which inlay never writes; the adapter "
@@ -70,7 +175,7 @@ class Saved(Wrapped):
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         for name in names:
             self.base_model.check_has(name)
-        with self.base_model.at_rest():
+        with self.base_model.unmerged():
             for name in names if is_main_process else ():
                 folder = Path(save_directory) / ("" if name == "default" else name)
                 with folders.holding(self, name, given):
@@ -104,11 +209,10 @@ class Saved(Wrapped):
         new = adapter_name not in self.peft_config
         config = folders.config_in(folder)
         config.inference_mode = not is_trainable
-        with tuner.as_trained(), tuner.at_rest():
-            read = folders.read_new if new else folders.read_again
-            file = read(model, adapter_name, folder)
+        with tuner.trained_as_before(), tuner.unmerged():
+            file = (put_adapter if new else reload_adapter)(model, folder, adapter_name)
         if is_trainable:
-            say_finished(file, folder)
+            warn_of_lost_encoder(file, folder)
         if new:
             self.peft_config[adapter_name] = config
             tuner.settle_dtype(adapter_name, autocast_adapter_dtype)
@@ -164,113 +268,11 @@ class Saved(Wrapped):
             model_id, adapter_name, is_trainable, None, autocast_adapter_dtype,
             ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, **kwargs,
         )  # fmt: skip
-        if config is not None and prompt:  # what the file holds decides which tensors it has
+        if config is not None and prompt:  # The file decides which tensors a prompt has.
             folders.check_means(self.get_base_model(), adapter_name, config)
             self.peft_config[adapter_name] = config
         self.prepare_checkpointing()
         return self
-
-
-class PeftModel(Saved):
-    """A model with adapters, used as HF PEFT's `PeftModel` is.
-
-    Differences, all on the careful side: adapters are set into the model's own layers, so a
-    parameter is called `base_model.model.<layer>.adapters.<name>.<tensor>`; merging is undone bit
-    for bit; prompts leave a decoder's logits as long as the input; files are safetensors and are
-    read strictly; an option that Inlay does not have is an error that names it.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        peft_config: PeftConfig,
-        adapter_name: str = "default",
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-    ) -> None:
-        self.wrap(model, peft_config)
-        self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
-        self.prepare_checkpointing()
-
-    # Running it.
-
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Run the model; `adapter_names` gives each row of the batch an adapter of its own."""
-        if kwargs.get("fused_lm_head"):
-            check_head(self.get_base_model())
-        model = self.get_base_model()
-        if adapter_names is None and not self.prompts():
-            return model(*args, **kwargs)
-        with whole_outputs(model), self.rows(adapter_names, 1, kwargs, args):
-            return model(*args, **kwargs)
-
-    def generate(
-        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
-    ) -> Any:
-        """Generate; `adapter_names` as in `forward`."""
-        model = self.get_base_model()
-        if "generation_config" in vars(self):
-            model.generation_config = self.generation_config
-        settings = kwargs.get("generation_config") or model.generation_config
-        copies = max(
-            int(kwargs.get(key) or getattr(settings, key, None) or 1)
-            for key in ("num_beams", "num_return_sequences")
-        )
-        with self.rows(adapter_names, copies, kwargs, args):
-            return model.generate(*args, **kwargs)
-
-    @contextmanager
-    def rows(
-        self,
-        names: Sequence[str] | None,
-        copies: int,
-        kwargs: dict[str, Any],
-        args: tuple[Any, ...],
-    ) -> Generator[None]:
-        """Give each row of a batch its adapter inside the `with` block.
-
-        Raises:
-            AdapterError: not one name a row, or the adapters are merged.
-        """
-        if names is None or not self.base_model.enabled:
-            with nullcontext():
-                yield
-            return
-        if self.base_model.merged:
-            raise AdapterError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call "
-                "`unmerge_adapter` first."
-            )
-        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        if given is not None and len(given) != len(names):
-            raise AdapterError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {len(given)} respectively."
-            )
-        with routed(self.get_base_model(), names, copies):
-            yield
-
-    @contextmanager
-    def disable_adapter(self) -> Generator[None]:
-        """Run the base inside the `with` block; a merge is out meanwhile and back after it."""
-        with self.base_model.disabled():
-            yield
-
-    # Adapters come and go.
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make an adapter, or several, the active ones; they train unless `inference_mode`."""
-        self.base_model.set_adapter(adapter_name, inference_mode)
-
-    def set_requires_grad(
-        self, adapter_names: str | Sequence[str], requires_grad: bool = True
-    ) -> None:
-        """Let adapters train, or freeze them."""
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off the model."""
-        self.base_model.delete_adapter(adapter_name)
 
 
 def get_peft_model(
@@ -332,11 +334,7 @@ def get_peft_model(
 
 
 def check_head(model: Any) -> None:
-    """Raise when TRL's fused head would read past an adapter on the output head.
-
-    Raises:
-        AdapterError: it would.
-    """
+    """Raise when TRL's fused head would read past an adapter on the output head."""
     head = model.get_output_embeddings()
     if reads_past(head) and not (isinstance(model, FastCausalLM) and model.answers_fused()):
         raise AdapterError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import peft
 from peft import PeftConfig
@@ -17,109 +17,19 @@ from inlay.peft.configs import check_config, plain
 from inlay.peft.errors import AdapterError, KindError
 from inlay.peft.status import layer_status, model_status
 from inlay.peft.tuner import Tuner
-from inlay.peft.views import Leaf, nested
-
-if TYPE_CHECKING:
-    Base = nn.Module
-else:
-    Base = object
-
-
-class PromptNames(Base):
-    """What of a wrapped model's names is other where it has prompts only."""
-
-    base_model: Any
-
-    def configured(self) -> dict[str, PeftConfig]:
-        """Return the adapters' configurations."""
-        return self.base_model.peft_config if "base_model" in self._modules else {}
-
-    def only_prompts(self) -> bool:
-        """Say whether every adapter here is a prompt."""
-        configs = self.configured().values()
-        return bool(configs) and all(config.is_prompt_learning for config in configs)
-
-    @property
-    def prompt_encoder(self) -> nn.ModuleDict:
-        """Each prompt's values, as the embedding that HF PEFT has."""
-        found = nn.ModuleDict({name: self.encoder(name) for name in self.prompts()})
-        return found.train(self.training)
-
-    def prompts(self) -> list[str]:
-        """Return the names of the adapters that are prompts."""
-        return [n for n, config in self.configured().items() if config.is_prompt_learning]
-
-    def encoder(self, name: str) -> nn.Module:
-        """Return one prompt as HF PEFT's module: an embedding, and the layers of an encoder."""
-        homes: dict[str, dict[str, tuple[Params, str]]] = {}
-        for slot in slots(self.base_model.model, name):
-            first, _, rest = slot.key.partition(".")
-            if first in ("prompt_embeddings", "prompt_encoder"):
-                place, _, tensor = (rest or "embedding.weight").rpartition(".")
-                homes.setdefault(place, {})[tensor] = (slot.home, slot.name)
-        found: dict[str, nn.Module] = {}
-        for place, here in homes.items():
-            nested(found, place, Leaf(here))
-        return nn.ModuleDict(found)
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Every child by name, prompts first."""
-        if self.only_prompts():
-            yield "prompt_encoder", self.prompt_encoder
-        yield from super().named_children()
-
-    def children(self) -> Iterator[nn.Module]:
-        """Every child once: what moves, casts and trains the tensors need not see them twice."""
-        yield from (m for m in self._modules.values() if m is not None)
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Generator[tuple[str, nn.Module]]:
-        """Every module below by name, as HF PEFT names them."""
-        if not self.only_prompts():
-            yield from super().named_modules(memo, prefix, remove_duplicate)
-            return
-        memo = set() if memo is None else memo
-        if self in memo:
-            return
-        if remove_duplicate:
-            memo.add(self)
-        yield prefix, self
-        dot = f"{prefix}." if prefix else ""
-        for name, child in (
-            ("prompt_encoder", self.prompt_encoder),
-            ("base_model", self.base_model.model),
-        ):
-            yield from child.named_modules(memo, dot + name, remove_duplicate)
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """Return the module of a name, by HF PEFT's or by the tree's."""
-        if self.only_prompts() and target.startswith("base_model."):
-            try:
-                found: nn.Module = self.base_model.model.get_submodule(
-                    target.removeprefix("base_model.")
-                )
-                return found
-            except AttributeError:
-                pass
-        return super().get_submodule(target)
-
+from inlay.peft.views import Leaf, named_below, nested
 
 BY_TASK: dict[str, type[Any]] = {}
 """The class of a wrapped model by its configuration's task; task_models.py has them."""
 
 
-class Wrapped(PromptNames, peft.PeftModel):
-    """A model, and the tuner that stands around it."""
+class ModelWrapper(peft.PeftModel):
+    """A model, and the tuner around it."""
 
     base_model: Tuner
 
     def wrap(self, model: nn.Module, config: PeftConfig) -> None:
-        """Stand around a plain model that has no adapter yet.
-
-        Raises:
-            AdapterError: it has some already, or the configuration is not one of HF PEFT's.
-        """
+        """Wrap a plain model that has no adapter yet."""
         check_config(config)
         if isinstance(model, peft.PeftModel) or adapters(model):
             raise AdapterError(
@@ -135,7 +45,7 @@ class Wrapped(PromptNames, peft.PeftModel):
         self.base_model = Tuner(model)
 
     def prepare_checkpointing(self) -> None:
-        """Do what HF PEFT does for a model that recomputes activations already."""
+        """Prepare a model that recomputes activations already, as HF PEFT does."""
         model: Any = self.get_base_model()
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             self.prepare_model_for_gradient_checkpointing(model)
@@ -150,7 +60,6 @@ class Wrapped(PromptNames, peft.PeftModel):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The names of the active adapters."""
         return self.base_model.active_adapters
 
     @property
@@ -159,7 +68,6 @@ class Wrapped(PromptNames, peft.PeftModel):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """Whether an adapter acts now."""
         return self.base_model.enabled and bool(self.active_adapters)
 
     @property
@@ -175,7 +83,7 @@ class Wrapped(PromptNames, peft.PeftModel):
 
     @property
     def is_loaded_in_4bit(self) -> bool:
-        """No, whatever the base is: TRL rounds what trains on such a model to bf16.
+        """False, whatever the base is: TRL rounds what trains on a quantised model to bf16.
 
         Adapters are stored in fp32 here; a DoRA magnitude in bf16 would hardly move.
         """
@@ -183,7 +91,7 @@ class Wrapped(PromptNames, peft.PeftModel):
 
     @property
     def is_loaded_in_8bit(self) -> bool:
-        """No, as `is_loaded_in_4bit`."""
+        """False, as `is_loaded_in_4bit`."""
         return False
 
     @classmethod
@@ -193,7 +101,6 @@ class Wrapped(PromptNames, peft.PeftModel):
         return cls if cls in BY_TASK.values() else BY_TASK.get(task, cls)
 
     def get_base_model(self) -> Any:
-        """Return the model itself, with its adapted layers."""
         return self.base_model.model
 
     def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type[nn.Module]:
@@ -201,7 +108,7 @@ class Wrapped(PromptNames, peft.PeftModel):
         return type(self.get_base_model())
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return how many parameters train, and how many there are, packed ones in full."""
+        """Return the numbers of trained and of all parameters, packed ones counted in full."""
         found = {id(p): p for p in self.parameters()}
         trained = sum(p.numel() for p in found.values() if p.requires_grad)
         held = {id(p): p.numel() for m in self.modules() if isinstance(m, Params)
@@ -227,11 +134,7 @@ class Wrapped(PromptNames, peft.PeftModel):
         return model_status(self.base_model, self.get_nb_trainable_parameters())
 
     def check_layers(self, verb: str) -> None:
-        """Raise where no adapter is on a layer.
-
-        Raises:
-            KindError: all are prompts.
-        """
+        """Raise where all adapters are prompts, so that none is on a layer."""
         if self.only_prompts():
             raise KindError(
                 f"{verb}() got an invalid PeftModel instance; a prompt is on no layer, and its "
@@ -239,11 +142,7 @@ class Wrapped(PromptNames, peft.PeftModel):
             )
 
     def get_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: a prompt is given to the model, not to the caller.
-
-        Raises:
-            AdapterError: always.
-        """
+        """Refuse: a prompt is given to the model, not to the caller."""
         raise AdapterError(
             "inlay.peft gives a prompt to the model itself and has no get_prompt; call the model, "
             "or take the values from inlay.peft.get_peft_model_state_dict"
@@ -264,23 +163,69 @@ class Wrapped(PromptNames, peft.PeftModel):
         return {**values, **computed(model, adapter_name, found)}["prompt_embeddings"].cpu()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Say no: `peft.convert_to_lora` reads HF PEFT's own layers."""
+        """Return False: `peft.convert_to_lora` reads HF PEFT's own layers."""
         del adapter_name
         return False
 
-    def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: PeftConfig,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
-        """Add an adapter as a configuration says; only the model's first becomes active.
+    # Names. HF PEFT puts no tuner around a model that has prompts alone: its parameters are
+    # `base_model.<name>`, and the prompt is `prompt_encoder.<adapter>.embedding.weight`.
 
-        `low_cpu_mem_usage` leaves its tensors on no device, until values are loaded into it.
+    def configs(self) -> dict[str, PeftConfig]:
+        return self.base_model.peft_config if "base_model" in self._modules else {}
 
-        Raises:
-            AdapterError: the name is taken, or an option is one that Inlay does not have.
-            TargetError: a target matched nothing that this method can adapt.
-        """
-        self.base_model.add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
+    def only_prompts(self) -> bool:
+        configs = self.configs().values()
+        return bool(configs) and all(config.is_prompt_learning for config in configs)
+
+    @property
+    def prompt_encoder(self) -> nn.ModuleDict:
+        """Each prompt's values, as the embedding that HF PEFT has."""
+        found = nn.ModuleDict({name: self.encoder(name) for name in self.prompts()})
+        return found.train(self.training)
+
+    def prompts(self) -> list[str]:
+        return [n for n, config in self.configs().items() if config.is_prompt_learning]
+
+    def encoder(self, name: str) -> nn.Module:
+        """Return one prompt as HF PEFT's module: an embedding, and the layers of an encoder."""
+        homes: dict[str, dict[str, tuple[Params, str]]] = {}
+        for slot in slots(self.base_model.model, name):
+            first, _, rest = slot.key.partition(".")
+            if first in ("prompt_embeddings", "prompt_encoder"):
+                place, _, tensor = (rest or "embedding.weight").rpartition(".")
+                homes.setdefault(place, {})[tensor] = (slot.home, slot.name)
+        found: dict[str, nn.Module] = {}
+        for place, here in homes.items():
+            nested(found, place, Leaf(here))
+        return nn.ModuleDict(found)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield every child by name, prompts first."""
+        if self.only_prompts():
+            yield "prompt_encoder", self.prompt_encoder
+        yield from super().named_children()
+
+    def children(self) -> Iterator[nn.Module]:
+        """Yield every child once: what moves, casts and trains tensors need not see them twice."""
+        yield from (m for m in self._modules.values() if m is not None)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Generator[tuple[str, nn.Module]]:
+        if not self.only_prompts():
+            yield from super().named_modules(memo, prefix, remove_duplicate)
+            return
+        children = {"prompt_encoder": self.prompt_encoder, "base_model": self.base_model.model}
+        yield from named_below(self, children.items(), memo, prefix, remove_duplicate)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return the module of a name, HF PEFT's or that of the tree."""
+        if self.only_prompts() and target.startswith("base_model."):
+            try:
+                found: nn.Module = self.base_model.model.get_submodule(
+                    target.removeprefix("base_model.")
+                )
+                return found
+            except AttributeError:
+                pass
+        return super().get_submodule(target)

@@ -13,14 +13,14 @@ from inlay.peft.state_dict import get_peft_model_state_dict, set_peft_model_stat
 from inlay.peft.task_models import CLASSES
 
 LIBRARIES = ("peft", "trl")
-"""Whose modules call HF PEFT's functions by names of their own."""
-
-
+"""The libraries whose modules hold HF PEFT's functions under names of their own."""
 OURS: dict[str, Any] = {
     "get_peft_model": get_peft_model,
     "get_peft_model_state_dict": get_peft_model_state_dict,
     "set_peft_model_state_dict": set_peft_model_state_dict,
 }
+TARGET = "_target_peft_class"
+"""The attribute of HF PEFT's loaders that says which class the adapter is loaded with."""
 
 
 def take_over() -> ExitStack:
@@ -28,8 +28,10 @@ def take_over() -> ExitStack:
 
     HF PEFT's `get_peft_model`, and the functions that read and set an adapter's state, are replaced
     by Inlay's in `peft` and in TRL's modules, those that are loaded later too; `AutoPeftModel…`
-    gives Inlay's models. A name that a script itself imported before stays what it was. Where the
-    result is used in `with`, or closed, all is given back.
+    gives Inlay's models. A name that a script itself imported before stays what it was.
+
+    Returns:
+        What gives every replaced attribute back: use it in `with`, or call its `close`.
 
     >>> import peft
     >>> from inlay.peft import get_peft_model, take_over
@@ -42,8 +44,8 @@ def take_over() -> ExitStack:
     undo = ExitStack()
     for name, ours in OURS.items():
         theirs = getattr(peft, name)
-        put(name, ours, in_place_of=theirs)
-        undo.callback(put, name, theirs, in_place_of=ours)
+        replace(name, theirs, ours)
+        undo.callback(replace, name, ours, theirs)
     for ours in CLASSES:
         theirs: Any = getattr(peft, ours.__name__)
         undo.callback(setattr, theirs, TARGET, getattr(theirs, TARGET))
@@ -51,12 +53,7 @@ def take_over() -> ExitStack:
     return undo
 
 
-TARGET = "_target_peft_class"
-"""Where HF PEFT's loaders say which class the adapter is loaded with."""
-
-
-def put(name: str, function: object, in_place_of: object) -> None:
-    """Give a name to another function, in every loaded module where it has that one."""
+def replace(name: str, old: object, new: object) -> None:
     for module_name, module in list(sys.modules.items()):
-        if module_name.partition(".")[0] in LIBRARIES and vars(module).get(name) is in_place_of:
-            setattr(module, name, function)
+        if module_name.partition(".")[0] in LIBRARIES and vars(module).get(name) is old:
+            setattr(module, name, new)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,30 +14,25 @@ from inlay.checkpoint.folder import Entry
 from inlay.checkpoint.placement import described
 from inlay.checkpoint.slots import Slot, computed, slots
 from inlay.checkpoint.tensors import (
+    COMPUTED,
     DTYPES,
     PREFIX,
-    Problems,
+    check_entries,
     listed,
-    misfit,
-    missing,
-    separate,
+    put_values,
+    raise_problems,
     unlike,
 )
 from inlay.methods.base import Params
-from inlay.model.adapters.deferred import give_room
-from inlay.model.adapters.registry import adapters, registry_of
+from inlay.model.adapters.attach import adapters, registry_of
 from inlay.peft.errors import AdapterError, StateError
 from inlay.peft.model import PeftModel
 from inlay.peft.seam import save_and_load as theirs
 
-SPELLED = {dtype: word for word, dtype in DTYPES.items()}
-
-
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 GET: Any = theirs.get_peft_model_state_dict
-
-
 SET: Any = theirs.set_peft_model_state_dict
-"""HF PEFT's own, for models with its layers; kept here, for `take_over` puts others in place."""
+"""HF PEFT's own functions, for models with its layers; `take_over` replaces them elsewhere."""
 
 
 def get_peft_model_state_dict(
@@ -70,18 +66,17 @@ def get_peft_model_state_dict(
     inner: Any = getattr(model, "_orig_mod", model) if unwrap_compiled else model
     if not is_ours(inner):
         return GET(model, state_dict, adapter_name, unwrap_compiled, save_embedding_layers)
-    found = keyed(inner, adapter_name)
+    found = adapter_slots(inner, adapter_name)
     if state_dict is None:
-        written = {key: slot.written for key, slot in found}
+        written = {slot.key: slot.written for slot in found}
     else:
         names = {id(value): name for name, value in inner.state_dict(keep_vars=True).items()}
-        given = {key: state_dict[names[id(slot.tensor)]] for key, slot in found}
-        written = {key: slot.layout.written(given[key]) for key, slot in found}
-    return written | computed(base_of(inner), adapter_name, [s for _, s in found], written)
+        given = {slot.key: state_dict[names[id(slot.tensor)]] for slot in found}
+        written = {slot.key: slot.layout.written(given[slot.key]) for slot in found}
+    return written | computed(base_of(inner), adapter_name, found, written)
 
 
 def base_of(model: Any) -> Any:
-    """Return the model itself, without a wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -90,18 +85,14 @@ def is_ours(model: Any) -> bool:
     return isinstance(model, PeftModel) or registry_of(model) is not None
 
 
-def keyed(model: Any, name: str) -> list[tuple[str, Slot]]:
-    """Return an adapter's tensors by their keys, which an injected model has without a prefix.
-
-    Raises:
-        AdapterError: no such adapter.
-    """
+def adapter_slots(model: Any, name: str) -> list[Slot]:
+    """Return an adapter's tensors; in an injected model, their keys have no prefix."""
     if isinstance(model, PeftModel):
         model.base_model.check_has(name)
-        return [(slot.key, slot) for slot in slots(model.get_base_model(), name)]
+        return slots(model.get_base_model(), name)
     if name not in adapters(model):
         raise AdapterError(f"Adapter {name} not found; the model has {', '.join(adapters(model))}")
-    return [(slot.key.removeprefix(PREFIX), slot) for slot in slots(model, name)]
+    return [replace(slot, key=slot.key.removeprefix(PREFIX)) for slot in slots(model, name)]
 
 
 @torch.no_grad()
@@ -125,35 +116,23 @@ def set_peft_model_state_dict(
         raise AdapterError("ignore_mismatched_sizes=True is not something that inlay.peft has")
     if not is_ours(model):
         return SET(model, peft_model_state_dict, adapter_name)
-    pairs, values = keyed(model, adapter_name), dict(peft_model_state_dict)
+    found, values = adapter_slots(model, adapter_name), dict(peft_model_state_dict)
     base = base_of(model)
-    found = [Slot(key, slot.home, slot.name, slot.layout) for key, slot in pairs]
-    expected = {slot.key: slot.written for slot in found}
-    entries = {k: Entry(SPELLED.get(v.dtype, str(v.dtype)), tuple(v.shape)) for k, v in
-               values.items()}  # fmt: skip
-    problems = Problems()
-    problems.add("missing", missing(found, entries))
-    beside = computed(base, adapter_name, found)
-    problems.add("not used by it", (key for key in values if key not in {**expected, **beside}))
-    for key, tensor in {**expected, **beside}.items():
-        if key in entries:
-            problems.add("misfits", misfit(key, entries[key], tensor, False))
-    where = f"adapter {adapter_name!r} of this {described(base)}"
-    problems.raise_if_any(f"the state given does not fit {where}")
-    given = unlike(values, computed(base, adapter_name, found, values))
-    problems.add("unlike what its others give", given)
-    problems.raise_if_any(f"the state given does not fit {where}")
-    separate(found, values)
-    give_room(base, adapter_name)
-    for slot in found:
-        if slot.key in values:
-            slot.tensor.copy_(slot.layout.read(values[slot.key]))
+    entries = {
+        key: Entry(DTYPE_NAMES.get(value.dtype, str(value.dtype)), tuple(value.shape))
+        for key, value in values.items()
+    }
+    about = f"the state given does not fit adapter {adapter_name!r} of this {described(base)}"
+    check_entries(found, entries, computed(base, adapter_name, found), {}, about)
+    expected = computed(base, adapter_name, found, values)
+    raise_problems(about, {COMPUTED: unlike(values, expected)})
+    put_values(base, adapter_name, found, values)
     return _IncompatibleKeys([], [])
 
 
 def get_base_model_state_dict(model: PeftModel) -> dict[str, Tensor]:
     """Return the base model's own state, without adapters and without a merge."""
-    with model.base_model.at_rest():
+    with model.base_model.unmerged():
         state: dict[str, Tensor] = model.get_base_model().state_dict()
         ours = adapter_keys(model)
         return {key: value for key, value in state.items() if key not in ours}
@@ -170,7 +149,7 @@ def set_base_model_state_dict(
     Raises:
         StateError: with `strict`, a key is missing or not the base's.
     """
-    with model.base_model.at_rest():
+    with model.base_model.unmerged():
         ours = adapter_keys(model)
         found = model.get_base_model().load_state_dict(base_model_state_dict, strict=False)
     missed = [key for key in found.missing_keys if key not in ours]

@@ -1,4 +1,4 @@
-"""What HF PEFT tells of a model's adapters, layer by layer and in all."""
+"""HF PEFT's status of a model's adapters, by layer and for the whole model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from inlay.checkpoint.placement import under_any
 from inlay.model.adapters.layer import own_modules
 from inlay.peft.auxiliary import SavedContainer, SavedLayer, TokenLayer
-from inlay.peft.layer import Presented
+from inlay.peft.layer import PeftLayer
 from inlay.peft.seam import TunerLayerStatus, TunerModelStatus
 from inlay.peft.tuner import Tuner
 from inlay.storage.registry import frozen, kind
@@ -27,15 +27,14 @@ def layer_status(tuner: Tuner) -> list[TunerLayerStatus]:
         if isinstance(layer, SavedContainer):
             inside = (*inside, name)
             found.append(status_of(tuner, name, layer, layer.layers()))
-        elif isinstance(layer, Presented) and not under_any(name, inside):
+        elif isinstance(layer, PeftLayer) and not under_any(name, inside):
             found.append(status_of(tuner, name, layer, [layer]))
     return found
 
 
 def status_of(
-    tuner: Tuner, name: str, module: Presented | SavedContainer, layers: Iterable[Presented]
+    tuner: Tuner, name: str, module: PeftLayer | SavedContainer, layers: Iterable[PeftLayer]
 ) -> TunerLayerStatus:
-    """Return the state of one adapted layer, or of several that are trained whole together."""
     params: dict[str, list[nn.Parameter]] = {}
     for layer in layers:
         for each in layer.methods:
@@ -53,8 +52,8 @@ def status_of(
     )
 
 
-def type_of(tuner: Tuner, name: str, module: Presented | SavedContainer) -> str:
-    """Return what HF PEFT calls an adapted module's class."""
+def type_of(tuner: Tuner, name: str, module: PeftLayer | SavedContainer) -> str:
+    """Return the name of HF PEFT's class for an adapted module."""
     if isinstance(module, TokenLayer):
         return "TrainableTokensLayer"
     if isinstance(module, SavedContainer | SavedLayer):
@@ -65,28 +64,25 @@ def type_of(tuner: Tuner, name: str, module: Presented | SavedContainer) -> str:
 
 
 def plain_type(config: PeftConfig) -> str:
-    """Return a configuration's peft_type as text."""
     return str(config.peft_type).rpartition(".")[2]
 
 
 def model_type(tuner: Tuner) -> str:
-    """Return the name of HF PEFT's class of model for the first adapter."""
     config = next(iter(tuner.peft_config.values()), None)
     known = {kind.value: made.__name__ for kind, made in PEFT_TYPE_TO_TUNER_MAPPING.items()}
     return known.get("" if config is None else plain_type(config), type(tuner).__name__)
 
 
 def backend_of(layer: nn.Module) -> str | None:
-    """Return how a layer's weight is held, or None when it is dense."""
-    told = vars(layer).get("quantization_backend")
-    if told is not None:
-        return str(told.backend_name)
+    backend = vars(layer).get("quantization_backend")
+    if backend is not None:
+        return str(backend.backend_name)
     storage = frozen(layer).storage if kind(layer) else "dense"
     return None if storage == "dense" else storage
 
 
 def model_status(tuner: Tuner, counts: tuple[int, int]) -> TunerModelStatus:
-    """Return the state of all the adapters together; `counts` are trained and all parameters."""
+    """Return the state of all adapters together; `counts` are trained and all parameters."""
     layers = layer_status(tuner)
     names = sorted(tuner.peft_config)
     backends = {layer.quantization_backend for layer in layers}
@@ -108,25 +104,22 @@ def model_status(tuner: Tuner, counts: tuple[int, int]) -> TunerModelStatus:
 
 
 def each(layers: Iterable[TunerLayerStatus], field: str, name: str) -> list[Any]:
-    """Return one adapter's entry of a field at every layer that has it."""
     found = (getattr(layer, field) for layer in layers)
     return [entry[name] for entry in found if name in entry]
 
 
 def agreed(values: Iterable[Agreed]) -> Agreed:
-    """Return what all say, or that they differ."""
-    said = set(values)
-    return said.pop() if len(said) == 1 else bool(said) and "irregular"
+    found = set(values)
+    return found.pop() if len(found) == 1 else bool(found) and "irregular"
 
 
 def one_of(lists: Iterable[list[str]]) -> list[str] | Literal["irregular"]:
-    """Return the list that all have, or say that they differ."""
-    said = {tuple(each) for each in lists}
-    return list(said.pop()) if len(said) == 1 else "irregular" if said else []
+    found = {tuple(each) for each in lists}
+    return list(found.pop()) if len(found) == 1 else "irregular" if found else []
 
 
 def merged_in(layers: Sequence[TunerLayerStatus]) -> list[str] | Literal["irregular"]:
-    """Return the adapters that are merged wherever they are, or say that some are in part."""
+    """Return the merged adapters, or `irregular` where one is merged in some layers only."""
     merged = {name for layer in layers for name in layer.merged_adapters}
     left = {n for s in layers for n in set(s.available_adapters) - set(s.merged_adapters)}
     return "irregular" if merged & left else sorted(merged)

@@ -15,6 +15,9 @@ from inlay.peft.folders import HUB
 from inlay.peft.model import PeftModel
 from inlay.peft.model_wrapper import BY_TASK
 
+ADAPTER_OPTIONS = frozenset({"adapter_name", "is_trainable", "config", "subfolder", *HUB})
+"""The options of a loader that are the adapter's; the others are the base model's."""
+
 theirs: Any = peft
 
 
@@ -22,7 +25,6 @@ class PeftModelForCausalLM(PeftModel, theirs.PeftModelForCausalLM):
     """A causal language model with adapters."""
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what the model itself does."""
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)
 
 
@@ -34,7 +36,6 @@ class PeftModelForSeq2SeqLM(PeftModel, theirs.PeftModelForSeq2SeqLM):
         return super().generate(**kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what the model itself does."""
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)
 
 
@@ -47,14 +48,14 @@ class PeftModelForTokenClassification(PeftModel, theirs.PeftModelForTokenClassif
 
 
 class PeftModelForQuestionAnswering(PeftModel, theirs.PeftModelForQuestionAnswering):
-    """A finder of answers in a text with adapters."""
+    """A model that finds answers in a text, with adapters."""
 
 
 class PeftModelForFeatureExtraction(PeftModel, theirs.PeftModelForFeatureExtraction):
     """A model of hidden states with adapters."""
 
     def forward(self, *args: Any, token_type_ids: Any = None, **kwargs: Any) -> Any:
-        """Run the model; beside a prompt HF PEFT leaves token_type_ids out, and so it is here."""
+        """Run the model; with a prompt, token_type_ids are left out, as in HF PEFT."""
         if token_type_ids is not None and set(self.prompts()) & set(self.active_adapters):
             warnings.warn(
                 "token_type_ids are left out, as HF PEFT does where a prompt is on a model for "
@@ -70,11 +71,7 @@ class PeftMixedModel(PeftModel, theirs.PeftMixedModel):
     """A model with adapters of several methods, as every `PeftModel` here may have."""
 
     def check_layers(self, verb: str) -> None:
-        """Raise: HF PEFT describes no layer that several methods are on.
-
-        Raises:
-            KindError: always.
-        """
+        """Refuse: HF PEFT describes no layer that several methods are on."""
         raise KindError(f"{verb} is not supported for PeftMixedModel; ask a PeftModel")
 
 
@@ -89,20 +86,14 @@ BY_TASK.update(
 )
 
 
-TAKEN = frozenset({"adapter_name", "is_trainable", "config", "subfolder", *HUB})
-"""What of the options belongs to the adapter; the others are the base model's."""
-
-
 def target(cls: type[PeftModel]) -> Any:
-    """Return what HF PEFT's loaders call for the adapter, by the name that they look for."""
-    body = {"from_pretrained": staticmethod(partial(load, cls))}
-    return type(cls.__name__, (), body)
+    """Return the class, under its own name, whose `from_pretrained` HF PEFT's loaders call."""
+    return type(cls.__name__, (), {"from_pretrained": staticmethod(partial(load, cls))})
 
 
 def load(cls: type[PeftModel], model: nn.Module, folder: str | Path, **options: Any) -> PeftModel:
-    """Return a loaded base with an adapter from a folder or the hub."""
-    found = {key: value for key, value in options.items() if key in TAKEN}
-    return cls.from_pretrained(model, folder, **found)
+    adapters = {key: value for key, value in options.items() if key in ADAPTER_OPTIONS}
+    return cls.from_pretrained(model, folder, **adapters)
 
 
 class AutoPeftModel(peft.AutoPeftModel):
@@ -136,7 +127,7 @@ class AutoPeftModelForTokenClassification(peft.AutoPeftModelForTokenClassificati
 
 
 class AutoPeftModelForQuestionAnswering(peft.AutoPeftModelForQuestionAnswering):
-    """A finder of answers in a text with the adapter."""
+    """A model that finds answers in a text, with the adapter."""
 
     _target_peft_class = target(PeftModelForQuestionAnswering)
 

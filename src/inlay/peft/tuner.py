@@ -1,4 +1,4 @@
-"""What stands between a `PeftModel` and the model: the state of its adapters, and the verbs."""
+"""The `base_model` of a `PeftModel`: the state of the model's adapters, and their verbs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from inlay.model.adapters.deferred import defer
 from inlay.model.adapters.places import module_at, view_at
 from inlay.peft.configs import method_of, placement_of, prepared
 from inlay.peft.errors import AdapterError, as_peft_raises
-from inlay.peft.initial_values import start
-from inlay.peft.layer import Switched
-from inlay.peft.merge import Merging, check_apart
+from inlay.peft.initial_values import draw_initial_values
+from inlay.peft.layer import PeftLayer, as_names
+from inlay.peft.merge import Merging, check_no_conflict
 from inlay.peft.seam import check_target_module_exists, tied_with_embedding
 
 LACKING = frozenset({"add_weighted_adapter", "inject_adapter", "subtract_mutated_init"})
-"""What HF PEFT's tuners do besides, and this one does not."""
+"""Verbs of HF PEFT's tuners that this one does not have."""
 
 PREFIXES = {"LORA": "lora_", "IA3": "ia3_", "LN_TUNING": "ln_tuning_"}
 
@@ -37,7 +37,7 @@ class Tuner(Merging):
 
     @property
     def prefix(self) -> str:
-        """What an adapter's parameter has in its name, and no parameter of the base has."""
+        """The part of an adapter parameter's name that no parameter of the base has."""
         config = next(iter(self.peft_config.values()), None)
         return PREFIXES.get(str(getattr(config, "peft_type", "")).rpartition(".")[2], "adapters.")
 
@@ -55,25 +55,23 @@ class Tuner(Merging):
         return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
         return self.model(*args, **kwargs)
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """The names of the modules that the adapters are on."""
         found = (name for each in adapters(self.model).values() for name in each.found.names)
         return list(dict.fromkeys(found))
 
     @property
     def targeted_parameter_names(self) -> list[str]:
         """The names of the parameters that configurations target by name."""
-        wanted = [
+        targets = [
             parameter
             for config in self.peft_config.values()
             for parameter in getattr(config, "target_parameters", None) or ()
         ]
         names = [name for name, _ in self.model.named_parameters()]
-        found = (n for n in names for p in wanted if n == p or n.endswith("." + p))
+        found = (n for n in names for p in targets if n == p or n.endswith("." + p))
         return list(dict.fromkeys(found))
 
     @staticmethod
@@ -91,12 +89,11 @@ class Tuner(Merging):
         """Attach a new adapter; the first becomes active, later ones wait for `set_adapter`.
 
         `without_values` leaves its tensors on no device, until values are loaded into it.
-
-        Raises:
-            AdapterError: the name is taken, or the configuration asks for what Inlay lacks.
-            TargetError: a target matched nothing that this method can adapt.
         """
-        self.check_new(name)
+        if name in self.peft_config:
+            raise AdapterError(
+                f"Adapter with name '{name}' already exists; choose another, or delete it first"
+            )
         prefix = PREFIXES.get(str(config.peft_type).rpartition(".")[2], "")
         if name in prefix:
             warnings.warn(
@@ -107,26 +104,17 @@ class Tuner(Merging):
         ready = prepared(config, self.model)
         method = method_of(ready)
         placement = placement_of(ready, method, self.model)
-        whole = unchanged_on_failure(self.model, name)
-        with as_peft_raises(), self.as_trained(), self.at_rest(), whole:
+        unchanged = unchanged_on_failure(self.model, name)
+        with as_peft_raises(), self.trained_as_before(), self.unmerged(), unchanged:
             attach(self.model, method, name=name, **placement)
-            (defer if without_values else partial(start, config=ready))(self.model, name)
+            (defer if without_values else partial(draw_initial_values, config=ready))(
+                self.model, name
+            )
         self.peft_config[name] = ready
         self.settle_dtype(name, autocast)
         if active(self.model) == (name,):
             set_trained(self.model, (name,), not ready.inference_mode)
         self.settle()
-
-    def check_new(self, name: str) -> None:
-        """Raise when an adapter of this name is here.
-
-        Raises:
-            AdapterError: it is.
-        """
-        if name in self.peft_config:
-            raise AdapterError(
-                f"Adapter with name '{name}' already exists; choose another, or delete it first"
-            )
 
     def settle_dtype(self, name: str, autocast: bool) -> None:
         """Keep an adapter in fp32, or without autocast in the dtype of the layers it is on."""
@@ -136,22 +124,18 @@ class Tuner(Merging):
                 parameter.data = parameter.data.to(dtype)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters active, and only them; they train unless `inference_mode`.
-
-        Raises:
-            AdapterError: one is unknown, or two train the same module whole.
-        """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        """Make these adapters active, and only them; they train unless `inference_mode`."""
+        names = as_names(adapter_name)
         for name in names:
             self.check_has(name)
-        check_apart(self.model, names)
+        check_no_conflict(self.model, names)
         if self.merged:
             warnings.warn(
                 "Adapter cannot be set when the model is merged. Unmerging the model first.",
                 stacklevel=2,
             )
             self.unmerge_adapter()
-        with self.as_trained():
+        with self.trained_as_before():
             use(self.model, *names)
         set_trained(self.model, tuple(self.peft_config), False)
         set_trained(self.model, names, not inference_mode)
@@ -161,18 +145,13 @@ class Tuner(Merging):
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Let adapters train, or freeze them."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        names = as_names(adapter_names)
         for name in names:
             self.check_has(name)
         set_trained(self.model, names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off; when it was the only active one, the first left becomes active.
-
-        Raises:
-            AdapterError: there is no such adapter, or it is merged now.
-        """
+        """Take an adapter off; when it was the only active one, the first left becomes active."""
         if adapter_name not in self.peft_config:
             raise AdapterError(f"Adapter {adapter_name} does not exist")
         if adapter_name in self.merged_adapters:
@@ -180,7 +159,7 @@ class Tuner(Merging):
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge "
                 "them first."
             )
-        with self.as_trained(), self.at_rest():
+        with self.trained_as_before(), self.unmerged():
             detach(self.model, adapter_name)
         del self.peft_config[adapter_name]
         left = list(self.peft_config)
@@ -213,7 +192,7 @@ class Tuner(Merging):
         self.settle()
 
     def freeze(self) -> None:
-        """Let no adapter train, and note which tensors did."""
+        """Freeze the adapters, and note which of their tensors trained."""
         self.frozen = [
             (name, parameter)
             for name in self.active_adapters
@@ -225,7 +204,7 @@ class Tuner(Merging):
             parameter.requires_grad_(False)
 
     def thaw(self) -> None:
-        """Let those tensors train again that did, of the adapters that are active now."""
+        """Let the noted tensors of the active adapters train again."""
         for name, parameter in self.frozen:
             if name in self.active_adapters:
                 parameter.requires_grad_(True)
@@ -235,7 +214,7 @@ class Tuner(Merging):
     def disabled(self) -> Generator[None]:
         """Let the base alone act inside the `with` block; safe to nest."""
         before = self.enabled
-        if len({m.disable_adapters for m in self.model.modules() if isinstance(m, Switched)}) > 1:
+        if len({m.disable_adapters for m in self.model.modules() if isinstance(m, PeftLayer)}) > 1:
             warnings.warn(
                 "The model contains some adapter layers that are enabled and others that are "
                 "disabled. After the disable_adapter context all of them are enabled; call "
@@ -250,7 +229,7 @@ class Tuner(Merging):
                 self.enable_adapter_layers()
 
     @contextmanager
-    def as_trained(self) -> Generator[None]:
+    def trained_as_before(self) -> Generator[None]:
         """Leave which parameters train as it was before the `with` block, new ones frozen."""
         before = [(p, p.requires_grad) for p in self.model.parameters()]
         first = not self.peft_config
@@ -262,7 +241,7 @@ class Tuner(Merging):
 
 
 def dtype_at(model: nn.Module, place: str) -> torch.dtype | None:
-    """Return the dtype a place computes in; None for a whole model."""
+    """Return the dtype that a place computes in; None for a whole model."""
     view = view_at(model, place) if place else None
     if view is not None:
         return view.dtype

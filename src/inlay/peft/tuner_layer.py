@@ -1,8 +1,8 @@
-"""A layer that a method acts on: what HF PEFT's own tuner layers have besides names."""
+"""A layer that a method acts on, with the numbers and verbs of HF PEFT's tuner layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,15 +12,15 @@ from inlay.methods.base import LowRank, replaced
 from inlay.methods.ia3 import IA3
 from inlay.model.adapters.layer import AdaptedLayer
 from inlay.peft.errors import AdapterError
-from inlay.peft.layer import Presented
-from inlay.peft.views import Dropouts, Numbers, Scaling, low_rank_of, which_dora
+from inlay.peft.layer import PeftLayer
+from inlay.peft.views import Dropouts, Numbers, Scaling, low_rank_of
 from inlay.storage.registry import kind
 
 WIDTHS = ("in_features", "out_features")
 
 
-class TunerLayer(Presented):
-    """A layer that a method acts on: what HF PEFT's tuner layers have besides."""
+class TunerLayer(PeftLayer):
+    """A layer that a method acts on, with the numbers and verbs of HF PEFT's tuner layers."""
 
     lora_variant: ClassVar[Mapping[str, Any]] = {}
     quantization_backend = None
@@ -29,8 +29,7 @@ class TunerLayer(Presented):
 
     @property
     def r(self) -> Numbers:
-        """Each adapter's rank."""
-        return Numbers(self, lambda layer: {n: m.rank for n, m in low_rank_of(layer).items()})
+        return self.low_rank_numbers(lambda method: method.rank)
 
     @property
     def lora_alpha(self) -> Numbers:
@@ -39,32 +38,33 @@ class TunerLayer(Presented):
 
     @property
     def scaling(self) -> Scaling:
-        """What each adapter's product B A is multiplied by; to set it has effect."""
+        """The factor of each adapter's product B A; it may be set."""
         return Scaling(self)
 
     @scaling.setter
-    def scaling(self, wanted: Mapping[str, float]) -> None:
+    def scaling(self, scales: Mapping[str, float]) -> None:
         live = Scaling(self)
-        for name, scale in wanted.items():
+        for name, scale in scales.items():
             live[name] = scale
 
     @property
     def lora_dropout(self) -> nn.ModuleDict:
-        """Each adapter's dropout; to set its `p` has effect."""
+        """Each adapter's dropout; its `p` may be set."""
         return Dropouts(self)
 
     @property
     def use_rslora(self) -> Numbers:
-        """Which adapters are rank-stabilised."""
-        return Numbers(self, lambda layer: {n: m.rslora for n, m in low_rank_of(layer).items()})
+        return self.low_rank_numbers(lambda method: method.rslora)
 
     @property
     def use_dora(self) -> Numbers:
-        """Which adapters are DoRA."""
-        return Numbers(self, which_dora)
+        return self.low_rank_numbers(lambda method: bool(method.peft_fixed.get("use_dora")))
+
+    def low_rank_numbers(self, read: Callable[[LowRank], Any]) -> Numbers:
+        return Numbers(self, lambda layer: {n: read(m) for n, m in low_rank_of(layer).items()})
 
     def __getattr__(self, name: str) -> Any:
-        """Return a layer's width where it is not called so itself, or what it has."""
+        """Return a layer's width where it has another name for it, or the attribute."""
         if name in WIDTHS:
             return widths_of(self)[WIDTHS.index(name)]
         return super().__getattr__(name)
@@ -74,26 +74,19 @@ class TunerLayer(Presented):
         """Whether an IA3 adapter scales this layer's input."""
         return any(isinstance(m, IA3) and m.scales_input for m in self.methods.values())
 
-    def low_rank(self) -> dict[str, LowRank]:
-        """Return the adapters here that are a low-rank product, with their method."""
-        return low_rank_of(self)
-
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Every child by name, and the dropout that TRL looks for to turn it off."""
+        """Yield every child by name, and the dropout that TRL looks for to turn it off."""
         yield from super().named_children()
         if len(self.lora_dropout):
             yield "lora_dropout", self.lora_dropout
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """The names of the tables of tensors here."""
-        further_in = ("base_layer", "token_adapter")
-        return tuple(t for t in self.views() if t not in further_in)
+        return tuple(t for t in self.views() if t not in ("base_layer", "token_adapter"))
 
     @property
     def other_param_names(self) -> tuple[str, ...]:
-        """The names of what else is kept for each adapter."""
-        return ("r", "lora_alpha", "scaling") if self.low_rank() else ()
+        return ("r", "lora_alpha", "scaling") if low_rank_of(self) else ()
 
     @property
     def base_layer(self) -> nn.Module:
@@ -107,12 +100,8 @@ class TunerLayer(Presented):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return what an adapter adds to the weight, in the layer's own layout.
-
-        Raises:
-            AdapterError: it is not a product of two matrices.
-        """
-        method = self.low_rank().get(adapter)
+        """Return what an adapter adds to the weight, in the layer's own layout."""
+        method = low_rank_of(self).get(adapter)
         if method is None:
             raise AdapterError(f"this layer has no LoRA adapter named {adapter!r}")
         p = self.params(adapter)
@@ -120,22 +109,21 @@ class TunerLayer(Presented):
         return delta if kind(self) == "linear" else delta.T
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Multiply an adapter by `scale` times what its configuration says."""
-        found = self.low_rank().get(adapter)
+        """Set an adapter's factor to `scale` times the configured one."""
+        found = low_rank_of(self).get(adapter)
         if found is not None:
             configured = replaced(found, alpha=self.lora_alpha[adapter])
             assert isinstance(configured, LowRank)
             self.scaling[adapter] = scale * configured.scale
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the active adapters by a factor."""
         live = self.scaling
         for name in self.active:
             if name in live:
                 live[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the active adapters by a factor; without one, go back to what is configured."""
+        """Divide the active adapters by a factor; None goes back to the configured one."""
         for name in self.active:
             if scale is None:
                 self.set_scale(name, 1.0)

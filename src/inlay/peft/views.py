@@ -1,6 +1,6 @@
-"""Views of an adapter's tensors and numbers under HF PEFT's names; to set one sets the original.
+"""Views of an adapter's tensors and numbers under HF PEFT's names; setting one sets the original.
 
-They are made when they are asked for and hold nothing of their own, so that a copied, moved or
+A view is made when it is asked for and holds nothing of its own, so that a copied, moved or
 reloaded layer has no stale ones.
 """
 
@@ -20,18 +20,18 @@ from inlay.model.adapters.layer import AdaptedLayer
 
 
 @dataclass(frozen=True)
-class Word:
-    """What HF PEFT calls one tensor: its table at the layer, and its name below the adapter's."""
+class PeftName:
+    """HF PEFT's name of one tensor: its table at the layer, and its name below the adapter's."""
 
     tensor: str
     table: str
     below: str
     part: str = ""
-    """Which single parameter of the layer it is for, if not for the layer."""
+    """The single parameter of the layer that it is for; empty where it is for the layer."""
 
 
 class Linked(dict[str, Any]):
-    """The parameters of a view: to set one sets it where it lives."""
+    """The parameters of a view: setting one sets it where it lives."""
 
     def __init__(self, homes: Mapping[str, tuple[Params, str]]) -> None:
         super().__init__({key: home._parameters[name] for key, (home, name) in homes.items()})
@@ -54,11 +54,9 @@ class Leaf(nn.Module):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """What is added to the product, if anything."""
         return vars(self)["_parameters"].get("bias")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the matrix, as the linear layer that HF PEFT has here."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
@@ -96,7 +94,6 @@ class Tensors(nn.ParameterDict):
         vars(self)["_keys"] = dict.fromkeys(homes)
 
     def extra_repr(self) -> str:
-        """Say which adapters have one, and its shape."""
         return ", ".join(f"({name}): {list(value.shape)}" for name, value in self.items())
 
     def __getitem__(self, key: str) -> Any:
@@ -107,16 +104,16 @@ class Tensors(nn.ParameterDict):
 
 
 def tables(
-    layer: AdaptedLayer, words: Iterable[tuple[str, tuple[Word, ...]]]
+    layer: AdaptedLayer, names: Iterable[tuple[str, tuple[PeftName, ...]]]
 ) -> dict[str, nn.Module]:
     """Return a layer's tables of tensors by HF PEFT's names, with every adapter that is here."""
     homes: dict[str, dict[str, dict[str, tuple[Params, str]]]] = {}
-    for adapter, each in words:
+    for adapter, named in names:
         home = layer.adapters._modules.get(adapter)
-        for word in each if isinstance(home, Params) else ():
+        for name in named if isinstance(home, Params) else ():
             assert isinstance(home, Params)
-            below = homes.setdefault(word.table, {}).setdefault(adapter, {})
-            below[word.below] = (home.parts[word.part] if word.part else home, word.tensor)
+            below = homes.setdefault(name.table, {}).setdefault(adapter, {})
+            below[name.below] = (home.parts[name.part] if name.part else home, name.tensor)
     found: dict[str, nn.Module] = {}
     for table, there in homes.items():
         nested(found, table, table_of(table, there, layer))
@@ -125,8 +122,27 @@ def tables(
     return found
 
 
+def named_below(
+    module: nn.Module,
+    children: Iterable[tuple[str, nn.Module]],
+    memo: set[nn.Module] | None,
+    prefix: str,
+    remove_duplicate: bool,
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a module and every module below it by name, where its children are these."""
+    memo = set() if memo is None else memo
+    if module in memo:
+        return
+    if remove_duplicate:
+        memo.add(module)
+    yield prefix, module
+    for name, child in children:
+        below = f"{prefix}.{name}" if prefix else name
+        yield from child.named_modules(memo, below, remove_duplicate)
+
+
 def nested(found: dict[str, nn.Module], table: str, view: nn.Module) -> None:
-    """Put a view under its name, and under a module for each part of the name."""
+    """Put a view under its dotted name, in a module for each part of the name."""
     first, *rest = table.split(".")
     if not rest:
         found[first] = view
@@ -172,7 +188,7 @@ def with_tensors(layer: AdaptedLayer, adapter: str | None) -> nn.Module:
 
 
 def low_rank_of(layer: AdaptedLayer) -> dict[str, LowRank]:
-    """Return the adapters at a layer that are low-rank products, with their method.
+    """Return the method of every adapter at a layer that is a low-rank product.
 
     Where an adapter stands on single parameters of the layer, the first one's counts.
     """
@@ -185,18 +201,12 @@ def low_rank_of(layer: AdaptedLayer) -> dict[str, LowRank]:
     return found
 
 
-def which_dora(layer: AdaptedLayer) -> dict[str, bool]:
-    """Say of each low-rank adapter at a layer whether it is DoRA."""
-    return {n: bool(m.peft_fixed.get("use_dora")) for n, m in low_rank_of(layer).items()}
-
-
 def has(layer: AdaptedLayer | None, adapter: object) -> bool:
-    """Say whether an adapter is still at a layer."""
     return isinstance(layer, AdaptedLayer) and adapter in layer.methods
 
 
 class Numbers(Mapping[str, Any]):
-    """One number of each adapter at a layer, as it is whenever it is read."""
+    """One number of each adapter at a layer, computed whenever it is read."""
 
     def __init__(
         self, layer: AdaptedLayer, read: Callable[[AdaptedLayer], Mapping[str, Any]]
@@ -205,7 +215,6 @@ class Numbers(Mapping[str, Any]):
         self.read = read
 
     def now(self) -> dict[str, Any]:
-        """Return the numbers of the adapters that are there now."""
         found = self.read(self.layer) if isinstance(self.layer, AdaptedLayer) else {}
         return {name: value for name, value in found.items() if has(self.layer, name)}
 
@@ -223,7 +232,7 @@ class Numbers(Mapping[str, Any]):
 
 
 class Scaling(dict[str, float]):
-    """What each adapter's product is multiplied by; to set one changes what the layer computes."""
+    """The factor of each adapter's product B A; setting one changes what the layer computes."""
 
     def __init__(self, layer: AdaptedLayer) -> None:
         self.layer = layer
@@ -241,12 +250,11 @@ class Scaling(dict[str, float]):
         return super().__contains__(name) and has(self.layer, name)
 
     def copy(self) -> dict[str, float]:
-        """Return the numbers as they are now."""
         return dict(self)
 
 
 def scaled(method: LowRank, scale: float) -> LowRank:
-    """Return a method whose scale is this one, which may be zero or less as no new one's may."""
+    """Return the method with this scale, which may be zero or less, as no new method's may be."""
     if scale == method.scale:
         return method
     unit = replaced(method, alpha=1.0)
@@ -257,8 +265,6 @@ def scaled(method: LowRank, scale: float) -> LowRank:
 
 
 class Dropouts(nn.ModuleDict):
-    """Each adapter's dropout at a layer."""
-
     def __init__(self, layer: AdaptedLayer) -> None:
         vars(self)["where"] = weakref.ref(layer)
         rates = {name: method.dropout for name, method in low_rank_of(layer).items()}
@@ -270,7 +276,7 @@ class Dropouts(nn.ModuleDict):
 
 
 class Dropout(nn.Dropout):
-    """An adapter's dropout; to set `p` changes what the layer computes."""
+    """An adapter's dropout; setting `p` changes what the layer computes."""
 
     def __init__(self, layer: AdaptedLayer, adapter: str) -> None:
         self.where = weakref.ref(layer), adapter
@@ -288,7 +294,7 @@ class Dropout(nn.Dropout):
 
 
 def homes_of_methods(layer: AdaptedLayer, adapter: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every place where a layer keeps the method of an adapter, as a table and its key."""
+    """Yield every table of a layer that holds an adapter's method, with the key in it."""
     if adapter in layer.methods:
         yield layer.methods, adapter
     for part in layer.part_methods.get(adapter, {}):
