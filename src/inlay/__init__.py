@@ -92,9 +92,9 @@ warn_of_untested()
 
 def checkpoint_files() -> adapter_files.AdapterFiles:
     """Import what a model with adapters saves and loads by."""
-    from inlay.checkpoint import attached
+    from inlay.checkpoint import pretrained
 
-    return attached
+    return pretrained
 
 
 adapter_files.provider = checkpoint_files

@@ -54,11 +54,13 @@ from inlay.methods.base import (
     WeightMethod,
     replaced,
 )
-from inlay.model.adapters.attach import adapters, attach, detach
+from inlay.model.adapters.attach import attach, detach
+from inlay.model.adapters.copies import own_parameters
+from inlay.model.adapters.entries import entries
 from inlay.model.adapters.places import module_at
-from inlay.model.adapters.selected import own_parameters
-from inlay.model.adapters.targets import entries, find_targets, matches, reach
-from inlay.model.adapters.wrapped import gains, looks_through
+from inlay.model.adapters.registry import adapters
+from inlay.model.adapters.targets import adaptable_kinds, find_targets
+from inlay.model.adapters.wrappers import gains, looks_through
 
 
 @looks_through
@@ -216,7 +218,7 @@ def without_missing_biases(
     method = file.method
     if not isinstance(method, LowRank) or any(k.endswith("bias") for k in file.folder.tensors):
         return method
-    found = find_targets(model, placement["targets"], kinds=reach(method))
+    found = find_targets(model, placement["targets"], kinds=adaptable_kinds(method))
     layers = {"lora_only": found.names, "all": names_of(model)}.get(method.bias_training, ())
     biased = any("bias" in dict(own_parameters(module_at(model, n)[0])) for n in layers)
     return method if biased else replaced(method, bias_training="none")

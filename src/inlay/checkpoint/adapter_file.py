@@ -32,10 +32,10 @@ from inlay.methods.base import (
     SelectMethod,
     WeightMethod,
 )
-from inlay.model.adapters.attach import Attached
+from inlay.model.adapters.create import shape_and_device
 from inlay.model.adapters.places import matrices_at
-from inlay.model.adapters.placing import shape_and_place
-from inlay.model.adapters.targets import find_targets, reach
+from inlay.model.adapters.registry import Attached
+from inlay.model.adapters.targets import adaptable_kinds, find_targets
 
 FAR_MORE = 16
 """A configuration that asks for more than this many times the file's values is damaged."""
@@ -102,12 +102,12 @@ def counts(
     """Yield the number of values that each place of a method would train."""
     targets = method.default_targets if placement["targets"] is None else placement["targets"]
     rest = {key: placement[key] for key in ("exclude", "layers") if key in placement}
-    found = find_targets(model, targets, kinds=reach(method), **rest)
+    found = find_targets(model, targets, kinds=adaptable_kinds(method), **rest)
     for name in found.names:
         if isinstance(method, HiddenMethod):
             here = method.for_layer(name)
             assert isinstance(here, HiddenMethod)
-            yield here.count(shape_and_place(model.get_submodule(name))[0])
+            yield here.count(shape_and_device(model.get_submodule(name))[0])
             continue
         for at in matrices_at(model, name):
             here = method.for_layer(at.place)

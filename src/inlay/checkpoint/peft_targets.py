@@ -22,9 +22,9 @@ from inlay.checkpoint.placement import (
 )
 from inlay.errors import CheckpointError
 from inlay.methods.base import Method, PromptMethod
+from inlay.model.adapters.copies import own_parameters
 from inlay.model.adapters.layer import own_modules
 from inlay.model.adapters.places import expert_stacks, loose_parameters
-from inlay.model.adapters.selected import own_parameters
 from inlay.model.adapters.targets import find_targets
 from inlay.storage.convolution import is_convolution
 from inlay.storage.parameters import projections

@@ -14,9 +14,8 @@ from inlay.methods.base import Method, PromptMethod, attention_shape
 from inlay.model.adapters.copies import own_parameters
 from inlay.model.adapters.entries import Entry, entries
 from inlay.model.adapters.layer import own_modules
-from inlay.model.adapters.places import module_at
-from inlay.model.adapters.selected import own_parameters
-from inlay.model.adapters.targets import BEYOND, matches, places_in
+from inlay.model.adapters.places import BEYOND, module_at, places_in
+from inlay.model.adapters.registry import Attached
 from inlay.model.seams.transformers import family_of_experts
 
 EXPERT_NAMES = {

@@ -15,7 +15,8 @@ from inlay.checkpoint.adapter import reload_adapter, save_adapter
 from inlay.checkpoint.fingerprint import base_name
 from inlay.checkpoint.folder import CONFIG, located
 from inlay.errors import AdapterError, CheckpointError
-from inlay.model.adapters.attach import active, adapters, use
+from inlay.model.adapters.attach import use
+from inlay.model.adapters.registry import active, adapters
 
 DEFAULT = "default"
 WITHOUT_EFFECT = frozenset({

@@ -14,16 +14,16 @@ from inlay.checkpoint.key_conversion import plainly
 from inlay.checkpoint.layouts import AS_IT_IS, TWICE, Layout, layout_of
 from inlay.checkpoint.placement import saved_roots, under_any
 from inlay.methods.base import Kind, Method, Params, PromptMethod, SelectMethod
-from inlay.model.adapters.attach import (
+from inlay.model.adapters.layer import AdaptedLayer
+from inlay.model.adapters.places import module_at, view_at
+from inlay.model.adapters.registry import (
     Attached,
     adapter_tensors,
     adapters,
     check_known,
     required_registry,
 )
-from inlay.model.adapters.layer import AdaptedLayer
-from inlay.model.adapters.places import module_at, view_at
-from inlay.model.adapters.wrapped import looks_through
+from inlay.model.adapters.wrappers import looks_through
 from inlay.storage.parameters import JOINED
 
 TOKEN_KEY = "token_adapter.trainable_tokens_delta"

@@ -23,8 +23,8 @@ from inlay.checkpoint.slots import (
 )
 from inlay.errors import CheckpointError
 from inlay.files import share_as_usual
+from inlay.model.adapters.copies import own_parameters
 from inlay.model.adapters.deferred import give_room
-from inlay.model.adapters.selected import own_parameters
 from inlay.storage.streamed import StreamedEmbedding
 
 DTYPES = {

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from inlay.model.adapters.instance import change_class
+from inlay.model.adapters.change_class import change_class
 from inlay.model.adapters.layer import AdaptedLayer
 from inlay.peft.errors import AdapterError
 from inlay.peft.views import PeftName, named_below, tables, with_tensors

@@ -11,17 +11,17 @@ from torch import nn
 
 from inlay.errors import ModelError
 from inlay.methods.tokens import tokens_of
-from inlay.model.adapters.attach import (
-    activate,
-    active,
-    adapter_places,
-    detach,
-    registry_of,
-    required_registry,
-)
+from inlay.model.adapters.attach import detach
 from inlay.model.adapters.deferred import check_values
 from inlay.model.adapters.layer import own_modules
 from inlay.model.adapters.places import module_at
+from inlay.model.adapters.registry import (
+    activate,
+    active,
+    adapter_places,
+    registry_of,
+    required_registry,
+)
 from inlay.model.example_inputs import example_inputs
 from inlay.model.load.quantize import describe_quantization
 from inlay.model.merge.fidelity import LEAST_EFFECT, compared, logits_of

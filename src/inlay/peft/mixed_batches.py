@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from inlay.methods.base import PromptMethod
-from inlay.model.adapters.attach import adapters
 from inlay.model.adapters.layer import AdaptedLayer, own_modules
-from inlay.model.adapters.registry import adapters, required_registry
+from inlay.model.adapters.registry import adapters
 from inlay.peft.errors import AdapterError, KindError
 from inlay.storage.convolution import is_convolution
 from inlay.storage.registry import kind

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
+from inlay.checkpoint.embeddings import PREFIX
 from inlay.checkpoint.folder import Entry
 from inlay.checkpoint.placement import described
 from inlay.checkpoint.slots import Slot, computed, slots
 from inlay.checkpoint.tensors import (
     COMPUTED,
     DTYPES,
-    PREFIX,
     check_entries,
     listed,
     put_values,
@@ -24,7 +24,7 @@ from inlay.checkpoint.tensors import (
     unlike,
 )
 from inlay.methods.base import Params
-from inlay.model.adapters.attach import adapters, registry_of
+from inlay.model.adapters.registry import adapters, registry_of
 from inlay.peft.errors import AdapterError, StateError
 from inlay.peft.model import PeftModel
 from inlay.peft.seam import save_and_load as theirs

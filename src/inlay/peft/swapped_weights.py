@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.model.adapters.attach import (
-    activate,
-    adapted_layers,
-    required_registry,
-)
-from inlay.model.adapters.layer import AdaptedLayer, become_adapted
+from inlay.model.adapters.layer import AdaptedLayer
+from inlay.model.adapters.layer_class import become_adapted
+from inlay.model.adapters.registry import activate, adapted_layers, required_registry
 from inlay.model.merge.merge import why_not_mergeable
 from inlay.model.merge.plan import Update, held, takes_over
 from inlay.peft.errors import MergeError

@@ -16,6 +16,7 @@ from inlay.checkpoint.adapter import unchanged_on_failure
 from inlay.model.adapters.attach import attach, detach, set_trained, use
 from inlay.model.adapters.deferred import defer
 from inlay.model.adapters.places import module_at, view_at
+from inlay.model.adapters.registry import active, adapter_places, adapters
 from inlay.peft.configs import method_of, placement_of, prepared
 from inlay.peft.errors import AdapterError, as_peft_raises
 from inlay.peft.initial_values import draw_initial_values

@@ -25,10 +25,13 @@ from inlay.model.merge.untie import own_names
 from inlay.model.seams.transformers import follow_trainer
 from inlay.model.trunk import InputGradients
 
-FILES = "inlay.checkpoint.pretrained"
-"""Where files are written and read: called from here, and not known."""
-CALLS = ("save_pretrained", "load_adapter", "set_adapter")
-ACTIVE = "active_adapters"
+TIES = "tie_weights"
+EMBEDDINGS = {
+    "resize_token_embeddings": ("get_input_embeddings", "get_output_embeddings"),
+    "set_input_embeddings": ("get_input_embeddings",),
+    "set_output_embeddings": ("get_output_embeddings",),
+}
+"""The methods that put other embeddings in place -> what gets the present ones."""
 
 
 def override_methods(model: nn.Module, registry: Registry) -> None:
