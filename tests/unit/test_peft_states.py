@@ -93,6 +93,21 @@ def test_a_state_given_in_part_is_taken_from_it() -> None:
     assert all(torch.equal(state[k], v * 2) for k, v in get_peft_model_state_dict(model).items())
 
 
+def test_a_state_has_the_counts_of_a_norm_that_is_saved_whole() -> None:
+    def normed() -> PeftModel:
+        base = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        return get_peft_model(base, LoraConfig(target_modules=["0"], modules_to_save=["1"]))
+
+    model, fresh = normed(), normed()
+    model(torch.randn(8, 4))
+    state = get_peft_model_state_dict(model)
+    counts = [value for key, value in state.items() if key.endswith("num_batches_tracked")]
+    assert [int(count) for count in counts] == [1]
+    set_peft_model_state_dict(fresh, state)
+    found = get_peft_model_state_dict(fresh)
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+
+
 def test_a_state_is_put_into_an_adapter_and_a_wrong_one_is_not() -> None:
     model, fresh = made(), made(LoraConfig(r=4, target_modules=["q_proj"]))
     state = get_peft_model_state_dict(model)

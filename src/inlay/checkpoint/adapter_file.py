@@ -134,8 +134,8 @@ def check_base(model: nn.Module, attached: Attached, folder: AdapterFolder) -> N
     if not isinstance(recorded, dict):
         raise CheckpointError(f"{folder.path / EXTRAS} must describe the base; it is damaged")
     now = describe_base(model, None, replaced_by(model, attached.name, folder.tensors))
-    dtypes = {now["dtype"], recorded.get("dtype")}
-    comparable = "float16" not in dtypes or len(dtypes) == 1
+    dtypes = [now["dtype"], recorded.get("dtype")]
+    comparable = "float16" not in dtypes or dtypes[0] == dtypes[1]
     same_shapes = now["shapes_sha256"] == recorded.get("shapes_sha256")
     same_values = now["values_sha256"] == recorded.get("values_sha256") or not comparable
     if same_shapes and same_values:

@@ -149,10 +149,11 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 def header_of_pickle(path: Path) -> dict[str, Entry]:
     """Read the names, dtypes and shapes of the tensors in a file of torch.save."""
-    from inlay.checkpoint.pickled import read_pickled, spelled
+    from inlay.checkpoint.dtypes import dtype_name
+    from inlay.checkpoint.pickled import read_pickled
 
     tensors = read_pickled(path).items()
-    return {name: Entry(spelled(t.dtype), tuple(t.shape)) for name, t in tensors}
+    return {name: Entry(dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors}
 
 
 def check_no_pickle(path: Path) -> None:

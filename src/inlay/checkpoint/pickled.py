@@ -13,14 +13,6 @@ from torch import Tensor
 
 from inlay.errors import CheckpointError
 
-NAMES = {
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
-"""How safetensors spells a dtype."""
 NESTED = ("state_dict", "model")
 """Under which a training script may have put the tensors."""
 
@@ -49,10 +41,6 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
             f"{path} is a pickle that does not hold tensors by name, as an adapter's file does"
         )
     return {str(key): value for key, value in found.items()}
-
-
-def spelled(dtype: torch.dtype) -> str:
-    return NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def command(path: Path) -> str:

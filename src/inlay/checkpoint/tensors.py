@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from inlay.checkpoint.dtypes import FLOATING, INTEGERS
 from inlay.checkpoint.embeddings import PREFIX, ends_of, keep_embeddings, module_of
 from inlay.checkpoint.folder import TENSORS, AdapterFolder, Entry, located
 from inlay.checkpoint.pickled import read_pickled
@@ -27,22 +28,6 @@ from inlay.model.adapters.copies import own_parameters
 from inlay.model.adapters.deferred import give_room
 from inlay.storage.streamed import StreamedEmbedding
 
-DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-"""The dtypes an adapter's tensors may have in the file, as safetensors spells them."""
-COUNTS = {
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Those of the buffers of a module that is saved whole, such as the batches a norm has seen."""
 COMPUTED = "unlike what its others give"
 """The problem of a value that is not what is computed from the others."""
 
@@ -205,11 +190,11 @@ def misfit(key: str, entry: Entry, tensor: Tensor, is_copy: bool) -> Iterator[st
             )
         yield f"{key} of shape {list(entry.shape)}, {expected}"
     elif not tensor.is_floating_point():
-        if COUNTS.get(entry.dtype) != tensor.dtype:
+        if INTEGERS.get(entry.dtype) != tensor.dtype:
             yield f"{key} of dtype {entry.dtype}, expected {tensor.dtype}"
-    elif entry.dtype not in DTYPES:
+    elif entry.dtype not in FLOATING:
         yield f"{key} of dtype {entry.dtype}, expected a floating-point one"
-    elif not is_copy and torch.promote_types(DTYPES[entry.dtype], tensor.dtype) != tensor.dtype:
+    elif not is_copy and torch.promote_types(FLOATING[entry.dtype], tensor.dtype) != tensor.dtype:
         yield f"{key} of dtype {entry.dtype}, which does not fit into {tensor.dtype}"
 
 

@@ -87,7 +87,7 @@ def shorten_targets(config: Any, model: nn.Module) -> None:
     """Replace a long list of targets by the few suffixes that mean the same, as HF PEFT does."""
     targets = config.target_modules
     long = isinstance(targets, list | set) and len(targets) >= LONG
-    if long and plain(config.peft_type) != "IA3":  # its feedforward_modules must be among them
+    if long and plain(config.peft_type) != "IA3":  # Its targets include its feedforward_modules.
         names = names_of(model)
         short = suffixes([name for name in names if meant(list(targets), name)], names)
         fewer = isinstance(short, list) and 0 < len(short) < len(targets)

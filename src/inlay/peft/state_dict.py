@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
+from inlay.checkpoint.dtypes import dtype_name
 from inlay.checkpoint.embeddings import PREFIX
 from inlay.checkpoint.folder import Entry
 from inlay.checkpoint.placement import described
 from inlay.checkpoint.slots import Slot, computed, slots
 from inlay.checkpoint.tensors import (
     COMPUTED,
-    DTYPES,
     check_entries,
     listed,
     put_values,
@@ -29,7 +29,6 @@ from inlay.peft.errors import AdapterError, StateError
 from inlay.peft.model import PeftModel
 from inlay.peft.seam import save_and_load as theirs
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 GET: Any = theirs.get_peft_model_state_dict
 SET: Any = theirs.set_peft_model_state_dict
 """HF PEFT's own functions, for models with its layers; `take_over` replaces them elsewhere."""
@@ -119,8 +118,7 @@ def set_peft_model_state_dict(
     found, values = adapter_slots(model, adapter_name), dict(peft_model_state_dict)
     base = base_of(model)
     entries = {
-        key: Entry(DTYPE_NAMES.get(value.dtype, str(value.dtype)), tuple(value.shape))
-        for key, value in values.items()
+        key: Entry(dtype_name(value.dtype), tuple(value.shape)) for key, value in values.items()
     }
     about = f"the state given does not fit adapter {adapter_name!r} of this {described(base)}"
     check_entries(found, entries, computed(base, adapter_name, found), {}, about)

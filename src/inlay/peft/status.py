@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig
+from peft import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
 from inlay.checkpoint.placement import under_any
 from inlay.model.adapters.layer import own_modules
 from inlay.peft.auxiliary import SavedContainer, SavedLayer, TokenLayer
+from inlay.peft.configs import plain
 from inlay.peft.layer import PeftLayer
 from inlay.peft.seam import TunerLayerStatus, TunerModelStatus
 from inlay.peft.tuner import Tuner
@@ -63,14 +64,10 @@ def type_of(tuner: Tuner, name: str, module: PeftLayer | SavedContainer) -> str:
     return "lora.ParamWrapper" if single or module.part_views else type(module).shown
 
 
-def plain_type(config: PeftConfig) -> str:
-    return str(config.peft_type).rpartition(".")[2]
-
-
 def model_type(tuner: Tuner) -> str:
     config = next(iter(tuner.peft_config.values()), None)
     known = {kind.value: made.__name__ for kind, made in PEFT_TYPE_TO_TUNER_MAPPING.items()}
-    return known.get("" if config is None else plain_type(config), type(tuner).__name__)
+    return known.get("" if config is None else plain(config.peft_type), type(tuner).__name__)
 
 
 def backend_of(layer: nn.Module) -> str | None:
@@ -89,7 +86,7 @@ def model_status(tuner: Tuner, counts: tuple[int, int]) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(tuner.model).__name__,
         adapter_model_type=model_type(tuner),
-        peft_types={n: plain_type(config) for n, config in tuner.peft_config.items()},
+        peft_types={n: plain(config.peft_type) for n, config in tuner.peft_config.items()},
         trainable_params=counts[0],
         total_params=counts[1],
         num_adapter_layers=len(layers),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from inlay.model.adapters.attach import attach, detach, set_trained, use
 from inlay.model.adapters.deferred import defer
 from inlay.model.adapters.places import module_at, view_at
 from inlay.model.adapters.registry import active, adapter_places, adapters
-from inlay.peft.configs import method_of, placement_of, prepared
+from inlay.peft.configs import method_of, placement_of, plain, prepared
 from inlay.peft.errors import AdapterError, as_peft_raises
 from inlay.peft.initial_values import draw_initial_values
 from inlay.peft.layer import PeftLayer, as_names
@@ -40,7 +39,7 @@ class Tuner(Merging):
     def prefix(self) -> str:
         """The part of an adapter parameter's name that no parameter of the base has."""
         config = next(iter(self.peft_config.values()), None)
-        return PREFIXES.get(str(getattr(config, "peft_type", "")).rpartition(".")[2], "adapters.")
+        return PREFIXES.get(plain(getattr(config, "peft_type", "")), "adapters.")
 
     def __getattr__(self, name: str) -> Any:
         """Return the tuner's own module, or the model's attribute."""
@@ -82,7 +81,7 @@ class Tuner(Merging):
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         return tied_with_embedding(self.model)
 
-    # Adapters come, act and go.
+    # Adding, choosing and deleting adapters.
 
     def add(
         self, name: str, config: PeftConfig, autocast: bool, without_values: bool = False
@@ -95,7 +94,7 @@ class Tuner(Merging):
             raise AdapterError(
                 f"Adapter with name '{name}' already exists; choose another, or delete it first"
             )
-        prefix = PREFIXES.get(str(config.peft_type).rpartition(".")[2], "")
+        prefix = PREFIXES.get(plain(config.peft_type), "")
         if name in prefix:
             warnings.warn(
                 f"Adapter name '{name}' should not be contained in the prefix '{prefix}'. HF PEFT "
@@ -108,9 +107,10 @@ class Tuner(Merging):
         unchanged = unchanged_on_failure(self.model, name)
         with as_peft_raises(), self.trained_as_before(), self.unmerged(), unchanged:
             attach(self.model, method, name=name, **placement)
-            (defer if without_values else partial(draw_initial_values, config=ready))(
-                self.model, name
-            )
+            if without_values:
+                defer(self.model, name)
+            else:
+                draw_initial_values(self.model, name, ready)
         self.peft_config[name] = ready
         self.settle_dtype(name, autocast)
         if active(self.model) == (name,):
@@ -173,7 +173,7 @@ class Tuner(Merging):
             self.set_adapter(left[0])
         self.settle()
 
-    # Off and on.
+    # Disabling and enabling adapters.
 
     def disable_adapter_layers(self) -> None:
         """Let the base alone act, until `enable_adapter_layers`; a merge is out meanwhile."""
