@@ -17,7 +17,7 @@ from inlay.evaluate.labelled import Judgements, LabelledLosses, Weights, check_b
 from inlay.evaluate.losses import RowLoss
 from inlay.evaluate.odds import OddsRatios, log1mexp, log_odds_ratio
 from inlay.evaluate.preference import LogProbs
-from inlay.evaluate.separation import auc, compare_groups, difference_of_means, ranks
+from inlay.evaluate.statistics import auc, compare_groups, difference_of_means, ranks
 from inlay.train.orpo_trainer import ORPOTrainer
 from inlay.train.weights import advised, weights_of
 

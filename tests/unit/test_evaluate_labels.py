@@ -13,7 +13,7 @@ from inlay.data.inputs import InputRow
 from inlay.evaluate.entities import entities
 from inlay.evaluate.label_metrics import Labels, metrics
 from inlay.evaluate.labels import baseline_of, class_records, compare_labels
-from inlay.evaluate.resampling import compared_statistic, swap_p
+from inlay.evaluate.record import compared_statistic
 
 sklearn_metrics: Any = pytest.importorskip("sklearn.metrics")
 
@@ -164,10 +164,11 @@ def test_a_mean_has_the_p_value_of_the_sign_flip_test():
 
 
 def test_p_is_uniform_where_nothing_differs():
-    found = [
-        swap_p(lambda rows: rows[..., 0].mean(-1), drawn(100 + seed, 2, 20, 1), seed)
-        for seed in range(40)
-    ]
+    def p_value(sides: np.ndarray[Any, Any], seed: int) -> float | None:
+        base, tuned = sides.tolist()
+        mean = compared_statistic("mean", "higher", lambda x: x[..., 0].mean(-1), base, tuned, seed)
+        return mean["p_value"]
+
+    found = [p_value(drawn(100 + seed, 2, 20, 1), seed) for seed in range(40)]
     assert stats.kstest(found, "uniform").pvalue > 0.01
-    same = np.repeat(drawn(8, 1, 10, 1), 2, axis=0)
-    assert swap_p(lambda rows: rows[..., 0].mean(-1), same, 0) == 1.0
+    assert p_value(np.repeat(drawn(8, 1, 10, 1), 2, axis=0), 0) == 1.0

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from inlay.evaluate.entities import entities
-from inlay.evaluate.resampling import Statistic
+from inlay.evaluate.statistics import Statistic
 from inlay.kernels.loss import IGNORED
 
 __all__ = ["LabelKind", "Labels", "Metric", "metrics", "of_words", "pearson", "spearman"]

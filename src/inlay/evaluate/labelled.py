@@ -13,10 +13,16 @@ from transformers import PreTrainedTokenizerBase
 
 from inlay.errors import DataError
 from inlay.evaluate.losses import EncodedRow, Join, RowLoss, losses
-from inlay.evaluate.preference import Limits, both_losses, per_row, with_records
-from inlay.evaluate.record import ComparisonRecord, MetricComparison
-from inlay.evaluate.run import LEVEL, Rows, compare, record
-from inlay.evaluate.separation import Statistic, auc, compare_groups, difference_of_means, ranks
+from inlay.evaluate.preference import Limits, both_losses, with_records
+from inlay.evaluate.record import ComparisonRecord, MetricComparison, compared_means, metric_record
+from inlay.evaluate.run import Rows, compare
+from inlay.evaluate.statistics import (
+    Separation,
+    auc,
+    compare_groups,
+    difference_of_means,
+    ranks,
+)
 
 __all__ = ["Judgements", "LabelledLike", "Weights", "compare_labelled", "labelled_losses"]
 
@@ -113,7 +119,10 @@ class Judgements:
         found |= {"reward_desirable": mean(good)} if good else {}
         found |= {"reward_undesirable": mean(bad)} if bad else {}
         if good and bad:
-            found |= {"reward_margin": mean(good) - mean(bad), "reward_auc": auc(good, bad)}
+            found |= {
+                "reward_margin": mean(good) - mean(bad),
+                "reward_auc": float(auc(np.asarray(good), np.asarray(bad))),
+            }
         return found
 
 
@@ -211,21 +220,21 @@ def labelled_records(base: Judgements, tuned: Judgements) -> list[MetricComparis
     return [
         separated("auc", auc, ranks(base.per_token), ranks(tuned.per_token), labels),
         separated("reward_margin", difference_of_means, base.rewards, tuned.rewards, labels),
-        per_row("loss", "lower", base.losses, tuned.losses),
-        per_row("desirable_reward", "higher", *(good for good, _ in rewards)),
-        per_row("undesirable_reward", "lower", *(bad for _, bad in rewards)),
+        compared_means("loss", "lower", base.losses, tuned.losses),
+        compared_means("desirable_reward", "higher", *(good for good, _ in rewards)),
+        compared_means("undesirable_reward", "lower", *(bad for _, bad in rewards)),
     ]
 
 
 def separated(
     name: str,
-    statistic: Statistic,
+    statistic: Separation,
     base: Sequence[float],
     tuned: Sequence[float],
     labels: Sequence[bool],
 ) -> MetricComparison:
     """Return the record of how far scores tell the two labels apart."""
-    test, sides = compare_groups(base, tuned, labels, statistic, level=LEVEL)
+    test, sides = compare_groups(base, tuned, labels, statistic)
     good, bad = parted(base, labels)
-    start = statistic(np.asarray(good), np.asarray(bad))
-    return record(name, "higher", (start, start + test.mean_difference), sides, test)
+    start = float(statistic(np.asarray(good), np.asarray(bad)))
+    return metric_record(name, "higher", (start, start + test.mean_difference), sides, test)

@@ -17,10 +17,15 @@ from torch import Tensor, nn
 from inlay.errors import DataError
 from inlay.evaluate.label_metrics import LabelKind, Labels, Metric, metrics, of_words
 from inlay.evaluate.outputs import Input, outputs
-from inlay.evaluate.preference import per_row
-from inlay.evaluate.record import ClassRecord, ComparisonRecord, MetricComparison
-from inlay.evaluate.resampling import compared_statistic
-from inlay.evaluate.run import LEVEL, Stage, named
+from inlay.evaluate.record import (
+    ClassRecord,
+    ComparisonRecord,
+    MetricComparison,
+    compared_means,
+    compared_statistic,
+)
+from inlay.evaluate.run import Stage, named
+from inlay.evaluate.statistics import LEVEL
 from inlay.kernels.loss import IGNORED
 from inlay.model.adapters.attach import disabled
 
@@ -103,7 +108,7 @@ def compared(first: Sequence[Metric], second: Sequence[Metric]) -> list[MetricCo
     others = {metric.name: metric for metric in second}
     pairs = [(metric, others[metric.name]) for metric in first if metric.name in others]
     return [
-        per_row(a.name, a.better, a.rows.tolist(), b.rows.tolist())
+        compared_means(a.name, a.better, a.rows.tolist(), b.rows.tolist())
         if a.statistic is None
         else compared_statistic(a.name, a.better, a.statistic, a.rows.tolist(), b.rows.tolist())
         for a, b in pairs

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypedDict, Unpack
+from typing import Protocol, TypedDict, Unpack
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from inlay.evaluate.images import Seeing, joining
 from inlay.evaluate.losses import EncodedRow, Join, RowLoss, losses
-from inlay.evaluate.record import ComparisonRecord, MetricComparison
-from inlay.evaluate.run import LEVEL, Comparison, Rows, Stage, compare, record
-from inlay.evaluate.statistics import bootstrap_interval, paired_test, weighted_mean
+from inlay.evaluate.record import ComparisonRecord, MetricComparison, compared_means
+from inlay.evaluate.run import Comparison, Rows, Stage, compare
 from inlay.model.adapters.attach import disabled
 
 __all__ = ["BETA", "LogProbs", "PairLike", "Preferences", "compare_pairs", "log_probs"]
@@ -196,16 +195,7 @@ def preference_records(base: Judged, tuned: Judged) -> list[MetricComparison]:
     accuracy = [[float(pair.margin > 0) for pair in side.model] for side in (base, tuned)]
     margin = [[pair.margin for pair in side.model] for side in (base, tuned)]
     return [
-        per_row("accuracy", "higher", *accuracy),
-        per_row("margin", "higher", *margin),
-        per_row("loss", "lower", base.losses, tuned.losses),
+        compared_means("accuracy", "higher", *accuracy),
+        compared_means("margin", "higher", *margin),
+        compared_means("loss", "lower", base.losses, tuned.losses),
     ]
-
-
-def per_row(
-    name: str, better: Literal["lower", "higher"], base: Sequence[float], tuned: Sequence[float]
-) -> MetricComparison:
-    """Return the record of one value a row."""
-    sides = [bootstrap_interval(values, level=LEVEL) for values in (base, tuned)]
-    means = (weighted_mean(base), weighted_mean(tuned))
-    return record(name, better, means, sides, paired_test(base, tuned))

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NotRequired, TypedDict
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NotRequired, TypedDict
+
+from inlay.evaluate.statistics import (
+    Interval,
+    PairedResult,
+    Statistic,
+    bootstrap_interval,
+    compare_statistic,
+    paired_test,
+    weighted_mean,
+)
+
+Better = Literal["lower", "higher"]
 
 
 class Trainable(TypedDict):
@@ -124,3 +138,63 @@ class Merge(TypedDict, total=False):
     surviving_fraction: float
     dtype: str
     rows: int
+
+
+def compared_means(
+    name: str, better: Better, base: Sequence[float], tuned: Sequence[float]
+) -> MetricComparison:
+    """Return the record of a metric that is a mean over rows, from one value per row."""
+    return metric_record(
+        name,
+        better,
+        (weighted_mean(base), weighted_mean(tuned)),
+        [bootstrap_interval(values) for values in (base, tuned)],
+        paired_test(base, tuned),
+    )
+
+
+def compared_statistic(
+    name: str,
+    better: Better,
+    statistic: Statistic,
+    base: Sequence[Sequence[float]],
+    tuned: Sequence[Sequence[float]],
+    seed: int = 0,
+) -> MetricComparison:
+    """Return the record of a statistic of whole sets of rows; arguments of `compare_statistic`."""
+    means, test, sides = compare_statistic(statistic, base, tuned, seed=seed)
+    return metric_record(name, better, means, sides, test)
+
+
+def metric_record(
+    name: str,
+    better: Better,
+    means: tuple[float, float],
+    sides: Sequence[Interval | None],
+    test: PairedResult,
+    change: float | None = None,
+) -> MetricComparison:
+    """Return the record of one metric; a `change` that is not the test's own has no interval."""
+    difference = (
+        score(test.mean_difference, test.interval) if change is None else score(change, None)
+    )
+    return {
+        "name": name,
+        "better": better,
+        "rows": test.n,
+        "base": score(means[0], sides[0]),
+        "tuned": score(means[1], sides[1]),
+        "difference": difference,
+        "p_value": test.p_value,
+        "test": test.test,
+    }
+
+
+def score(value: float, interval: Interval | None) -> Score:
+    """Return a value and its interval, with None for what JSON cannot hold."""
+    low, high = interval if interval is not None else (math.nan, math.nan)
+    return {"value": finite(value), "low": finite(low), "high": finite(high)}
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -13,10 +13,16 @@ from transformers import PreTrainedTokenizerBase
 from inlay.errors import DataError, ModelError
 from inlay.evaluate.generation import Answer, Sampling, answer
 from inlay.evaluate.losses import Progress, batches, logits_at, padded, vocabulary
-from inlay.evaluate.preference import per_row
-from inlay.evaluate.record import ComparisonRecord, ExampleRecord, MetricComparison
-from inlay.evaluate.run import EXAMPLES, LEVEL, Stage, named, record, staged
+from inlay.evaluate.record import (
+    ComparisonRecord,
+    ExampleRecord,
+    MetricComparison,
+    compared_means,
+    metric_record,
+)
+from inlay.evaluate.run import EXAMPLES, Stage, named, staged
 from inlay.evaluate.statistics import (
+    LEVEL,
     SIGN_FLIP,
     PairedResult,
     bootstrap_interval,
@@ -228,8 +234,10 @@ def reward_records(base: Measured, tuned: Measured) -> list[MetricComparison]:
     found: list[MetricComparison] = []
     for part in parts:
         name = part if part == "reward" else f"reward_{part}"
-        found.append(per_row(name, "higher", base.likeliest[part], tuned.likeliest[part]))
-        found.append(per_row(f"sampled_{name}", "higher", base.drawn[part], tuned.drawn[part]))
+        found.append(compared_means(name, "higher", base.likeliest[part], tuned.likeliest[part]))
+        found.append(
+            compared_means(f"sampled_{name}", "higher", base.drawn[part], tuned.drawn[part])
+        )
     return found
 
 
@@ -239,17 +247,17 @@ def length_records(base: Measured, tuned: Measured) -> list[MetricComparison]:
     lengths = [[float(len(each.tokens)) for each in side] for side in sides]
     cut = [[float(not each.ended) for each in side] for side in sides]
     neither: MetricComparison = {
-        **per_row("answer_tokens", "lower", *lengths),
+        **compared_means("answer_tokens", "lower", *lengths),
         "better": "neither",
     }
-    return [neither, per_row("cut_off", "lower", *cut)]
+    return [neither, compared_means("cut_off", "lower", *cut)]
 
 
 def kl_record(values: Sequence[float]) -> MetricComparison:
     """Return the record of the divergence, which needs no test: the base has none."""
-    mean, interval = weighted_mean(values), bootstrap_interval(values, level=LEVEL)
+    mean, interval = weighted_mean(values), bootstrap_interval(values)
     result = PairedResult(mean, interval, None, SIGN_FLIP, len(values))
-    return record("kl", "lower", (0.0, mean), [None, interval], result)
+    return metric_record("kl", "lower", (0.0, mean), [None, interval], result)
 
 
 def examples(

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from inlay.errors import DataError
 from inlay.evaluate.labels import UNTRAINED
 from inlay.evaluate.outputs import Input, outputs
-from inlay.evaluate.preference import per_row, softplus
-from inlay.evaluate.record import ComparisonRecord, MetricComparison
-from inlay.evaluate.run import LEVEL, Stage, named
+from inlay.evaluate.preference import softplus
+from inlay.evaluate.record import ComparisonRecord, MetricComparison, compared_means
+from inlay.evaluate.run import Stage, named
+from inlay.evaluate.statistics import LEVEL
 from inlay.model.adapters.attach import disabled
 
 __all__ = ["RewardPair", "compare_rewards", "held_out_rewards"]
@@ -130,7 +131,7 @@ def reward_records(
     """Return accuracy, margin and loss of both, each with the paired test of the difference."""
     losses = [[softplus(-margin) for margin in side] for side in (before, tuned)]
     return [
-        per_row("accuracy", "higher", hits, right(tuned)),
-        per_row("margin", "higher", before, tuned),
-        per_row("loss", "lower", *losses),
+        compared_means("accuracy", "higher", hits, right(tuned)),
+        compared_means("margin", "higher", before, tuned),
+        compared_means("loss", "lower", *losses),
     ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 from torch import nn
@@ -19,10 +19,15 @@ from inlay.evaluate.generation import context_length, generate
 from inlay.evaluate.images import Seeing, joining, thumbnail
 from inlay.evaluate.losses import EncodedRow, Progress, RowLoss, losses
 from inlay.evaluate.metrics import metrics_for
-from inlay.evaluate.record import ComparisonRecord, ExampleRecord, MetricComparison, Score
+from inlay.evaluate.record import (
+    ComparisonRecord,
+    ExampleRecord,
+    MetricComparison,
+    compared_means,
+    metric_record,
+)
 from inlay.evaluate.statistics import (
-    Interval,
-    PairedResult,
+    LEVEL,
     bootstrap_interval,
     paired_test,
     weighted_mean,
@@ -31,7 +36,6 @@ from inlay.model.adapters.attach import disabled
 
 __all__ = ["Comparison", "Evaluation", "compare", "evaluate", "generate", "losses"]
 
-LEVEL = 0.95
 EXAMPLES = 3
 
 Stage = Callable[[str, int, int], None]
@@ -106,7 +110,7 @@ class Comparison:
             "tokens": sum(r.tokens for r in self.base.losses),
             "generated_rows": len(self.samples),
             "level": LEVEL,
-            "metrics": [*loss_records(self), *(score_record(self, n) for n in self.base.scores)],
+            "metrics": [*loss_records(self), *score_records(self)],
             "examples": [
                 example_record(sample, prompt, base, tuned)
                 for sample, prompt, base, tuned in zip(
@@ -329,52 +333,17 @@ def loss_records(comparison: Comparison) -> list[MetricComparison]:
     grown = [i and (exponential(i[0]), exponential(i[1])) for i in sides]
     change = tuned.perplexity - base.perplexity
     return [
-        record("loss", "lower", (base.loss, tuned.loss), sides, test),
-        record("perplexity", "lower", (base.perplexity, tuned.perplexity), grown, test, change),
+        metric_record("loss", "lower", (base.loss, tuned.loss), sides, test),
+        metric_record(
+            "perplexity", "lower", (base.perplexity, tuned.perplexity), grown, test, change
+        ),
     ]
 
 
-def score_record(comparison: Comparison, name: str) -> MetricComparison:
-    """Return the record of one metric of the generated text."""
-    per_row = [comparison.base.scores[name], comparison.tuned.scores[name]]
-    means = (weighted_mean(per_row[0]), weighted_mean(per_row[1]))
-    sides = [bootstrap_interval(values, level=LEVEL) for values in per_row]
-    return record(name, "higher", means, sides, paired_test(*per_row))
-
-
-def record(
-    name: str,
-    better: Literal["lower", "higher"],
-    means: tuple[float, float],
-    sides: Sequence[Interval | None],
-    test: PairedResult,
-    change: float | None = None,
-) -> MetricComparison:
-    """Return one metric's record; a `change` that is not the test's own has no interval."""
-    difference = (
-        score(test.mean_difference, test.interval) if change is None else score(change, None)
-    )
-    return {
-        "name": name,
-        "better": better,
-        "rows": test.n,
-        "base": score(means[0], sides[0]),
-        "tuned": score(means[1], sides[1]),
-        "difference": difference,
-        "p_value": test.p_value,
-        "test": test.test,
-    }
-
-
-def score(value: float, interval: Interval | None) -> Score:
-    """Return a value and its interval with None for what JSON cannot hold."""
-    low, high = interval if interval is not None else (math.nan, math.nan)
-    return {"value": finite(value), "low": finite(low), "high": finite(high)}
-
-
-def finite(value: float) -> float | None:
-    """Return the value, or None where it is not finite."""
-    return value if math.isfinite(value) else None
+def score_records(comparison: Comparison) -> list[MetricComparison]:
+    """Return the records of the metrics of the generated text."""
+    base, tuned = comparison.base.scores, comparison.tuned.scores
+    return [compared_means(name, "higher", base[name], tuned[name]) for name in base]
 
 
 def exponential(value: float) -> float:

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inlay.evaluate.label_metrics import pearson, spearman
-from inlay.evaluate.preference import per_row
-from inlay.evaluate.record import MetricComparison
-from inlay.evaluate.resampling import compared_statistic
+from inlay.evaluate.record import MetricComparison, compared_means, compared_statistic
 
 __all__ = ["Candidates", "compared_retrieval", "compared_scores", "ranks"]
 
@@ -73,13 +71,15 @@ def compared_retrieval(
     places = [ranks(side[0], side[1], candidates) for side in (base, tuned)]
     among = [k for k in AMONG if k == 1 or k < len(candidates.first)]
     found = [
-        per_row(f"recall_at_{k}", "higher", *([float(r <= k) for r in side] for side in places))
+        compared_means(
+            f"recall_at_{k}", "higher", *([float(r <= k) for r in side] for side in places)
+        )
         for k in among
     ]
-    found.append(per_row("mrr", "higher", *([1 / r for r in side] for side in places)))
+    found.append(compared_means("mrr", "higher", *([1 / r for r in side] for side in places)))
     if len(base) == 3:
         sides = [triplets_right(*side) for side in (base, tuned)]
-        found.append(per_row("triplet_accuracy", "higher", *sides))
+        found.append(compared_means("triplet_accuracy", "higher", *sides))
     return found
 
 

@@ -18,8 +18,9 @@ from inlay.data.similar import SIMILAR
 from inlay.errors import DataError
 from inlay.evaluate.outputs import accepted, padded_inputs
 from inlay.evaluate.record import ComparisonRecord
-from inlay.evaluate.run import LEVEL, Stage, Told, named
+from inlay.evaluate.run import Stage, Told, named
 from inlay.evaluate.similar import Candidates, compared_retrieval, compared_scores
+from inlay.evaluate.statistics import LEVEL
 from inlay.memory.devices import Device
 from inlay.model.adapters.attach import disabled
 from inlay.model.load.heads import Head
