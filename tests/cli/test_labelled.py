@@ -135,7 +135,7 @@ def test_eval_measures_the_rows_the_run_held_out(
     assert main([*line, "--data", str(run / "rows.jsonl")]) == 0
     out = capsys.readouterr().out
     assert "loss (of rows)" in out
-    assert "desirable answer likelier (AUC)" in out
+    assert "desirable answer more likely (AUC)" in out
     assert main([*line, "--data", "reports", "--max-rows", "4", "--json"]) == 0
     assert "perplexity" in capsys.readouterr().out
     alike = write(run / "alike.jsonl", [row for row in rows_of(9) if row["label"]])

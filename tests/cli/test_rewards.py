@@ -130,8 +130,8 @@ def test_eval_judges_the_prompts_the_run_held_out(
     line = ["eval", "--adapter", str(run / "run"), "--data", str(more), "--generate-tokens", "3"]
     assert main(line) == 0
     out = capsys.readouterr().out
-    assert "reward, likeliest answers" in out
-    assert "KL to the base (nats/token)" in out
+    assert "reward of greedy answers" in out
+    assert "KL to the base, nats per token" in out
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def test_the_demo_ends_with_everything_promised(shown: tuple[Path, str]) -> None
         "adapter",
         "model ",
         "base against tuned",
-        "loss (nats/token)",
+        "loss, nats per token",
         "ROUGE-L",
         "95% bootstrap intervals",
         "merge: the merged model against",

@@ -20,7 +20,6 @@ LONGER: set[str] = {
     "data/findings.py",
     "data/read.py",
     "data/tokens.py",
-    "evaluate/report.py",
     "evaluate/run.py",
     "kernels/frozen.py",
     "methods/base.py",

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inlay.errors import InlayError
-from inlay.evaluate.charts import MOST_POINTS, Axis, Line, line_chart, number
-from inlay.evaluate.html import duration, figure, p_text, size
 from inlay.evaluate.report import report_page, write_report
+from inlay.evaluate.report.charts import MOST_POINTS, Axis, Line, line_chart, number
+from inlay.evaluate.report.html import figure, p_text
+from inlay.evaluate.units import duration, size
 
 NASTY = "<script>alert('x')</script> & \"quoted\" $title ${body} http"
 EMPTY_TAGS = {"meta", "link", "img", "br"}
@@ -134,11 +135,11 @@ def test_the_page_says_everything_that_was_measured(
     page = Page(report_page(run, metrics, comparison, merge))
     for words in (
         "lora on pocket",
-        "data reports.csv · seed 7 · trained in 1 h 2 min",
+        "data reports.csv · seed 7 · trained in 1 h 02 min",
         "Held-out loss 4.000 → 3.000 −25.0%, p < 0.001",
         "Trained 3.41% 221,184 of 6,490,000 parameters",
-        "Peak memory 870.7 MiB",
-        "Adapter size 872.1 KiB model 12.4 MiB (6.88% of it)",
+        "Peak memory 913.0 MB",
+        "Adapter size 893.0 kB model 13.0 MB (6.88% of it)",
         "Merge verification 100.00% same top token",
         "4.000 3.900 to 4.100 3.000 −1.000 < 0.001",
         "ROUGE-L higher is better 0.500 0.400 to 0.600 0.400 −0.100 0.030",
@@ -283,12 +284,12 @@ def test_ticks_are_written_briefly(value: float, written: str):
         (figure(3.2e9), "3.2e+09"),
         (p_text(0.0002), "p < 0.001"),
         (p_text(0.0625, short=True), "0.062"),
-        (p_text(None), "one row proves nothing"),
-        (size(1023), "1023 B"),
-        (size(1536), "1.5 KiB"),
-        (size(3 * 2**40), "3.0 TiB"),
+        (p_text(None), "no p-value from one row"),
+        (size(999), "999 B"),
+        (size(1536), "1.5 kB"),
+        (size(3 * 2**40), "3,298.53 GB"),
         (duration(59.4), "59 s"),
-        (duration(143), "2 min"),
+        (duration(143), "2 min 23 s"),
     ],
 )
 def test_figures_are_written_for_people(written: str, expected: str):

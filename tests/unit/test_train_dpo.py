@@ -50,7 +50,7 @@ def test_a_run_leaves_what_a_supervised_one_does(done: tuple[RunConfig, TrainRes
     assert run["config"]["beta"] == 1.0
     assert run["config"]["packing"] is False
     assert run["steps"] == 36
-    assert "Pairs preferred more than by the base" in page
+    assert "Reward accuracy" in page
 
 
 def test_metrics_are_the_tasks_own(done: tuple[RunConfig, TrainResult]):

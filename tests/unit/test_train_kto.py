@@ -52,7 +52,7 @@ def test_a_run_leaves_what_a_supervised_one_does(done: tuple[RunConfig, TrainRes
     assert run["weights"]["desirable"] == 1
     assert run["config"]["packing"] is False
     assert "Reward of desirable answers" in page
-    assert "Desirable answer likelier (AUC)" in page
+    assert "Desirable answer more likely (AUC)" in page
 
 
 def test_metrics_are_the_tasks_own(done: tuple[RunConfig, TrainResult]):

@@ -32,7 +32,7 @@ def test_a_run_leaves_what_a_supervised_one_does(done: tuple[RunConfig, TrainRes
     config, result = done
     run, page = what_is_left(config, result)
     assert run["steps"] == 36
-    assert "Preferred answer likelier" in page
+    assert "Preferred answer more likely" in page
 
 
 def test_metrics_are_the_tasks_own(done: tuple[RunConfig, TrainResult]):

@@ -67,7 +67,7 @@ def test_the_better_answer_about_an_image_is_preferred(done: tuple[RunConfig, Tr
     assert metrics["accuracy"]["tuned"]["value"] > 0.8
     assert metrics["loss"]["base"]["value"] == pytest.approx(math.log(2))
     assert run["comparison"]["examples"][0]["prompt"] == "Which digit is this?"
-    assert "Pairs preferred more than by the base" in page
+    assert "Reward accuracy" in page
     assert not list(Path(config.output).rglob("*.tmp"))
 
 

@@ -1,4 +1,4 @@
-"""What the command prints: Rich on a terminal, plain text elsewhere, JSON for a machine."""
+"""The command's output: Rich on a terminal, plain text elsewhere, JSON for a machine."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from inlay.evaluate.units import duration, size
+
 if TYPE_CHECKING:
     from rich.console import Console
 
+__all__ = [
+    "as_json", "bracketed", "duration", "facts", "heading", "listing", "masked", "number",
+    "on_terminal", "plain_table", "seconds", "size", "table",
+]  # fmt: skip
+
 
 def on_terminal() -> bool:
-    """Say whether a person looks at stdout."""
     return sys.stdout.isatty()
 
 
 def console() -> Console:
-    """Return Rich's console on the present stdout."""
     from rich.console import Console
 
     return Console(highlight=False)
 
 
 def heading(text: str) -> None:
-    """Write the title of a part of the output."""
     if on_terminal():
         from rich.text import Text
 
@@ -35,7 +39,7 @@ def heading(text: str) -> None:
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> None:
-    """Write `name  value` lines, the values under each other."""
+    """Write `name  value` lines with aligned values."""
     rows = [(name, str(value)) for name, value in pairs]
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
@@ -43,7 +47,7 @@ def facts(pairs: Iterable[tuple[str, object]]) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table; the first column is text, the others are set to the right."""
+    """Write a table; the first column is aligned left, the others right."""
     if on_terminal():
         rich_table(columns, rows)
         return
@@ -52,7 +56,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table's lines as plain text."""
     widths = [max(len(cell) for cell in cells) for cells in zip(columns, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -64,7 +67,6 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 
 
 def rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table with Rich."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -78,7 +80,7 @@ def rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def listing(columns: tuple[str, str], rows: Iterable[tuple[str, str]]) -> None:
-    """Write names with a text each, both set to the left."""
+    """Write two columns of text, both aligned left."""
     pairs = [columns, *rows]
     width = max(len(name) for name, _ in pairs)
     for name, text in pairs:
@@ -86,7 +88,7 @@ def listing(columns: tuple[str, str], rows: Iterable[tuple[str, str]]) -> None:
 
 
 def masked(pieces: Sequence[str], trained: Sequence[bool]) -> None:
-    """Write a row's tokens, those that are trained on in colour, or in brackets without colour."""
+    """Write a row's tokens; trained tokens in colour, or in brackets without a terminal."""
     if on_terminal():
         from rich.text import Text
 
@@ -100,44 +102,23 @@ def masked(pieces: Sequence[str], trained: Sequence[bool]) -> None:
 
 
 def bracketed(pieces: Sequence[str], trained: Sequence[bool]) -> str:
-    """Return the tokens as text, with every run that is trained on in brackets."""
+    """Return the tokens as text, with each run of trained tokens in brackets."""
     runs = groupby(zip(pieces, trained, strict=True), key=lambda pair: pair[1])
     texts = [(counts, "".join(piece for piece, _ in run)) for counts, run in runs]
     return "".join(f"[{text}]" if counts else text for counts, text in texts)
 
 
 def as_json(value: object) -> None:
-    """Write a value for a machine: JSON, nothing else, on stdout."""
+    """Write a value as JSON and nothing else."""
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def number(value: float, digits: int = 4) -> str:
-    """Return a number with that many significant digits; whole numbers in full."""
+    """Return a number to some significant digits; whole numbers in full."""
     if isinstance(value, int) or float(value).is_integer():
         return f"{int(value):,}"
     return f"{value:.{digits}g}"
 
 
-def size(count: float) -> str:
-    """Return a number of bytes in the unit one would say it in."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as `1 h 02 min`, `3 min 05 s` or `12 s`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"
-
-
 def seconds(value: float) -> str:
-    """Return the time that a step takes."""
     return duration(value) if value >= 60 else f"{number(value, 3)} s"

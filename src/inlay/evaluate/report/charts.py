@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, coloured by the page's own style sheet."""
+"""Line charts as inline SVG; the page's style sheet colours them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,10 @@ class Axis:
     end: float
 
     def pixel(self, value: float) -> float:
-        """Return where a value lies, in pixels."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Return round values within the axis."""
+        """Return the round values within the axis."""
         step = round_step((self.high - self.low) / TICKS)
         first = math.ceil(self.low / step - 1e-9)
         return [n * step for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
@@ -52,7 +51,7 @@ def round_step(rough: float) -> float:
 
 
 def axis(values: Sequence[float], start: float, end: float) -> Axis:
-    """Return an axis a little wider than the values, and never without width."""
+    """Return an axis a little wider than the values, of non-zero width."""
     low, high = min(values), max(values)
     margin = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
     return Axis(low - margin, high + margin, start, end)
@@ -84,7 +83,6 @@ def line_chart(lines: Sequence[Line], x_label: str) -> str:
 
 
 def x_axis(axis: Axis, label: str) -> list[str]:
-    """Draw the lower axis."""
     base, middle = HEIGHT - BOTTOM, (LEFT + WIDTH - RIGHT) / 2
     parts = [f'<path class="axis" d="M{LEFT} {base}H{WIDTH - RIGHT}"/>']
     for tick in axis.ticks():
@@ -96,7 +94,7 @@ def x_axis(axis: Axis, label: str) -> list[str]:
 
 
 def y_axis(axis: Axis) -> list[str]:
-    """Draw the left axis and its grid lines."""
+    """Draw the left axis with its grid lines."""
     parts: list[str] = []
     for tick in axis.ticks():
         at = axis.pixel(tick)
@@ -106,7 +104,7 @@ def y_axis(axis: Axis) -> list[str]:
 
 
 def path(line: Line, x: Axis, y: Axis) -> str:
-    """Draw one line, and its points where they are few or it asks for them."""
+    """Draw a line; a dot on each point if the line has dots or a single point."""
     at = [(x.pixel(a), y.pixel(b)) for a, b in line.points]
     drawn = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in at)
     dots = [
@@ -119,13 +117,12 @@ def path(line: Line, x: Axis, y: Axis) -> str:
 
 
 def legend(lines: Sequence[Line]) -> str:
-    """Name the lines below the chart."""
     names = "".join(f'<span><i class="{ln.style}"></i>{escape(ln.name)}</span>' for ln in lines)
     return f'<p class="legend">{names}</p>'
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-    """Keep points evenly along a long line, the first and the last among them."""
+    """Return at most MOST_POINTS points, evenly spaced, including the first and the last."""
     if len(points) <= MOST_POINTS:
         return points
     kept = np.linspace(0, len(points) - 1, MOST_POINTS).round().astype(int)
@@ -133,7 +130,7 @@ def thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, floa
 
 
 def number(value: float) -> str:
-    """Write a tick briefly, without float dust: 0.30000000000000004 is 0.3, 0.00015 is 1.5e-4."""
+    """Return a tick's label: 0.30000000000000004 is 0.3, 0.00015 is 1.5e-4."""
     if abs(value) >= 1e4:
         return f"{value:,.0f}"
     if value == 0 or abs(value) >= 1e-3:
