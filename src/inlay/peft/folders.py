@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from inlay.checkpoint.adapter import save_adapter
 from inlay.checkpoint.adapter_file import read_adapter
 from inlay.checkpoint.folder import CARD, CONFIG, EXTRAS, TENSORS, located, read_json
-from inlay.checkpoint.slots import Slot, slots
+from inlay.checkpoint.slots import slots
 from inlay.errors import CheckpointError
 from inlay.files import write_text
+from inlay.methods.base import Params
 from inlay.model.adapters.registry import adapters
 from inlay.peft.configs import method_of, prepared, recorded_of
 from inlay.peft.errors import AdapterError
@@ -76,12 +76,14 @@ def write(
     directory: Path,
     tags: str | Sequence[str] | None,
     embeddings: bool | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Save one adapter as HF PEFT reads it; a card that a user wrote there stays."""
     readme, model = directory / CARD, wrapped.get_base_model()
     earlier = readme.read_text(encoding="utf-8") if readme.is_file() else OURS
     recorded = recorded_of(wrapped.peft_config[name], model)
-    save_adapter(model, directory, name, recorded=recorded, embeddings=embeddings)
+    values = values_in_state(wrapped, name, state)
+    save_adapter(model, directory, name, recorded=recorded, embeddings=embeddings, state=values)
     text = earlier if OURS not in earlier else readme.read_text(encoding="utf-8")
     card = ModelCard(text, ignore_metadata_errors=True)
     write_metadata(card, wrapped, [tags] if isinstance(tags, str) else list(tags or ()))
@@ -99,47 +101,35 @@ def write_metadata(card: Any, wrapped: Any, more: list[str]) -> None:
         card.data.pipeline_tag = "text-generation"
 
 
-@contextmanager
-def holding(wrapped: Any, name: str, state: Mapping[str, Tensor] | None) -> Generator[None]:
-    """Put the values of a state into an adapter inside the `with` block.
+def values_in_state(
+    wrapped: Any, name: str, state: Mapping[str, Tensor] | None
+) -> dict[str, Tensor] | None:
+    """Return an adapter's values in a state, by their names in the base model's own state.
 
-    The state is the wrapped model's own, by its names or its file's; its other values are left out.
+    The state given is the wrapped model's own, by its names or its file's; its other values are
+    left out.
     """
     if state is None:
-        yield
-        return
-    found = slots(wrapped.get_base_model(), name)
+        return None
+    base = wrapped.get_base_model()
     own = {id(value): key for key, value in wrapped.state_dict(keep_vars=True).items()}
     named = {id(value): key for key, value in wrapped.named_parameters()}
-    values: list[tuple[Slot, Tensor, Tensor]] = []
-    for slot in found:
-        before = slot.tensor
-        spelled = (own.get(id(before)), named.get(id(before)), slot.key)
+    homes = {id(m): place for place, m in base.named_modules() if isinstance(m, Params)}
+    found: dict[str, Tensor] = {}
+    for slot in slots(base, name):
+        spelled = (own.get(id(slot.tensor)), named.get(id(slot.tensor)), slot.key)
         keys = [str(key) for key in spelled if key in state]
         if not keys:
             raise AdapterError(
                 f"the state_dict given lacks {slot.key} of adapter {name!r}; give the model's own "
                 "state_dict(), or leave it out to save the values as they are"
             )
-        value = state[keys[0]]
-        expected = slot.written.shape if keys[0] == slot.key else before.shape
+        value, of_file = state[keys[0]], keys[0] == slot.key
+        expected = slot.written.shape if of_file else slot.tensor.shape
         if value.shape != expected:
             raise AdapterError(
                 f"the state_dict given has {keys[0]} of shape {list(value.shape)}, expected "
                 f"{list(expected)}; gather a sharded state before it is saved"
             )
-        values.append((slot, before, slot.layout.read(value) if keys[0] == slot.key else value))
-    try:
-        for slot, before, value in values:
-            set_tensor(
-                slot, nn.Parameter(value, False) if isinstance(before, nn.Parameter) else value
-            )
-        yield
-    finally:
-        for slot, before, _ in values:
-            set_tensor(slot, before)
-
-
-def set_tensor(slot: Slot, value: Tensor) -> None:
-    table = slot.home._parameters if slot.name in slot.home._parameters else slot.home._buffers
-    table[slot.name] = value  # pyright: ignore[reportArgumentType]
+        found[f"{homes[id(slot.home)]}.{slot.name}"] = slot.layout.read(value) if of_file else value
+    return found

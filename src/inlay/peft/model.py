@@ -178,8 +178,7 @@ class PeftModel(ModelWrapper):
         with self.base_model.unmerged():
             for name in names if is_main_process else ():
                 folder = Path(save_directory) / ("" if name == "default" else name)
-                with folders.holding(self, name, given):
-                    folders.write(self, name, folder, tags, embeddings)
+                folders.write(self, name, folder, tags, embeddings, given)
 
     def load_adapter(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -231,12 +231,11 @@ class Numbers(Mapping[str, Any]):
         return repr(self.now())
 
 
-class Scaling(dict[str, float]):
+class Scaling(Numbers):
     """The factor of each adapter's product B A; setting one changes what the layer computes."""
 
     def __init__(self, layer: AdaptedLayer) -> None:
-        self.layer = layer
-        super().__init__({name: method.scale for name, method in low_rank_of(layer).items()})
+        super().__init__(layer, lambda here: {n: m.scale for n, m in low_rank_of(here).items()})
 
     def __setitem__(self, name: str, scale: float) -> None:
         factor = scale / self[name] if self[name] else None
@@ -244,10 +243,6 @@ class Scaling(dict[str, float]):
             method = table[key]
             if isinstance(method, LowRank):
                 table[key] = scaled(method, scale if factor is None else method.scale * factor)
-        super().__setitem__(name, scale)
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) and has(self.layer, name)
 
     def copy(self) -> dict[str, float]:
         return dict(self)
