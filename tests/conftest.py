@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,14 +22,25 @@ hypothesis.settings.register_profile("inlay", hypothesis.settings(), deadline=No
 hypothesis.settings.load_profile("inlay")
 
 
+MEMORY, ENOUGH = Path("/dev/shm"), 6 * 2**30
+"""A file system in memory, and the free bytes for which the tests' folders go there."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the tests' folders in memory where there is room: a flush to a disk is waited for."""
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ENOUGH:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files with slow tests first, so that short ones fill the end of every process."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
-def pytest_collection_finish() -> None:
-    """Take what imports made out of the garbage collector's sight: to go through it takes 0.5 s."""
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports() -> None:
+    """Hide what imports made from the garbage collector, which takes 0.5 s to go through it."""
     gc.collect()
     gc.freeze()
 

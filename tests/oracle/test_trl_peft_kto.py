@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from trl import KTOConfig, KTOTrainer
-from trl_peers import STEPS, own_curve, peers_curve, run_file
+from trl_peers import STEPS, own_curve, peers_curve, run_file, short_prompt
 
 from inlay.data.reports import generate_reports
 from inlay.train.order import kept_order
@@ -23,7 +23,7 @@ def labelled(count: int) -> list[dict[str, Any]]:
     reports = generate_reports(count, seed=0)
     return [
         {
-            "prompt": f"{report.findings}\nImpression:",
+            "prompt": short_prompt(report),
             "completion": report.impression if i % 4 else f"Report {i} was read.",
             "label": bool(i % 4),
         }

@@ -11,21 +11,26 @@ from datasets import Dataset
 from peft import PeftModel
 
 import inlay
-from inlay.data.reports import generate_reports
+from inlay.data.reports import Report, generate_reports
 from inlay.model.load.heads import Head
 from inlay.run.config import RunConfig, load_config
 
 STEPS = 10
 
 
+def short_prompt(report: Report) -> str:
+    """Return a prompt of a report's first sentence: a fifth of the tokens of them all."""
+    return f"{report.findings.split('. ')[0]}.\nImpression:"
+
+
 def pairs(count: int, rejected: str) -> list[dict[str, Any]]:
-    """Return reports' impressions, each preferred to a part of the next report."""
+    """Return impressions of short findings, each preferred to a part of the next report."""
     reports = generate_reports(count, seed=0)
     both = [
         (r, getattr(o, rejected)) for r, o in zip(reports, reports[1:] + reports[:1], strict=True)
     ]
     return [
-        {"prompt": f"{r.findings}\nImpression:", "chosen": r.impression, "rejected": other}
+        {"prompt": short_prompt(r), "chosen": r.impression, "rejected": other}
         for r, other in both
         if r.impression != other
     ]

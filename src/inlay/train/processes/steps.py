@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -49,16 +50,21 @@ class SharedSteps(Trainer, ABC):
         self.passes_done = 0
         """Of the present step, in this process."""
 
+    @cached_property
+    def epoch_rows(self) -> int:
+        """Rows, or packs of rows, in an epoch: counted once, as every step asks."""
+        return len(self.lengths)
+
     @property
     def steps_in_epoch(self) -> int:
         """How many optimiser steps pass over all rows."""
-        return math.ceil(len(self.lengths) / self.share.step_rows)
+        return math.ceil(self.epoch_rows / self.share.step_rows)
 
     @property
     def parts(self) -> list[Part]:
         """This process's parts of the present step."""
         step = self.state.global_step % self.steps_in_epoch
-        return self.share.parts_of_step(len(self.lengths), step)
+        return self.share.parts_of_step(self.epoch_rows, step)
 
     @property
     def part(self) -> Part:
