@@ -23,7 +23,7 @@ import torch
 from machine import THREADS, spread, write
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests" / "unit"))
+sys.path.insert(0, str(HERE.parent / "tests" / "support"))
 
 from transformers import (  # noqa: E402
     SmolVLMConfig,

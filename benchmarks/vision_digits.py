@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests" / "unit"))
+sys.path.insert(0, str(HERE.parent / "tests" / "support"))
 
 from machine import write  # noqa: E402
 from vision_tiny import FAMILIES, make_digits, make_vision_model  # noqa: E402

@@ -16,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import pytest
 import torch
+from transformers import AutoTokenizer
+
+from inlay.model.load.folder import EMBEDDED
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("inlay", hypothesis.settings(), deadline=None)
@@ -45,6 +48,28 @@ def frozen_imports() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module")
+def folders(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Every tiny model of the module's own `built`, saved with a tokenizer."""
+    from tiny_models import NAMES
+
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["pocket"])
+    found: dict[str, Path] = {}
+    for name in NAMES:
+        found[name] = tmp_path_factory.mktemp(name)
+        request.module.built(name).save_pretrained(found[name])
+        tokenizer.save_pretrained(found[name])
+    return found
+
+
+@pytest.fixture
+def llama(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the saved Llama, to be changed."""
+    return Path(shutil.copytree(folders["llama"], tmp_path / "model"))
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Name the class of CPU: which products are taken, and how they round, depends on it."""
     from inlay.kernels import native
@@ -60,5 +85,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line(f"CPU: {said}; {threads}; C kernels: {native.status()}")
 
 
-collect_ignore_glob = ["unit/gpu_*.py"]
-"""Run by test_kernels_gpu.py in processes of their own."""
+collect_ignore = ["support", "peers"]
+"""Helpers, and what tests run in processes of their own."""

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from heads_tiny import make_encoder, make_preferences, make_rows, make_similar, write
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from heads_tiny import make_encoder, make_preferences, make_rows, make_similar, write
 
 from inlay.cli.main import main
 

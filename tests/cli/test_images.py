@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
 from verbs import as_json
 from vision_tiny import QUESTION, make_digits, make_vision_model
 

@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 from zlib import crc32
 
-import build
+import family
 import inputs
 import peft
 import torch
@@ -57,7 +57,7 @@ class Case:
 
     @cached_property
     def base(self) -> PreTrainedModel:
-        return build.built(self.model_type, self.name)
+        return family.built(self.model_type, self.name)
 
     @cached_property
     def batch(self) -> dict[str, Tensor]:

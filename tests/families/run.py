@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def chosen(which: list[str]) -> list[str]:
     """Return the classes that these words name."""
-    import build
+    import family
 
-    families = build.families()
+    families = family.families()
     return [n for n, names in families.items() if not which or {n, *names} & set(which)]
 
 
@@ -83,13 +83,13 @@ def work(names: list[str]) -> None:
     """Try classes, one line of JSON before and after each."""
     import logging
 
-    import build
     import checks
+    import family
     import transformers
 
     logging.getLogger("torch").setLevel(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
-    families = build.families()
+    families = family.families()
     for name in names:
         print(json.dumps({BEGUN: name}), flush=True)
         signal.setitimer(signal.ITIMER_PROF, SECONDS)

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import build
 import checks
+import family
 import pytest
 
 A_DAY = 6
@@ -25,7 +25,7 @@ FAILED_ONCE: dict[str, list[str]] = json.loads(
 
 def of_the_day() -> list[str]:
     """Return the day's part of the classes: the same everywhere on one date."""
-    names = sorted(build.families())
+    names = sorted(family.families())
     random.Random("inlay").shuffle(names)
     first = datetime.now(UTC).date().toordinal() * A_DAY
     return [names[(first + i) % len(names)] for i in range(A_DAY)]
@@ -39,13 +39,13 @@ def wrong(found: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", of_the_day())
 def test_the_class_of_the_day_is_right_or_refused(name: str) -> None:
-    found = checks.tried(name, *build.families()[name])
+    found = checks.tried(name, *family.families()[name])
     assert wrong(found) == {}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [n for n in FAILED_ONCE if n in build.families()])
+@pytest.mark.parametrize("name", [n for n in FAILED_ONCE if n in family.families()])
 def test_what_failed_once_is_right_or_refused(name: str) -> None:
-    found = checks.tried(name, *build.families()[name], only=FAILED_ONCE[name])
+    found = checks.tried(name, *family.families()[name], only=FAILED_ONCE[name])
     assert "checks" in found, found
     assert wrong(found) == {}

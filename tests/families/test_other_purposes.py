@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import build
+import family
 import pytest
 import tiny
 import torch
@@ -112,7 +112,7 @@ def test_a_model_that_sees_ahead_is_refused() -> None:
 
 
 def test_an_encoder_decoder_is_not_scored_as_one_text() -> None:
-    model = build.built("t5", "T5ForConditionalGeneration")
+    model = family.built("t5", "T5ForConditionalGeneration")
     tokenizer = AutoTokenizer.from_pretrained(POCKET)
     with pytest.raises(ModelError, match="T5ForConditionalGeneration is an encoder-decoder"):
         generate(model, tokenizer, ["a b"])
@@ -121,7 +121,7 @@ def test_an_encoder_decoder_is_not_scored_as_one_text() -> None:
 
 
 def test_whose_code_failed_is_told() -> None:
-    model = build.built("llama", "LlamaForCausalLM")
+    model = family.built("llama", "LlamaForCausalLM")
     with pytest.raises(Exception, match=r".") as caught:
         model(input_ids=torch.zeros(1, 2, 3, 4, dtype=torch.long))
     assert in_model_code(caught.value)
@@ -131,6 +131,6 @@ def test_whose_code_failed_is_told() -> None:
 
 
 def test_families_are_shrunk_and_found() -> None:
-    found = build.families()
+    found = family.families()
     assert len(found) > 600
     assert json.loads((Path(__file__).parent / "failed_once.json").read_text()).keys() <= set(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,7 @@ import peft
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from test_data_vision import MIXED, rows_of
+from vision_rows import MIXED, rows_of
 from vision_tiny import FAMILIES, make_vision_model
 
 import inlay

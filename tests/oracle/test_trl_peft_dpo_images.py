@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,6 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 from trl import DPOConfig, DPOTrainer
 from trl_peers import curve, of_config, own_curve
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
 from vision_tiny import make_vision_run
 
 from inlay.data.processor import image_reader

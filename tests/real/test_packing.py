@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from real_data import REPORTS, needs_reports
 
 from inlay.run.config import load_config
 from inlay.train.output.recorder import read_metrics
 from inlay.train.run import train
 
-REPORTS = Path(__file__).parents[2].parent / "shared/data/radiology/reports.csv"
-
 
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.skipif(not REPORTS.is_file(), reason=f"the real reports are not at {REPORTS}")
+@needs_reports
 def test_packed_losses_on_real_reports_are_the_padded_ones(tmp_path: Path):
     losses: list[list[float]] = []
     for packing in (True, False):

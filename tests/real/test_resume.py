@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-REPORTS = Path(__file__).parents[2].parent / "shared/data/radiology/reports.csv"
+from real_data import REPORTS, needs_reports
 
 RUN = """
 model: pocket
@@ -57,7 +56,7 @@ def run(paths: list[Path], kill_at: int = 0) -> int:
 
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.skipif(not REPORTS.is_file(), reason=f"the real reports are not at {REPORTS}")
+@needs_reports
 def test_a_killed_run_on_real_reports_ends_in_the_same_adapter(tmp_path: Path):
     paths: list[Path] = []
     for name in ("whole", "killed"):

@@ -1,6 +1,6 @@
 """What we touch of HF PEFT beside its own top-level names: its hooks, in one place.
 
-`tests/unit/test_seams.py` holds each hook to what we expect.
+`tests/model/test_seams.py` holds each hook to what we expect.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What we touch of TRL that it may rename or change: its hooks, in one place.
 
-`tests/unit/test_seams.py` holds each hook to the signature that we expect. Modules of TRL are
+`tests/model/test_seams.py` holds each hook to the signature that we expect. Modules of TRL are
 imported where they are needed: a run of one task does not import the trainers of the others.
 """
 

@@ -1,6 +1,6 @@
 """What we touch of transformers that it may rename or change: its hooks, in one place.
 
-`tests/unit/test_seams.py` holds each hook to the signature that we expect.
+`tests/model/test_seams.py` holds each hook to the signature that we expect.
 """
 
 from __future__ import annotations

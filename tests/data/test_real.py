@@ -1,20 +1,18 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from real_data import REPORTS, needs_reports
 
 from inlay.data.read import read_rows
 from inlay.data.rows import normalise
 from inlay.data.split import split
 from inlay.errors import DataError
 
-REPORTS = Path(__file__).parents[3] / "shared" / "data" / "radiology" / "reports.csv"
 PROMPT = "Findings: {findings}\nImpression:"
 
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.skipif(not REPORTS.exists(), reason="the real reports in ../shared are not here"),
+    needs_reports,
 ]
 
 

@@ -13,7 +13,7 @@ import pytest
 from train_tiny import adapter_hash, losses_of, make_run
 
 pytestmark = pytest.mark.slow
-WORKER = Path(__file__).parent / "parallel_worker.py"
+WORKER = Path(__file__).parents[2] / "support" / "parallel_worker.py"
 SAME = {
     "dropout": 0.0, "log_every": 1, "batch_size": 2, "gradient_accumulation": 4, "epochs": 1.0,
     "generate_rows": 0,

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from vision_rows import MIXED, TWO_TURNS, picture, rows_of, turns
 from vision_tiny import ASSISTANT, END, FAMILIES, SIDE, USER, make_vision_model
 
-from inlay.data.images import normalise_images
 from inlay.data.processor import ImageReader, Pictured, image_reader
-from inlay.data.read import RawRow
-from inlay.data.rows import Rows
 from inlay.data.vision import ImageInputs, encode_images, question, shown
 from inlay.errors import DataError, ModelError
 
@@ -22,32 +18,6 @@ from inlay.errors import DataError, ModelError
 def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ImageReader]:
     place = tmp_path_factory.mktemp("vision")
     return {f: image_reader(make_vision_model(place / f, f), None) for f in FAMILIES}
-
-
-def picture(seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
-    torch.manual_seed(seed)
-    pixels = torch.randint(255, (size[1], size[0], 3), dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
-def rows_of(*rows: dict[str, Any]) -> Rows:
-    raw = [RawRow(row, "data.jsonl", number) for number, row in enumerate(rows, start=1)]
-    return normalise_images(raw)
-
-
-def turns(*words: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[n % 2], "content": w} for n, w in enumerate(words)]
-
-
-TWO_TURNS = {
-    "images": [picture(1), picture(2)],
-    "messages": turns("<image>First?", "One.", "And <image>?", "Two."),
-}
-MIXED = (
-    {"images": [picture(3)], "messages": turns("What?", "It.")},
-    TWO_TURNS,
-    {"images": [], "messages": turns("No image at all?", "None.")},
-)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
