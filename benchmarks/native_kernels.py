@@ -20,7 +20,8 @@ from torch import Tensor
 
 from inlay.kernels import native
 from inlay.kernels.epilogue import Epilogue
-from inlay.kernels.frozen import DENSE, Matrix
+from inlay.kernels.formats import DENSE
+from inlay.kernels.matrix import Matrix
 from inlay.kernels.scratch import tile_rows
 from inlay.storage.nf4 import NF4Linear
 

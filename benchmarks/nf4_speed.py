@@ -23,7 +23,7 @@ from shapes import save_base, save_start, shape_config
 from torch import nn
 from worker import Training
 
-from inlay.kernels.frozen import Matrix
+from inlay.kernels.matrix import Matrix
 from inlay.storage.nf4 import NF4Linear
 
 REPEATS = 3

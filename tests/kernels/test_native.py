@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from inlay.errors import DataError, UsageError
 from inlay.kernels import native
 from inlay.kernels.epilogue import Epilogue, LowRank
-from inlay.kernels.frozen import dense
+from inlay.kernels.formats import dense
 from inlay.kernels.native import build, reference
 from inlay.storage import nf4
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.kernels import opaque
-from inlay.kernels.frozen import frozen_linear, low_rank_linear
+from inlay.kernels.frozen import frozen_linear
+from inlay.kernels.low_rank import low_rank_linear
 from inlay.kernels.switches import plain
 
 HALVES = (torch.bfloat16, torch.float16)

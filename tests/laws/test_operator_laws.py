@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import inlay.kernels
 import inlay.storage
-from inlay.kernels import attention, frozen, gate, loss, norm, opaque
+from inlay.kernels import attention, formats, frozen, gate, loss, low_rank, norm, opaque
 from inlay.kernels.opaque import Operator
 from inlay.storage import streamed
 
@@ -66,25 +66,25 @@ def factors(trains: bool = True) -> tuple[Tensor, Tensor]:
 
 X, G = (2, 5, COLUMNS), (2, 5, ROWS)
 CASES: dict[str, Callable[[], tuple[Operator[Any], tuple[Any, ...]]]] = {
-    "dense": lambda: (frozen.dense, (*HELD, torch.float64)),
+    "dense": lambda: (formats.dense, (*HELD, torch.float64)),
     "frozen_linear": lambda: (frozen.frozen_linear, (drawn(*X, trains=True), *HELD)),
     "frozen_linear_t": lambda: (frozen.frozen_linear_t, (drawn(*G, trains=True), *HALF)),
     "biased_linear": lambda: (
         frozen.biased_linear, (drawn(*X, trains=True), drawn(ROWS, seed=8, trains=True), *HELD),
     ),
     "low_rank_linear": lambda: (
-        frozen.low_rank_linear,
+        low_rank.low_rank_linear,
         (drawn(*X, trains=True), *factors(), drawn(ROWS, trains=True), 0.7, *HELD),
     ),
     "low_rank_linear in halves": lambda: (
-        frozen.low_rank_linear,
+        low_rank.low_rank_linear,
         (drawn(*X).bfloat16().requires_grad_(), *factors(), None, 0.7, *HALF),
     ),
     "low_rank_linear on ids": lambda: (
-        frozen.low_rank_linear, (drawn(*X), *factors(), None, 0.7, *HELD),
+        low_rank.low_rank_linear, (drawn(*X), *factors(), None, 0.7, *HELD),
     ),
     "low_rank_linear_backward": lambda: (
-        frozen.low_rank_linear_backward,
+        low_rank.low_rank_linear_backward,
         (drawn(*G), drawn(*X), *factors(trains=False), 0.7, *HELD, True),
     ),
     "gated silu": lambda: (gate.gated, (drawn(*X, trains=True), drawn(*X, seed=8), "silu")),

@@ -13,8 +13,8 @@ from vision_tiny import FAMILIES, make_vision_model, make_vision_run
 
 from inlay.data.processor import ImageReader, image_reader
 from inlay.data.vision import encode_images
+from inlay.kernels.cost import planning_for
 from inlay.memory import ledger as ledgers
-from inlay.memory.costs import planning_for
 from inlay.memory.devices import Device
 from inlay.memory.ledger import Ledger
 from inlay.memory.optimisers import adamw

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from inlay.kernels import scratch
-from inlay.kernels.frozen import dense
+from inlay.kernels.formats import dense
 from inlay.model.load.folder import EMBEDDED
 from inlay.model.load.pretrained import load
 from inlay.model.load.quantize import quantize

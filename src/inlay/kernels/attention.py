@@ -14,8 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from inlay.kernels import block_attention
+from inlay.kernels.cost import Scratch, attention_forward, on_cpu, planned_dtype
 from inlay.kernels.opaque import operator
 from inlay.kernels.scratch import cast, product_dtype
 
@@ -163,31 +165,56 @@ def segment_attention_backward(
     return to_q, to_k, to_v
 
 
-@segment_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def empty_output(
+    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    del k, segments, scale
     batch, heads, length, _ = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(batch, length, heads, v.shape[-1]), q.new_empty(
-        batch, heads, length, dtype=dtype
-    )
+    sums = q.new_empty(batch, heads, length, dtype=dtype)
+    return q.new_empty(batch, length, heads, v.shape[-1]), sums
 
 
-@segment_attention_backward.register_fake
-def _(
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    sums: Tensor,
-    segments: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return by_token(q), by_token(k), by_token(v)
+segment_attention.register_fake(empty_output)
+segment_attention_backward.register_fake(
+    lambda g, q, k, v, *rest: (by_token(q), by_token(k), by_token(v))
+)
+
+
+def scratch_blocks(
+    q: Tensor, k: Tensor, segments: Tensor, queries: int, keys: int, weights: int
+) -> Scratch:
+    """Return the blocks that are held while a segment is attended to; q, k: (b, heads, s, d).
+
+    queries, keys: how many blocks have the shape of each. weights: how many hold the weights of a
+    block of queries, where rows are short. Longer rows repeat keys for the queries that share them.
+    """
+    batch, heads, length, width = q.shape
+    shared = k.shape[1]
+    known: Tensor | None = getattr(segments, "known", None)
+    if known is not None and known.shape[0] != batch:
+        with _disable_current_modes():
+            batch, length = 1, int((known[:, 2] - known[:, 1]).max())
+    size = planned_dtype(q).itemsize
+    token = batch * length * width * size
+    if on_cpu() and in_blocks(q.new_empty(batch, heads, length, width), k):
+        each = batch * heads * min(block_attention.BLOCK, length) * length * size
+        return Scratch((token * heads,) * queries + (token * shared,) * keys + (each,) * weights)
+    return Scratch((token * heads,) * (queries + keys))
+
+
+segment_attention.register_cost(
+    lambda q, k, v, segments, scale: scratch_blocks(q, k, segments, 2, 2, 2),
+    # Causal attention needs half of the products of every query with every key.
+    lambda q, *rest: attention_forward(q, q) // 2,
+)
+segment_attention_backward.register_cost(
+    lambda g, q, k, v, out, sums, segments, scale: scratch_blocks(q, k, segments, 4, 4, 3),
+    lambda g, q, *rest: attention_forward(q, q) * 5 // 4,
+)
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep q, k, v, the output and the log-sums."""
     q, k, v, segments, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output, segments)
     ctx.mark_non_differentiable(output[1])
@@ -195,7 +222,6 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> No
 
 
 def gradient(ctx: Any, g: Tensor, unused: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-    """Return the gradients to q, k and v."""
     del unused
     return *segment_attention_backward(g, *ctx.saved_tensors, ctx.scale), None, None
 

@@ -31,25 +31,19 @@ def gated_backward(g: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tenso
     return to_gate, F.gelu(gate, approximate="tanh").mul_(g)
 
 
-@gated.register_fake
-def _(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    return torch.empty_like(gate)
-
-
-@gated_backward.register_fake
-def _(g: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(gate), torch.empty_like(up)
+gated.register_fake(lambda gate, up, act: torch.empty_like(gate))
+gated_backward.register_fake(
+    lambda g, gate, up, act: (torch.empty_like(gate), torch.empty_like(up))
+)
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep gate and up."""
     del output
     gate, up, ctx.act = inputs
     ctx.save_for_backward(gate, up)
 
 
 def gradient(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
-    """Return the gradients to gate and up."""
     return *gated_backward(g, *ctx.saved_tensors, ctx.act), None
 
 

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from inlay.kernels import native
+from inlay.kernels.cost import Scratch, on_cpu, planned_dtype
 from inlay.kernels.epilogue import Epilogue
-from inlay.kernels.frozen import FEWEST_ROWS, Matrix, matrix_of
+from inlay.kernels.formats import DENSE, FEWEST_ROWS
+from inlay.kernels.matrix import Matrix, matrix_of, product_scratch
 from inlay.kernels.opaque import operator
-from inlay.kernels.scratch import cast
+from inlay.kernels.scratch import TILE_BYTES, cast, product_dtype
 
 IGNORED = -100
 """The label of a position that no loss counts."""
@@ -168,21 +170,60 @@ def pass_over_parts(
     return sums, others, at_label
 
 
-@linear_cross_entropy.register_fake
-def _(
-    h: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    to_gradient: bool,
-    temperature: float,
-    parts: Sequence[Tensor],
-    packing: str,
-    rows: int,
-    columns: int,
+def empty_scores(
+    h: Tensor, labels: Any, bias: Any, to_gradient: bool, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    del labels, bias, rest
     each = h.new_empty(h.shape[0], dtype=torch.promote_types(h.dtype, torch.float32))
-    back = torch.empty_like(h) if to_gradient else h.new_empty(0, columns)
+    back = torch.empty_like(h) if to_gradient else h.new_empty(0, h.shape[1])
     return each, torch.empty_like(each), torch.empty_like(each, dtype=torch.bool), back
+
+
+linear_cross_entropy.register_fake(empty_scores)
+
+
+def scores_scratch(
+    h: Tensor, labels: Any, bias: Any, to_gradient: bool, temperature: float, parts: Any,
+    packing: str, rows: int, columns: int,
+) -> Scratch:  # fmt: skip
+    """Scratch of the loss: logits of some rows, which C overwrites, and the gradient to them."""
+    del labels, bias, temperature, parts
+    if on_cpu() and by_parts(h, packing):
+        return parts_scratch(h, to_gradient, packing, rows, columns)
+    count = rows_at_once(h.shape[0], rows)
+    some = h.new_empty(count, columns)
+    output = columns if to_gradient else 0
+    head = product_scratch(
+        some, packing, rows, columns, inputs=(columns,), output=output, back=to_gradient
+    )
+    halves = 0 if planned_dtype(h).itemsize >= 4 else 2
+    wide = 1 if on_cpu() and native.available() else 2
+    blocks = (*head.passing, *[4 * count * rows] * wide, *[2 * count * rows] * halves)
+    return Scratch(blocks, head.kept, head.multiplied)
+
+
+def parts_scratch(h: Tensor, to_gradient: bool, packing: str, rows: int, columns: int) -> Scratch:
+    """Scratch of the loss by parts: some rows' logits and terms of a part, and rows of sums."""
+    some = h.new_empty(min(max(h.shape[0], FEWEST_ROWS), PART_ROWS), columns)  # as it is read
+    count, part = some.shape[0], min(rows, PART)
+    output = columns if to_gradient else 0
+    head = product_scratch(some, DENSE, part, columns, inputs=(columns,), output=output)
+    dtype = product_dtype(h)
+    sums = 4 * count * columns if to_gradient else 0
+    terms = dtype.itemsize if to_gradient else 4
+    passing = (*head.passing, 4 * count * part, terms * count * part, *[sums] * 3)
+    kept = 0 if packing == DENSE else max(part * columns * dtype.itemsize, TILE_BYTES)
+    return Scratch(passing, max(head.kept, kept), head.multiplied)
+
+
+def head_flops(h: Tensor, labels: Any, bias: Any, to_gradient: bool, *rest: Any) -> int:
+    """The head's product, and with a gradient a second one."""
+    del labels, bias
+    rows, columns = rest[-2:]
+    return 2 * (1 + to_gradient) * h.shape[0] * rows * columns
+
+
+linear_cross_entropy.register_cost(scores_scratch, head_flops)
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

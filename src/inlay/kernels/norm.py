@@ -29,13 +29,10 @@ def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@rms_norm_backward.register_fake
-def _(g: Tensor, x: Tensor, weight: Tensor, root: Tensor) -> Tensor:
-    return torch.empty_like(x)
+rms_norm_backward.register_fake(lambda g, x, weight, root: torch.empty_like(x))
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the input, the weight and the reciprocal roots."""
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)

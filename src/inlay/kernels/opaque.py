@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import UsageError
+from inlay.kernels.cost import FLOPS, SCRATCH, Scratch
 from inlay.kernels.switches import transformed
 
 R = TypeVar("R")
@@ -124,6 +125,14 @@ class Operator(Generic[R]):
     def register_transformed(self, plainly: Callable[..., R]) -> None:
         """Say what PyTorch's own operators compute instead where a function transform looks on."""
         self.plainly = plainly
+
+    def register_cost(
+        self, scratch: Callable[..., Scratch], flops: Callable[..., int] | None = None
+    ) -> None:
+        """Give the operator's scratch memory and arithmetic, as functions of its arguments."""
+        SCRATCH[f"inlay.{self.name}"] = scratch
+        if flops is not None:
+            FLOPS[f"inlay.{self.name}"] = flops
 
     def once(self, backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
         """Refuse to give a gradient that is itself to be differentiated."""

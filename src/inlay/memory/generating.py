@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from inlay.memory.costs import planning_for
+from inlay.kernels.cost import planning_for
 from inlay.memory.known import known_tensor
 from inlay.memory.ledger import Ledger, Work
 from inlay.memory.simulate import fake_tensors

@@ -12,8 +12,8 @@ from torch import Size, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from inlay.kernels.cost import FLOPS, SCRATCH, Scratch
 from inlay.kernels.scratch import HALVES
-from inlay.memory.costs import FLOPS, SCRATCH, Scratch
 from inlay.memory.heap import SMALLEST, Event
 from inlay.memory.known import followed, tensors_in
 from inlay.memory.policy import PRODUCTS

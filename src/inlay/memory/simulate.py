@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import (
 )
 
 from inlay.errors import InlayError, ModelError
+from inlay.kernels.cost import planning_for
 from inlay.memory import policy as policies
-from inlay.memory.costs import planning_for
 from inlay.memory.gathers import Gathers
 from inlay.memory.heap import Event, Heap
 from inlay.memory.known import Literals, known_tensor

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from inlay.errors import StorageError
 from inlay.kernels.eight_bits import PREFIX
-from inlay.kernels.frozen import low_rank_linear
+from inlay.kernels.low_rank import low_rank_linear
 from inlay.kernels.switches import is_on
 
 Kind = Literal["linear", "conv1d", "embedding"]

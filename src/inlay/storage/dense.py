@@ -14,13 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from inlay.kernels.frozen import (
-    DENSE,
-    biased_linear,
-    frozen_linear,
-    frozen_linear_t,
-    reads_on_cpu,
-)
+from inlay.kernels.formats import DENSE, reads_on_cpu
+from inlay.kernels.frozen import biased_linear, frozen_linear, frozen_linear_t
 from inlay.kernels.scratch import product_dtype
 from inlay.kernels.switches import is_on
 from inlay.storage.base import FrozenLinear, Packed, whereabouts

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from inlay.errors import StorageError
 from inlay.kernels import native
-from inlay.kernels.eight_bits import register_rows
 from inlay.kernels.epilogue import Epilogue
-from inlay.kernels.frozen import dense, register_format, register_product
+from inlay.kernels.formats import FORMATS, Format, dense
 from inlay.storage.quantized import (
     QuantizedLinear,
     checked_finite,
@@ -120,10 +119,6 @@ def read_on_cpu(dtype: torch.dtype, columns: int) -> bool:
     return columns % native.STRIP == 0
 
 
-register_format(Int8Linear.storage, dequantized)
-register_product(Int8Linear.storage, product, read_on_cpu)
-
-
 def int8_rows(
     parts: Sequence[Tensor], first: int, count: int, columns: int
 ) -> tuple[Tensor, Tensor]:
@@ -133,4 +128,6 @@ def int8_rows(
     return parts[0][rows], parts[1][rows] / 127
 
 
-register_rows(Int8Linear.storage, int8_rows)
+FORMATS[Int8Linear.storage] = Format(
+    dequantized, product, product_on_cpu=read_on_cpu, int8_rows=int8_rows
+)

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from inlay.errors import StorageError
 from inlay.kernels import native
-from inlay.kernels.eight_bits import multiplies_in_fp8, register_fp8, register_rows
 from inlay.kernels.epilogue import Epilogue
-from inlay.kernels.frozen import register_format, register_product
+from inlay.kernels.formats import FORMATS, Format
 from inlay.kernels.gpu import runs_on
 from inlay.storage.quantized import (
     QuantizedLinear,
@@ -433,25 +432,6 @@ def int8_rows(
     return (q, scales) if native.nf4_to_int8(parts, q, scales, first) else None
 
 
-def in_fp8(x: Tensor, parts: Sequence[Tensor], rows: int) -> Tensor | None:
-    """Return `x @ W.T` in FP8, where the GPU has it."""
-    if not multiplies_in_fp8(x, (rows, x.shape[1])):
-        return None
-    from inlay.kernels.gpu import fp8
-
-    return fp8.times(x, parts, quantiles(x.device), rows)
-
-
-def t_in_fp8(g: Tensor, parts: Sequence[Tensor], columns: int) -> Tensor | None:
-    """Return `g @ W` in FP8, where the GPU has it."""
-    if not multiplies_in_fp8(g, (g.shape[1], columns)):
-        return None
-    from inlay.kernels.gpu import fp8
-
-    return fp8.times_t(g, parts, quantiles(g.device), columns)
-
-
-register_format(NF4Linear.storage, dequantized)
-register_rows(NF4Linear.storage, int8_rows)
-register_fp8(NF4Linear.storage, in_fp8, t_in_fp8)
-register_product(NF4Linear.storage, product, read_on_cpu)
+FORMATS[NF4Linear.storage] = Format(
+    dequantized, product, product_on_cpu=read_on_cpu, int8_rows=int8_rows, fp8_values=quantiles
+)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import StorageError
-from inlay.kernels.frozen import biased_linear, dense, frozen_linear, frozen_linear_t
+from inlay.kernels.formats import dense
+from inlay.kernels.frozen import biased_linear, frozen_linear, frozen_linear_t
 from inlay.storage.base import FrozenLinear, Packed
 from inlay.storage.reads import as_value, asked_by_tool
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from inlay.errors import StorageError
 from inlay.kernels.epilogue import Epilogue
-from inlay.kernels.frozen import FORMATS, PRODUCTS, register_format, register_product
+from inlay.kernels.formats import FORMATS, Format
 from inlay.kernels.opaque import operator
 from inlay.storage.base import FrozenLinear, Packed
 from inlay.storage.buffers import Block, Buffers
@@ -62,7 +62,7 @@ class Source:
 
     def __init__(self, packing: str, segments: Sequence[Segment], buffers: Buffers) -> None:
         self.packing, self.segments, self.buffers = packing, segments, buffers
-        whole = len(segments) == 1 and packing in PRODUCTS
+        whole = len(segments) == 1 and FORMATS[packing].product is not None
         self.format = streamed_format(packing) if whole else STREAMED
         """The name under which the operators know the weight: in one piece, that of its product."""
         self.number = registered(self)
@@ -84,7 +84,7 @@ class Source:
             end = min(last, segment.first + segment.rows)
             if start < end:
                 with self.buffers.use(segment.block) as buffer:
-                    FORMATS[self.packing](
+                    FORMATS[self.packing].dequantize(
                         segment.found_in(buffer), out[start - first : end - first],
                         start - segment.first,
                     )  # fmt: skip
@@ -94,9 +94,10 @@ class Source:
     ) -> Tensor | None:
         """Return `x @ W.T`, or `x @ W`, by the product of the format; the weight is one segment."""
         (segment,) = self.segments
+        own = FORMATS[self.packing].product
+        assert own is not None
         with self.buffers.use(segment.block) as buffer:
-            parts = segment.found_in(buffer)
-            return PRODUCTS[self.packing].product(x, parts, width, transposed, epilogue, dtype)
+            return own(x, segment.found_in(buffer), width, transposed, epilogue, dtype)
 
 
 class Rows:
@@ -165,12 +166,12 @@ def product(
 def streamed_format(packing: str) -> str:
     """Name the format of weights that are brought in to be multiplied by this one's product."""
     name = f"{STREAMED}-{packing}"
-    register_format(name, dequantize_streamed)
-    register_product(name, product, PRODUCTS[packing].on_cpu)
+    on_cpu = FORMATS[packing].product_on_cpu
+    FORMATS[name] = Format(dequantize_streamed, product, product_on_cpu=on_cpu)
     return name
 
 
-register_format(STREAMED, dequantize_streamed)
+FORMATS[STREAMED] = Format(dequantize_streamed)
 
 
 @operator("streamed_rows")

@@ -156,9 +156,9 @@ def dense_weight(w: Tensor, out: Tensor) -> Tensor:
     return scales
 
 
-def weight(parts: Sequence[Tensor], quantiles: Tensor, out: Tensor) -> Tensor:
+def weight(parts: Sequence[Tensor], quantiles: Tensor | None, out: Tensor) -> Tensor:
     """Write a weight, dense (one part) or NF4, to `out` as e4m3; return its scales (rows, 1)."""
-    return dense_weight(parts[0], out) if len(parts) == 1 else nf4_weight(parts, quantiles, out)
+    return dense_weight(parts[0], out) if quantiles is None else nf4_weight(parts, quantiles, out)
 
 
 def multiplies(device: torch.device, rows: int, columns: int) -> bool:
@@ -167,7 +167,7 @@ def multiplies(device: torch.device, rows: int, columns: int) -> bool:
     return newer and rows % 16 == 0 and columns % BLOCK == 0
 
 
-def times(x: Tensor, parts: Sequence[Tensor], quantiles: Tensor, rows: int) -> Tensor:
+def times(x: Tensor, parts: Sequence[Tensor], quantiles: Tensor | None, rows: int) -> Tensor:
     """Return `x @ W.T` in x's dtype by FP8; x: (n, in) -> (n, rows)."""
     with torch.cuda.device_of(x):
         w8 = torch.empty(rows, x.shape[1], dtype=FP8, device=x.device)
@@ -177,7 +177,7 @@ def times(x: Tensor, parts: Sequence[Tensor], quantiles: Tensor, rows: int) -> T
     return y.to(x.dtype)
 
 
-def times_t(g: Tensor, parts: Sequence[Tensor], quantiles: Tensor, columns: int) -> Tensor:
+def times_t(g: Tensor, parts: Sequence[Tensor], quantiles: Tensor | None, columns: int) -> Tensor:
     """Return `g @ W` in g's dtype by FP8; g: (n, out) -> (n, columns)."""
     with torch.cuda.device_of(g):
         w8 = torch.empty(columns, g.shape[1], dtype=FP8, device=g.device).t()
