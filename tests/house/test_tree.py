@@ -21,7 +21,6 @@ LONGER: set[str] = {
     "data/read.py",
     "data/tokens.py",
     "evaluate/run.py",
-    "kernels/frozen.py",
     "methods/base.py",
     "model/adapters/attach.py",
     "model/adapters/layer.py",
@@ -53,10 +52,8 @@ ALIKE: set[tuple[str, ...]] = {
 """Names in one folder that differ by their ending alone and are let be for now; empty it."""
 CHOSEN_BY_NAME = {
     "__init__.py": 1,
-    "checkpoint/options.py": 2,
     "cli/main.py": 1,
-    "methods/catalog.py": 1,
-    "storage/registry.py": 1,
+    "declared.py": 1,
 }
 """Files that may import a module by a string, with how often: the lazy public names, and folders
 in which every file is a variant that is found by its name (methods, storages, verbs)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import warnings
@@ -135,7 +134,7 @@ def method_in(config: Mapping[str, Any], where: str, remedy: str | None = None) 
         CheckpointError: a method or an option that Inlay does not have, or a wrong value.
     """
     spec = spec_for(config, where)
-    cls = getattr(importlib.import_module(spec.module), spec.class_name)
+    cls = spec.load()
     options = {**DEFAULTS.get(config["peft_type"], {}), **config}
     ours = set(cls.peft_keys.values()) | set(cls.peft_fixed)
     refuse_unknown(options, ours, where, remedy)
@@ -164,7 +163,7 @@ def spec_for(config: Mapping[str, Any], where: str) -> MethodSpec:
 
 def agreement(spec: MethodSpec, config: Mapping[str, Any]) -> int:
     """Count a method's fixed options that a configuration sets so; -1 when one differs."""
-    cls = getattr(importlib.import_module(spec.module), spec.class_name)
+    cls = spec.load()
     same = [config.get(key) == value for key, value in cls.peft_fixed.items()]
     return sum(same) if all(same) else -1
 

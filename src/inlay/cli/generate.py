@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
@@ -13,6 +13,7 @@ from inlay.cli.options import Parser, checked, same
 from inlay.errors import UsageError
 from inlay.run.config import Text
 from inlay.run.flags import flags_of
+from inlay.storage.table import StorageName
 from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class GenerateOptions(BaseModel):
 
     adapter: Text | None = Field(None, description="folder of a run, or of an adapter")
     model: Text | None = Field(None, description="a model without adapter, instead of --adapter")
-    storage: Literal["dense", "nf4", "int8"] | None = Field(
+    storage: StorageName | None = Field(
         None, description="how the frozen weights are held; default: as in the run"
     )
     prompt: Text | None = Field(

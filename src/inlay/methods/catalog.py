@@ -1,22 +1,30 @@
-"""The methods there are, read from the source of their files: listing them imports no torch."""
+"""The table of methods, read from the source of their files: listing them imports no torch."""
 
 from __future__ import annotations
 
 import ast
-import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from inlay.declared import (
+    COMPUTED,
+    PACKAGE,
+    Declared,
+    bases_of,
+    classes_in,
+    files_of,
+    literal,
+    literals,
+)
 from inlay.errors import AdapterError, did_you_mean
 
 if TYPE_CHECKING:
     from inlay.methods.base import Method
 
-FOLDER = Path(__file__).parent
-REQUIRED = ...
+REQUIRED = COMPUTED
 """The default of a hyperparameter that has none."""
 TYPES = {"Literal": Literal, "Mapping": Mapping} | {
     t.__name__: t for t in (int, float, bool, str, dict, list, tuple)
@@ -40,15 +48,10 @@ class FieldSpec:
 
 
 @dataclass(frozen=True)
-class MethodSpec:
-    """What is known of a method without importing it."""
+class MethodSpec(Declared):
+    """A method as its source describes it."""
 
-    name: str
-    class_name: str
-    module: str
-    file: Path
     kind: str
-    doc: str
     equation: str
     paper: str
     learning_rate_factor: float
@@ -67,7 +70,7 @@ class MethodSpec:
 @cache
 def catalog() -> Mapping[str, MethodSpec]:
     """Return every method by the name users give it, in alphabetical order."""
-    specs = [spec for path in sorted(FOLDER.glob("*.py")) for spec in specs_in(path)]
+    specs = [spec for path in files_of("methods") for spec in specs_in(path)]
     return {spec.name: spec for spec in sorted(specs, key=lambda spec: spec.name)}
 
 
@@ -99,43 +102,41 @@ def build_method(name: str, hyperparameters: Mapping[str, object] | None = None)
     for key, field in spec.fields.items():
         if field.default is REQUIRED and key not in given:
             raise AdapterError(f"method {name!r} needs the hyperparameter {key!r}")
-    return getattr(importlib.import_module(spec.module), spec.class_name)(**given)
+    return spec.load()(**given)
 
 
 def specs_in(path: Path) -> Iterator[MethodSpec]:
-    """Return the methods one file defines: classes that set `name` to a string."""
+    """Yield the methods that a file defines: classes that set `name` to a string."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    constants = dict(assignments(tree.body))
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef):
-            values = dict(assignments(node.body, constants))
-            if isinstance(values.get("name"), str):
-                yield spec_of_class(node, values, constants, path, ast.get_docstring(tree) or "")
+    constants = dict(literals(tree.body, {}))
+    equation = (ast.get_docstring(tree) or "").split("\n")[0].partition(": ")[2].rstrip(".")
+    for node, values in classes_in(tree):
+        if isinstance(values.get("name"), str):
+            yield spec_of_class(node, values, constants, path, equation)
 
 
 def spec_of_class(
     node: ast.ClassDef,
     values: Mapping[str, Any],
     constants: Mapping[str, Any],
-    path: Path,
-    module_doc: str,
+    file: Path,
+    equation: str,
 ) -> MethodSpec:
-    """Build the description of one class from its body and the contracts it stands on."""
+    """Describe one class by its body and those of the contracts that it inherits from."""
     inherited = contract_chain(node)
     known: dict[str, Any] = {}
     fields: dict[str, FieldSpec] = {}
     for base in inherited:
-        known |= dict(assignments(base.body))
+        known |= dict(literals(base.body, {}))
         fields |= dict(fields_of(base, {}))
     known |= values
     return MethodSpec(
         name=known["name"],
         class_name=node.name,
-        module=f"inlay.methods.{path.stem}",
-        file=path,
-        kind=inherited[1].name if len(inherited) > 1 else "",
+        file=file,
         doc=ast.get_docstring(node) or "",
-        equation=module_doc.split("\n")[0].partition(": ")[2].rstrip("."),
+        kind=inherited[1].name if len(inherited) > 1 else "",
+        equation=equation,
         paper=known.get("paper", ""),
         learning_rate_factor=known.get("learning_rate_factor", 1.0),
         default_targets=known.get("default_targets", ()),
@@ -148,36 +149,18 @@ def spec_of_class(
 @cache
 def contracts() -> Mapping[str, ast.ClassDef]:
     """Return the classes of the contract file by name."""
-    tree = ast.parse((FOLDER / "base.py").read_text(encoding="utf-8"))
+    tree = ast.parse((PACKAGE / "methods" / "base.py").read_text(encoding="utf-8"))
     return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def contract_chain(node: ast.ClassDef) -> list[ast.ClassDef]:
-    """Return the contract classes a class stands on, the most general first."""
-    names = [base.id for base in node.bases if isinstance(base, ast.Name)]
-    direct = [contracts()[name] for name in names if name in contracts()]
+    """Return the contract classes that a class inherits from, the most general first."""
+    direct = [contracts()[name] for name in bases_of(node) if name in contracts()]
     return [above for base in direct for above in (*contract_chain(base), base)]
 
 
-def assignments(
-    body: list[ast.stmt], constants: Mapping[str, Any] | None = None
-) -> Iterator[tuple[str, Any]]:
-    """Return the names given a literal value in a body, class variables among them."""
-    for node in body:
-        match node:
-            case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                pass
-            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
-                pass
-            case _:
-                continue
-        found = literal(value, constants or {})
-        if found is not REQUIRED:
-            yield name, found
-
-
 def fields_of(node: ast.ClassDef, constants: Mapping[str, Any]) -> Iterator[tuple[str, FieldSpec]]:
-    """Return the dataclass fields of a class body: annotated names that are not ClassVar."""
+    """Yield the dataclass fields of a class body: annotated names that are not ClassVar."""
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             annotation = ast.unparse(item.annotation)
@@ -185,25 +168,6 @@ def fields_of(node: ast.ClassDef, constants: Mapping[str, Any]) -> Iterator[tupl
                 name = item.target.id
                 default = literal(item.value, constants) if item.value else REQUIRED
                 yield name, FieldSpec(name, annotation, type_of(annotation), default)
-
-
-def literal(value: ast.expr, constants: Mapping[str, Any]) -> Any:
-    """Return the value of a literal, a constant of the file, or `field(default_factory=dict)`."""
-    match value:
-        case ast.Name(id=name) if name in constants:
-            return constants[name]
-        case ast.Call(func=ast.Name(id="field"), keywords=[ast.keyword(value=ast.Name(id="dict"))]):
-            return {}
-        case _:
-            return literal_or_nothing(value)
-
-
-def literal_or_nothing(value: ast.expr) -> Any:
-    """Return the value of a literal; REQUIRED when it is an expression to be computed."""
-    try:
-        return ast.literal_eval(value)
-    except ValueError:
-        return REQUIRED
 
 
 def type_of(annotation: str) -> Any:

@@ -21,6 +21,7 @@ from inlay.run.flags import Flag, flags_of, from_text
 from inlay.run.hyperparameters import checked_hyperparameters, method_flags, method_of
 from inlay.run.run_file import read_yaml
 from inlay.run.sentences import located, validated, wrong
+from inlay.storage.table import StorageName
 from inlay.train.tasks import TASKS, task_problems
 
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -56,11 +57,9 @@ class RunConfig(BaseModel):
     )
 
     revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
-    storage: Literal["dense", "nf4", "int8"] = Field(
-        "dense", description="how the frozen weights are held"
-    )
+    storage: StorageName = Field("dense", description="how the frozen weights are held")
     double_quant: bool = Field(True, description="nf4: quantise the block scales too")
-    head_storage: Literal["dense", "nf4", "int8"] = Field(
+    head_storage: StorageName = Field(
         "dense", description="how the output head is held, which storage leaves dense"
     )
     embedding_storage: Literal["dense", "host"] = Field(

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
 from torch import nn
 
-import inlay.storage
 from inlay.errors import StorageError, TargetError, did_you_mean
 from inlay.storage.base import FrozenLinear, Kind
 from inlay.storage.bitsandbytes import ForeignLinear, is_foreign
@@ -15,13 +11,12 @@ from inlay.storage.convolution import Convolution, is_convolution
 from inlay.storage.dense import VIEWS, DenseLinear
 from inlay.storage.own import is_plain_linear, own_class, own_kind, own_view
 from inlay.storage.quantized import QuantizedLinear
+from inlay.storage.table import DENSE, storages
 
-for found in pkgutil.iter_modules(inlay.storage.__path__, inlay.storage.__name__ + "."):
-    if found.name != __name__:
-        importlib.import_module(found.name)
-
+for each in storages().values():
+    each.load()
 STORAGES: dict[str, type[QuantizedLinear]] = QuantizedLinear.formats
-"""Name -> the layer class of each packed storage; a file in this folder adds its own."""
+"""Name -> the layer class of each packed storage."""
 
 KINDS: dict[str, Kind] = {
     "DenseLinear": "linear",
@@ -90,7 +85,7 @@ def storage_class(name: str) -> type[QuantizedLinear]:
         StorageError: there is no storage of this name.
     """
     if name not in STORAGES:
-        known = ", ".join(sorted((*STORAGES, "dense")))
+        known = ", ".join(sorted((*STORAGES, DENSE)))
         raise StorageError(
             f"there is no storage {name!r}; there are {known}.{did_you_mean(name, STORAGES)}"
         )
