@@ -86,8 +86,10 @@ def attention_backward(g: Tensor, q: Tensor, k: Tensor, *rest: Any, **options: A
     return attention_forward(q, k) * 5 // 2
 
 
-SCRATCH |= {"aten.mm": matmul, "aten.addmm": addmm}
-FLOPS |= {
-    "aten._scaled_dot_product_flash_attention_for_cpu": attention_forward,
-    "aten._scaled_dot_product_flash_attention_for_cpu_backward": attention_backward,
-}
+SCRATCH.update({"aten.mm": matmul, "aten.addmm": addmm})
+FLOPS.update(
+    {
+        "aten._scaled_dot_product_flash_attention_for_cpu": attention_forward,
+        "aten._scaled_dot_product_flash_attention_for_cpu_backward": attention_backward,
+    }
+)
