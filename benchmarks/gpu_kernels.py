@@ -11,7 +11,7 @@ from gpu_models import random_nf4
 from torch import Tensor
 
 from inlay.kernels.gpu import fp8, nf4
-from inlay.storage.nf4 import quantiles
+from inlay.storage.nf4_blocks import quantiles
 
 WEIGHTS = {
     "8B k": (1024, 4096),

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from turns import SkippedError
 
 import inlay
-from inlay.storage.nf4 import BLOCK, NESTED_BLOCK, NF4Linear, dynamic_map
+from inlay.storage.nf4 import NF4Linear
+from inlay.storage.nf4_blocks import BLOCK, NESTED_BLOCK, dynamic_map
 
 SPREAD = 0.02
 """Standard deviation of the random weights."""

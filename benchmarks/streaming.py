@@ -30,7 +30,8 @@ import inlay
 from inlay.model.load.folder import EMBEDDED, INDEX
 from inlay.model.load.quantize import bitsandbytes_config
 from inlay.model.stream.host import statistics as stream_statistics
-from inlay.storage.nf4 import NF4Linear, dynamic_map
+from inlay.storage.nf4 import NF4Linear
+from inlay.storage.nf4_blocks import dynamic_map
 
 SHAPE = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,

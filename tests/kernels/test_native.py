@@ -21,7 +21,8 @@ from inlay.kernels import native
 from inlay.kernels.epilogue import Epilogue, LowRank
 from inlay.kernels.formats import dense
 from inlay.kernels.native import build, reference
-from inlay.storage import nf4
+from inlay.storage import nf4_blocks
+from inlay.storage.nf4 import NF4Linear
 
 LEVELS = build.LEVELS[: 1 + build.LEVELS.index(native.status().split(":")[0])] if (
     native.available()
@@ -59,14 +60,14 @@ def awkward(count: int, dtype: torch.dtype, seed: int) -> Tensor:
     w = drawn(count, seed=seed) * torch.logspace(-8, 4, count)
     w[: min(70, count // 2)] = 0.0
     w[count // 3 : count // 3 + 20] = 1e-41
-    table = torch.tensor(nf4.QUANTILES)
-    ties = torch.cat([table, nf4.midpoints(table)])[: max(count - 100, 0)]
+    table = torch.tensor(nf4_blocks.QUANTILES)
+    ties = torch.cat([table, nf4_blocks.midpoints(table)])[: max(count - 100, 0)]
     w[len(w) - len(ties) :] = ties
     return w.to(dtype)
 
 
 def nf4_parts(rows: int, columns: int, double_quant: bool) -> list[Tensor]:
-    layer = nf4.NF4Linear.quantized(drawn(rows, columns), None, double_quant=double_quant)
+    layer = NF4Linear.quantized(drawn(rows, columns), None, double_quant=double_quant)
     return layer.parts()
 
 
@@ -343,7 +344,7 @@ def test_product_is_left_to_torch_where_c_has_none(level: str) -> None:
 @pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 127, 128, 129, 1000, 4097, 100_003])
 def test_quantised_bytes_are_those_of_torch(level: str, dtype: torch.dtype, count: int) -> None:
     w = awkward(count, dtype, count)
-    packed, absmax = by_torch(lambda: nf4.quantized_blocks(w))
+    packed, absmax = by_torch(lambda: nf4_blocks.quantized_blocks(w))
     found = native.nf4_quantize(w)
     assert found is not None
     assert torch.equal(found[0], packed)
@@ -355,7 +356,7 @@ def test_every_half_is_quantised_as_torch_does(level: str) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         w = bits.view(dtype)
         w = w[torch.isfinite(w)]
-        packed, absmax = by_torch(lambda w=w: nf4.quantized_blocks(w))
+        packed, absmax = by_torch(lambda w=w: nf4_blocks.quantized_blocks(w))
         found = native.nf4_quantize(w)
         assert found is not None
         assert torch.equal(found[0], packed)
@@ -367,7 +368,7 @@ def test_what_is_not_finite_shows_in_absmax(level: str, bad: float) -> None:
     for place in (5, 130):
         w = drawn(140)
         w[place] = bad
-        packed, absmax = by_torch(lambda w=w: nf4.quantized_blocks(w))
+        packed, absmax = by_torch(lambda w=w: nf4_blocks.quantized_blocks(w))
         found = native.nf4_quantize(w)
         assert found is not None
         assert torch.equal(found[0], packed)
@@ -378,14 +379,14 @@ def test_what_is_not_finite_shows_in_absmax(level: str, bad: float) -> None:
 def test_nested_codes_are_those_of_torch(level: str, count: int) -> None:
     absmax = drawn(count, seed=count).abs() * 0.1
     absmax[count // 2 : count // 2 + 300] = absmax.mean()
-    expected = by_torch(lambda: tuple(nf4.nested(absmax).values()))
-    found = tuple(nf4.nested(absmax).values())
+    expected = by_torch(lambda: tuple(nf4_blocks.nested(absmax).values()))
+    found = tuple(nf4_blocks.nested(absmax).values())
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_nested_codes_of_equal_absmax_are_zero(level: str) -> None:
     absmax = torch.full((300,), 0.5)
-    found = nf4.nested(absmax)
+    found = nf4_blocks.nested(absmax)
     assert not found["absmax"].any()
     assert not found["nested_absmax"].any()
 
@@ -422,7 +423,7 @@ def test_other_dtypes_are_left_to_torch(level: str) -> None:
     for dtype in (torch.float16, torch.float64):
         out = torch.empty(8, 70, dtype=dtype)
         assert not native.nf4_dequantize(parts, out, 0)
-        nf4.dequantized(parts, out, 0)
+        nf4_blocks.dequantized(parts, out, 0)
         assert torch.equal(out, dense(parts, "nf4", 8, 70, torch.float32).to(dtype))
     assert native.nf4_quantize(drawn(64).double()) is None
 
@@ -433,7 +434,7 @@ def test_nf4_to_int8_rounds_the_dense_rows(level: str, columns: int, double_quan
     rows, first = 30, 4
     parts = nf4_parts(rows, columns, double_quant)
     whole = dense(parts, "nf4", rows, columns, torch.float32)[first:]
-    scales = nf4.block_scales(parts[1:]).abs()
+    scales = nf4_blocks.block_scales(parts[1:]).abs()
     touched = [scales[i * columns // 64 : -(-(i + 1) * columns // 64)] for i in range(first, rows)]
     largest = torch.stack([s.amax() for s in touched])
     q = torch.empty(rows - first, columns, dtype=torch.int8)
@@ -744,7 +745,9 @@ def test_an_unknown_level_is_an_error() -> None:
 def test_quantiles_are_those_of_the_storage() -> None:
     source = (Path(build.__file__).parent / build.KERNELS.sources[0]).read_text()
     table = source.split("QUANTILES[16] = {")[1].split("}")[0]
-    assert [float(x.strip(" f\n")) for x in table.split(",") if x.strip()] == list(nf4.QUANTILES)
+    assert [float(x.strip(" f\n")) for x in table.split(",") if x.strip()] == list(
+        nf4_blocks.QUANTILES
+    )
 
 
 def test_sources_are_in_the_package() -> None:

@@ -18,7 +18,7 @@ import inlay.kernels
 import inlay.storage
 from inlay.kernels import attention, formats, frozen, gate, loss, low_rank, norm, opaque
 from inlay.kernels.opaque import Operator
-from inlay.storage import streamed
+from inlay.storage import sources
 
 ROWS, COLUMNS, RANK = 12, 20, 3
 
@@ -118,15 +118,15 @@ CASES: dict[str, Callable[[], tuple[Operator[Any], tuple[Any, ...]]]] = {
         (drawn(5, COLUMNS, trains=True), torch.arange(5), drawn(ROWS), True, 0.7, *HELD),
     ),
     "streamed_rows": lambda: (
-        streamed.streamed_rows, (torch.tensor([3, 1]), torch.tensor(-7), COLUMNS, torch.float64),
+        sources.streamed_rows, (torch.tensor([3, 1]), torch.tensor(-7), COLUMNS, torch.float64),
     ),
 }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streamed, "found", lambda number: Table())
-    monkeypatch.setattr(streamed, "Rows", Table)
+    monkeypatch.setattr(sources, "found", lambda number: Table())
+    monkeypatch.setattr(sources, "Rows", Table)
 
 
 def operators() -> dict[str, Operator[Any]]:

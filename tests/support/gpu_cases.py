@@ -18,7 +18,8 @@ from triton import language as tl
 
 from inlay.kernels.gpu import fp8, liger, nf4
 from inlay.kernels.switches import plain
-from inlay.storage.nf4 import NF4Linear, block_scales, quantiles
+from inlay.storage.nf4 import NF4Linear
+from inlay.storage.nf4_blocks import block_scales, quantiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")

@@ -10,7 +10,8 @@ from torch import nn
 
 from inlay.checkpoint.fingerprint import base_name
 from inlay.errors import CheckpointError
-from inlay.methods.base import Method, PromptMethod, attention_shape
+from inlay.methods.base import Method, PromptMethod
+from inlay.methods.models import attention_shape
 from inlay.model.adapters.copies import own_parameters
 from inlay.model.adapters.entries import Entry, entries
 from inlay.model.adapters.layer import own_modules

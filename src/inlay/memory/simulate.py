@@ -34,7 +34,8 @@ from inlay.model.adapters.targets import output_head
 from inlay.model.load.libraries import in_model_code
 from inlay.model.stream.host import BUFFERS
 from inlay.storage.quantized import QuantizedLinear
-from inlay.storage.streamed import SEGMENT, StreamedEmbedding
+from inlay.storage.sources import SEGMENT
+from inlay.storage.streamed import StreamedEmbedding
 
 NO_DATA = "its data is not allocated"
 """What torch says where a fake tensor's values are read behind the operations' back."""

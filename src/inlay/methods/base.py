@@ -1,74 +1,31 @@
-"""The contracts that every method fulfils, and the home of a method's trained tensors."""
+"""The contracts that every method fulfils; a method's file needs no other import of Inlay's."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import re
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
 
 from inlay.errors import AdapterError
 from inlay.kernels.opaque import lowered as lowered
 from inlay.kernels.opaque import without_autocast as without_autocast
+from inlay.methods.models import prefilled
+from inlay.methods.params import Params as Params
+from inlay.methods.params import kaiming_uniform as kaiming_uniform
+from inlay.methods.params import project as project
+from inlay.methods.params import stored as stored
+from inlay.methods.params import zeros as zeros
 from inlay.storage.base import FrozenLinear, Kind
 
 Targets = str | tuple[str, ...]
 T = TypeVar("T")
-
-
-class Params(nn.Module):
-    """The tensors of one adapter at one place: attribute access, floats stored in fp32 or wider.
-
-    `fixed` tensors are saved but not trained; `derived` ones follow from the base and are neither.
-    """
-
-    def __init__(
-        self,
-        trained: Mapping[str, Tensor],
-        fixed: Mapping[str, Tensor] | None = None,
-        derived: Mapping[str, Tensor] | None = None,
-    ):
-        super().__init__()
-        for name, value in trained.items():
-            kept = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
-            self.register_parameter(name, kept)
-        for name, value in (fixed or {}).items():
-            self.register_buffer(name, value)
-        for name, value in (derived or {}).items():
-            self.register_buffer(name, value, persistent=False)
-
-    def __getattr__(self, name: str) -> Tensor:
-        return super().__getattr__(name)  # pyright: ignore[reportReturnType]
-
-    @property
-    def parts(self) -> Mapping[str, Params]:
-        """The tensors for single parameters of the place, by the parameter's name."""
-        return {name: part for name, part in self._modules.items() if isinstance(part, Params)}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the tensors; a model that is cast to halves computes in them, and these stay."""
-        return super()._apply(lambda t: not_narrowed(fn(t), t), recurse)
-
-    def names(self) -> Iterator[str]:
-        """Every stored tensor's name, trained ones first; those of its parts are not among them."""
-        yield from self._parameters
-        yield from (n for n in self._buffers if n not in self._non_persistent_buffers_set)
-
-
-def not_narrowed(moved: Tensor, tensor: Tensor) -> Tensor:
-    """Return a tensor where it was moved to; a cast to halves leaves it in fp32."""
-    if not tensor.is_floating_point() or moved.dtype.itemsize >= min(4, tensor.dtype.itemsize):
-        return moved
-    return tensor.to(moved.device, torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,36 +301,6 @@ class PromptMethod(Method):
         return self
 
 
-def stored(base: FrozenLinear | Tensor, *shape: int) -> Tensor:
-    """Return an empty tensor where `base` lies, in fp32 or wider: how adapters are stored."""
-    dtype = torch.promote_types(base.dtype, torch.float32)
-    return torch.empty(*shape, dtype=dtype, device=base.device)
-
-
-def kaiming_uniform(
-    base: FrozenLinear | Tensor, rows: int, columns: int, seed: torch.Generator
-) -> Tensor:
-    """Uniform in ±1/sqrt(columns), as nn.Linear and HF PEFT initialise A."""
-    bound = columns**-0.5
-    drawn = torch.empty(rows, columns).uniform_(-bound, bound, generator=seed)
-    return stored(base, rows, columns).copy_(drawn)
-
-
-def zeros(base: FrozenLinear | Tensor, *shape: int) -> Tensor:
-    """Zeros where `base` lies, in the dtype adapters are stored in."""
-    return stored(base, *shape).zero_()
-
-
-def project(x: Tensor, a: Tensor, padding: int | None = None) -> Tensor:
-    """`x @ a.T` in x's dtype; integer x are ids, which read columns of `a`; a: (r, in).
-
-    The column of the id `padding` gets no gradient, as in nn.Embedding.
-    """
-    if x.is_floating_point():
-        return F.linear(x, a.to(x.dtype))
-    return F.embedding(x, a.T, padding)
-
-
 def checked_probability(value: float, field: str) -> None:
     """Raise unless 0 <= value < 1."""
     if not 0 <= value < 1:
@@ -400,89 +327,6 @@ def matched(pattern: Mapping[str, T], layer_name: str, default: T) -> T:
     """Return the value of the first key that matches the layer's name."""
     found = (value for key, value in pattern.items() if matches_name(key, layer_name))
     return next(found, default)
-
-
-def input_embedding(model: Any) -> nn.Embedding:
-    """Return a transformers model's token embedding."""
-    embedding = model.get_input_embeddings()
-    if not isinstance(embedding, nn.Embedding):
-        raise AdapterError(
-            f"{type(model).__name__} has no table of token embeddings, which prompt methods need"
-        )
-    return embedding
-
-
-def token_rows(embedding: nn.Embedding, ids: Tensor) -> Tensor:
-    """Return (n, width) embeddings of tokens as the model reads them, scaled where it scales."""
-    with torch.no_grad():
-        return embedding(ids.to(table_of(embedding).device))
-
-
-def table_of(embedding: nn.Embedding) -> FrozenLinear | Tensor:
-    """Return what has the dtype and the device of a token embedding's table."""
-    return embedding if isinstance(embedding, FrozenLinear) else embedding.weight
-
-
-def cache_of(output: Any) -> Cache:
-    """Return the key-value cache in a model's output, whatever it is called there.
-
-    Raises:
-        AdapterError: there is none.
-    """
-    found = next((value for value in output.values() if isinstance(value, Cache)), None)
-    if found is None:
-        raise AdapterError(
-            "the model gives no key-value cache, which prompt methods need; use a decoder model, "
-            "or a weight method such as LoRA"
-        )
-    return found
-
-
-def prefilled(model: nn.Module, embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return the keys and values of each layer of the frozen model for embeddings (n, width)."""
-    read = embeddings.to(table_of(input_embedding(model)).dtype)
-    body: Any = model.base_model
-    cache: Any = cache_of(body(inputs_embeds=read[None], use_cache=True))
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def read_keys(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return the keys and values, by layer, that a frozen model computes of tokens (1, n).
-
-    An encoder gives no cache, and writes to one that it is given; an encoder-decoder's are those
-    of its decoder, where HF PEFT's prefixes put them: pair 2 i modulo the layers for layer i.
-    """
-    if getattr(model.config, "is_encoder_decoder", False):
-        out = model(input_ids=ids, decoder_input_ids=ids, use_cache=True)
-        both: Any = cache_of(out)
-        found = [(x.keys, x.values) for x in both.self_attention_cache.layers]
-        placed = list(found)
-        for layer in reversed(range(len(found))):
-            placed[2 * layer % len(found)] = found[layer]
-        return placed
-    out = model(input_ids=ids, use_cache=True)
-    cache: Any = next((value for value in out.values() if isinstance(value, Cache)), None)
-    if cache is None:
-        cache, body = DynamicCache(), model.base_model
-        parameters = inspect.signature(body.forward).parameters.items()
-        names = [name for name, p in parameters if "Cache" in str(p.annotation)]
-        body(input_ids=ids, **dict.fromkeys(names[:1], cache))
-    return [(x.keys, x.values) for x in cache.layers]
-
-
-def encoder_of(model: Any) -> Any:
-    """Return the encoder of text inside an encoder-decoder, or None."""
-    found = getattr(model, "get_encoder", lambda: None)()
-    return found if isinstance(found, nn.Module) and found is not model else None
-
-
-def attention_shape(config: Any) -> tuple[int, int, int]:
-    """Return (layers, key-value heads, head width) of a transformers model's configuration."""
-    text = config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    said = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
-    width = said or text.hidden_size // heads
-    return text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or heads, width
 
 
 @contextmanager

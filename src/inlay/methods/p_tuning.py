@@ -21,11 +21,10 @@ from inlay.methods.base import (
     PromptMethod,
     checked_positive,
     checked_probability,
-    input_embedding,
     stored,
-    table_of,
     without_autocast,
 )
+from inlay.methods.models import input_embedding, table_of
 
 COMPUTED = "prompt_embeddings"
 """HF PEFT's key of E'."""

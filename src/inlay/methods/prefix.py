@@ -13,15 +13,12 @@ from inlay.methods.base import (
     Kind,
     Params,
     PromptMethod,
-    attention_shape,
     checked_positive,
     evaluating,
-    input_embedding,
     lowered,
-    read_keys,
     stored,
-    table_of,
 )
+from inlay.methods.models import attention_shape, input_embedding, read_keys, table_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,16 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import AdapterError
-from inlay.methods.base import (
-    Kind,
-    Params,
-    PromptMethod,
-    checked_positive,
-    input_embedding,
-    stored,
-    table_of,
-    token_rows,
-)
+from inlay.methods.base import Kind, Params, PromptMethod, checked_positive, stored
+from inlay.methods.models import input_embedding, table_of, token_rows
 
 
 @dataclass(frozen=True, kw_only=True)

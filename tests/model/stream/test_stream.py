@@ -144,7 +144,7 @@ def test_dense_weights_are_streamed_from_the_checkpoint_itself(
 def test_a_large_head_passes_through_in_rows(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inlay.storage.streamed.SEGMENT", 100_000)
+    monkeypatch.setattr("inlay.storage.sources.SEGMENT", 100_000)
     resident, _ = load(str(folders["qwen2"]), "nf4")
     streamed, _ = load(str(folders["qwen2"]), "nf4", stream="disk")
     head = streamed.get_submodule("lm_head")

@@ -16,15 +16,8 @@ from inlay.model.load.quantize import check_not_adapted, shared_parameters
 from inlay.storage.buffers import Buffers, Statistics
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.registry import frozen, storage_class
-from inlay.storage.streamed import (
-    SMALL,
-    Layout,
-    Rows,
-    Segment,
-    Source,
-    StreamedEmbedding,
-    StreamedLinear,
-)
+from inlay.storage.sources import SMALL, Layout, Rows, Segment, Source
+from inlay.storage.streamed import StreamedEmbedding, StreamedLinear
 from inlay.storage.weights_file import FileTensor, HostTensor, Stored
 
 BUFFERS = 2

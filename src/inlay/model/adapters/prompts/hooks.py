@@ -15,7 +15,8 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from inlay.errors import AdapterError
 from inlay.kernels.loss import IGNORED
-from inlay.methods.base import Params, PromptMethod, encoder_of, input_embedding
+from inlay.methods.base import Params, PromptMethod
+from inlay.methods.models import encoder_of, input_embedding
 from inlay.model.adapters.prompts.cache import (
     BehindPrompt,
     check_begun,

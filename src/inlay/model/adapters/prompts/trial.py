@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from inlay.errors import AdapterError
-from inlay.methods.base import attention_shape, encoder_of, input_embedding
+from inlay.methods.models import attention_shape, encoder_of, input_embedding
 from inlay.model.fast.proof import in_clean_thread
 from inlay.model.fast.shrink import small_model
 from inlay.model.seams.transformers import cache_argument, cache_in, takes
