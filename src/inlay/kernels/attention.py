@@ -38,7 +38,7 @@ def spans(segments: Tensor, rows: int, length: int) -> list[tuple[slice, slice]]
 
 
 def in_blocks(q: Tensor, k: Tensor) -> bool:
-    """Say whether these queries (b, heads, s, d) are attended to in blocks, where that is faster.
+    """Return whether queries (b, heads, s, d) are attended to in blocks, where that is faster.
 
     One product must be large enough: of several queries to a key, or of wide heads.
     """
@@ -49,7 +49,7 @@ def in_blocks(q: Tensor, k: Tensor) -> bool:
 
 
 def ready(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x (b, heads, s, d) as the kernels read it."""
+    """Return x (b, heads, s, d) in the dtype and layout that the kernels read."""
     x = cast(x, dtype)
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -70,13 +70,13 @@ def repeated(x: Tensor, heads: int) -> Tensor:
 
 
 def of_one_width(*tensors: Tensor) -> list[Tensor]:
-    """Return (..., d) tensors, zeros behind the narrower ones: flash attention knows one width."""
+    """Pad (..., d) tensors with zeros to the widest d: flash attention takes one width."""
     most = max(x.shape[-1] for x in tensors)
     return [x if x.shape[-1] == most else F.pad(x, (0, most - x.shape[-1])) for x in tensors]
 
 
 def by_token(x: Tensor) -> Tensor:
-    """Return an empty (b, heads, s, d) in which a token's heads lie together, as layers make it."""
+    """Return an empty (b, heads, s, d) whose memory order is token by token, as layers make it."""
     return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
 
 

@@ -19,12 +19,11 @@ WIDE = 128
 
 
 def blocks(length: int) -> Iterator[slice]:
-    """Yield the blocks of queries."""
     return (slice(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
 
 
 def grouped(x: Tensor, batch: int) -> Tensor:
-    """Return (b, heads, n, d) as (b kv, heads / kv * n, d): queries beside those of equal keys."""
+    """Return (b, heads, n, d) as (b kv, heads / kv * n, d): queries grouped by their keys."""
     return x.reshape(batch, -1, x.shape[-1])
 
 
@@ -52,7 +51,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def attended_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients to q, k and v; g: (b, heads, s, v's d); the weights are made again."""
+    """Return the gradients to q, k and v; g: (b, heads, s, v's d); weights are recomputed."""
     key, value = k.flatten(0, 1), v.flatten(0, 1)
     to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(key), torch.zeros_like(value)
     for span in blocks(q.shape[2]):

@@ -52,7 +52,6 @@ def planning_for(kind: DeviceKind) -> Generator[None]:
 
 
 def on_cpu() -> bool:
-    """Return whether costs are counted for a CPU."""
     return planned == "cpu"
 
 

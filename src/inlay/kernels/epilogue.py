@@ -30,15 +30,14 @@ class Epilogue:
 
     @property
     def without_bias(self) -> Epilogue:
-        """The rest, for a product that has the bias already."""
+        """The same without the bias, for a product that has added it."""
         return self if self.bias is None else Epilogue(self.dtype, self.term)
 
     def bias_in(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the bias for a product in this dtype."""
         return None if self.bias is None else cast(self.bias, dtype)
 
     def applied(self, y: Tensor) -> Tensor:
-        """Return what becomes of y, which is overwritten."""
+        """Apply the epilogue to y, which is overwritten."""
         if self.term is not None:
             left, right = cast(self.term.left, y.dtype), cast(self.term.right, y.dtype)
             y.addmm_(left, right, alpha=self.term.scale)

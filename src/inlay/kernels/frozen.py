@@ -81,7 +81,6 @@ frozen_linear_t.register_cost(
 
 
 def keep_parts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep the packed parts for the backward pass."""
     del output
     _, parts, ctx.packing, ctx.rows, ctx.columns = inputs
     ctx.save_for_backward(*parts)

@@ -101,7 +101,7 @@ def linear_cross_entropy(
 
 
 def by_parts(h: Tensor, packing: str) -> bool:
-    """Say whether hidden states are scored by parts of the vocabulary."""
+    """Return whether hidden states are scored by parts of the vocabulary."""
     return h.device.type == "cpu" and ":" not in packing and h.dtype != torch.float64
 
 
@@ -227,7 +227,6 @@ linear_cross_entropy.register_cost(scores_scratch, head_flops)
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep each row's gradient, computed already."""
     ctx.count = len(inputs[5])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -235,7 +234,6 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
 
 
 def gradient(ctx: Any, g: Tensor, *unused: Tensor) -> tuple[Any, ...]:
-    """Scale each row's gradient."""
     del unused
     (back,) = ctx.saved_tensors
     scaled = (back.to(g.dtype) * g[:, None]).to(back.dtype)

@@ -131,7 +131,6 @@ def keep_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def low_rank_gradient(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    """Return the gradients to x, a, b and the bias by the opaque backward operator."""
     x, a, b, *parts = ctx.saved_tensors
     to_x = bool(ctx.needs_input_grad[0])
     shape = (ctx.packing, ctx.rows, ctx.columns, to_x)

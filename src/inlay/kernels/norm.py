@@ -39,7 +39,6 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> No
 
 
 def gradient(ctx: Any, g: Tensor, unused: Tensor) -> tuple[Tensor, None, None]:
-    """Return the gradient to x; the weight is frozen."""
     del unused
     return rms_norm_backward(g, *ctx.saved_tensors), None, None
 

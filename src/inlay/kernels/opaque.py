@@ -46,7 +46,7 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def below(body: Callable[P, R]) -> Callable[P, R]:
-    """Make a function compute as written: nothing is recorded, and nothing cast."""
+    """Make a function run below autograd and autocast: nothing is recorded or cast."""
 
     @functools.wraps(body)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -65,7 +65,7 @@ def lowered(x: Any) -> Any:
 
 
 def is_plain(arg: Any) -> bool:
-    """Say whether an argument is no tensor, or a plain one with values, or a list of such."""
+    """Return whether an argument is no tensor, a plain tensor with values, or a list of those."""
     kind = type(arg)
     if kind in PLAIN:
         return not arg.is_meta
@@ -75,7 +75,7 @@ def is_plain(arg: Any) -> bool:
 
 
 def traced(args: tuple[Any, ...]) -> bool:
-    """Say whether somebody looks at the operators that run, or the tensors are not plain."""
+    """Return whether operators are being watched, or the tensors are not plain."""
     return (
         torch.compiler.is_compiling()
         or hidden._len_torch_dispatch_stack() > 0
@@ -106,7 +106,7 @@ class Operator(Generic[R]):
         return self.called(args)
 
     def cast(self, args: Sequence[Any]) -> R:
-        """Call it under autocast."""
+        """Call the operator under autocast."""
         args = (*map(lowered, args[: self.lowers]), *args[self.lowers :])
         if torch.compiler.is_compiling():
             return self.called(args)
@@ -114,7 +114,7 @@ class Operator(Generic[R]):
             return self.called(args)
 
     def called(self, args: tuple[Any, ...]) -> R:
-        """Call it on inputs in their dtypes."""
+        """Call the operator on inputs that are in their dtypes."""
         if traced(args):
             return self.plainly(*args) if transformed() else self.custom(*args)
         if torch.is_grad_enabled() and hidden._any_requires_grad(*args):
@@ -123,7 +123,7 @@ class Operator(Generic[R]):
             return self.body(*args)
 
     def register_transformed(self, plainly: Callable[..., R]) -> None:
-        """Say what PyTorch's own operators compute instead where a function transform looks on."""
+        """Give PyTorch's own operators to run under a function transform."""
         self.plainly = plainly
 
     def register_cost(
@@ -135,7 +135,7 @@ class Operator(Generic[R]):
             FLOPS[f"inlay.{self.name}"] = flops
 
     def once(self, backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-        """Refuse to give a gradient that is itself to be differentiated."""
+        """Wrap a backward function so that it raises where its gradient is to be differentiated."""
 
         @functools.wraps(backward)
         def refusing(ctx: Any, *grads: Any) -> tuple[Any, ...]:

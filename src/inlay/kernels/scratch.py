@@ -53,7 +53,7 @@ def fast_halves_on_cpu() -> frozenset[torch.dtype]:
 
 
 def made_by_intel() -> bool:
-    """Say whether this CPU is Intel's; no where the system does not tell."""
+    """Return whether this CPU is Intel's; false where the system does not report it."""
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -75,7 +75,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in `dtype`; `Tensor.to` takes as long as a small product to say that it is."""
+    """Return x in `dtype`, without the call of `Tensor.to` where x has it: that call is slow."""
     return x if x.dtype == dtype else x.to(dtype)
 
 

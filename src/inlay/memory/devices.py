@@ -44,13 +44,11 @@ class Device:
     """Whether the rates were measured on this machine, not read from a data sheet."""
 
     def rate(self, dtype: torch.dtype) -> float:
-        """Return the operations a second to reckon with."""
         peak = self.single if dtype in (torch.float32, torch.float64) else self.half
         return peak if self.measured else REACHED * peak
 
     @property
     def bytes_per_second(self) -> float:
-        """The bandwidth to reckon with."""
         return self.bandwidth if self.measured else REACHED * self.bandwidth
 
 
@@ -138,7 +136,7 @@ def listed(name: str) -> str | None:
 
 
 def this_gpu() -> Device:
-    """Return this machine's first GPU: its rates from the table, where it is known there."""
+    """Return this machine's first GPU; its rates come from the table."""
     properties = torch.cuda.get_device_properties(0)
     base = DEVICES[listed(properties.name) or "l4"]
     free, total = torch.cuda.mem_get_info(0)
@@ -147,7 +145,7 @@ def this_gpu() -> Device:
 
 
 def this_machine() -> Device:
-    """Return what a model goes to on this machine; a CPU's rates are not measured."""
+    """Return the device that a model is loaded on here; a CPU's rates are not measured."""
     return this_gpu() if torch.cuda.is_available() else this_cpu(rates=False)
 
 
@@ -181,7 +179,7 @@ FILE_CACHE = ("inactive_file", "active_file")
 
 
 def cgroup_rooms() -> list[int]:
-    """Return what the cgroups of this process leave it, where they limit memory."""
+    """Return the bytes that this process may still take in each cgroup that limits memory."""
     rooms: list[int] = []
     for folder in cgroup_folders():
         for limit, usage in ((folder / a, folder / b) for a, b in LIMITS):
@@ -207,7 +205,7 @@ def cgroup_folders() -> list[Path]:
 
 
 def file_cache(stat: Path) -> int:
-    """Return the bytes of a cgroup's memory that only keep files at hand."""
+    """Return the bytes of a cgroup's memory that are copies of files."""
     lines = stat.read_text().splitlines() if stat.is_file() else []
     counts = dict(line.split(maxsplit=1) for line in lines)
     return sum(int(counts.get(f"total_{name}", counts.get(name, 0))) for name in FILE_CACHE)
@@ -225,13 +223,12 @@ def cpu_rates() -> tuple[float, float, float]:
 
 
 def product_rate(dtype: torch.dtype, width: int = 1024, rows: int = 512) -> float:
-    """Return the operations a second of a matrix product."""
     a, b = torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
     return 2 * rows * width * width / fastest(lambda: a @ b)
 
 
 def fastest(work: Callable[[], object], budget: float = 0.3) -> float:
-    """Return the least seconds that some work takes, tried for `budget` seconds."""
+    """Return the shortest time of some work in seconds, tried for `budget` seconds."""
     best, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < budget:
         begun = time.perf_counter()

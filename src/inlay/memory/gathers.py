@@ -29,7 +29,6 @@ class Gathered:
         """What is in use."""
 
     def let_go(self) -> None:
-        """Leave this process its part."""
         self.whole = []
 
 
@@ -59,13 +58,12 @@ class Gathers:
             block.register_forward_hook(self.behind(group))
 
     def parts(self) -> list[Tensor]:
-        """Return this process's part of every weight."""
         return [empty(-(-t.nbytes // self.shards)) for t in self.divided]
 
     # Forward
 
     def before(self, group: Gathered) -> Callable[..., Any]:
-        """Return what runs ahead of a block: it is gathered, and let go of behind its backward."""
+        """Return the hook before a block: gather it; release it after its backward pass."""
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
             del module
@@ -79,7 +77,7 @@ class Gathers:
         return hook
 
     def behind(self, group: Gathered) -> Callable[..., Any]:
-        """Return what runs behind a block: it is let go of, until its backward pass."""
+        """Return the hook after a block: release it until its backward pass."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             del module, args
@@ -93,7 +91,7 @@ class Gathers:
         return hook
 
     def enter(self, group: Gathered) -> None:
-        """Gather what is about to be used, and keep the buffer until the next is copied out."""
+        """Gather a group for use; its buffer lives until the next group is copied out."""
         if group.whole:
             return
         arrived = self.arrive(group)
@@ -104,12 +102,12 @@ class Gathers:
     # Backward
 
     def begin_backward(self) -> None:
-        """Let the last block arrive; the forward pass has ended."""
+        """Start the gather of the last block, as the forward pass has ended."""
         self.last = None
         self.prefetch()
 
     def turn_back(self, group: Gathered) -> None:
-        """Take a block into use again, and let the one before it arrive."""
+        """Gather a block for its backward pass, and start the gather of the one before it."""
         if group.buffer is None and not group.whole:
             group.buffer = self.arrive(group)
         self.copy_out(group)
@@ -118,12 +116,12 @@ class Gathers:
         self.prefetch()
 
     def prefetch(self) -> None:
-        """Let the block arrive whose backward pass comes next."""
+        """Start the gather of the block whose backward pass comes next."""
         if self.order and self.order[-1].buffer is None and not self.order[-1].whole:
             self.order[-1].buffer = self.arrive(self.order[-1])
 
     def end(self) -> None:
-        """Let go of what is left when a backward pass has ended."""
+        """Release every block at the end of a backward pass."""
         self.outside.let_go()
         for group in self.order:
             group.let_go()
@@ -132,7 +130,6 @@ class Gathers:
     # Memory
 
     def arrive(self, group: Gathered) -> Tensor:
-        """Return the buffer in which a group has arrived."""
         before = self.making("weights")
         size = sum(group.sizes)
         buffer = empty(size)
@@ -143,7 +140,7 @@ class Gathers:
         return buffer
 
     def copy_out(self, group: Gathered) -> None:
-        """Fill the group's own tensors; a buffer that waited for that is let go of."""
+        """Copy a group's buffer into its tensors, and release the buffer."""
         if not group.whole:
             before = self.making("weights")
             group.whole = [empty(size) for size in group.sizes]
@@ -152,7 +149,6 @@ class Gathers:
 
 
 def empty(size: int) -> Tensor:
-    """Return that many bytes."""
     return torch.empty(size, dtype=torch.uint8)
 
 

@@ -98,7 +98,7 @@ def draw(model: nn.Module, ids: Tensor, cache: DynamicCache, sorts: bool) -> Non
 
 
 def grow(cache: DynamicCache, tokens: int) -> None:
-    """Let a cache hold the keys and values of that many more tokens."""
+    """Add the keys and values of that many tokens to a cache."""
     layers: list[Any] = list(cache.layers)
     for number, layer in enumerate(layers):
         if isinstance(getattr(layer, "keys", None), Tensor):

@@ -42,7 +42,7 @@ class Heap:
         return self.touched + self.mapped
 
     def replay(self, events: Iterable[Event]) -> None:
-        """Follow blocks; those of this sequence that are still there at its end are freed."""
+        """Follow a sequence of blocks; those that are alive at its end are freed."""
         made: set[int] = set()
         for number, size in events:
             if size:
@@ -54,7 +54,6 @@ class Heap:
             self.free(number)
 
     def allocate(self, number: int, size: int) -> None:
-        """Place a block."""
         size = -(-size // ALIGNMENT) * ALIGNMENT
         if not self.keeps and size >= self.threshold:
             size = -(-size // PAGE) * PAGE
@@ -80,7 +79,7 @@ class Heap:
         return start, found
 
     def free(self, number: int) -> None:
-        """Give a block back, joined with the free pieces beside it."""
+        """Free a block and join it with the free pieces next to it."""
         start, size = self.blocks.pop(number)
         if start is None:
             self.mapped -= size
@@ -104,11 +103,9 @@ class Heap:
             self.add(start, end - start)
 
     def add(self, start: int, size: int) -> None:
-        """Note a free piece."""
         insort(self.by_size, (size, start))
         self.starts[start], self.ends[start + size] = size, start
 
     def remove(self, start: int, size: int) -> None:
-        """Forget a free piece."""
         del self.by_size[bisect_left(self.by_size, (size, start))]
         del self.starts[start], self.ends[start + size]

@@ -21,7 +21,6 @@ FLOATS_KNOWN = 1 << 12
 
 
 def known_tensor(mode: FakeTensorMode, value: Tensor) -> Tensor:
-    """Return a fake tensor whose values are followed."""
     fake = mode.from_tensor(value)
     fake.known = value  # pyright: ignore[reportAttributeAccessIssue]
     return fake
@@ -116,7 +115,7 @@ def with_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def makes_integers(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Say whether an operation without tensors makes one whose values are worth following."""
+    """Return whether an operation without tensor inputs creates a tensor to follow."""
     dtype = kwargs.get("dtype")
     integers = dtype is not None and not dtype.is_floating_point and not dtype.is_complex
     return func._schema.name.startswith("aten::") and (
@@ -125,7 +124,6 @@ def makes_integers(func: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def unfilled(real: Tensor) -> Tensor:
-    """Return a fake tensor of a real one's shape."""
     return torch.empty(real.shape, dtype=real.dtype, device=real.device)
 
 
@@ -149,7 +147,6 @@ def as_integers(index: Tensor | None, known: bool) -> list[Tensor | None]:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """Return the tensors of nested arguments or results."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, dict):

@@ -105,26 +105,25 @@ class Ledger(TorchDispatchMode):
         return True
 
     def lend(self, tensor: Tensor) -> None:
-        """Count a tensor that is known no more; its bytes are counted elsewhere."""
+        """Stop counting a tensor, whose bytes are counted elsewhere."""
         entry = self.entries[tensor.untyped_storage()._cdata]
         self.change(entry.category, -entry.size)
         entry.size = 0
 
     def drop(self, key: int) -> None:
-        """A storage has died."""
         entry = self.entries.pop(key)
         self.change(entry.category, -entry.size)
         self.trace.append((entry.block, 0))
 
     def block(self, size: int) -> int:
-        """Note that a block of memory is made; return its number."""
+        """Record a new block of memory; return its number."""
         self.made += 1
         if size >= SMALLEST:
             self.trace.append((self.made, size))
         return self.made
 
     def recategorise(self, tensor: Tensor, category: str) -> None:
-        """Count a tensor's storage as something else from now on."""
+        """Move a tensor's storage to another category."""
         if not self.add(tensor, category):
             entry = self.entries[tensor.untyped_storage()._cdata]
             self.change(entry.category, -entry.size)
@@ -132,7 +131,6 @@ class Ledger(TorchDispatchMode):
             self.change(category, entry.size)
 
     def change(self, category: str, size: int) -> None:
-        """Add to, or take from, what is alive."""
         self.live[category] += size
         if category == HOST:
             self.host_peak = max(self.host_peak, self.live[HOST])
@@ -140,14 +138,14 @@ class Ledger(TorchDispatchMode):
             self.total += size
 
     def touch(self, workspace: int) -> None:
-        """Look whether what is alive now is the most so far."""
+        """Update the peak."""
         if self.total + workspace > self.peak:
             self.peak = self.total + workspace
             self.at_peak = {name: self.live[name] for name in CATEGORIES}
             self.at_peak["buffers"] += workspace
 
     def start_over(self) -> None:
-        """Forget the peak and the work so far; what is alive stays."""
+        """Reset the peak and the work; what is alive stays counted."""
         self.peak, self.host_peak, self.work = 0, 0, {}
         self.trace.clear()
         self.touch(0)
@@ -162,7 +160,7 @@ class Ledger(TorchDispatchMode):
         inputs: Sequence[Tensor],
         made: Sequence[Tensor],
     ) -> None:
-        """Count an operation's arithmetic and traffic; views and bookkeeping do neither."""
+        """Count an operation's arithmetic and traffic; views have neither."""
         written = made or (inputs[:1] if func._schema.is_mutable else [])
         if not written:
             return

@@ -35,7 +35,6 @@ def adamw_8bit(parameters: Sequence[Tensor]) -> Callable[[], Any]:
 
 
 def eight_bit_moments(p: Tensor) -> list[Tensor]:
-    """Return both moments of a parameter as bitsandbytes holds them."""
     if p.numel() < SMALLEST_IN_EIGHT_BIT:
         return [torch.empty_like(p, dtype=torch.float32) for _ in range(2)]
     blocks = -(-p.numel() // EIGHT_BIT_BLOCK)

@@ -44,7 +44,7 @@ class Links:
 
 
 def links_of(device: Device, local: int) -> Links:
-    """Return the links of a device in a machine of `local` of them."""
+    """Return the links of one device of a machine with `local` devices."""
     if device.kind == "cpu":
         said = f"processes of one machine exchange {LOOPBACK:g} GB/s over gloo, others as much"
         return Links(LOOPBACK * GB, LOOPBACK * GB, False, (said,))
@@ -75,7 +75,6 @@ class Division:
 
     @property
     def size(self) -> int:
-        """Processes of all machines."""
         return self.local * self.nodes
 
 

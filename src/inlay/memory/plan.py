@@ -73,12 +73,11 @@ class Plan:
 
     @property
     def least(self) -> Option:
-        """The option that needs the least memory."""
         return min(self.options, key=lambda option: option.total)
 
     @property
     def best(self) -> Option:
-        """The option to speak of: the chosen one, else the nearest to fitting."""
+        """The chosen option, or else the one that needs the least memory."""
         return self.chosen or self.least
 
 
@@ -165,18 +164,17 @@ def possible(policies: Sequence[Policy], device: Device) -> Iterator[Policy]:
 
 
 def keeps_memory() -> bool:
-    """Say whether freed memory stays in the process, as `attach` sees to."""
+    """Return whether freed memory stays in the process; `attach` arranges that."""
     return is_on("memory") and platform.libc_ver()[0] == "glibc"
 
 
 def weights_of(task: Task) -> int:
-    """Return the bytes of the frozen weights."""
     with fake_tensors():
         return frozen_bytes(task.build())
 
 
 def option(policy: Policy, found: Simulation, task: Task, device: Device, runtime: int) -> Option:
-    """Return what a simulated step means on a device."""
+    """Return the memory and time of a simulated step on a device."""
     weights = found.resting["weights"]
     resident = min(weights, found.streamed_weights) if task.streamed else found.at_peak["weights"]
     parts = {**found.at_peak, "weights": resident, "runtime": runtime}

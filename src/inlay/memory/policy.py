@@ -110,7 +110,7 @@ def check_on_gpu(model: nn.Module) -> None:
 def block_runner(
     model: nn.Module, policy: Policy, to_host: Move | None, back: Move | None
 ) -> Callable[..., Any]:
-    """Return what runs a block in training: `(block's forward, *its inputs) -> its output`."""
+    """Return the function that runs a block in training: `(forward, *inputs) -> output`."""
     again = partial(checkpoint, use_reentrant=False)
     if policy == "layer-inputs":
         return again
@@ -122,7 +122,7 @@ def block_runner(
 def offloading(
     again: Callable[..., Any], to_host: Move | None, back: Move | None
 ) -> Callable[..., Any]:
-    """Return what runs a block with its inputs on the host until the backward pass."""
+    """Return a block runner that keeps inputs on the host until the backward pass."""
 
     def run(function: Callable[..., Any], *inputs: Any) -> Any:
         if to_host is None or back is None:
@@ -168,11 +168,11 @@ class Kept:
         """Storages of which PyTorch would not see a later change."""
 
     def contexts(self) -> tuple[Any, Any]:
-        """Return what is around the pass, and around the one that computes again."""
+        """Return the contexts of the first pass and of the recomputation."""
         return create_selective_checkpoint_contexts(self.choice)
 
     def choice(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
-        """Say whether to keep the result of an operation, which has just run.
+        """Return whether to keep the result of an operation, which has just run.
 
         Raises:
             KeptChangedError: it changed what is kept.
@@ -213,7 +213,7 @@ def storages(values: Any) -> list[int]:
 
 
 def is_product(op: Any) -> bool:
-    """Say whether an operation is a matrix product or attention."""
+    """Return whether an operation is a matrix product or attention."""
     name = op._schema.name
     if name.startswith("inlay::"):
         return not any(word in name for word in REDONE)

@@ -31,7 +31,7 @@ class Measured:
 
 @contextmanager
 def measuring(device: torch.device) -> Generator[Measured]:
-    """Measure the most memory held inside the `with` block, what was there before included."""
+    """Measure the peak memory of the `with` block, including what was held before it."""
     found = Measured()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -44,7 +44,7 @@ def measuring(device: torch.device) -> Generator[Measured]:
 
 
 def forget_peak() -> bool:
-    """Set the process's peak to what it holds now; say whether the system allows it."""
+    """Reset the process's peak memory; return whether the system allows it."""
     try:
         CLEAR.write_text("5")
     except OSError:
@@ -53,12 +53,11 @@ def forget_peak() -> bool:
 
 
 def resident() -> int:
-    """Return the bytes of memory this process holds now; 0 where the system does not tell."""
+    """Return the bytes of memory that this process holds now; 0 where unknown."""
     return status("VmRSS") or 0
 
 
 def status(field: str) -> int | None:
-    """Return one of the kernel's figures about this process, in bytes."""
     if not STATUS.is_file():
         return None
     for line in STATUS.read_text().splitlines():
@@ -98,19 +97,19 @@ def runtime(products: frozenset[tuple[int, int, int]]) -> int:
 
 
 def code_of_products(kinds: int) -> int:
-    """Return the bytes of code in a run with this many kinds of products in halves of its own."""
+    """Return the bytes of code for this many kinds of PyTorch's own products in halves."""
     most = int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") or 1024)
     return CODE_OF_OPERATORS + CODE * min(most, kinds * LENGTHS)
 
 
 def covers(other: tuple[int, int, int], shape: tuple[int, int, int]) -> bool:
-    """Say whether one product is at least as large as another in every direction, and not it."""
+    """Return whether a product is at least as large as a different one in every direction."""
     return other != shape and all(a >= b for a, b in zip(other, shape, strict=True))
 
 
 @cache
 def held_after(products: frozenset[tuple[int, int, int]]) -> int:
-    """Return what is held after training a little and multiplying these shapes both ways."""
+    """Return the memory held after a short training and products of these shapes."""
     warm_up()
     for m, k, n in products:
         x, w = torch.ones(m, k), torch.ones(n, k)
@@ -124,7 +123,6 @@ def held_after(products: frozenset[tuple[int, int, int]]) -> int:
 
 @cache
 def warm_up() -> None:
-    """Train the embedded model for two steps on a few tokens."""
     model, _ = load("pocket", device="cpu")
     with torch.random.fork_rng([]):
         attach(model, LoRA(rank=4)).train()

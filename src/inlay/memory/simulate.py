@@ -91,7 +91,7 @@ class Simulation:
     """Operation -> what it did."""
 
     def fragmentation(self, keeps: bool) -> int:
-        """Return the bytes that the allocator holds at its peak beyond what is alive then."""
+        """Return the bytes that the allocator holds at its peak beyond the live blocks."""
         heap = Heap(keeps=keeps)
         for _ in range(3):
             heap.replay(self.trace)
@@ -100,13 +100,12 @@ class Simulation:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the step."""
         return sum(work.flops for work in self.work.values())
 
 
 @contextmanager
 def fake_tensors() -> Generator[FakeTensorMode]:
-    """Make every tensor of the `with` block one without data; say what cannot be followed."""
+    """Make every tensor of the `with` block fake; raise a sentence where that is impossible."""
     try:
         with FakeTensorMode() as mode, conversions_to_the_same():
             yield mode
@@ -129,7 +128,7 @@ def fake_tensors() -> Generator[FakeTensorMode]:
 
 @contextmanager
 def conversions_to_the_same() -> Generator[None]:
-    """Let a module that is converted to what it is keep its tensors, which fake ones cannot."""
+    """Skip conversions of a module to what it is, which fake tensors do not support."""
     convert = nn.Module._apply
 
     def convert_if_needed(self: nn.Module, fn: Any, recurse: bool = True) -> Any:
@@ -145,7 +144,7 @@ def conversions_to_the_same() -> Generator[None]:
 
 
 def unplannable(said: str) -> str | None:
-    """Return why a step cannot be followed without data, from what PyTorch says; None if it can."""
+    """Return the reason in PyTorch's message why a step needs real data; None if it is another."""
     if NO_DATA in said:
         return f"the model reads values that only training knows ({said.splitlines()[0]})"
     return None
@@ -211,7 +210,7 @@ class Step:
             head.register_forward_pre_hook(lambda *_: self.at_head())
 
     def divide(self, shards: int, *, copied: bool) -> None:
-        """Count a part of the frozen weights only, and what is gathered of the others'."""
+        """Divide the frozen weights among `shards` devices, and count their gathers."""
         self.gathers = Gathers(self.model, shards, copied=copied, making=self.making)
         for tensor in self.gathers.divided:
             self.ledger.lend(tensor)
@@ -250,7 +249,7 @@ class Step:
         )
 
     def forward_and_backward(self, inputs: dict[str, Any]) -> int:
-        """Pass through the model both ways; return the bytes kept for the way back."""
+        """Run both passes; return the bytes kept between them."""
         self.making("activations")
         loss = self.loss(self.model, dict(inputs))
         kept = self.ledger.live["activations"] + self.ledger.live["loss"]
@@ -263,11 +262,11 @@ class Step:
         return kept
 
     def at_head(self) -> None:
-        """Count what is made from here on as the loss's."""
+        """Start the category `loss`."""
         self.making("loss")
 
     def first_update(self, optimiser: Optimiser) -> Callable[[], Any]:
-        """Let the optimiser create its state; return its update."""
+        """Create the optimiser's state; return its update."""
         self.making("gradients")
         for p in self.trained:
             p.grad = torch.zeros_like(p)
@@ -277,24 +276,21 @@ class Step:
         return step
 
     def making(self, category: str) -> str:
-        """Count what is made from now on as this; return what it was counted as."""
+        """Set the category of what is created next; return the one before."""
         before, self.ledger.category = self.ledger.category, category
         return before
 
     def count_gradient(self, parameter: Tensor) -> None:
-        """Count a parameter's gradient as one."""
         assert parameter.grad is not None
         self.ledger.recategorise(parameter.grad, "gradients")
 
     def to_host(self, x: Tensor) -> Tensor:
-        """Return a copy of a tensor in the host's memory."""
         before = self.making(HOST)
         copy = torch.empty_like(x)
         self.making(before)
         return copy
 
     def back(self, x: Tensor) -> Tensor:
-        """Return a copy of a tensor of the host's in the device's memory."""
         return torch.empty_like(x)
 
 
@@ -312,13 +308,13 @@ def streamed_bytes(model: nn.Module) -> int:
 
 
 def host_bytes(model: nn.Module) -> int:
-    """Return the bytes of the tables of which only rows come to the device."""
+    """Return the bytes of the embedding tables that lie in host memory."""
     tables = [m.source.table for m in model.modules() if isinstance(m, StreamedEmbedding)]
     return sum(table.nbytes for table in tables)
 
 
 def frozen_weights(model: nn.Module) -> Frozen:
-    """Return what a model's frozen weights take, inside and outside its blocks."""
+    """Return the bytes of a model's frozen weights, inside and outside its blocks."""
     blocks = repeated_blocks(model)
     sizes = [frozen_bytes(block) for block in blocks]
     total = frozen_bytes(model)
@@ -326,11 +322,9 @@ def frozen_weights(model: nn.Module) -> Frozen:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks that a model repeats."""
     return [m for each in model.modules() if isinstance(each, nn.ModuleList) for m in each]
 
 
 def frozen_bytes(module: nn.Module) -> int:
-    """Return the bytes of a module's tensors that do not train."""
     tensors = (*module.parameters(), *module.buffers())
     return sum(t.nbytes for t in tensors if not t.requires_grad)

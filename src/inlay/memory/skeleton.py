@@ -46,7 +46,6 @@ def config_of(model: str, revision: str | None = None) -> tuple[PreTrainedConfig
 
 
 def config_in_file(file: Path) -> PreTrainedConfig:
-    """Read a configuration that lies alone in a file of any name."""
     with failures_as_sentences(file, "configuration"):
         values = json.loads(file.read_text(encoding="utf-8"))
         return AutoConfig.for_model(values.pop("model_type"), **values)
@@ -99,7 +98,7 @@ def computing_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
 
 
 def unfill(model: nn.Module, name: str, storage: str, double_quant: bool) -> None:
-    """Hold one layer in another storage, without values."""
+    """Replace a layer by one of another storage, without values."""
     view = dense_view(model.get_submodule(name))
     layer = storage_class(storage).unfilled(
         view.shape, view.dtype, view.bias, double_quant=double_quant

@@ -54,7 +54,7 @@ class Method:
 
     @property
     def own_targets(self) -> Targets:
-        """Where it goes when the user does not say: `default_targets`, unless a field decides."""
+        """The default targets of these hyperparameters."""
         return self.default_targets
 
     def for_layer(self, layer_name: str) -> Method:
@@ -106,7 +106,6 @@ class WeightMethod(Method):
         raise NotImplementedError
 
     def count_on(self, base: FrozenLinear) -> int:
-        """Return how many parameters this layer trains."""
         return self.count(base.shape)
 
     def weight(self, p: Params, w: Tensor) -> Tensor:
@@ -162,11 +161,11 @@ class SelectMethod(Method):
 
     @property
     def only_adapted(self) -> bool:
-        """Whether, beside another method, only that method's own layers are selected."""
+        """Whether only the layers that another method adapts are selected."""
         return False
 
     def selects(self, module: nn.Module, parameter: str) -> bool:
-        """Say whether this parameter of this module trains."""
+        """Return whether this parameter of this module trains."""
         raise NotImplementedError
 
 
@@ -227,7 +226,6 @@ class LowRank(WeightMethod):
 
     @property
     def scale(self) -> float:
-        """`alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
@@ -263,7 +261,7 @@ class PromptMethod(Method):
 
     @property
     def rows(self) -> int:
-        """How many embeddings are kept: `tokens` for each submodule, where a method has these."""
+        """How many embeddings are kept: `tokens` for each submodule."""
         return self.tokens * (getattr(self, "submodules", None) or 1)
 
     def init(self, model: nn.Module, seed: torch.Generator) -> Params:
@@ -291,35 +289,32 @@ class PromptMethod(Method):
         return prefilled(model, self.embeddings(p))
 
     def computed(self, p: Params) -> Mapping[str, Tensor]:
-        """Return what HF PEFT's file has in place of the trained tensors, by its keys."""
+        """Return tensors that HF PEFT's file needs besides the trained ones, by its keys."""
         del p
         return {}
 
     def held_in(self, keys: Collection[str]) -> PromptMethod:
-        """Return the method of an adapter whose file has these keys and no others."""
+        """Return the method of an adapter whose file has exactly these keys."""
         del keys
         return self
 
 
 def checked_probability(value: float, field: str) -> None:
-    """Raise unless 0 <= value < 1."""
     if not 0 <= value < 1:
         raise AdapterError(f"{field} must be at least 0 and below 1, not {value!r}")
 
 
 def checked_positive(value: float, field: str) -> None:
-    """Raise unless the value is above zero and finite."""
     if not 0 < value < float("inf"):
         raise AdapterError(f"{field} must be a positive number, not {value!r}")
 
 
 def replaced(method: Method, **changes: object) -> Method:
-    """Return a copy of the method with other hyperparameters."""
     return dataclasses.replace(method, **changes)
 
 
 def matches_name(entry: str, layer_name: str) -> bool:
-    """Say whether an entry is the layer's name, a dotted suffix of it, or a regex for either."""
+    """Return whether an entry is the layer's name, a dotted suffix of it, or a regex for either."""
     return re.fullmatch(rf"(.*\.)?({entry})", layer_name) is not None
 
 

@@ -62,7 +62,6 @@ class MethodSpec(Declared):
 
     @property
     def summary(self) -> str:
-        """The first sentence of the docstring."""
         first = " ".join(self.doc.split("\n\n")[0].split())
         return first.split(". ")[0].rstrip(".") + "."
 

@@ -112,5 +112,5 @@ def factors(p: Params, norms: Tensor) -> Tensor:
 
 
 def untrained(p: Params) -> bool:
-    """Say whether the update is nothing and the magnitudes are the norms that they started as."""
+    """Return whether the update is zero and the magnitudes are still the norms of W."""
     return not bool(p.B.any()) and torch.equal(p.magnitude, p.base_norms.to(p.magnitude.dtype))

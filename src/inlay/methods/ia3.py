@@ -45,7 +45,7 @@ class IA3(WeightMethod):
 
     @property
     def scales_input(self) -> bool:
-        """Whether, at the layer this was made for, the input is scaled and not the output."""
+        """Whether the input is scaled, not the output, at the layer this was made for."""
         return bool(self.feedforward)
 
     def for_layer(self, layer_name: str) -> IA3:

@@ -14,7 +14,6 @@ from inlay.storage.base import FrozenLinear
 
 
 def input_embedding(model: Any) -> nn.Embedding:
-    """Return a transformers model's token embedding."""
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
         raise AdapterError(

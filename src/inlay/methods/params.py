@@ -38,21 +38,21 @@ class Params(nn.Module):
 
     @property
     def parts(self) -> Mapping[str, Params]:
-        """The tensors for single parameters of the place, by the parameter's name."""
+        """The tensors for single parameters of the module, by the parameter's name."""
         return {name: part for name, part in self._modules.items() if isinstance(part, Params)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the tensors; a model that is cast to halves computes in them, and these stay."""
+        """Move the tensors; a cast of the model to halves leaves them in fp32."""
         return super()._apply(lambda t: not_narrowed(fn(t), t), recurse)
 
     def names(self) -> Iterator[str]:
-        """Every stored tensor's name, trained ones first; those of its parts are not among them."""
+        """Every stored tensor's name, trained ones first, without those of `parts`."""
         yield from self._parameters
         yield from (n for n in self._buffers if n not in self._non_persistent_buffers_set)
 
 
 def not_narrowed(moved: Tensor, tensor: Tensor) -> Tensor:
-    """Return a tensor where it was moved to; a cast to halves leaves it in fp32."""
+    """Return the moved tensor, in fp32 where it was cast to halves."""
     if not tensor.is_floating_point() or moved.dtype.itemsize >= min(4, tensor.dtype.itemsize):
         return moved
     return tensor.to(moved.device, torch.float32)

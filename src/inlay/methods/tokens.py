@@ -61,18 +61,17 @@ class TokenRows(WeightMethod):
 
 
 def give_tokens(p: Params, rows: Rows, ids: Sequence[int]) -> None:
-    """Say whose rows an adapter's tensor holds, one for each id."""
+    """Record the token of every row of an adapter's tensor."""
     vars(p).setdefault(TOKENS, {})[rows] = tuple(ids)
     vars(p)[PLACES] = {}
 
 
 def tokens_of(p: Params, rows: Rows) -> tuple[int, ...]:
-    """Return whose rows an adapter's tensor holds; none where it has no such tensor."""
     return vars(p).get(TOKENS, {}).get(rows, ())
 
 
 def places(p: Params, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the ids as the rows lie, in ascending order, and the row of each of the latter."""
+    """Return the ids in the order of the rows, the ids sorted, and the row of each sorted id."""
     known: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]] = vars(p)[PLACES]
     key = (rows, str(device))
     if key not in known:

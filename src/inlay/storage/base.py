@@ -66,7 +66,7 @@ class FrozenLinear(ABC):
 
     @property
     def padding(self) -> int | None:
-        """The id whose row has no gradient; None where it is no embedding, or has none such."""
+        """The id whose row gets no gradient; None for other layers and embeddings without one."""
         return None
 
     @property
@@ -75,11 +75,11 @@ class FrozenLinear(ABC):
         return self.shape[1]
 
     def turned(self, w: Tensor) -> Tensor:
-        """Turn an (out, in) matrix into the layout of the layer in whose place it is, or back."""
+        """Convert a matrix from (out, in) to the layout of the original layer, or back."""
         return w if self.stands_for == "linear" else w.T
 
     def finished(self, y: Tensor) -> Tensor:
-        """Return the layer's output, given its product."""
+        """Return the layer's output, given the product."""
         return y if self.factor == 1.0 else y * self.factor
 
     @abstractmethod
@@ -109,7 +109,7 @@ class FrozenLinear(ABC):
         return False
 
     def packing(self, name: str) -> str:
-        """Return the name of a format as the operators are to multiply it."""
+        """Return a format's name with the prefix that says how it is multiplied."""
         return f"{PREFIX}:{name}" if self.eight_bits else name
 
     def packed(self) -> Packed | None:
@@ -120,7 +120,7 @@ class FrozenLinear(ABC):
         return None
 
     def state(self) -> tuple[object, ...] | None:
-        """Return what is another once the weight has changed; None where that cannot be told."""
+        """Return a value that changes when the weight changes; None where there is none."""
         packed = self.packed()
         return None if packed is None else tuple(whereabouts(part) for part in packed[0])
 
@@ -134,7 +134,7 @@ class FrozenLinear(ABC):
 
 
 def whereabouts(tensor: Tensor) -> tuple[object, ...]:
-    """Return where a tensor lies and how often it was changed in place, as far as it says."""
+    """Return a tensor's address, version, device, dtype and shape, as far as they are known."""
     version = 0 if tensor.is_inference() else tensor._version
     try:
         place = -1 if hasattr(tensor, "fake_mode") else tensor.data_ptr()

@@ -20,15 +20,15 @@ from inlay.storage.nf4 import NF4Linear, as_bytes
 from inlay.storage.quantized import QuantizedLinear
 
 
-def needed(record: logging.LogRecord) -> bool:
-    """Say whether a warning of bitsandbytes is the user's: not that its CPU product is absent."""
+def matters(record: logging.LogRecord) -> bool:
+    """Return whether a warning of bitsandbytes matters here: a missing CPU product does not."""
     return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
 
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(needed)
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(matters)
 
-TOLD = "computes_in"
-"""The attribute that `tell_dtype` sets."""
+COMPUTE_DTYPE = "computes_in"
+"""The attribute of an 8-bit layer in which `tell_dtype` records its model's dtype."""
 
 
 class ForeignLinear(FrozenLinear):
@@ -42,7 +42,7 @@ class ForeignLinear(FrozenLinear):
 
     @property
     def held(self) -> QuantizedLinear:
-        """The layer's present tensors in our own storage; nothing is copied."""
+        """The layer's present tensors in Inlay's own storage; nothing is copied."""
         layer: Any = self.layer
         return held_int8(layer) if "8bit" in type(layer).__name__ else held_nf4(layer)
 
@@ -88,13 +88,11 @@ class ForeignLinear(FrozenLinear):
 
 
 def is_foreign(layer: nn.Module) -> bool:
-    """Say whether a layer is one of bitsandbytes' linear layers."""
     names = {f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(layer).__mro__}
     return bool(names & {"bitsandbytes.Linear4bit", "bitsandbytes.Linear8bitLt"})
 
 
 def held_nf4(layer: Any) -> NF4Linear:
-    """Return a bitsandbytes 4-bit layer's tensors as an `NF4Linear`."""
     state = layer.weight.quant_state
     if state is None or getattr(state, "packing_format_for_cpu", False):
         raise StorageError(
@@ -115,7 +113,6 @@ def held_nf4(layer: Any) -> NF4Linear:
 
 
 def held_int8(layer: Any) -> Int8Linear:
-    """Return a bitsandbytes 8-bit layer's tensors as an `Int8Linear`."""
     weight = layer.weight
     absmax = weight.SCB if weight.SCB is not None else layer.state.SCB
     if weight.dtype != torch.int8 or absmax is None:
@@ -128,14 +125,14 @@ def held_int8(layer: Any) -> Int8Linear:
 
 
 def dtype_of(layer: nn.Module) -> torch.dtype:
-    """Return the dtype that an 8-bit layer's model computes in: its bias's, or the one told."""
+    """Return the dtype that an 8-bit layer computes in: its bias's, or that of its model."""
     bias = layer._parameters.get("bias")
-    return vars(layer).get(TOLD, torch.float16) if bias is None else bias.dtype
+    return vars(layer).get(COMPUTE_DTYPE, torch.float16) if bias is None else bias.dtype
 
 
 def tell_dtype(model: nn.Module) -> None:
-    """Tell 8-bit layers, which keep no dtype, the one that their model computes in."""
+    """Record the model's dtype on its 8-bit layers, which keep none."""
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     for layer in model.modules() if own else ():
         if is_foreign(layer) and "8bit" in type(layer).__name__:
-            vars(layer)[TOLD] = own
+            vars(layer)[COMPUTE_DTYPE] = own

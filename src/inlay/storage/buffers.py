@@ -24,8 +24,8 @@ from inlay.errors import StorageError
 
 ALIGNMENT = 4096
 """Of buffers, and of reads that pass the kernel's cache by."""
-PATIENCE = 0.5
-"""Seconds between two looks at whether the thread still lives."""
+CHECK_SECONDS = 0.5
+"""Seconds between two checks that the thread is alive."""
 
 
 class Piece(Protocol):
@@ -41,7 +41,7 @@ class Piece(Protocol):
         ...
 
     def found_in(self, room: Tensor) -> Tensor:
-        """Return the part as it lies in a filled buffer."""
+        """Return the part as a tensor in a filled buffer."""
         ...
 
 
@@ -54,7 +54,6 @@ class Block:
     room: int = 0
 
     def add(self, piece: Piece) -> int:
-        """Add a piece; return its place."""
         place = self.room
         self.pieces.append(piece)
         self.places.append(place)
@@ -107,23 +106,21 @@ class Shared:
         self.closed = False
 
     def slot_of(self, block: int) -> Slot | None:
-        """Return the buffer that holds or is receiving a block."""
         return next((s for s in self.slots if s.block == block), None)
 
-    def wanted(self) -> list[int]:
-        """Return the blocks to hold: those waited for, the present one, and those to come."""
+    def blocks_to_hold(self) -> list[int]:
+        """Return the blocks to hold: those waited for, the present one, and the next ones."""
         ahead = self.order.ahead(len(self.slots))
         return list(dict.fromkeys([*self.waiting, *ahead]))[: len(self.slots)]
 
     def next_fill(self) -> tuple[Slot, int] | None:
-        """Return a block to bring in and the buffer for it, or None when nothing is to be done."""
-        wanted = self.wanted()
-        missing = next((b for b in wanted if self.slot_of(b) is None), None)
-        free = next((s for s in self.slots if not s.uses and s.block not in wanted), None)
+        """Return a block to bring in and the buffer for it, or None where nothing is to do."""
+        to_hold = self.blocks_to_hold()
+        missing = next((b for b in to_hold if self.slot_of(b) is None), None)
+        free = next((s for s in self.slots if not s.uses and s.block not in to_hold), None)
         return None if missing is None or free is None else (free, missing)
 
     def fill(self, slot: Slot, block: Block) -> None:
-        """Bring one block into a buffer."""
         if slot.arrived is not None:
             slot.arrived.synchronize()
         for piece, place in zip(block.pieces, block.places, strict=True):
@@ -151,7 +148,6 @@ class Order:
         self.after: dict[tuple[int, int], int] = {}
 
     def move(self, block: int) -> None:
-        """Take note that a block is used."""
         if block == self.present:
             return
         self.after[self.before, self.present] = block
@@ -197,17 +193,14 @@ class Buffers:
 
     @property
     def device(self) -> torch.device:
-        """Where the buffers lie."""
         return self.shared.device
 
     @property
     def statistics(self) -> Statistics:
-        """What was brought in so far."""
         return self.shared.statistics
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers on the device."""
         return sum(slot.bytes.nbytes for slot in self.shared.slots)
 
     @contextmanager
@@ -247,7 +240,7 @@ class Buffers:
             while slot is None or not slot.loaded:
                 self.check_alive()
                 shared.changed.notify_all()
-                shared.changed.wait(PATIENCE)
+                shared.changed.wait(CHECK_SECONDS)
                 slot = shared.slot_of(block)
         finally:
             shared.waiting.remove(block)
@@ -268,7 +261,7 @@ class Buffers:
 
 
 def keep_filled(shared: Shared) -> None:
-    """Fill buffers until they are closed; what fails is raised where the weights are used."""
+    """Fill buffers until they are closed; a failure is raised where the weights are used."""
     try:
         while (work := next_work(shared)) is not None:
             slot, block = work
@@ -285,7 +278,7 @@ def keep_filled(shared: Shared) -> None:
 
 
 def next_work(shared: Shared) -> tuple[Slot, int] | None:
-    """Wait for a block to bring in; return it and its buffer, or None when all is closed."""
+    """Wait for a block to bring in; return it with its buffer, or None once all is closed."""
     with shared.changed:
         while not shared.closed:
             work = shared.next_fill()
@@ -298,7 +291,6 @@ def next_work(shared: Shared) -> tuple[Slot, int] | None:
 
 
 def close(shared: Shared) -> None:
-    """End the thread."""
     with shared.changed:
         shared.closed = True
         shared.changed.notify_all()
@@ -312,5 +304,4 @@ def aligned(room: int, pinned: bool = False) -> Tensor:
 
 
 def rounded_up(size: int) -> int:
-    """Return the next multiple of ALIGNMENT."""
     return -(-size // ALIGNMENT) * ALIGNMENT

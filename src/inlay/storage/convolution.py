@@ -26,7 +26,6 @@ class Convolution(ByWeight):
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """The size of the kernel in each direction."""
         return tuple(self.weight.shape[2:])
 
     @property
@@ -35,11 +34,9 @@ class Convolution(ByWeight):
 
     @property
     def groups(self) -> int:
-        """Into how many groups the channels are divided."""
         layer: Any = self.layer
         return layer.groups
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Say whether a module is a convolution with a kernel of its own."""
     return isinstance(module, CONVOLUTIONS) and holds_floats(module, "weight")

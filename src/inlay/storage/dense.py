@@ -83,7 +83,7 @@ class DenseView(FrozenLinear):
         return bool(vars(self.layer).get("computes_in_8_bits"))
 
     def multiplied_elsewhere(self, x: Tensor) -> Packed | None:
-        """Return the packed weight when x is to be multiplied in another dtype than its own."""
+        """Return the packed weight where one of Inlay's operators multiplies x; else None."""
         as_it_is = product_dtype(x) == x.dtype and not self.eight_bits
         if not is_on("products") or (as_it_is and not self.read_by_own_product(x)):
             return None
@@ -129,7 +129,7 @@ class DenseView(FrozenLinear):
 
 
 def held(layer: nn.Module, name: str) -> Any:
-    """Return a layer's weight or bias as it is held, below the adapters that it may carry."""
+    """Return a layer's weight or bias without the adapters on it."""
     reader = getattr(type(layer), "stored_parameter", None)
     return getattr(layer, name, None) if reader is None else reader(layer, name)
 

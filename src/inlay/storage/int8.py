@@ -114,7 +114,7 @@ def product(
 
 
 def read_on_cpu(dtype: torch.dtype, columns: int) -> bool:
-    """Say whether rows of whole strips are multiplied as they are."""
+    """Return whether rows of whole strips are multiplied as they are."""
     del dtype
     return columns % native.STRIP == 0
 

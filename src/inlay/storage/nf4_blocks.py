@@ -30,7 +30,6 @@ QUANTILES = (
 
 @cache
 def quantiles(device: torch.device) -> Tensor:
-    """Return the 16 NF4 values, fp32."""
     return torch.tensor(QUANTILES, device=device)
 
 
@@ -61,7 +60,6 @@ def dynamic_map(device: torch.device) -> Tensor:
 
 
 def midpoints(values: Tensor) -> Tensor:
-    """Return the thresholds between neighbouring values."""
     return (values[:-1] + values[1:]) / 2
 
 

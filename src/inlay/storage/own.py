@@ -55,7 +55,7 @@ class ByWeight(DenseView):
         return None if held is None or name is None else stored_parameter(self.layer, name)
 
     def as_stored(self, w: Tensor) -> Tensor:
-        """Return the weight as the layer holds it, given what a method works on."""
+        """Convert a method's weight to the layout of the layer's parameter."""
         return self.turned(w)
 
     def packed(self) -> Packed | None:
@@ -109,7 +109,7 @@ class ScaledEmbedding(DenseEmbedding):
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """Return the layer's class, or what it was before it was changed in place."""
+    """Return a layer's class, before it was changed in place."""
     found = type(module)
     while "original" in vars(found):
         found = vars(found)["original"]
@@ -117,7 +117,7 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def stored_parameter(layer: nn.Module, name: str) -> Tensor:
-    """Return a parameter as it is without weight methods; a trained copy stands for its own."""
+    """Return a parameter without weight methods; a trained copy replaces its original."""
     read: Callable[[str], Tensor] | None = getattr(layer, "stored_parameter", None)
     held = layer._parameters[name] if read is None else read(name)
     assert held is not None
@@ -125,7 +125,7 @@ def stored_parameter(layer: nn.Module, name: str) -> Tensor:
 
 
 def own_view(module: nn.Module) -> DenseView | None:
-    """Return the view of a subclass that is no plain product, or None when it holds no matrix."""
+    """Return the view of a layer with a forward of its own; None where it holds no matrix."""
     if not holds_floats(module, "weight"):
         return None
     if isinstance(module, nn.Embedding):
@@ -139,7 +139,7 @@ def own_view(module: nn.Module) -> DenseView | None:
 
 
 def own_kind(module: nn.Module) -> Kind | None:
-    """Return what a subclass is to a method, or None when it holds no dense matrix."""
+    """Return the kind of such a layer to a method; None where it holds no dense matrix."""
     if not holds_floats(module, "weight"):
         return None
     if isinstance(module, nn.Embedding):
@@ -150,13 +150,13 @@ def own_kind(module: nn.Module) -> Kind | None:
 
 
 def holds_floats(module: nn.Module, name: str) -> bool:
-    """Say whether a module holds a plain floating-point parameter of this name itself."""
+    """Return whether a module holds a plain floating-point parameter of this name itself."""
     held = module._parameters.get(name)
     return held is not None and type(held) in UNPACKED and held.dtype in FLOATS
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Say whether a subclass of `nn.Linear` computes the plain product, as far as a trial shows."""
+    """Return whether a trial shows that a subclass of `nn.Linear` computes the plain product."""
     if not isinstance(module, nn.Linear) or not holds_floats(module, "weight"):
         return False
     cls = own_class(module)
@@ -166,14 +166,14 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def gives_product(module: nn.Module) -> bool:
-    """Say whether a subclass gives one tensor of its product's shape, whatever is in it."""
+    """Return whether a subclass gives one tensor of its product's shape, whatever is in it."""
     if not isinstance(module, nn.Linear | Conv1D) or not holds_floats(module, "weight"):
         return False
     return bool(tried(module, own_class(module), "shape", shape_is_products))
 
 
 def embedding_factor(module: nn.Module, cls: type[nn.Module], dtype: torch.dtype) -> float | None:
-    """Return what a subclass of `nn.Embedding` multiplies its rows by; None if it does not."""
+    """Return the factor by which an embedding scales its rows; None where it does more."""
     return tried(module, cls, f"embedding in {dtype}", lambda m, c: factor_of_rows(m, c, dtype))
 
 
@@ -213,7 +213,7 @@ def state_of_buffers(module: nn.Module) -> tuple[tuple[int, int], ...]:
 
 
 def signature(module: nn.Module, cls: type[nn.Module], what: str) -> tuple[Any, ...] | None:
-    """Return what a trial's result depends on; None where the module's values may matter."""
+    """Return all that a trial's result depends on; None where the module's values may matter."""
     if set(module._parameters) - {"weight", "bias"} or module._buffers:
         return None
     if any(name != "adapters" for name in module._modules):
@@ -237,9 +237,9 @@ def linear_is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     seed = torch.Generator().manual_seed(0)
     w, x = torch.randn(rows, columns, generator=seed), torch.randn(2, 3, columns, generator=seed)
     b = None if bias is None else torch.randn(rows, generator=seed)
-    wanted = F.linear(x, w, b)
+    expected = F.linear(x, w, b)
     found = [run_on(module, cls, mode, {"weight": w, "bias": b}, x) for mode in (False, True)]
-    return all(agrees(y, wanted) for y in found)
+    return all(agrees(y, expected) for y in found)
 
 
 def shape_is_products(module: nn.Module, cls: type[nn.Module]) -> bool:
@@ -269,13 +269,13 @@ def factor_of_rows(module: nn.Module, cls: type[nn.Module], dtype: torch.dtype) 
     if not isinstance(y, Tensor) or y.shape != (2, 3, weight.shape[1]) or y.dtype != dtype:
         return None
     factor = float(y.flatten()[0])
-    wanted = F.embedding(ids, w)
+    expected = F.embedding(ids, w)
     coarse = float(torch.finfo(dtype).eps)
     for mode in (False, True):
         y = run_on(module, cls, mode, {"weight": w}, ids)
-        if not isinstance(y, Tensor) or y.shape != wanted.shape:
+        if not isinstance(y, Tensor) or y.shape != expected.shape:
             return None
-        if float((y - wanted * factor).abs().max()) > 4 * coarse * float(y.abs().max()):
+        if float((y - expected * factor).abs().max()) > 4 * coarse * float(y.abs().max()):
             return None
     return factor if factor == factor and abs(factor) != float("inf") else None
 
@@ -287,7 +287,7 @@ def run_on(
     parameters: dict[str, Tensor | None],
     x: Tensor,
 ) -> Any:
-    """Return what the class's forward gives for x with other parameters; None where it fails."""
+    """Return the output of the class's forward with other parameters; None where it fails."""
     twin = copy.copy(module)
     object.__setattr__(twin, "__class__", cls)
     state = vars(twin)
@@ -304,8 +304,8 @@ def run_on(
         return None
 
 
-def agrees(y: Any, wanted: Tensor) -> bool:
-    """Say whether a result is this one, to rounding in float32."""
-    if not isinstance(y, Tensor) or y.shape != wanted.shape or not y.is_floating_point():
+def agrees(y: Any, expected: Tensor) -> bool:
+    """Return whether a result equals the expected one to rounding in float32."""
+    if not isinstance(y, Tensor) or y.shape != expected.shape or not y.is_floating_point():
         return False
-    return bool(((y.float() - wanted).abs().max() <= TOLERANCE * wanted.abs().max()).item())
+    return bool(((y.float() - expected).abs().max() <= TOLERANCE * expected.abs().max()).item())

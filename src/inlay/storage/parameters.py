@@ -37,7 +37,6 @@ class Parameter(ByWeight):
         return w.transpose(-1, -2) if self.transposed else w
 
     def each(self) -> list[Member]:
-        """Return every matrix of the stack by itself."""
         return [Member(self, i) for i in range(self.stack or 0)]
 
 
@@ -62,7 +61,6 @@ class Member(ByWeight):
 
 
 def stored_shape(layer: nn.Module, parameter: str) -> torch.Size:
-    """Return the shape that a parameter lies in."""
     held = layer._parameters[parameter]
     assert held is not None
     return held.shape
@@ -83,6 +81,6 @@ def projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
 
 
 def is_expert_stack(module: nn.Module, parameter: str) -> bool:
-    """Say whether a parameter is a stack of matrices that a mixture's experts are."""
+    """Return whether a parameter is a stack of matrices that a mixture's experts are."""
     held: Any = module._parameters.get(parameter)
     return holds_floats(module, parameter) and held.ndim == 3 and min(held.shape) > 1

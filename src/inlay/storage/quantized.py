@@ -95,11 +95,10 @@ class QuantizedLinear(nn.Module, FrozenLinear):
         """Return those rows of the dense matrix in `dtype`; rows: (n,) integers."""
 
     def options(self) -> dict[str, Any]:
-        """Return the options that `quantized` was called with."""
         return {}
 
     def bitsandbytes_options(self) -> dict[str, object]:
-        """Return how a model's configuration describes such layers to bitsandbytes, if it can."""
+        """Return bitsandbytes' description of such layers in a model's configuration."""
         return {}
 
     def held(self) -> dict[str, Tensor]:
@@ -108,7 +107,7 @@ class QuantizedLinear(nn.Module, FrozenLinear):
         return {**own, **cast(dict[str, Tensor], self._buffers)}
 
     def hold(self, parts: Mapping[str, Tensor]) -> None:
-        """Take these packed parts in place of the present ones."""
+        """Replace the packed parts."""
         self._buffers.clear()
         for name, part in parts.items():
             if name == "weight":
@@ -125,7 +124,7 @@ class QuantizedLinear(nn.Module, FrozenLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The packed weight to what handles parameters; to code that computes with it, dense."""
+        """The packed weight for code that handles parameters; the dense one for other code."""
         if "weight" in self._parameters and asked_by_tool():
             return self.packed_weight
         return as_value(self.turned(self.dequantize()), f"the {self.storage} weight of a layer")
@@ -160,7 +159,6 @@ class QuantizedLinear(nn.Module, FrozenLinear):
         return biased_linear(x, self.bias, *self.packed())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x @ W.T + bias`; x: (*b, in) -> (*b, out)."""
         return self.linear(x)
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -183,7 +181,6 @@ class QuantizedLinear(nn.Module, FrozenLinear):
         return super().low_rank_linear(x, a, b, scale)
 
     def check_input(self, x: Tensor, width: int) -> None:
-        """Raise unless x is floating-point and `width` wide."""
         if x.shape[-1:] != (width,) or not x.is_floating_point():
             raise StorageError(
                 f"the {self.storage} layer of shape {self.shape} was given {x.dtype} of shape "
@@ -203,7 +200,6 @@ class QuantizedLinear(nn.Module, FrozenLinear):
         return layer
 
     def extra_repr(self) -> str:
-        """Describe the layer as `nn.Linear` does."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, dtype={self.dtype}"
@@ -262,7 +258,6 @@ class QuantizedLinear(nn.Module, FrozenLinear):
         self.take(loaded)
 
     def check_like(self, other: QuantizedLinear) -> None:
-        """Raise unless `other` could take this layer's place."""
         if other.shape != self.shape or (other.bias is None) != (self.bias is None):
             raise StorageError(
                 f"the file holds a weight of shape {other.shape} {described_bias(other)}, "
@@ -270,7 +265,7 @@ class QuantizedLinear(nn.Module, FrozenLinear):
             )
 
     def take(self, other: Self) -> None:
-        """Take over what `other` holds, on this layer's device."""
+        """Take over the contents of `other`, on this layer's device."""
         other.to(self.device)
         self.compute_dtype = other.dtype
         self._parameters["bias"] = other._parameters["bias"]
@@ -278,12 +273,11 @@ class QuantizedLinear(nn.Module, FrozenLinear):
 
 
 def frozen_parameter(tensor: Tensor) -> nn.Parameter:
-    """Wrap a tensor as a parameter that does not train."""
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 def moved_bytes(fn: Callable[[Tensor], Tensor], part: Tensor) -> Tensor:
-    """Apply a module-wide move to a packed part as bytes, so that a cast passes it by."""
+    """Apply a module-wide move to a packed part as bytes, which a cast does not change."""
     moved = fn(part.detach().contiguous().reshape(-1).view(torch.uint8))
     if moved.dtype != torch.uint8:
         raise StorageError(
@@ -294,7 +288,6 @@ def moved_bytes(fn: Callable[[Tensor], Tensor], part: Tensor) -> Tensor:
 
 
 def described_bias(layer: FrozenLinear) -> str:
-    """Say whether a layer has a bias."""
     return "without a bias" if layer.bias is None else "with a bias"
 
 

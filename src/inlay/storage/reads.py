@@ -33,7 +33,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def asked_by_tool(depth: int = 2) -> bool:
-    """Say whether the code that reads an attribute handles parameters; never while compiling."""
+    """Return whether the code that reads an attribute handles parameters; never while compiling."""
     if torch.compiler.is_compiling():
         return False
     return is_tool(sys._getframe(depth).f_globals.get("__name__", ""))
@@ -41,7 +41,6 @@ def asked_by_tool(depth: int = 2) -> bool:
 
 @cache
 def is_tool(module: str) -> bool:
-    """Say whether a module is one of `TOOLS` or lies below one."""
     return any(module == tool or module.startswith(tool + ".") for tool in TOOLS)
 
 
@@ -103,5 +102,5 @@ ITEMS = ("__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itrued
 
 
 def writes(name: str) -> bool:
-    """Say whether an operation of this name changes its first argument."""
+    """Return whether an operation of this name changes its first argument."""
     return name in ITEMS or (name.endswith("_") and not name.endswith("__"))

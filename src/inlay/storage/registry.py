@@ -62,19 +62,18 @@ def kind(module: nn.Module) -> Kind | None:
 
 
 def matrix_kind(module: nn.Module) -> Kind | None:
-    """Return what a layer is to a method, whatever its forward; None when it holds no matrix."""
+    """Return the kind of a layer to a method, whatever its forward; None without a matrix."""
     found = kind(module) or own_kind(module)
     return "linear" if found is None and is_convolution(module) else found
 
 
 def is_exact(module: nn.Module) -> bool:
-    """Say whether a layer is of a class whose forward is known to be the plain product."""
+    """Return whether a layer's class is known to compute the plain product."""
     renormed = isinstance(module, nn.Embedding) and getattr(module, "max_norm", None) is not None
     return layer_class(module) in VIEWS and not renormed
 
 
 def layer_class(module: nn.Module) -> type[nn.Module]:
-    """Return the layer's class, or what it was before it was changed in place."""
     return own_class(module)
 
 

@@ -65,11 +65,9 @@ class Source:
 
     @property
     def device(self) -> torch.device:
-        """Where products run."""
         return self.buffers.device
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Source:
-        """A copied layer reads the same weight."""
         return self
 
     def dequantize(self, out: Tensor, first: int) -> None:
@@ -104,7 +102,6 @@ class Rows:
         self.number = registered(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rows:
-        """A copied layer reads the same table."""
         return self
 
     def take(self, ids: Tensor) -> Tensor:
@@ -120,14 +117,13 @@ class Rows:
 
 
 def registered(source: Source | Rows) -> int:
-    """Give a weight's whereabouts a number."""
     number = next(NUMBERS)
     SOURCES[number] = source
     return number
 
 
 def found(number: Tensor) -> Source | Rows:
-    """Return the whereabouts that a layer's part stands for."""
+    """Return the source with this number."""
     source = SOURCES.get(int(number))
     if source is None:
         raise StorageError("the streamed model that this computation belongs to was deleted")
@@ -135,7 +131,6 @@ def found(number: Tensor) -> Source | Rows:
 
 
 def source_of(parts: Sequence[Tensor]) -> Source:
-    """Return the whereabouts of a layer's weight."""
     source = found(parts[0])
     assert isinstance(source, Source)
     return source
@@ -160,7 +155,7 @@ def product(
 
 @cache
 def streamed_format(packing: str) -> str:
-    """Name the format of weights that are brought in to be multiplied by this one's product."""
+    """Register a streamed variant of a format that has its own product; return its name."""
     name = f"{STREAMED}-{packing}"
     on_cpu = FORMATS[packing].product_on_cpu
     FORMATS[name] = Format(dequantize_streamed, product, product_on_cpu=on_cpu)
@@ -195,7 +190,6 @@ class Layout:
         self.names: list[str | None] = []
 
     def packed(self, name: str, rows: int, parts: Sequence[Tensor | Stored]) -> list[Segment]:
-        """Place a packed weight in the block of this name."""
         return [self.segment(self.block(name), 0, rows, parts)]
 
     def dense(self, name: str | None, weight: Stored) -> list[Segment]:
@@ -220,6 +214,5 @@ class Layout:
     def segment(
         self, block: int, first: int, rows: int, parts: Sequence[Tensor | Stored]
     ) -> Segment:
-        """Place a segment's parts in a block."""
         placed = [p if isinstance(p, Tensor) else (p, self.blocks[block].add(p)) for p in parts]
         return Segment(first, rows, block, tuple(placed))

@@ -24,7 +24,7 @@ class StreamedLinear(QuantizedLinear, named=False):
     def __init__(
         self, source: Source, shape: tuple[int, int], dtype: torch.dtype, bias: Tensor | None
     ) -> None:
-        """Hold a weight of shape (out, in) that lies elsewhere; products run in `dtype`."""
+        """Hold a streamed weight of shape (out, in); products run in `dtype`."""
         super().__init__(shape, dtype, bias)
         self.source = source
         self.number = torch.tensor(source.number)
@@ -117,7 +117,6 @@ class StreamedEmbedding(nn.Embedding, FrozenLinear):
         return self.padding_idx
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return (*ids, width) rows of the table."""
         return self.matmul(input)
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -139,7 +138,6 @@ class StreamedEmbedding(nn.Embedding, FrozenLinear):
         return StreamedEmbedding(Rows(table, self.device), like).train(self.training)
 
     def extra_repr(self) -> str:
-        """Describe the layer as `nn.Embedding` does."""
         return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -165,7 +163,7 @@ UNCHANGEABLE = (
 
 
 def stays(layer: FrozenLinear, fn: Callable[[Tensor], Tensor]) -> torch.dtype:
-    """Return the dtype that a module-wide cast or move gives; raise when it is a move."""
+    """Return the dtype that a module-wide cast gives; raise where it moves the layer."""
     like = fn(torch.empty(0, dtype=layer.dtype, device=layer.device))
     if like.device.type != layer.device.type:
         raise StorageError(

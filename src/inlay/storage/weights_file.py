@@ -29,7 +29,6 @@ class WeightsFile:
     """One open safetensors file."""
 
     def __init__(self, path: Path) -> None:
-        """Open a file."""
         self.path = path
         self.whole = opened(path, 0)
         try:
@@ -62,7 +61,6 @@ class WeightsFile:
     def tensor(
         self, name: str, start: int, dtype: str, shape: list[int], data_offsets: list[int]
     ) -> FileTensor:
-        """Return one tensor from what the header says of it."""
         found = FileTensor(self, name, start + data_offsets[0], DTYPES[dtype], tuple(shape))
         if found.nbytes != data_offsets[1] - data_offsets[0]:
             raise ValueError(f"the bytes of {name} do not fit its shape {shape}")
@@ -133,7 +131,6 @@ class FileTensor:
         return found
 
     def rows(self, first: int, last: int) -> FileTensor:
-        """Return the rows [first, last)."""
         each = self.nbytes // self.shape[0]
         shape = (last - first, *self.shape[1:])
         return FileTensor(self.file, self.name, self.offset + first * each, self.dtype, shape)
@@ -148,7 +145,6 @@ class FileTensor:
         return found
 
     def load(self) -> Tensor:
-        """Return the whole tensor."""
         room = aligned(self.room)
         self.fill(room)
         return self.found_in(room).clone()
@@ -183,7 +179,6 @@ class HostTensor:
         return room[: self.nbytes].view(self.dtype).view(self.shape)
 
     def rows(self, first: int, last: int) -> HostTensor:
-        """Return the rows [first, last)."""
         return HostTensor(self.tensor[first:last])
 
     def take(self, rows: Tensor) -> Tensor:
@@ -191,7 +186,6 @@ class HostTensor:
         return self.tensor[rows]
 
     def load(self) -> Tensor:
-        """Return the whole tensor."""
         return self.tensor
 
 
@@ -199,11 +193,9 @@ Stored = FileTensor | HostTensor
 
 
 def opened(path: Path, flags: int) -> int:
-    """Open a file for reading; return its descriptor."""
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
 
 
 def close(*descriptors: int) -> None:
-    """Close files."""
     for descriptor in descriptors:
         os.close(descriptor)

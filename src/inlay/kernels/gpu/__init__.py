@@ -12,10 +12,9 @@ from inlay.kernels.switches import is_on
 
 @cache
 def has_triton() -> bool:
-    """Say whether Triton is installed; it comes with PyTorch for NVIDIA GPUs."""
+    """Return whether Triton is installed; it comes with PyTorch for NVIDIA GPUs."""
     return find_spec("triton") is not None
 
 
 def runs_on(device: torch.device) -> bool:
-    """Say whether the kernels here are used on a device."""
     return device.type == "cuda" and is_on("triton") and has_triton()

@@ -18,12 +18,10 @@ from inlay.kernels.gpu import runs_on
 
 @cache
 def has_liger() -> bool:
-    """Say whether liger-kernel is installed."""
     return find_spec("liger_kernel") is not None
 
 
 def takes(device: torch.device) -> bool:
-    """Say whether Liger's kernels are used on a device."""
     return runs_on(device) and has_liger()
 
 

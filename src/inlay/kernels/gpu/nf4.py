@@ -117,7 +117,7 @@ def dequantize(parts: Sequence[Tensor], quantiles: Tensor, out: Tensor, first: i
 
 
 def multiplies(x: Tensor) -> bool:
-    """Say whether `matmul` takes x, (n, in): few rows, whole blocks, no fp64."""
+    """Return whether `matmul` takes x, (n, in): few rows, whole blocks, no fp64."""
     return 0 < x.shape[0] <= FEW and x.shape[1] % BLOCK == 0 and x.dtype in DTYPES
 
 

@@ -127,7 +127,6 @@ def use(level: str) -> Generator[None]:
 
 
 def set_level(state: Loaded, level: str) -> None:
-    """Make this the level in use."""
     state.level = level
     if state.library is not None and level != "off":
         state.library.inlay_set_level(LEVELS.index(level))
@@ -165,13 +164,11 @@ def found_compiler(recipe: Recipe) -> list[str]:
 
 
 def cache_folder() -> Path:
-    """Return where compiled kernels are kept for this user."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "inlay" / "native"
 
 
 def fingerprint(recipe: Recipe, compiler: list[str]) -> str:
-    """Return a hash of all that the shared object depends on."""
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, timeout=SECONDS, check=True
     ).stdout

@@ -34,7 +34,6 @@ class NF4Parts(ctypes.Structure):
 
 
 def available() -> bool:
-    """Whether the C library is there and on."""
     return library() is not None
 
 
@@ -48,7 +47,6 @@ def called(name: str, *arguments: Any) -> int:
 
 
 def converted(value: Any) -> Any:
-    """Return a value as C takes it."""
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, torch.dtype):
@@ -59,7 +57,7 @@ def converted(value: Any) -> Any:
 
 
 def takes(dtypes: Sequence[torch.dtype], *tensors: Tensor) -> bool:
-    """Whether the library can work on these: CPU, contiguous, of one and the same such dtype."""
+    """Return whether the library reads these tensors: CPU, contiguous, all of one such dtype."""
     return tensors[0].dtype in dtypes and all(
         type(t) in PLAIN and t.device.type == "cpu" and t.is_contiguous()
         and t.dtype == tensors[0].dtype
@@ -68,7 +66,7 @@ def takes(dtypes: Sequence[torch.dtype], *tensors: Tensor) -> bool:
 
 
 def sized(size: int | torch.Size, *tensors: Tensor) -> bool:
-    """Whether each of these has this shape, or as a vector this length."""
+    """Return whether each tensor has this shape, or as a vector this length."""
     shape = (size,) if isinstance(size, int) else size
     return all(t.shape == shape for t in tensors)
 

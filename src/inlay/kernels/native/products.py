@@ -130,7 +130,7 @@ def multiplied(
     epilogue: Epilogue | None,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """Multiply x by the weight that the arguments name, or return None where x is not for it."""
+    """Multiply x by the weight that the arguments name; None where C cannot read x."""
     end = epilogue or Epilogue(torch.float32)
     if not (takes(OUTPUTS, x) and multiplies(dtype) and x.numel() and width):
         return None

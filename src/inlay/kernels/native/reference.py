@@ -45,7 +45,6 @@ class LossSums(NamedTuple):
 
     @classmethod
     def start(cls, rows: int) -> LossSums:
-        """Return the sums of no logits."""
         highest, at_label = torch.full((2, rows), -torch.inf).unbind()
         return cls(highest, at_label, *torch.zeros(2, rows, dtype=torch.float64).unbind())
 
@@ -84,7 +83,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def rms_norm_backward(g: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    """Return the gradient with respect to x."""
     scaled, full, r = (g * weight).float(), x.float(), rstd.unsqueeze(-1)
     slope = (scaled * full).mean(-1, keepdim=True) * r**3
     return (scaled * r - full * slope).to(x.dtype)
@@ -92,7 +90,6 @@ def rms_norm_backward(g: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Ten
 
 @torch.no_grad()
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """Return `silu(gate) * up`."""
     return F.silu(gate) * up
 
 
@@ -113,6 +110,5 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 
 def rotate_half(x: Tensor, sign: int) -> Tensor:
-    """Return (-second half, first half), times `sign`."""
     first, second = x.chunk(2, -1)
     return torch.cat([-second, first] if sign == 1 else [second, -first], -1)
