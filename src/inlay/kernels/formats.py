@@ -74,18 +74,6 @@ def copy_rows(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
     out.copy_(parts[0][first : first + out.shape[0]])
 
 
-def dense_product(
-    x: Tensor,
-    parts: Sequence[Tensor],
-    width: int,
-    transposed: bool,
-    epilogue: Epilogue,
-    dtype: torch.dtype,
-) -> Tensor | None:
-    del width
-    return native.product(x, parts[0], transposed, epilogue, dtype)
-
-
 def int8_rows_of_dense(
     parts: Sequence[Tensor], first: int, count: int, columns: int
 ) -> tuple[Tensor, Tensor]:
@@ -96,7 +84,9 @@ def int8_rows_of_dense(
 
 FORMATS[DENSE] = Format(
     copy_rows,
-    dense_product,
+    lambda x, parts, width, transposed, epilogue, dtype: native.product(
+        x, parts[0], transposed, epilogue, dtype
+    ),
     product_on_cpu=lambda dtype, columns: dtype == torch.bfloat16,
     int8_rows=int8_rows_of_dense,
     fp8_values=lambda device: None,

@@ -84,43 +84,33 @@ low_rank_linear_backward.register_fake(
 
 
 def gradients_scratch(
-    g: Tensor, x: Tensor, a: Tensor, b: Any, scale: float, parts: Any, packing: str,
-    rows: int, columns: int, to_x: bool,
-) -> Scratch:  # fmt: skip
+    x: Tensor, rank: int, packing: str, rows: int, columns: int, to_x: bool
+) -> Scratch:
     """Scratch of the gradients: x and g are read, and the gradient to x is summed."""
-    del g, b, scale, parts
     back, output = (True, columns) if to_x else (None, 0)
     return product_scratch(
-        x, packing, rows, columns, inputs=(columns, rows), output=output, rank=len(a), back=back
+        x, packing, rows, columns, inputs=(columns, rows), output=output, rank=rank, back=back
     )
-
-
-def gradients_flops(
-    g: Tensor, x: Tensor, a: Tensor, b: Any, scale: float, parts: Any, packing: str,
-    rows: int, columns: int, to_x: bool,
-) -> int:  # fmt: skip
-    """The frozen product when x has a gradient, and six products with the factors."""
-    del g, b, scale, parts, packing
-    count = x.numel() // columns
-    return 2 * count * (to_x * rows * columns + 3 * len(a) * (rows + columns))
-
-
-def linear_flops(
-    x: Tensor, a: Tensor, b: Any, bias: Any, scale: float, parts: Any, packing: str,
-    rows: int, columns: int,
-) -> int:  # fmt: skip
-    """Two operations for every weight, the factors' included, and row of x."""
-    del b, bias, scale, parts, packing
-    return 2 * (x.numel() // columns) * (rows * columns + len(a) * (rows + columns))
 
 
 low_rank_linear.register_cost(
     lambda x, a, b, bias, scale, parts, packing, rows, columns: product_scratch(
         x, packing, rows, columns, inputs=(columns,), output=rows, rank=len(a)
     ),
-    linear_flops,
+    # Two operations for every weight, the factors' included, and row of x.
+    lambda x, a, b, bias, scale, parts, packing, rows, columns: (
+        2 * (x.numel() // columns) * (rows * columns + len(a) * (rows + columns))
+    ),
 )
-low_rank_linear_backward.register_cost(gradients_scratch, gradients_flops)
+low_rank_linear_backward.register_cost(
+    lambda g, x, a, b, scale, parts, packing, rows, columns, to_x: gradients_scratch(
+        x, len(a), packing, rows, columns, to_x
+    ),
+    # The frozen product when x has a gradient, and six products with the factors.
+    lambda g, x, a, b, scale, parts, packing, rows, columns, to_x: (
+        2 * (x.numel() // columns) * (to_x * rows * columns + 3 * len(a) * (rows + columns))
+    ),
+)
 
 
 def keep_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -118,7 +118,9 @@ def plan(
     trained, frozen = 0, Frozen(0, 0, 0)
     answered = task.answering and simulate_answers(task.build, task.answering, device.kind)
     tried = list(possible(policies, device))
-    if not task.streamed and weights_of(task) / task.shards > room:
+    with fake_tensors():
+        weights = frozen_bytes(task.build())
+    if not task.streamed and weights / task.shards > room:
         tried = tried[-1:]
     for policy in tried:
         simulation = simulate(
@@ -168,11 +170,6 @@ def keeps_memory() -> bool:
     return is_on("memory") and platform.libc_ver()[0] == "glibc"
 
 
-def weights_of(task: Task) -> int:
-    with fake_tensors():
-        return frozen_bytes(task.build())
-
-
 def option(policy: Policy, found: Simulation, task: Task, device: Device, runtime: int) -> Option:
     """Return the memory and time of a simulated step on a device."""
     weights = found.resting["weights"]
@@ -182,7 +179,7 @@ def option(policy: Policy, found: Simulation, task: Task, device: Device, runtim
         parts["allocator"] = found.fragmentation(keeps=keeps_memory())
     total = sum(parts.values())
     beside = runtime + parts.get("allocator", 0)
-    pure = step_seconds(found, device, task.dtype)
+    pure = work_seconds(found.work, device, task.dtype)
     moving = 2 * found.host / device.link
     streaming = max(pure, moving + 2 * weights / device.link)
     return Option(
@@ -232,11 +229,6 @@ def generating(
         streamed_total=max(step.streamed_total, total - weights + resident),
         streamed_seconds=step.streamed_seconds + streamed,
     )
-
-
-def step_seconds(found: Simulation, device: Device, dtype: torch.dtype) -> float:
-    """Return a pass's seconds."""
-    return work_seconds(found.work, device, dtype)
 
 
 def work_seconds(work: Mapping[str, Work], device: Device, dtype: torch.dtype) -> float:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from inlay.errors import StorageError
 from inlay.kernels import native
-from inlay.kernels.epilogue import Epilogue
 from inlay.kernels.formats import FORMATS, Format, dense
 from inlay.storage.quantized import (
     QuantizedLinear,
@@ -99,26 +98,6 @@ def dequantized(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
         native.int8_dequantize(q[rows], absmax[rows], out[start : start + step])
 
 
-def product(
-    x: Tensor,
-    parts: Sequence[Tensor],
-    width: int,
-    transposed: bool,
-    epilogue: Epilogue,
-    dtype: torch.dtype,
-) -> Tensor | None:
-    """Return `x @ W.T`, or `x @ W`, in one pass over the int8 weight; None on a GPU."""
-    del width
-    q, absmax = parts
-    return native.int8_product(x, q, absmax, transposed, epilogue, dtype)
-
-
-def read_on_cpu(dtype: torch.dtype, columns: int) -> bool:
-    """Return whether rows of whole strips are multiplied as they are."""
-    del dtype
-    return columns % native.STRIP == 0
-
-
 def int8_rows(
     parts: Sequence[Tensor], first: int, count: int, columns: int
 ) -> tuple[Tensor, Tensor]:
@@ -129,5 +108,10 @@ def int8_rows(
 
 
 FORMATS[Int8Linear.storage] = Format(
-    dequantized, product, product_on_cpu=read_on_cpu, int8_rows=int8_rows
+    dequantized,
+    lambda x, parts, width, transposed, epilogue, dtype: native.int8_product(
+        x, *parts, transposed, epilogue, dtype
+    ),
+    product_on_cpu=lambda dtype, columns: columns % native.STRIP == 0,
+    int8_rows=int8_rows,
 )

@@ -252,12 +252,6 @@ def product(
     return epilogue.applied(nf4.matmul(x, parts, quantiles(x.device), width))
 
 
-def read_on_cpu(dtype: torch.dtype, columns: int) -> bool:
-    """Return whether rows of whole blocks are multiplied as they are."""
-    del dtype
-    return columns % BLOCK == 0
-
-
 def int8_rows(
     parts: Sequence[Tensor], first: int, count: int, columns: int
 ) -> tuple[Tensor, Tensor] | None:
@@ -268,5 +262,9 @@ def int8_rows(
 
 
 FORMATS[NF4Linear.storage] = Format(
-    dequantized, product, product_on_cpu=read_on_cpu, int8_rows=int8_rows, fp8_values=quantiles
+    dequantized,
+    product,
+    product_on_cpu=lambda dtype, columns: columns % BLOCK == 0,
+    int8_rows=int8_rows,
+    fp8_values=quantiles,
 )

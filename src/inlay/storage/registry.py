@@ -18,12 +18,6 @@ for each in storages().values():
 STORAGES: dict[str, type[QuantizedLinear]] = QuantizedLinear.formats
 """Name -> the layer class of each packed storage."""
 
-KINDS: dict[str, Kind] = {
-    "DenseLinear": "linear",
-    "DenseConv1D": "conv1d",
-    "DenseEmbedding": "embedding",
-}
-
 
 def frozen(module: nn.Module) -> FrozenLinear:
     """Return the frozen weight of a layer: the layer itself, or a view of it.
@@ -55,7 +49,7 @@ def kind(module: nn.Module) -> Kind | None:
     A subclass of `nn.Linear` counts when a trial shows that its forward is the plain product.
     """
     if is_exact(module):
-        return KINDS[VIEWS[layer_class(module)].__name__]
+        return VIEWS[layer_class(module)].stands_for
     if isinstance(module, FrozenLinear):
         return module.layer_kind
     return "linear" if is_foreign(module) or is_plain_linear(module) else None

@@ -141,24 +141,16 @@ def dequantize_streamed(parts: Sequence[Tensor], out: Tensor, first: int) -> Non
     source_of(parts).dequantize(out, first)
 
 
-def product(
-    x: Tensor,
-    parts: Sequence[Tensor],
-    width: int,
-    transposed: bool,
-    epilogue: Epilogue,
-    dtype: torch.dtype,
-) -> Tensor | None:
-    """Return `x @ W.T`, or `x @ W`, the weight brought in and read as it is held; or None."""
-    return source_of(parts).multiplied(x, width, transposed, epilogue, dtype)
-
-
 @cache
 def streamed_format(packing: str) -> str:
     """Register a streamed variant of a format that has its own product; return its name."""
     name = f"{STREAMED}-{packing}"
     on_cpu = FORMATS[packing].product_on_cpu
-    FORMATS[name] = Format(dequantize_streamed, product, product_on_cpu=on_cpu)
+    FORMATS[name] = Format(
+        dequantize_streamed,
+        lambda x, parts, *rest: source_of(parts).multiplied(x, *rest),
+        product_on_cpu=on_cpu,
+    )
     return name
 
 
@@ -173,9 +165,9 @@ def streamed_rows(ids: Tensor, number: Tensor, width: int, dtype: torch.dtype) -
     return source.take(ids).to(dtype)
 
 
-@streamed_rows.register_fake
-def _(ids: Tensor, number: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    return ids.new_empty(*ids.shape, width, dtype=dtype)
+streamed_rows.register_fake(
+    lambda ids, number, width, dtype: ids.new_empty(*ids.shape, width, dtype=dtype)
+)
 
 
 class Layout:

@@ -4,34 +4,8 @@ Each function runs on any device and dtype: by the C library on contiguous CPU t
 that it knows, else by the same steps in torch (`reference`). None of them records gradients; they
 are what opaque operators are made of. `use("off")`, or INLAY_NATIVE=0, switches the library off.
 
-    available() -> bool
-    status() -> str
-    use(level: "off" | one of build.LEVELS)                context manager
-    keep_memory() -> str | None;  release_memory() -> str | None;  return_free_memory()
-    loss_tile(logits, labels) -> (log_p, entropy, top1)    logits become onehot - softmax
-    loss_part(logits, labels, first, sums, out) -> scale   the same for a part of the vocabulary
-    rms_norm(x, weight, eps) -> (y, rstd)
-    rms_norm_backward(g, x, weight, rstd) -> gx
-    silu_gate(gate, up, out=None) -> h
-    silu_gate_backward(g, gate, up, out=None) -> (g_gate, g_up, h)
-    rotary(x, cos, sin, inverse=False, out=None) -> y
-    int8_quantize(x) -> (q, absmax)
-    int8_dequantize(q, absmax, out)
-    int8_rescale(sums, row_scale, column_scale, out)
-
-The storages fall back to their own torch code where these say that they did nothing:
-
-    nf4_quantize(flat) -> (packed, absmax) | None
-    nf4_nest(absmax, offset, midpoints) -> (codes, nested_absmax) | None
-    nf4_dequantize(parts, out, first) -> bool
-    nf4_to_int8(parts, q, scale, first) -> bool
-
-Products that read a frozen weight as it is held, where `multiplies(dtype)` says that there are any:
-
-    product(x, weight, transposed, epilogue, dtype) -> y | None
-    nf4_product(x, parts, width, transposed, epilogue, dtype) -> y | None
-    int8_product(x, q, absmax, transposed, epilogue, dtype) -> y | None
-    keeps_sums(k, rank, dtype) -> bool
+The functions for NF4, and the products, have no torch version here: they say that they did nothing,
+and the storage runs its own torch code.
 """
 
 from __future__ import annotations
