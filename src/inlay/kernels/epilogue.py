@@ -1,4 +1,4 @@
-"""What is done to the sums of a product before they are rounded."""
+"""The last steps of a product: terms that are added to its sums before they are rounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators that whoever traces sees as one node, and that are plain calls where nobody does.
+"""Operators that are one node to a tracer, and plain calls where nothing traces.
 
 A compiler, a dispatch mode (selective checkpointing, the memory planner), a function transform or
 a tensor that is not a plain one gets a custom operator. Otherwise the same body is called at once,
@@ -25,10 +25,10 @@ from inlay.kernels.switches import transformed
 R = TypeVar("R")
 P = ParamSpec("P")
 PLAIN = frozenset({Tensor, nn.Parameter})
-"""The tensor classes with which nothing stands between a call and its arithmetic."""
+"""The tensor classes on which an operator is called directly."""
 hidden: Any = torch._C
 below_autograd: Any = hidden._AutoDispatchBelowADInplaceOrView
-"""Neither gradients nor views are recorded: what a body returns is changed in place at will."""
+"""Neither gradients nor views are recorded, so that results may be changed in place."""
 disable_autocast: Any = hidden._DisableAutocast
 
 

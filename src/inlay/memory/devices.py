@@ -1,4 +1,4 @@
-"""What a device holds and how fast it is: from vendors' data sheets, or measured here."""
+"""Memory and speed of devices: from vendors' data sheets, or measured on this machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOST_LINK = {"pcie3": 12 * GB, "pcie4": 25 * GB, "pcie5": 50 * GB}
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan needs to know of a device."""
+    """The figures of a device that a plan needs."""
 
     name: str
     kind: Literal["cpu", "cuda"]
@@ -87,7 +87,7 @@ DEVICES = {
         gpu("rtx3090", 24, 936, 71, 35.6),
     )
 }
-"""GPUs by the name one types; rates without sparsity, half precision summed in float32."""
+"""GPUs by the name that users type; rates without sparsity, half precision summed in float32."""
 ALIASES = {"a100": "a100-80", "4090": "rtx4090", "3090": "rtx3090", "5090": "rtx5090"}
 
 
@@ -96,7 +96,7 @@ def device_named(name: str | None, memory: int | None = None) -> Device:
 
     Args:
         name: a GPU of the table, several as `2xrtx4090`, `cpu`, or None.
-        memory: bytes to reckon with in place of the device's own.
+        memory: bytes to use in place of the device's own.
 
     Raises:
         UsageError: there is no such device in the table.
@@ -173,9 +173,9 @@ def available_memory() -> int:
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-"""What the files of a limit and of what is used are called, in both versions of cgroups."""
+"""Names of the files with the limit and the usage, in both versions of cgroups."""
 FILE_CACHE = ("inactive_file", "active_file")
-"""Lines of memory.stat: copies of files on disk, which the kernel drops when memory is wanted."""
+"""Lines of memory.stat: copies of files, which the kernel drops when memory is needed."""
 
 
 def cgroup_rooms() -> list[int]:

@@ -1,6 +1,6 @@
 """The gathering of divided weights in a simulated step, as PyTorch's FSDP2 does it.
 
-A block's weights arrive in one buffer and are copied out into tensors, which are let go of behind
+A block's weights arrive in one buffer and are copied out into tensors, which are released after
 the block. Forward, the buffer of the block before lives until the next has been copied out;
 backward, the next block arrives while one computes. What lies outside the blocks is gathered once
 and stays. So it stands in `wait_for_unshard` and `_backward_prefetch` of torch 2.13's

@@ -1,4 +1,4 @@
-"""Answers that a step generates before it trains on them: what that takes, on fake tensors."""
+"""Memory and work of the answers that a step generates before it trains on them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Answered:
     cache: int
     """Bytes of the keys and values of whole prompts and answers."""
     buffers: int
-    """The most bytes alive at once beside weights, adapter, optimiser and cache."""
+    """The peak in bytes without weights, adapter, optimiser and cache."""
     first: dict[str, Work]
     """The pass over the prompts: operation -> what it does."""
     each: dict[str, Work]
@@ -73,13 +73,13 @@ def simulate_answers(
             ledger.start_over()
             draw(model, prompts, cache, asked.sorts)
             mask = asked.rows * asked.prompt**2
-            first, beside = dict(ledger.work), ledger.peak - resting - size_of(cache) + mask
+            first, buffers = dict(ledger.work), ledger.peak - resting - size_of(cache) + mask
             grow(cache, asked.tokens - 1)
             ledger.start_over()
             held = size_of(cache)
             draw(model, last, cache, asked.sorts)
-            beside = max(beside, ledger.peak - resting - held) + ledger.kept
-            return Answered(asked.tokens, held, beside, first, dict(ledger.work))
+            buffers = max(buffers, ledger.peak - resting - held) + ledger.kept
+            return Answered(asked.tokens, held, buffers, first, dict(ledger.work))
 
 
 def draw(model: nn.Module, ids: Tensor, cache: DynamicCache, sorts: bool) -> None:

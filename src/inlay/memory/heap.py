@@ -1,4 +1,4 @@
-"""What an allocator holds for blocks that come and go: more than what is alive.
+"""A model of the allocator, which holds more than the blocks that are alive.
 
 Blocks are cut from a heap, the smallest free piece that is large enough first, the lowest of
 equals; it grows at its end only. The heap that Inlay keeps for tensors returns nothing: what it

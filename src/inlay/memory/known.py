@@ -1,4 +1,4 @@
-"""Known values on fake tensors: ids, labels and masks, which what a model does may depend on."""
+"""Known values on fake tensors: ids, labels and masks, on which a model's operations may depend."""
 
 from __future__ import annotations
 

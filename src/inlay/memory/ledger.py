@@ -1,4 +1,4 @@
-"""What is alive when: every storage is counted from the operation that makes it until it dies."""
+"""A ledger of memory: every storage counts from the operation that makes it until it dies."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from inlay.memory.known import followed, tensors_in
 from inlay.memory.policy import PRODUCTS
 
 CATEGORIES = ("weights", "adapter", "gradients", "optimiser", "activations", "loss", "buffers")
-"""What device memory is for; `buffers` is what lives for a moment, recomputed layers among it."""
+"""Uses of device memory; `buffers` are short-lived, recomputed layers among them."""
 HOST = "host"
 """Tensors that were moved to the host's memory, which do not count as the device's."""
 
 
 @dataclass
 class Work:
-    """What one kind of operation did in a step."""
+    """The work of one kind of operation in a step."""
 
     calls: int = 0
     flops: int = 0
@@ -62,7 +62,7 @@ class Ledger(TorchDispatchMode):
         self.half_products: set[tuple[Size, ...]] = set()
         """Shapes of the factors of PyTorch's own products in halves: it makes code for each."""
         self.trace: list[Event] = []
-        """Blocks as they come and go, for what the allocator makes of them."""
+        """Blocks that are made and freed, for the model of the allocator."""
         self.made = 0
 
     def __torch_dispatch__(

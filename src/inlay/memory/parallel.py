@@ -1,4 +1,4 @@
-"""What several devices tell each other in a step, and how long that takes beside the arithmetic.
+"""Communication of several devices in a step: its bytes, and its time next to the arithmetic.
 
 Nothing here is measured: links are taken at a share of their data sheet, and every assumption is a
 sentence that a plan prints.
@@ -88,7 +88,7 @@ class Step:
     gathers: float
     gathered_bytes: int
     seconds: float
-    """Of the whole step; gathers run beside the arithmetic where the device can do both."""
+    """Of the whole step; gathers run during the arithmetic where the device can do both."""
 
     @property
     def efficiency(self) -> float:
@@ -121,8 +121,8 @@ def step_of(
     starts = division.passes * (2 * frozen.blocks + 1) * (ceil(log2(g)) if g > 1 else 0)
     gathers = gathered_bytes / link + START * starts
     compute = division.passes * pass_seconds
-    beside = max(compute, gathers) if links.overlaps else compute + gathers
-    return Step(compute, gradients, gradient_bytes, gathers, gathered_bytes, beside + gradients)
+    overlapped = max(compute, gathers) if links.overlaps else compute + gathers
+    return Step(compute, gradients, gradient_bytes, gathers, gathered_bytes, overlapped + gradients)
 
 
 def pass_seconds(plan: Plan, accumulation: int) -> float:

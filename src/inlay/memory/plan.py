@@ -24,10 +24,10 @@ from inlay.memory.simulate import Frozen, Simulation, fake_tensors, frozen_bytes
 Product = tuple[int, int, int]
 """The shape (m, k, n) of a matrix product."""
 Runtime = Callable[[frozenset[Product]], int]
-"""Returns the bytes a process holds beside a model that multiplies these shapes."""
+"""Returns the bytes that a process holds besides a model that multiplies these shapes."""
 GATHERING = 50 << 20
-"""Bytes that a CPU process holds beside its runtime once it gathers weights over gloo: what plans
-lacked by benchmarks/distributed.py, alike for dense and NF4 weights, two and four processes."""
+"""Bytes that gathering weights over gloo adds to a CPU process: the shortfall of plans measured by
+benchmarks/distributed.py, equal for dense and NF4 weights, and for two and four processes."""
 ROOM = 0.95
 """The share of a device's memory that a plan may fill: plans are within 5% of what is measured."""
 
@@ -46,7 +46,7 @@ class Option:
     kept: int
     """Bytes of activations that wait for the backward pass."""
     host: int
-    """Bytes in the host's memory beside the device's."""
+    """Bytes in host memory, not counted in the device's."""
     flops: int
     seconds: float
     """Of one step."""
@@ -107,7 +107,7 @@ def plan(
     Args:
         task: the step.
         device: where it runs.
-        runtime: what this process holds beside the model, on a CPU; on a GPU it is not asked.
+        runtime: the bytes that this process holds besides the model; called on a CPU only.
         policies: those to try, from the one that keeps the most.
 
     Raises:
@@ -178,7 +178,7 @@ def option(policy: Policy, found: Simulation, task: Task, device: Device, runtim
     if device.kind == "cpu":
         parts["allocator"] = found.fragmentation(keeps=keeps_memory())
     total = sum(parts.values())
-    beside = runtime + parts.get("allocator", 0)
+    overhead = runtime + parts.get("allocator", 0)
     pure = work_seconds(found.work, device, task.dtype)
     moving = 2 * found.host / device.link
     streaming = max(pure, moving + 2 * weights / device.link)
@@ -186,7 +186,7 @@ def option(policy: Policy, found: Simulation, task: Task, device: Device, runtim
         policy=policy,
         total=total,
         bytes=parts,
-        passes=found.passes + resident - found.at_peak["weights"] + beside,
+        passes=found.passes + resident - found.at_peak["weights"] + overhead,
         kept=found.kept,
         host=found.host + found.on_host + (weights if task.streamed else 0),
         flops=found.flops,

@@ -1,4 +1,4 @@
-"""What a step really held: the process's peak on a CPU, the allocator's on a GPU."""
+"""Measured memory: the process's peak on a CPU, the allocator's on a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLEAR = Path("/proc/self/clear_refs")
 
 @dataclass
 class Measured:
-    """The most bytes held inside a `measuring` block; None where the system does not tell."""
+    """The peak in bytes of a `measuring` block; None where the system does not report it."""
 
     peak: int | None = None
 
@@ -67,8 +67,8 @@ def status(field: str) -> int | None:
 
 
 LATER = 49 << 20
-"""Bytes that a run comes to hold after it is planned, beside its tensors: code of the trainer and
-of checkpoints, products of other lengths, and rows; by benchmarks/plan_runs.py."""
+"""Bytes that a run adds after it is planned, apart from tensors: code of the trainer and of
+checkpoints, products of other lengths, and rows; from benchmarks/plan_runs.py."""
 CODE = 520 << 10
 """Bytes of code that PyTorch's library makes for one shape of a product in halves, and keeps."""
 CODE_WITHOUT_HALVES = 3 << 19
@@ -83,7 +83,7 @@ MOST_ROWS, MOST_COLUMNS, MOST_OUTPUTS = 512, 4096, 1 << 15
 
 
 def runtime(products: frozenset[tuple[int, int, int]]) -> int:
-    """Return what this process holds beside a model that it trains: code, pools, libraries.
+    """Return the bytes that this process holds besides the model: code, pools, libraries.
 
     The embedded model is loaded, adapted and trained for two short steps first, and products of
     these shapes (m, k, n) are tried, so that what they bring in is there; what is free is given

@@ -1,4 +1,4 @@
-"""One training step on fake tensors: what is alive when, and what the step computes.
+"""One training step on fake tensors: its memory over time, and its arithmetic.
 
 The step is the real one: the model's own forward, autograd's backward, the optimiser's update.
 Its tensors have shapes, dtypes and storages but no data, so that a 70B model takes as little room
@@ -38,7 +38,7 @@ from inlay.storage.sources import SEGMENT
 from inlay.storage.streamed import StreamedEmbedding
 
 NO_DATA = "its data is not allocated"
-"""What torch says where a fake tensor's values are read behind the operations' back."""
+"""PyTorch's message where a fake tensor's values are read without an operation."""
 OTHER_LENGTHS = 0.04
 """The share of a step's passing memory that batches of other lengths leave in pieces: from runs of
 benchmarks/plan_runs.py whose figures are not committed."""
@@ -57,7 +57,7 @@ class Frozen:
 
 @dataclass
 class Simulation:
-    """What one training step holds and does."""
+    """Memory and work of one training step."""
 
     peak: int
     """The most bytes alive at once on the device."""

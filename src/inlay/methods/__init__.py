@@ -1,1 +1,1 @@
-"""What is trained. One file a method, the equation first; a method never knows the storage."""
+"""The methods, one file each, the equation first; a method never knows the storage."""

@@ -1,4 +1,4 @@
-"""The contracts that every method fulfils; a method's file needs no other import of Inlay's."""
+"""The interfaces of methods, and all that a method's file needs to import."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Method:
 
     @property
     def also_selects(self) -> tuple[SelectMethod, ...]:
-        """Existing parameters that train beside the method's own tensors."""
+        """Existing parameters that train together with the method's own tensors."""
         return ()
 
     @property
@@ -186,7 +186,7 @@ class Biases(SelectMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank(WeightMethod):
-    """What the methods around `s B A` share: rank and alpha, their patterns, dropout, biases.
+    """The base of methods around `s B A`: rank and alpha, their patterns, dropout, biases.
 
     `s = alpha / rank`, or `alpha / sqrt(rank)` with `rslora`. Patterns map a layer-name suffix or
     regex to its own rank or alpha. `bias_training` also trains the adapted layers' biases

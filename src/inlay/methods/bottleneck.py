@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 PLACES = {"houlsby": "residual", "pfeiffer": "mlp-out", "parallel": "mlp-block"}
-"""Variant -> the group of layers, in model/targets.py, that it goes to unless told otherwise."""
+"""Variant -> its default group of layers, in model/adapters/targets.py."""
 
 
 @dataclass(frozen=True, kw_only=True)

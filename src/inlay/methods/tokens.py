@@ -24,7 +24,7 @@ TOKENS, PLACES = "tokens", "token_places"
 class TokenRows(WeightMethod):
     """Rows in place of the base's: `W'[i] = r_i` for some tokens i, in an embedding or a head.
 
-    A part of an adapter beside its method, not a method that users name.
+    A part of an adapter that goes with its method, not a method that users name.
     """
 
     rows: Rows

@@ -1,4 +1,4 @@
-"""What every frozen weight offers, however it is held: a matrix to use, not to look inside."""
+"""The interface of every frozen weight: a matrix to multiply by, whatever its format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inlay.kernels.switches import is_on
 
 Kind = Literal["linear", "conv1d", "embedding"]
 Packed = tuple[list[Tensor], str, int, int]
-"""The parts of a weight, its format, out and in: how `kernels.frozen` reads it."""
+"""The parts of a weight, its format, out and in, as `kernels.frozen` takes them."""
 
 
 class FrozenLinear(ABC):
@@ -30,19 +30,19 @@ class FrozenLinear(ABC):
     storage: ClassVar[str]
     """The name users type: `dense`, `nf4`, `int8`."""
     layer_kind: ClassVar[Kind] = "linear"
-    """Which kind of layer a module that is itself a storage is to a method."""
+    """The kind of layer, to a method, of a module that is itself a storage."""
     replaces_forward: ClassVar[bool] = False
-    """Whether the layer's own forward is not to be run while adapters are on it."""
+    """Whether the layer's own forward must not run while adapters are on it."""
     stands_for: Kind = "linear"
-    """The kind of the dense layer in whose place it is; Conv1D's weight lies as (in, out)."""
+    """The kind of the dense layer that it replaces; Conv1D's weight lies as (in, out)."""
     by_weight: ClassVar[bool] = False
-    """Whether the layer's own forward runs on the adapted weight; else products take its place."""
+    """Whether the layer's own forward runs on the adapted weight, instead of products."""
     linear_in_weight: ClassVar[bool] = True
     """Whether the layer's output is linear in its weight, so that an update can have its own x."""
     stack: int | None = None
     """How many matrices there are, (stack, out, in), where a parameter holds several."""
     factor: float = 1.0
-    """What the layer's own forward multiplies the product by, as scaled embeddings do."""
+    """The factor of the layer's own forward on the product, as in scaled embeddings."""
 
     @property
     @abstractmethod
@@ -122,7 +122,7 @@ class FrozenLinear(ABC):
     def state(self) -> tuple[object, ...] | None:
         """Return a value that changes when the weight changes; None where there is none."""
         packed = self.packed()
-        return None if packed is None else tuple(whereabouts(part) for part in packed[0])
+        return None if packed is None else tuple(tensor_identity(part) for part in packed[0])
 
     def low_rank_linear(self, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """`x @ (W + s B A).T + bias` in x's dtype; x: (*b, in), a: (r, in), b: (out, r)."""
@@ -133,7 +133,7 @@ class FrozenLinear(ABC):
         return low_rank_linear(x, a, b, self.bias, scale, *packed)
 
 
-def whereabouts(tensor: Tensor) -> tuple[object, ...]:
+def tensor_identity(tensor: Tensor) -> tuple[object, ...]:
     """Return a tensor's address, version, device, dtype and shape, as far as they are known."""
     version = 0 if tensor.is_inference() else tensor._version
     try:

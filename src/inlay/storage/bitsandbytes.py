@@ -35,7 +35,7 @@ class ForeignLinear(FrozenLinear):
     """A bitsandbytes layer seen through the storage that reads its bytes."""
 
     storage = "bitsandbytes"
-    replaces_forward = True  # on a CPU it repacks the weight, after which nobody can read it
+    replaces_forward = True  # on a CPU it repacks the weight, which makes it unreadable
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer

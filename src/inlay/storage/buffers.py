@@ -63,7 +63,7 @@ class Block:
 
 @dataclass
 class Statistics:
-    """What was brought in, and how long products waited for it.
+    """Bytes brought in, and the time that products waited for them.
 
     `loads` counts blocks, `waits` the uses that had to wait, `waited` the seconds they did.
     """
@@ -90,7 +90,7 @@ class Slot:
 
 
 class Shared:
-    """What the thread and the model's products both see; guarded by `changed`."""
+    """State shared by the thread and the model's products; guarded by `changed`."""
 
     def __init__(self, blocks: Sequence[Block], slots: int, device: torch.device) -> None:
         room = max(block.room for block in blocks)

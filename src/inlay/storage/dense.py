@@ -18,7 +18,7 @@ from inlay.kernels.formats import DENSE, reads_on_cpu
 from inlay.kernels.frozen import biased_linear, frozen_linear, frozen_linear_t
 from inlay.kernels.scratch import product_dtype
 from inlay.kernels.switches import is_on
-from inlay.storage.base import FrozenLinear, Packed, whereabouts
+from inlay.storage.base import FrozenLinear, Packed, tensor_identity
 
 SAMPLED_COLUMNS = 8
 
@@ -72,11 +72,11 @@ class DenseView(FrozenLinear):
         """
         weight = self.weight
         if weight.device.type != "cpu":
-            return (whereabouts(weight),) if weight.is_meta else None
+            return (tensor_identity(weight),) if weight.is_meta else None
         matrix = self.matrix()
         some = matrix[:, :: max(1, matrix.shape[1] // SAMPLED_COLUMNS)].float().sum(1)
         rows = torch.arange(1, len(some) + 1, dtype=some.dtype)
-        return whereabouts(weight), float((some * rows).sum())
+        return tensor_identity(weight), float((some * rows).sum())
 
     @property
     def eight_bits(self) -> bool:

@@ -24,14 +24,14 @@ from inlay.storage.base import Kind, Packed
 from inlay.storage.dense import DenseEmbedding, DenseView
 
 READ_ELSEWHERE: tuple[type[nn.Module], ...] = (NonDynamicallyQuantizableLinear,)
-"""Layers whose weight is read past their forward: an attention module's output projection."""
+"""Layers whose weight is read outside their forward: an attention module's output projection."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 UNPACKED = (nn.Parameter, FakeTensor)
 """Types of a parameter that no library has packed; a plan's parameters are FakeTensors."""
 TRIED_ROWS = 64
 """The most rows of a weight that a trial makes."""
 TOLERANCE = 1e-5
-"""What a product in float32 may differ by, as a share of its largest value."""
+"""Accepted difference of a product in float32, as a share of its largest value."""
 
 
 class ByWeight(DenseView):
@@ -180,7 +180,7 @@ def embedding_factor(module: nn.Module, cls: type[nn.Module], dtype: torch.dtype
 Tried = dict[str, Any]
 BY_MODULE: WeakKeyDictionary[nn.Module, Tried] = WeakKeyDictionary()
 BY_CLASS: dict[tuple[Any, ...], Any] = {}
-"""What trials showed: of each module, and of all that differ in the values of weights alone."""
+"""Results of trials: by module, and by all that a result depends on."""
 
 
 def tried(module: nn.Module, cls: type[nn.Module], what: str, trial: Callable[..., Any]) -> Any:
@@ -300,7 +300,7 @@ def run_on(
             state[name] = rows
     try:
         return cls.forward(twin, x)  # pyright: ignore[reportCallIssue]
-    except Exception:  # whatever a class of somebody else's raises: it is no plain product
+    except Exception:  # a class that raises computes no plain product
         return None
 
 

@@ -1,4 +1,4 @@
-"""What the packed storages share: products by opaque operators, moves that never cast bytes."""
+"""The base of the packed storages: products by opaque operators, moves that never cast bytes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ CHUNK_ELSEWHERE = 1 << 26
 class QuantizedLinear(nn.Module, FrozenLinear):
     """A linear layer whose frozen weight is held in packed parts.
 
-    A subclass names its `storage`, its `bytes_per_weight` and its `tensor_names`, registers its
-    dequantisation under the storage's name with `kernels.frozen.register_format`, and implements
-    `quantized`, `restored`, `serialized`, `parts` and `dequantized_rows`. Defining it is enough
-    for users to name it.
+    A subclass names its `storage`, its `bytes_per_weight` and its `tensor_names`, implements
+    `quantized`, `unfilled`, `restored`, `serialized`, `parts` and `dequantized_rows`, and puts a
+    `Format` under the storage's name in `kernels.formats.FORMATS`. Its file in this folder is
+    enough for users to name the storage.
     """
 
     formats: ClassVar[dict[str, type[QuantizedLinear]]] = {}

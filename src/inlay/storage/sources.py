@@ -54,13 +54,13 @@ class Segment:
 
 
 class Source:
-    """One weight's whereabouts: its format, its segments, the buffers that they pass through."""
+    """Where one weight lies: its format, its segments, the buffers that they pass through."""
 
     def __init__(self, packing: str, segments: Sequence[Segment], buffers: Buffers) -> None:
         self.packing, self.segments, self.buffers = packing, segments, buffers
         whole = len(segments) == 1 and FORMATS[packing].product is not None
         self.format = streamed_format(packing) if whole else STREAMED
-        """The name under which the operators know the weight: in one piece, that of its product."""
+        """The weight's format to the operators; a weight in one segment keeps its own product."""
         self.number = registered(self)
 
     @property

@@ -17,7 +17,7 @@ from inlay.errors import StorageError
 from inlay.storage.buffers import ALIGNMENT, aligned, rounded_up
 
 AT_ONCE = 8 << 20
-"""Bytes of one read, so that a thread that is told to end does soon."""
+"""Bytes of one read: few, so that a thread ends soon after it is closed."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,

@@ -1,4 +1,4 @@
-"""Triton kernels for GPUs; the pure-torch paths beside them define the values."""
+"""Triton kernels for GPUs; the PyTorch code that they replace defines the values."""
 
 from __future__ import annotations
 

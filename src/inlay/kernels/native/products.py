@@ -33,7 +33,7 @@ DEPTHS = {torch.float32: 384, torch.bfloat16: 1024}
 NEEDED = {torch.float32: "avx512", torch.bfloat16: "avx512_bf16"}
 """The lowest instruction set that multiplies numbers in a dtype."""
 NF4, INT8 = 2, 3
-"""Kinds of weights beside the codes of fp32 and bfloat16, as in product.h."""
+"""Kinds of weights, numbered after the codes of fp32 and bfloat16, as in product.h."""
 WIDE = (torch.float32,)
 
 
@@ -60,7 +60,7 @@ def multiplies(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def keeps_sums(k: int, rank: int, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether a product of this depth keeps sums in fp32 beside a result in bfloat16."""
+    """Return whether a product of this depth keeps fp32 sums next to a result in bfloat16."""
     return k + rank > DEPTHS[dtype]
 
 
