@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers.pytorch_utils import Conv1D
 
 from inlay.errors import StorageError
-from inlay.storage.base import Kind, Packed
+from inlay.storage.base import FrozenLinear, Kind, Packed
 from inlay.storage.dense import DenseEmbedding, DenseView
 
 READ_ELSEWHERE: tuple[type[nn.Module], ...] = (NonDynamicallyQuantizableLinear,)
@@ -68,9 +68,7 @@ class ByWeight(DenseView):
     def matmul(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix()) if x.is_floating_point() else F.embedding(x, self.weight)
 
-    def linear(self, x: Tensor) -> Tensor:
-        y = self.matmul(x)
-        return y if self.bias is None else y + self.bias
+    linear = FrozenLinear.linear
 
     def empty(self) -> nn.Module:
         raise StorageError(
@@ -124,22 +122,8 @@ def stored_parameter(layer: nn.Module, name: str) -> Tensor:
     return held
 
 
-def own_view(module: nn.Module) -> DenseView | None:
-    """Return the view of a layer with a forward of its own; None where it holds no matrix."""
-    if not holds_floats(module, "weight"):
-        return None
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None:
-            return None
-        scaled = embedding_factor(module, own_class(module), module.weight.dtype) is not None
-        return ScaledEmbedding(module) if scaled else OwnEmbedding(module, bias=None)
-    if isinstance(module, Conv1D):
-        return OwnConv1D(module)
-    return OwnLinear(module) if isinstance(module, nn.Linear) else None
-
-
 def own_kind(module: nn.Module) -> Kind | None:
-    """Return the kind of such a layer to a method; None where it holds no dense matrix."""
+    """Return the kind of a layer with a forward of its own; None where it holds no matrix."""
     if not holds_floats(module, "weight"):
         return None
     if isinstance(module, nn.Embedding):
@@ -147,6 +131,21 @@ def own_kind(module: nn.Module) -> Kind | None:
     if isinstance(module, Conv1D):
         return "conv1d"
     return "linear" if isinstance(module, nn.Linear) else None
+
+
+def own_view(module: nn.Module) -> DenseView | None:
+    """Return the view of a layer with a forward of its own; None where it holds no matrix."""
+    match own_kind(module):
+        case "linear":
+            return OwnLinear(module)
+        case "conv1d":
+            return OwnConv1D(module)
+        case "embedding":
+            dtype = stored_parameter(module, "weight").dtype
+            scaled = embedding_factor(module, own_class(module), dtype) is not None
+            return ScaledEmbedding(module) if scaled else OwnEmbedding(module, bias=None)
+        case None:
+            return None
 
 
 def holds_floats(module: nn.Module, name: str) -> bool:
