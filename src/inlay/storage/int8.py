@@ -110,7 +110,7 @@ def int8_rows(
 FORMATS[Int8Linear.storage] = Format(
     dequantized,
     lambda x, parts, width, transposed, epilogue, dtype: native.int8_product(
-        x, *parts, transposed, epilogue, dtype
+        x, parts[0], parts[1], transposed, epilogue, dtype
     ),
     product_on_cpu=lambda dtype, columns: columns % native.STRIP == 0,
     int8_rows=int8_rows,
