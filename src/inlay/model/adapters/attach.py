@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -18,7 +18,7 @@ from inlay.model.adapters.entries import entries
 from inlay.model.adapters.layer import own_modules
 from inlay.model.adapters.layer_class import become_adapted, become_original, check_names_free
 from inlay.model.adapters.model_methods import override_methods
-from inlay.model.adapters.prompts.hooks import prompt_hook
+from inlay.model.adapters.prompts import prompt_hook
 from inlay.model.adapters.registry import (
     Attached,
     Registry,
@@ -276,6 +276,8 @@ def give_back(model: nn.Module, registry: Registry) -> None:
     for module, cls in registry.classes:
         change_class(module, cls)
     restore_overridden(registry)
+    if registry.refusal is not None:
+        registry.refusal.remove()
     release_statistics(model)
     uninstall(model)
     del vars(model)["inlay"]
@@ -296,7 +298,7 @@ def check_order(model: nn.Module, names: tuple[str, ...]) -> None:
             check_reads_base(parts, [n for n, p in held.items() if parameter in p._parameters])
 
 
-def check_reads_base(methods: dict[str, Method | None], copied: Sequence[str]) -> None:
+def check_reads_base(methods: Mapping[str, Method | None], copied: Sequence[str]) -> None:
     """Raise when what an adapter was computed from is not the weight that it acts on.
 
     Args:

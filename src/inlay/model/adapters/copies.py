@@ -23,12 +23,7 @@ def selected_copies(
     exclude: str | Sequence[str] = (),
     layers: str | tuple[int, ...] | None = None,
 ) -> dict[str, Params]:
-    """Return trained copies, per module name, of the parameters a method selects.
-
-    Raises:
-        TargetError: nothing is selected, or an entry of `targets` or `exclude` matches nothing.
-        AdapterError: a selected weight is quantised, so that it cannot train.
-    """
+    """Return trained copies, by module name, of the parameters a method selects."""
     modules = dict(own_modules(model))
     names = list(modules)
     kept = set(names) if targets in (None, "all") else set(in_parts(model, names, targets or ()))

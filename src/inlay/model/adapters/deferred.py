@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from inlay.errors import AdapterError
 from inlay.methods.base import Params, WeightMethod
 from inlay.model.adapters.places import module_at, view_at
-from inlay.model.adapters.registry import active, adapter_places, adapter_tensors, adapters
-
-GUARDS: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
-"""The hooks that keep a model from running while an active adapter has no values."""
+from inlay.model.adapters.registry import active, adapter_places, adapter_tensors, required_registry
 
 
 def deferred(model: nn.Module, name: str) -> Iterator[tuple[str, Params, str]]:
@@ -35,8 +29,9 @@ def defer(model: nn.Module, name: str) -> None:
     """Move a new adapter's tensors to the meta device; copies of base parameters stay."""
     for _, params, tensor in list(deferred(model, name)):
         move(params, tensor, torch.device("meta"))
-    if model not in GUARDS:
-        GUARDS[model] = model.register_forward_pre_hook(refuse)
+    registry = required_registry(model)
+    if registry.refusal is None:
+        registry.refusal = model.register_forward_pre_hook(refuse)
 
 
 @torch.no_grad()
@@ -46,8 +41,10 @@ def give_room(model: nn.Module, name: str) -> None:
         view, held = view_at(model, place), params._parameters[tensor]
         if held is not None and held.is_meta and view is not None:
             move(params, tensor, view.device)
-    if model in GUARDS and not any(map(partial(lacks_values, model), adapters(model))):
-        GUARDS.pop(model).remove()
+    registry = required_registry(model)
+    if registry.refusal and not any(lacks_values(model, each) for each in registry.adapters):
+        registry.refusal.remove()
+        registry.refusal = None
 
 
 def lacks_values(model: nn.Module, name: str) -> bool:
@@ -62,7 +59,8 @@ def refuse(model: nn.Module, args: Any) -> None:
 
 def check_values(model: nn.Module, names: Iterable[str]) -> None:
     """Raise `AdapterError` where one of these adapters has no values yet."""
-    empty = [name for name in names if model in GUARDS and lacks_values(model, name)]
+    refusal = required_registry(model).refusal
+    empty = [name for name in names if lacks_values(model, name)] if refusal else []
     if empty:
         raise AdapterError(
             f"adapter {empty[0]!r} has no values yet, as low_cpu_mem_usage=True makes it; load "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from inlay.errors import TargetError, UsageError, did_you_mean
@@ -79,6 +80,11 @@ def in_layers(names: Iterable[str], layers: str | Iterable[int] | None) -> set[s
         span = f"{min(have)}-{max(have)}" if have else "no numbered blocks"
         raise TargetError(f"layers {missing} match nothing; the targets lie in blocks {span}")
     return {n for n, number in numbers.items() if number in blocks}
+
+
+def grouped(names: Iterable[str]) -> Counter[str]:
+    """Count the names that differ only in their block numbers, which become `*`."""
+    return Counter(".".join("*" if w.isdigit() else w for w in n.split(".")) for n in names)
 
 
 def block_number(name: str) -> int | None:

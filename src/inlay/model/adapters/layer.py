@@ -14,8 +14,7 @@ from torch.compiler import is_compiling
 
 from inlay.methods.base import HiddenMethod, Method, Params, WeightMethod
 from inlay.methods.tokens import ROWS, TOKENS, TokenRows, tokens_of
-from inlay.model.adapters.by_weight import Changed, recomputed_in_backward
-from inlay.model.adapters.composed import Composed
+from inlay.model.adapters.adapted_weight import Changed, Composed, recomputed_in_backward
 from inlay.model.adapters.derived import follow
 from inlay.model.adapters.wrappers import unwrapped
 from inlay.storage.base import FrozenLinear

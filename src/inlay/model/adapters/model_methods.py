@@ -8,10 +8,10 @@ name, and read it back as such.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -131,18 +131,11 @@ class ActiveAdapters(Sequence[str]):
         registry: Any = vars(self.model).get("inlay")
         return list(registry.active) if registry else []
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
+    def __getitem__(self, index: Any) -> Any:
         return self()[index]
 
     def __len__(self) -> int:
         return len(self())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self())
 
     def __repr__(self) -> str:
         return repr(self())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from inlay.errors import AdapterError, did_you_mean
 from inlay.methods.base import Kind, Method, Params, PromptMethod
@@ -49,6 +50,8 @@ class Registry:
     classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
     """Modules without tensors of adapters whose class was changed, and the class before."""
     overridden: list[Override] = field(default_factory=list)
+    refusal: RemovableHandle | None = None
+    """The hook that keeps the model from running while an active adapter has no values."""
 
 
 @dataclass

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from inlay.methods.base import Params, WeightMethod
+from inlay.model.adapters.entries import grouped
 from inlay.model.adapters.layer import dropout_of
 from inlay.model.adapters.places import module_at
 from inlay.model.adapters.registry import active, adapter_places, adapter_tensors, adapters, notes
@@ -54,14 +54,16 @@ class Report:
         for adapter in self.adapters:
             state = "active" if adapter.active else "not active"
             lines.append(f"{adapter.name}: {adapter.method}, {adapter.parameters:,} ({state})")
-            lines += [f"  on {line}" for line in grouped(adapter.matched)]
-            lines += [f"  without dropout: {line}" for line in grouped(adapter.undropped)]
-            lines += [f"  left out: {line}" for line in grouped(adapter.left_out)]
-            for what in dict.fromkeys(kind for _, kind in adapter.passed_over):
-                names = tuple(name for name, kind in adapter.passed_over if kind == what)
-                lines += [f"  passed over ({what}): {line}" for line in grouped(names)]
-        lines += self.notes
-        return "\n".join(lines)
+            lists = {
+                "on": list(adapter.matched),
+                "without dropout:": list(adapter.undropped),
+                "left out:": list(adapter.left_out),
+            }
+            for name, what in adapter.passed_over:
+                lists.setdefault(f"passed over ({what}):", []).append(name)
+            for title, names in lists.items():
+                lines += [f"  {title} {shape} ({n})" for shape, n in grouped(names).items()]
+        return "\n".join([*lines, *self.notes])
 
 
 @looks_through
@@ -131,9 +133,3 @@ def count_once(model: nn.Module, name: str) -> int:
     """Count one adapter's parameters, tied ones once."""
     seen = {id(p): p.numel() for _, ps in adapter_places(model, name) for p in ps.parameters()}
     return sum(seen.values())
-
-
-def grouped(names: tuple[str, ...]) -> list[str]:
-    """Group layer names that differ only in their block number, with a count."""
-    shapes = Counter(".".join("*" if w.isdigit() else w for w in n.split(".")) for n in names)
-    return [f"{shape} ({count})" for shape, count in shapes.items()]

@@ -68,21 +68,14 @@ def find_targets(
     layers: str | Iterable[int] | None = None,
     kinds: Sequence[str] = ("linear", "conv1d"),
 ) -> Found:
-    """Return the names of the layers that `targets` means in this model.
+    """Return the layers of these kinds that `targets` means, less `exclude`, in these blocks.
 
-    Args:
-        model: any module.
-        targets: `all-linear` (a mixture's experts among them), a group (`residual`, `mlp-out`,
-            `key-value`), a part of a model that sees images (`language`, `vision`, `projector`:
-            its linear layers), or names, dotted suffixes or whole-name regexes; each of several
-            must match.
-        exclude: names, suffixes or regexes to leave out, with all that lies below them; each must
-            match something.
-        layers: block numbers, as integers or as text such as `0-3,8`.
-        kinds: the layer kinds the method can adapt.
+    `targets` is `all-linear` (a mixture's experts among them), a group (`residual`, `mlp-out`,
+    `key-value`), a part of a model that sees images (`language`, `vision`, `projector`: its linear
+    layers), or entries, of which each must match something that the method can adapt.
 
     Raises:
-        TargetError: an entry matched nothing, or nothing the method can adapt.
+        TargetError: an entry matched nothing, or nothing is left.
     """
     places = places_in(model, kinds)
     able = places.all_adaptable()

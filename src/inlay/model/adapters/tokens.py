@@ -27,10 +27,6 @@ def token_rows(
     """Return the rows to train by module, tied ones shared, and the ids that were asked for.
 
     `saved` names the modules that train whole.
-
-    Raises:
-        TargetError: a name matches no embedding or head.
-        AdapterError: an id has no row, is named twice, or the module trains whole already.
     """
     ids_by_name = by_whole_name(model, tokens)
     found: dict[str, Params] = {}
@@ -91,7 +87,7 @@ def check_ids(name: str, module: nn.Module, ids: Sequence[int]) -> None:
             f"{count - 1}; call model.resize_token_embeddings first where tokens were added"
         )
     if len(set(ids)) < len(ids):
-        twice = next(i for i in ids if list(ids).count(i) > 1)
+        twice = max(ids, key=list(ids).count)
         raise AdapterError(f"trainable_tokens names token {twice} twice for {name}")
 
 

@@ -1,8 +1,8 @@
-"""Whether adapters act: what the first passes show of every place that they are at.
+"""Watch the first passes of a model: whether every adapter takes part and gets a gradient.
 
 A place is proven once a gradient has reached it. Until then the model is watched: a place that the
 model's code passes by is named in a warning after the first forward pass, and one that took part
-in a forward pass but gets no gradient stops training. Once all is proven nothing is watched.
+in a forward pass but gets no gradient stops training. Once all are proven nothing is watched.
 """
 
 from __future__ import annotations
@@ -18,27 +18,30 @@ from torch import nn
 
 from inlay.errors import TrainingError
 from inlay.methods.base import Params
+from inlay.model.adapters.entries import grouped
 from inlay.model.adapters.layer import AdaptedLayer
 from inlay.model.adapters.places import module_at
 
 logger = logging.getLogger(__name__)
 
 PASSED_BY = 4
-"""How many backward passes a place may be passed by before that is an error: a branch that only
-some inputs take is taken by then."""
+"""Backward passes that may pass a place by before that is an error: a branch that only some inputs
+take is taken by then."""
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
-"""What is never called itself; which of its members is called may depend on the input."""
+"""Modules that are never called themselves; the input may decide which member is called."""
 
 
 class InertAdapterWarning(UserWarning):
-    """An adapter is at a place that the model did not use in its first forward pass."""
+    """The model did not use a place of an adapter in its first forward pass."""
 
 
 class Watch:
-    """The places of a model's active adapters that have not been proven yet."""
+    """Watches the places of a model's active adapters that have not been proven yet.
+
+    `params` has the trained tensors at each place; "" is the whole model.
+    """
 
     def __init__(self, model: nn.Module, params: dict[str, list[Params]]) -> None:
-        """Watch a model's places, given the trained tensors at each; "" is the whole model."""
         self.model, self.params = model, params
         at = {name: module_at(model, name) for name in params}
         self.layers = {n: m for n, (m, _) in at.items() if isinstance(m, AdaptedLayer)}
@@ -60,8 +63,6 @@ class Watch:
         self.handles += [before, model.register_forward_hook(self.after_forward)]
         self.begin_at_layers()
 
-    # What is noted while the model runs.
-
     def begin_at_layers(self) -> None:
         """Note every use of the places that are not proven, and of the modules that hold them."""
         names: dict[AdaptedLayer, list[str]] = {}
@@ -74,7 +75,7 @@ class Watch:
         self.at_layers = [p.register_forward_pre_hook(self.enter) for p in parents]
 
     def end_at_layers(self) -> None:
-        """Note nothing at the layers for now."""
+        """Stop noting uses, until the next pass that can train."""
         for layer in self.layers.values():
             vars(layer).pop("watch", None)
         for handle in self.at_layers:
@@ -82,19 +83,18 @@ class Watch:
         self.at_layers = []
 
     def note(self, names: list[str], read: bool) -> None:
-        """Note that the layer of these places is called, or that a weight of it is read."""
+        """Note that the layer of these places is called, or that its weight is read."""
         self.used.update(names)
         if self.trains and not read:
             self.trained.update(names)
             self.in_parts |= not torch.is_grad_enabled()
 
     def enter(self, module: nn.Module, *_: Any) -> None:
-        """Note that a module is called that holds places."""
         if not torch.compiler.is_compiling():
             self.entered.add(module)
 
     def before_forward(self, *_: Any) -> None:
-        """Begin a pass: whether it can train decides what it is to show."""
+        """Note whether the pass that begins can train."""
         if torch.compiler.is_compiling():
             return
         if self.in_parts and self.came:
@@ -108,23 +108,19 @@ class Watch:
             self.wait_for_gradients()
 
     def after_forward(self, model: nn.Module, _: Any, output: Any) -> None:
-        """Name the places that the first pass passed by.
-
-        Raises:
-            TrainingError: the loss depends on nothing that trains.
-        """
+        """Warn of places that the first pass passed by; check a loss that the model computed."""
         if torch.compiler.is_compiling() or not any(m.active for m in self.layers.values()):
             return
         if not self.seen_forward:
             self.seen_forward = True
-            self.tell()
+            self.warn_of_unused()
         if self.trains and model.training:
             self.check_loss(model, getattr(output, "loss", None))
         if not self.trains:
             self.end_at_layers()
 
     def check_loss(self, model: nn.Module, loss: Any) -> None:
-        """Raise when a loss that the model computed cannot train anything."""
+        """Raise when the loss depends on nothing that trains."""
         if not isinstance(loss, torch.Tensor) or loss.requires_grad:
             return
         if any(p.requires_grad for p in model.parameters()):
@@ -135,8 +131,8 @@ class Watch:
                 "itself may need model.enable_input_require_grads() first"
             )
 
-    def tell(self) -> None:
-        """Warn of places that were passed by; note those that this input did not lead to."""
+    def warn_of_unused(self) -> None:
+        """Warn of places that were passed by; log those that this input did not lead to."""
         if is_compiled(self.model):
             return
         missed = [n for n in self.layers if n not in self.used and not self.is_used_elsewhere(n)]
@@ -153,19 +149,17 @@ class Watch:
             logger.info("not reached by the first input: the adapter at %s", listed(skipped))
 
     def is_used_elsewhere(self, name: str) -> bool:
-        """Say whether a place's tensors are those of used places: trained copies that are tied."""
+        """Say whether a place's tensors are also those of used places: tied trained copies."""
         there = {id(p) for used in self.used for p in self.parameters(used)}
         own = self.parameters(name)
         return bool(own) and all(id(p) in there for p in own)
 
     def is_passed_by(self, name: str) -> bool:
-        """Say whether a place was not called by code that ran: not left out with all around it."""
+        """Say whether the module that holds a place has run: else the place is out with it."""
         return name in self.layers and self.parents[name] in self.entered
 
-    # What the gradient shows.
-
     def wait_for_gradients(self) -> None:
-        """Note every place that a gradient reaches in the next backward pass."""
+        """Register hooks that note every place that a gradient reaches in the backward pass."""
         if len(self.handles) > 2:
             return
         proven = next((name for name in self.params if name in self.reached), None)
@@ -174,23 +168,23 @@ class Watch:
                 self.handles.append(p.register_hook(Reach(self, name)))
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """Return the tensors of a place that train; moving a model may put others there."""
+        """Return the tensors of a place that train now: moving a model may replace them."""
         return [p for here in self.params[name] for p in here.parameters() if p.requires_grad]
 
     def reach(self, name: str) -> None:
-        """Note a gradient; when the backward pass ends, judge what it did not reach.
+        """Note a gradient; when the backward pass ends, judge the places that it did not reach.
 
         Reentrant checkpointing runs each block without gradients, and again in a backward pass of
         the block's own: what all of them reached is known when the next forward pass begins.
         """
         self.reached.add(name)
         self.came = True
-        if not self.in_parts and not self.judging and self.trains_here():
+        if not self.in_parts and not self.judging and self.is_last_backward():
             self.judging = True
             torch.autograd.Variable._execution_engine.queue_callback(self.after_backward)
 
-    def trains_here(self) -> bool:
-        """Say whether this backward pass is the whole one: its graph is not kept for another."""
+    def is_last_backward(self) -> bool:
+        """Say whether this backward pass is the last over its graph, which is not kept."""
         engine: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
         keeps = getattr(engine, "_get_current_graph_task_keep_graph", None)
         return keeps is None or not keeps()
@@ -217,7 +211,6 @@ class Watch:
             )
 
     def next_step(self) -> None:
-        """Forget what was noted for one step."""
         self.trained, self.entered = set(), set()
         self.end_at_layers()
         for handle in self.handles[2:]:
@@ -225,7 +218,6 @@ class Watch:
         del self.handles[2:]
 
     def end(self) -> None:
-        """Watch nothing any more."""
         self.over = True
         self.end_at_layers()
         for handle in self.handles:
@@ -234,7 +226,7 @@ class Watch:
 
 
 class Reach:
-    """The hook of one adapter's tensor; it is not saved with the tensor."""
+    """The hook on an adapter's tensor; it is not saved with the tensor."""
 
     __torch_unserializable__ = True
 
@@ -242,21 +234,20 @@ class Reach:
         self.watch, self.name = watch, name
 
     def __call__(self, gradient: Any) -> None:
-        """Note that a gradient came."""
         del gradient
         if not torch.compiler.is_compiling():
             self.watch.reach(self.name)
 
 
 def parent_of(model: nn.Module, name: str, parameter: str | None) -> nn.Module | None:
-    """Return the module that is to call a layer; None where that may choose by the input."""
+    """Return the module that calls a layer; None where it may choose by the input."""
     layer = name if parameter is None else name.rpartition(".")[0]
     parent = model.get_submodule(layer.rpartition(".")[0])
     return None if not layer or isinstance(parent, CONTAINERS) else parent
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Say whether a part of the model is compiled, where calls are not seen."""
+    """Say whether a part of the model is compiled, so that its calls are not seen."""
     return any(
         getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
         for m in model.modules()
@@ -265,10 +256,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 def listed(names: Iterable[str]) -> str:
     """Name places for a sentence, those of several blocks together."""
-    shapes: dict[str, int] = {}
-    for name in names:
-        shape = ".".join("*" if word.isdigit() else word for word in name.split("."))
-        shapes[shape] = shapes.get(shape, 0) + 1
+    shapes = grouped(names)
     shown = [f"{shape or 'the whole model'!r} ({n})" for shape, n in list(shapes.items())[:6]]
     more = f" and {len(shapes) - 6} more kinds" if len(shapes) > 6 else ""
     return ", ".join(shown) + more

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
 from inlay.errors import AdapterError
+from inlay.model.adapters.prompts.call import text_of
 from inlay.model.seams.transformers import ModelOutput
 
 
@@ -18,7 +19,6 @@ class ReadOnly(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return one layer's keys and values with the virtual tokens before them."""
         held: Any = self.layers[layer_idx]
         keys = torch.cat([held.keys, key_states], dim=-2)
         return keys, torch.cat([held.values, value_states], dim=-2)
@@ -27,29 +27,29 @@ class ReadOnly(DynamicCache):
 class BehindPrompt(DynamicCache):
     """A cache that begins with virtual tokens; between calls its length is that of the text.
 
-    `generate` leaves out as many tokens of a text as the cache of an earlier generation holds.
+    `generate` skips as many tokens of a text as the cache of an earlier generation holds.
     """
 
     virtual = 0
-    """Virtual tokens before the text."""
+    """The number of virtual tokens before the text."""
     adapter: str | None = None
-    """Whose they are."""
+    """The prompt adapter that they belong to."""
     in_call = False
-    """Whether the model runs now, which must know of the virtual tokens."""
+    """Whether the model runs now; its calls count the virtual tokens too."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the tokens of the text, and in a call the virtual ones too."""
+        """Return the number of tokens of the text, and in a call of the virtual ones too."""
         held = super().get_seq_length(layer_idx)
         return held if self.in_call else max(held - self.virtual, 0)
 
 
 def decoders_part(cache: Any) -> Any:
-    """Return the part of a cache that holds the decoder's own text."""
+    """Return the part of a cache that holds the keys and values of the decoder's own text."""
     return getattr(cache, "self_attention_cache", cache)
 
 
-def mark_begun(cache: Any, adapter: str, tokens: int) -> None:
-    """Note in a cache that it begins with a prompt's virtual tokens, where its class allows it."""
+def mark_prompt(cache: Any, adapter: str, tokens: int) -> None:
+    """Note in a cache, where its class allows it, that it begins with a prompt's virtual tokens."""
     if type(cache) is DynamicCache:
         cache.__class__ = BehindPrompt
     if isinstance(cache, BehindPrompt):
@@ -57,10 +57,10 @@ def mark_begun(cache: Any, adapter: str, tokens: int) -> None:
 
 
 def taken_out(call: dict[str, Any], name: str) -> Any:
-    """Take the key-value cache out of a call; a forward calls it by this name.
+    """Take the key-value cache out of a call, whose forward names the argument `name`.
 
     Raises:
-        AdapterError: it is of a fixed size, for the text alone.
+        AdapterError: the cache is of a fixed size, for the text alone.
     """
     under = next((n for n, v in call.items() if isinstance(v, Cache)), name)
     cache = call.pop(under, None)
@@ -73,12 +73,8 @@ def taken_out(call: dict[str, Any], name: str) -> Any:
     return cache
 
 
-def check_begun(cache: Any, adapter: str | None) -> None:
-    """Raise unless a cache with text was begun by the prompt that acts now, or by none.
-
-    Raises:
-        AdapterError: naming both.
-    """
+def check_same_prompt(cache: Any, adapter: str | None) -> None:
+    """Raise unless a cache that holds text begins with the prompt that acts now."""
     own = decoders_part(cache)
     by = own.adapter if isinstance(own, BehindPrompt) else None
     known = isinstance(own, BehindPrompt) or type(own) is DynamicCache
@@ -89,32 +85,27 @@ def check_begun(cache: Any, adapter: str | None) -> None:
         )
 
 
-def check_without(*given: Any) -> None:
-    """Raise where an argument of a call without a prompt is a cache that a prompt began."""
+def check_no_prompt(*given: Any) -> None:
+    """Raise where an argument of a call without a prompt is a cache that begins with one."""
     for value in given:
-        check_begun(value, None)
+        check_same_prompt(value, None)
 
 
 def named(prompt: str | None) -> str:
-    """Return what a sentence calls a prompt."""
     return "no prompt" if prompt is None else f"the prompt {prompt!r}"
 
 
 def check_continues(cache: Cache, call: dict[str, Any], tokens: int) -> None:
-    """Raise unless a call goes on where its cache ends, by the length of its mask.
+    """Raise unless a call goes on where its cache ends, by the length of its attention mask.
 
-    A cache of a class that is not ours counts virtual tokens as text, by which `generate` leaves
-    as many tokens of a later text out.
-
-    Raises:
-        AdapterError: tokens between them are missing.
+    A cache of a class that is not ours counts virtual tokens as text, so that `generate` skips as
+    many tokens of a later text.
     """
     mask = call.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return
-    given = call.get("input_ids")
-    given = call.get("inputs_embeds") if given is None else given
-    held, brings = cache.get_seq_length() - tokens, 0 if given is None else given.shape[1]
+    text = text_of(call)
+    held, brings = cache.get_seq_length() - tokens, 0 if text is None else text.shape[1]
     if held + brings != mask.shape[1]:
         raise AdapterError(
             f"the cache holds {held} tokens of text after {tokens} virtual ones and the call "
@@ -124,7 +115,7 @@ def check_continues(cache: Cache, call: dict[str, Any], tokens: int) -> None:
 
 
 def wants_cache(model: Any, call: dict[str, Any]) -> bool:
-    """Say whether a call asks for a key-value cache, or its model's configuration does."""
+    """Say whether a call, or else the model's config, asks for a key-value cache."""
     asked = call.get("use_cache")
     if asked is not None:
         return bool(asked)
@@ -147,8 +138,7 @@ def without_cache(output: Any) -> Any:
 def read_only(cache: Cache, own: bool) -> Cache:
     """Return a cache of the same keys and values that blocks do not write to.
 
-    Raises:
-        AdapterError: it is a cache of the caller's, which must be written to.
+    Raises `AdapterError` for a cache of the caller's, which must be written to.
     """
     if not own:
         raise AdapterError(

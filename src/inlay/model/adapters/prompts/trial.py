@@ -11,13 +11,18 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from inlay.errors import AdapterError
 from inlay.methods.models import attention_shape, encoder_of, input_embedding
+from inlay.model.adapters.prompts.call import EMBEDDINGS
 from inlay.model.fast.proof import in_clean_thread
 from inlay.model.fast.shrink import small_model
 from inlay.model.seams.transformers import cache_argument, cache_in, takes
 from inlay.storage.registry import layer_class
 
-Kind = Literal["decoder", "encoder", "encoder-decoder"]
-EMBEDDINGS = "inputs_embeds"
+NO_CACHE = "it takes no key-value cache"
+REMEDY = (
+    ", and prompt methods put virtual tokens before the text: before a decoder's by their keys and "
+    "values, before an encoder's by their embeddings; use another model, or a weight method such "
+    "as LoRA"
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Takes:
     embeddings in its encoder, keys and values in its decoder.
     """
 
-    kind: Kind = "decoder"
+    kind: Literal["decoder", "encoder", "encoder-decoder"] = "decoder"
     refused: str | None = None
     """Why it takes no prompt at all."""
     no_keys: str | None = None
@@ -40,42 +45,38 @@ class Takes:
     """Whether each token of the text has a label, so that virtual tokens need one, too."""
 
 
+known: dict[Any, Takes] = {}
+"""Class and config -> what was found."""
+
+
 def taken_by(model: Any) -> Takes:
-    """Return how a model takes virtual tokens.
+    """Return how a model takes virtual tokens; raise `AdapterError` where it takes none.
 
     Tried on a small model of the same class, where one can be built.
-
-    Raises:
-        AdapterError: it takes none.
     """
     if isinstance(model, PreTrainedModel):
         key = (layer_class(model), repr(sorted(model.config.to_dict().items(), key=repr)))
-        if key not in found_before:
-            found_before[key] = in_clean_thread(lambda: tried(model))
-        found = found_before[key]
+        if key not in known:
+            known[key] = in_clean_thread(lambda: tried(model))
+        found = known[key]
     else:
-        found = Takes(refused=None if cache_argument(model.forward) else NO_CACHE)
+        found = untried(model)
     if found.refused is not None:
         raise AdapterError(f"{type(model).__name__} cannot have a prompt: {found.refused}{REMEDY}")
     return found
 
 
-found_before: dict[Any, Takes] = {}
-"""Class and configuration -> what was found."""
-NO_CACHE = "it takes no key-value cache"
-REMEDY = (
-    ", and prompt methods put virtual tokens before the text: before a decoder's by their keys and "
-    "values, before an encoder's by their embeddings; use another model, or a weight method such "
-    "as LoRA"
-)
+def untried(model: Any) -> Takes:
+    """Take a model for a decoder where its forward has a cache; its own calls will show more."""
+    return Takes(refused=None if cache_argument(model.forward) else NO_CACHE)
 
 
 def tried(model: PreTrainedModel) -> Takes:
     """Return what a small model of this class takes."""
     try:
         small: Any = small_model(model, lambda built: built(**text_for(built))).eval()
-    except ValueError:  # where none can be tried, the model itself will say
-        return Takes(refused=None if cache_argument(model.forward) else NO_CACHE)
+    except ValueError:
+        return untried(model)
     with torch.no_grad():
         if getattr(small.config, "is_encoder_decoder", False):
             return taken_by_encoder_decoder(small)
@@ -86,7 +87,7 @@ def tried(model: PreTrainedModel) -> Takes:
 
 
 def text_for(model: Any) -> dict[str, Tensor]:
-    """Return six tokens for a model, none of them padding; for a decoder beside it, too."""
+    """Return six tokens for a model, none of them padding; and six for its decoder, if any."""
     padding = getattr(model.config, "pad_token_id", None)
     drawn = torch.randint(3, 8, (1, 6), generator=torch.Generator().manual_seed(0))
     ids = drawn.where(drawn != (-1 if padding is None else padding), 9)
@@ -94,11 +95,16 @@ def text_for(model: Any) -> dict[str, Tensor]:
     return {"input_ids": ids, **({"decoder_input_ids": ids} if decoded else {})}
 
 
-# A decoder
+def near(one: Tensor, other: Tensor) -> bool:
+    """Say whether two results are equal up to rounding."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+# In these trials, whatever another library's class may raise is caught.
 
 
 def no_decoder(small: Any) -> str | None:
-    """Return why a model's tokens do not attend to what its cache holds before them, or None."""
+    """Say why a model's tokens do not attend to what its cache holds before them, or None."""
     ids, name = text_for(small)["input_ids"], cache_argument(small.forward) or ""
     whole = small(input_ids=ids)[0]
     held: Any = cache_in(small(input_ids=ids[:, :3], use_cache=True).values())
@@ -107,31 +113,20 @@ def no_decoder(small: Any) -> str | None:
     if not all(isinstance(getattr(x, "keys", None), Tensor) for x in held.layers):
         return "some of its layers keep a state in place of keys and values"
     heads, width = attention_shape(small.config)[1:]
-    shapes = {(1, heads, 3, width)}
-    if {tuple(t.shape) for x in held.layers for t in (x.keys, x.values)} != shapes:
+    shapes = {tuple(t.shape) for x in held.layers for t in (x.keys, x.values)}
+    if shapes != {(1, heads, 3, width)}:
         return "its layers differ in the shape of their keys and values"
     alone = DynamicCache()
     for number, layer in enumerate(held.layers):
         alone.update(layer.keys, layer.values, number)
     try:
         second = small(input_ids=ids[:, 3:], use_cache=True, **{name: alone})[0]
-    except Exception:  # whatever another library's class may raise
+    except Exception:
         return "its layers keep more than keys and values"
     by_token = whole.shape[1] == ids.shape[1] and second.shape[1] == 3
-    wanted = whole[:, 3:] if by_token else whole
-    return (
-        None
-        if near(second, wanted)
-        else ("its tokens see more, or less, than keys and values before them")
-    )
-
-
-def near(one: Tensor, other: Tensor) -> bool:
-    """Say whether two results are equal up to rounding."""
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-4)
-
-
-# An encoder
+    if near(second, whole[:, 3:] if by_token else whole):
+        return None
+    return "its tokens see more, or less, than keys and values before them"
 
 
 def sees_both_ways(small: Any) -> bool:
@@ -140,45 +135,39 @@ def sees_both_ways(small: Any) -> bool:
         ids = text_for(small)["input_ids"]
         other = torch.cat([ids[:, :-1], ids[:, -1:] + 3], dim=1)
         first, second = (small.base_model(input_ids=x)[0] for x in (ids, other))
-    except Exception:  # whatever another library's class may raise
+    except Exception:
         return False
     return first.shape[1:2] == ids.shape[1:] and not near(first[:, 0], second[:, 0])
 
 
 def taken_by_encoder(small: Any) -> Takes:
-    """Return what an encoder takes."""
     text = text_for(small)
-    results = small(**text)
+    length = text["input_ids"].shape[1]
+    logits = [value for name, value in small(**text).items() if "logits" in name]
+    tensors = [value for value in logits if isinstance(value, Tensor)]
     return Takes(
         "encoder",
         no_keys=no_keys(small.base_model, text),
         no_embeddings=no_embeddings(small, text),
-        labels_by_token=any(by_token(k, v, text["input_ids"]) for k, v in results.items()),
+        labels_by_token=any(x.dim() == 3 and x.shape[1] == length for x in tensors),
     )
 
 
-def by_token(name: str, value: Any, ids: Tensor) -> bool:
-    """Say whether an output has logits for each token."""
-    sized = isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == ids.shape[1]
-    return "logits" in name and sized
-
-
 def no_embeddings(small: Any, text: dict[str, Tensor]) -> str | None:
-    """Return why a model does not read its tokens' embeddings as it reads the tokens, or None."""
+    """Say why a model does not read its tokens' embeddings as it reads the tokens, or None."""
     if not takes(small.forward, EMBEDDINGS):
         return f"it takes no {EMBEDDINGS}"
     try:
         table = input_embedding(small)
     except AdapterError:
         return "it has no table of token embeddings"
-    text = dict(text)
-    wanted = small(**text)[0]
-    ids = text.pop("input_ids")
+    by_ids = small(**text)[0]
+    others = {name: value for name, value in text.items() if name != "input_ids"}
     try:
-        got = small(**text, **{EMBEDDINGS: table(ids)})[0]
-    except Exception:  # whatever another library's class may raise
+        by_embeddings = small(**others, **{EMBEDDINGS: table(text["input_ids"])})[0]
+    except Exception:
         return f"it does not run on {EMBEDDINGS}"
-    if not near(got, wanted):
+    if not near(by_embeddings, by_ids):
         return f"it reads {EMBEDDINGS} otherwise than its tokens' embeddings"
     width = getattr(small.config.get_text_config(), "hidden_size", table.embedding_dim)
     if width != table.embedding_dim:
@@ -187,7 +176,7 @@ def no_embeddings(small: Any, text: dict[str, Tensor]) -> str | None:
 
 
 def no_keys(body: Any, text: dict[str, Tensor]) -> str | None:
-    """Return why an encoder's tokens do not attend to keys and values before them, or None."""
+    """Say why an encoder's tokens do not attend to keys and values before them, or None."""
     name = cache_argument(body.forward)
     if name is None:
         return NO_CACHE
@@ -199,31 +188,26 @@ def no_keys(body: Any, text: dict[str, Tensor]) -> str | None:
             cache.update(pair[0], pair[1], layer)
         ones = torch.ones(1, 9, dtype=torch.long)
         got = body(**text, attention_mask=ones, **{name: cache})[0]
-    except Exception:  # whatever another library's class may raise
+    except Exception:
         return "it does not run with keys and values before its text"
     changed = got.shape[1] == 6 and not near(got, body(**text)[0])
     return None if changed else "its tokens do not attend to keys and values before them"
 
 
-# An encoder-decoder
-
-
 def taken_by_encoder_decoder(small: Any) -> Takes:
-    """Return what an encoder-decoder takes: embeddings in its encoder, keys in its decoder."""
     text = text_for(small)
     encoder = encoder_of(small)
     if encoder is None:
         return Takes(refused="it is an encoder-decoder without one encoder of text")
-    own = {"input_ids": text["input_ids"]}
     return Takes(
         "encoder-decoder",
         no_keys=no_decoder_keys(small, text),
-        no_embeddings=no_embeddings(encoder, own),
+        no_embeddings=no_embeddings(encoder, {"input_ids": text["input_ids"]}),
     )
 
 
 def no_decoder_keys(small: Any, text: dict[str, Tensor]) -> str | None:
-    """Return why a decoder's tokens do not attend to keys and values before them, or None."""
+    """Say why a decoder's tokens do not attend to keys and values before them, or None."""
     name = cache_argument(small.forward)
     if name is None:
         return NO_CACHE
@@ -239,7 +223,7 @@ def no_decoder_keys(small: Any, text: dict[str, Tensor]) -> str | None:
         cache = EncoderDecoderCache(first.self_attention_cache, DynamicCache())
         rest = {**text, "decoder_input_ids": text["decoder_input_ids"][:, 3:]}
         got = small(**rest, **{name: cache})[0]
-    except Exception:  # whatever another library's class may raise
+    except Exception:
         return "its decoder does not run with keys and values before its text"
-    wanted = small(**text)[0][:, 3:]
-    return None if near(got, wanted) else "its decoder sees more, or less, than keys and values"
+    whole = small(**text)[0][:, 3:]
+    return None if near(got, whole) else "its decoder sees more, or less, than keys and values"

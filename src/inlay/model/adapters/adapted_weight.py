@@ -1,7 +1,8 @@
-"""Adapting a layer through its weight: its own forward reads the adapted parameter.
+"""A weight with weight methods on it: as the base of one more method, and as a layer's parameter.
 
-The adapted parameter is made for each pass. What autograd would keep of it for the backward pass is
-computed again there instead, so that no layer holds a dense copy of its weight between the two.
+The parameter is made for each pass of a layer whose own forward reads it. What autograd would keep
+of it for the backward pass is computed again there instead, so that no layer holds a dense copy of
+its weight between the two.
 """
 
 from __future__ import annotations
@@ -14,7 +15,57 @@ import torch
 from torch import Tensor
 
 from inlay.methods.base import Params, WeightMethod
+from inlay.storage.base import FrozenLinear, whereabouts
 from inlay.storage.own import ByWeight
+
+
+class Composed(FrozenLinear):
+    """What the next method on a layer takes for its base: `base` with `method` applied."""
+
+    storage = "composed"
+
+    def __init__(
+        self, base: FrozenLinear, method: WeightMethod, params: Params, training: bool
+    ) -> None:
+        self.base, self.method, self.params, self.training = base, method, params, training
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def padding(self) -> int | None:
+        return self.base.padding
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.method.bias(self.params, self.base.bias)
+
+    def linear(self, x: Tensor) -> Tensor:
+        return self.method.forward(self.params, x, self.base, self.training)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y if self.bias is None else y - self.bias
+
+    def matmul_t(self, g: Tensor) -> Tensor:
+        return g @ self.dequantize()
+
+    def state(self) -> tuple[object, ...] | None:
+        below = self.base.state()
+        return None if below is None else (*below, *map(whereabouts, self.params.parameters()))
+
+    def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
+        w = self.method.weight(self.params, self.base.dequantize())
+        return w if rows is None else w[rows]
 
 
 class Changed(NamedTuple):
