@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from vision_tiny import FAMILIES, make_vision_model
 
 import inlay
 from inlay.errors import ModelError, TargetError
-from inlay.model.adapters.targets import find_targets
+from inlay.model.adapters.targets import adaptable_kinds, find_targets
 from inlay.model.load.pretrained import load
 from inlay.model.load.vision import parts_of
 from inlay.storage.registry import kind
@@ -120,3 +121,16 @@ def test_the_chunked_loss_is_on_and_leaves_with_the_adapter(folders: dict[str, P
         assert isinstance(model, FastCausalLM), family
         inlay.detach(model)
         assert not isinstance(model, FastCausalLM)
+
+
+def test_experts_are_among_the_linear_layers_of_the_language_part():
+    text = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "head_dim": 8}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"num_experts": 2, "num_experts_per_tok": 1, "vocab_size": 61}
+    seeing = {"hidden_size": 32, "intermediate_size": 48, "depth": 1, "num_heads": 4}
+    seeing |= {"out_hidden_size": 32, "deepstack_visual_indexes": [0]}
+    with torch.device("meta"):
+        config = Qwen3VLMoeConfig(text_config=text, vision_config=seeing)
+        model = Qwen3VLMoeForConditionalGeneration(config)
+    found = find_targets(model, "language", kinds=adaptable_kinds(inlay.LoRA()))
+    assert sum("experts" in name for name in found.names) == 2 * 2
