@@ -60,7 +60,7 @@ from inlay.model.adapters.entries import entries
 from inlay.model.adapters.places import module_at
 from inlay.model.adapters.registry import adapters
 from inlay.model.adapters.targets import adaptable_kinds, find_targets
-from inlay.model.adapters.wrappers import gains, looks_through
+from inlay.model.adapters.wrappers import adds_tensors, looks_through
 
 
 @looks_through
@@ -130,7 +130,7 @@ def checked_records(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return dict(recorded)
 
 
-@gains
+@adds_tensors
 def load_adapter(
     model: nn.Module, directory: str | Path, name: str = "default", *, seed: int = 0
 ) -> nn.Module:
@@ -164,7 +164,7 @@ def warn_of_lost_encoder(file: AdapterFile, directory: str | Path) -> None:
         )
 
 
-@gains
+@adds_tensors
 def put_adapter(model: nn.Module, directory: str | Path, name: str, seed: int = 0) -> AdapterFile:
     file = read_adapter(directory)
     file = AdapterFile(file.method, fitted(model, file.method, file.folder))

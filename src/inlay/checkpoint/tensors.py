@@ -25,7 +25,7 @@ from inlay.checkpoint.slots import (
 from inlay.errors import CheckpointError
 from inlay.files import share_as_usual
 from inlay.model.adapters.copies import own_parameters
-from inlay.model.adapters.deferred import give_room
+from inlay.model.adapters.deferred import allocate
 from inlay.storage.streamed import StreamedEmbedding
 
 COMPUTED = "unlike what its others give"
@@ -144,7 +144,7 @@ def put_values(
     model: nn.Module, name: str, found: list[Slot], values: Mapping[str, Tensor]
 ) -> None:
     separate(found, values)
-    give_room(model, name)
+    allocate(model, name)
     with torch.no_grad():
         for slot in found:
             if slot.key in values:

@@ -43,7 +43,7 @@ class Merged(Update):
         activate(self.model, registry, self.names)
         try:
             for name, layer in list(self.model.named_modules()):
-                if isinstance(layer, AdaptedLayer) and layer.here():
+                if isinstance(layer, AdaptedLayer) and layer.active_methods():
                     self.layer(name, layer)
         finally:
             for layer, was_active in before.items():

@@ -68,7 +68,7 @@ class Composed(FrozenLinear):
         return w if rows is None else w[rows]
 
 
-class Changed(NamedTuple):
+class AdaptedParameter(NamedTuple):
     """One parameter of a layer, and the active weight methods on it, in order of activation."""
 
     view: ByWeight
@@ -124,7 +124,7 @@ class Recomputed:
 
 @contextmanager
 def recomputed_in_backward(
-    found: Sequence[tuple[Changed, dict[str, Tensor]]],
+    found: Sequence[tuple[AdaptedParameter, dict[str, Tensor]]],
 ) -> Generator[None]:
     """Keep none of these adapted parameters for the backward pass inside the `with` block.
 

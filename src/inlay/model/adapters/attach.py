@@ -33,9 +33,9 @@ from inlay.model.adapters.registry import (
     restore_overridden,
 )
 from inlay.model.adapters.running_statistics import hold_statistics, release_statistics
-from inlay.model.adapters.tokens import Tokens, check_apart, input_embeddings, token_rows
+from inlay.model.adapters.tokens import Tokens, check_disjoint, input_embeddings, token_rows
 from inlay.model.adapters.watch import Watch
-from inlay.model.adapters.wrappers import gains, looks_through, unwrapped
+from inlay.model.adapters.wrappers import adds_tensors, looks_through, unwrapped
 from inlay.model.fast.install import install, uninstall
 from inlay.model.seams.accelerate import brought_in, keep_resident
 from inlay.storage.bitsandbytes import tell_dtype
@@ -43,7 +43,7 @@ from inlay.storage.parameters import Parameter
 from inlay.storage.registry import frozen, matrix_kind
 
 
-@gains
+@adds_tensors
 @torch.inference_mode(False)
 def attach(
     model: nn.Module,
@@ -93,7 +93,7 @@ def attach(
     with base_alone(model):
         places, found = places_for(model, method, targets, exclude, blocks, modules_to_save, seed)
         rows, tokens = token_rows(model, trainable_tokens, saved)
-    check_apart(rows, found)
+    check_disjoint(rows, found)
     for module_name, copies in (*saved.items(), *rows.items()):
         places.setdefault(module_name, Place()).add(copies)
     for module_name in places:

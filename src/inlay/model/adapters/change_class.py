@@ -42,20 +42,20 @@ def forwards_of(cls: type[nn.Module]) -> set[Any]:
     return {vars(c)["forward"] for c in cls.__mro__ if "forward" in vars(c)}
 
 
-Put = Callable[[types.MethodType], None]
+Setter = Callable[[types.MethodType], None]
 
 
-def kept_forwards(module: nn.Module) -> Iterator[tuple[types.MethodType, Put]]:
+def kept_forwards(module: nn.Module) -> Iterator[tuple[types.MethodType, Setter]]:
     """Yield every bound forward of the module that its instance keeps, and a setter for it."""
     for name in ("forward", *KEPT_FORWARDS):
         if name in vars(module):
             put = functools.partial(vars(module).__setitem__, name)
-            yield from within(vars(module)[name], put, module, DEPTH)
+            yield from forwards_in(vars(module)[name], put, module, DEPTH)
 
 
-def within(
+def forwards_in(
     held: Any, put: Callable[[Any], None], module: nn.Module, depth: int
-) -> Iterator[tuple[types.MethodType, Put]]:
+) -> Iterator[tuple[types.MethodType, Setter]]:
     """Yield every bound forward of the module in a callable: itself, a partial's, a closure's."""
     if not depth or not callable(held):
         return
@@ -63,30 +63,34 @@ def within(
         if held.__self__ is module and getattr(held, "__name__", "") == "forward":
             yield held, put
         elif isinstance(held.__func__, types.FunctionType):
-            yield from in_function(held.__func__, module, depth - 1)
+            yield from forwards_in_function(held.__func__, module, depth - 1)
     elif isinstance(held, functools.partial):
         again = functools.partial(with_function, held, put)
-        yield from within(held.func, again, module, depth - 1)
+        yield from forwards_in(held.func, again, module, depth - 1)
     elif isinstance(held, types.FunctionType):
-        yield from in_function(held, module, depth - 1)
+        yield from forwards_in_function(held, module, depth - 1)
 
 
-def in_function(
+def forwards_in_function(
     function: types.FunctionType, module: nn.Module, depth: int
-) -> Iterator[tuple[types.MethodType, Put]]:
+) -> Iterator[tuple[types.MethodType, Setter]]:
     """Yield every bound forward of the module in a function's closure or default values."""
     for cell in function.__closure__ or ():
         try:
             content = cell.cell_contents
         except ValueError:  # not filled yet
             continue
-        yield from within(content, functools.partial(setattr, cell, "cell_contents"), module, depth)
+        yield from forwards_in(
+            content, functools.partial(setattr, cell, "cell_contents"), module, depth
+        )
     for place, default in enumerate(function.__defaults__ or ()):
-        yield from within(default, functools.partial(set_default, function, place), module, depth)
+        yield from forwards_in(
+            default, functools.partial(set_default, function, place), module, depth
+        )
 
 
-def with_function(held: functools.partial[Any], put: Put, function: Any) -> None:
-    """Put a partial of another function in a partial's place, with the same attributes."""
+def with_function(held: functools.partial[Any], put: Setter, function: Any) -> None:
+    """Setter a partial of another function in a partial's place, with the same attributes."""
     made = functools.partial(function, *held.args, **held.keywords)
     made.__dict__.update(held.__dict__)
     put(made)  # pyright: ignore[reportArgumentType]

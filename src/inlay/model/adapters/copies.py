@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from inlay.errors import AdapterError, TargetError
 from inlay.methods.base import Params, SelectMethod
 from inlay.model.adapters.entries import block_number, entries, in_layers, under
-from inlay.model.adapters.layer import moved_buffers, own_modules
+from inlay.model.adapters.layer import copyable_buffers, own_modules
 from inlay.model.load.vision import PARTS, parts_of
 from inlay.model.seams.accelerate import brought_in
 from inlay.storage.base import FrozenLinear
@@ -60,8 +60,8 @@ def trained_modules(model: nn.Module, named: Sequence[str]) -> dict[str, Params]
 
 def statistics(module: nn.Module) -> dict[str, Tensor]:
     """Copy the buffers that are saved with a module, such as running statistics."""
-    moved, buffers = moved_buffers(module), module._buffers.items()
-    return {n: b.detach().clone() for n, b in buffers if b is not None and n in moved}
+    copyable, buffers = copyable_buffers(module), module._buffers.items()
+    return {n: b.detach().clone() for n, b in buffers if b is not None and n in copyable}
 
 
 class Copies:

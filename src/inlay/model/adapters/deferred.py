@@ -35,7 +35,7 @@ def defer(model: nn.Module, name: str) -> None:
 
 
 @torch.no_grad()
-def give_room(model: nn.Module, name: str) -> None:
+def allocate(model: nn.Module, name: str) -> None:
     """Allocate an adapter's meta tensors, without values, on the devices of their layers."""
     for place, params, tensor in list(deferred(model, name)):
         view, held = view_at(model, place), params._parameters[tensor]

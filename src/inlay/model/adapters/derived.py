@@ -17,14 +17,14 @@ SEEN = "seen_base"
 
 def note(method: WeightMethod, params: Params, base: FrozenLinear) -> None:
     """Note that a method's tensors were just computed from this weight."""
-    if method.reads_base and can_tell(params):
+    if method.reads_base and is_concrete(params):
         vars(params)[SEEN] = base.state()
 
 
 @torch.no_grad()
 def follow(method: WeightMethod, params: Params, base: FrozenLinear) -> None:
     """Bring what a method computed from its base weight up to date with that weight."""
-    if not method.reads_base or not can_tell(params):
+    if not method.reads_base or not is_concrete(params):
         return
     now = base.state()
     if now is not None and now == vars(params).get(SEEN):
@@ -37,9 +37,9 @@ def follow_loaded(layer: nn.Module, keys: object) -> None:
     """Follow the weights that `load_state_dict` put in: a compiled layer looks no further."""
     del keys
     adapted: Any = layer
-    adapted.keep_up(adapted.weight_methods())
+    adapted.update_derived(adapted.weight_methods())
 
 
-def can_tell(params: Params) -> bool:
+def is_concrete(params: Params) -> bool:
     """Say whether tensors can be looked at: not while a graph is traced, nor fake ones."""
     return not torch.compiler.is_compiling() and not any(map(is_fake, params.parameters()))

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 
 from inlay.methods.base import HiddenMethod, Method, Params, WeightMethod
 from inlay.methods.tokens import ROWS, TOKENS, TokenRows, tokens_of
-from inlay.model.adapters.adapted_weight import Changed, Composed, recomputed_in_backward
+from inlay.model.adapters.adapted_weight import AdaptedParameter, Composed, recomputed_in_backward
 from inlay.model.adapters.derived import follow
 from inlay.model.adapters.wrappers import unwrapped
 from inlay.storage.base import FrozenLinear
@@ -44,7 +44,7 @@ class AdaptedLayer(Base):
     """
 
     original: ClassVar[type[nn.Module]]
-    moved: ClassVar[frozenset[str]]
+    copyable: ClassVar[frozenset[str]]
     """The buffers that an adapter may have its own copy of, such as running statistics."""
     adapters: nn.ModuleDict
     methods: dict[str, Method | None]
@@ -60,17 +60,17 @@ class AdaptedLayer(Base):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer with its active adapters."""
         note_use(self)
-        here = self.here()
-        changed = self.changed()
+        here = self.active_methods()
+        changed = self.adapted_parameters()
         weights = [] if changed else [(m, p) for m, p in here if isinstance(m, WeightMethod)]
         if weights:
-            self.keep_up(weights)
+            self.update_derived(weights)
             assert self.base is not None
             below, (method, p) = self.composed(weights[:-1]), weights[-1]
             h: Any = method.forward(p, input_of(args, kwargs), below, self.training)
             h = self.base.finished(h)
         elif changed:
-            self.keep_up(self.weight_methods())
+            self.update_derived(self.weight_methods())
             h = self.on_weights(changed, args, kwargs)
         elif self.base is not None and self.base.replaces_forward:
             h = self.base.linear(input_of(args, kwargs))
@@ -81,31 +81,31 @@ class AdaptedLayer(Base):
                 h = method.hidden(p, input_of(args, kwargs), h, self.training)
         return h
 
-    def changed(self) -> list[Changed]:
+    def adapted_parameters(self) -> list[AdaptedParameter]:
         """Return the parameters that this layer's own forward is to read adapted."""
-        found: list[Changed] = []
+        found: list[AdaptedParameter] = []
         if isinstance(self.base, ByWeight):
             own = self.weight_methods()
-            found += [Changed(self.base, own)] if own else []
+            found += [AdaptedParameter(self.base, own)] if own else []
         for name, view in self.part_views.items():
             at = [n for n in self.active if name in self.part_methods.get(n, {})]
             if at:
                 pairs = [(self.part_methods[n][name], self.params(n).parts[name]) for n in at]
-                found.append(Changed(view, pairs))
+                found.append(AdaptedParameter(view, pairs))
         return found
 
     def on_weights(
-        self, changed: list[Changed], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, changed: list[AdaptedParameter], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the layer's own forward on its adapted parameters."""
         if self.training and any(dropout_of(m) for each in changed for m, _ in each.pairs):
             return self.with_dropout(changed[0], input_of(args, kwargs))
         found = [(each, each.parameters()) for each in changed]
         held: dict[str, Tensor | None] = {n: t for _, ps in found for n, t in ps.items()}
-        with recomputed_in_backward(found), self.holding(held):
+        with recomputed_in_backward(found), self.reading_as(held):
             return super().forward(*args, **kwargs)
 
-    def with_dropout(self, changed: Changed, x: Tensor) -> Tensor:
+    def with_dropout(self, changed: AdaptedParameter, x: Tensor) -> Tensor:
         """Return the output on W, and of each update, whose x is dropped out, its own.
 
         The output must be linear in the weight, as a convolution's is.
@@ -113,7 +113,7 @@ class AdaptedLayer(Base):
         view = changed.view
         names = (view.parameter, view.bias_name or "bias")
         w, b = view.matrix(), view.bias
-        with self.holding(dict(zip(names, (view.as_stored(w), b), strict=True))):
+        with self.reading_as(dict(zip(names, (view.as_stored(w), b), strict=True))):
             h = super().forward(x)
         for method, p in changed.pairs:
             before = w, b
@@ -122,12 +122,12 @@ class AdaptedLayer(Base):
                 None if b is None or before[1] is None or b is before[1] else b - before[1]
             )
             update = (view.as_stored(w - before[0]), bias_update)
-            with self.holding(dict(zip(names, update, strict=True))):
+            with self.reading_as(dict(zip(names, update, strict=True))):
                 h = h + super().forward(F.dropout(x, dropout_of(method)))
         return h
 
     @contextmanager
-    def holding(self, held: dict[str, Tensor | None]) -> Generator[None]:
+    def reading_as(self, held: dict[str, Tensor | None]) -> Generator[None]:
         """Let the layer's parameters read as these inside the `with` block."""
         before, self.__dict__["reads_as"] = self.reads_as, held
         try:
@@ -158,15 +158,15 @@ class AdaptedLayer(Base):
     def holder_of_buffers(self) -> Params | None:
         """Return the tensors of the last active adapter that has its own copy of the buffers."""
         here = (self.params(n) for n in reversed(self.active) if n in self.methods)
-        return next((p for p in here if self.moved & p._buffers.keys()), None)
+        return next((p for p in here if self.copyable & p._buffers.keys()), None)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in type(self).moved and (holder := self.holder_of_buffers()) is not None:
+        if name in type(self).copyable and (holder := self.holder_of_buffers()) is not None:
             holder._buffers[name] = value
         else:
             super().__setattr__(name, value)
 
-    def keep_up(self, weights: list[tuple[WeightMethod, Params]]) -> None:
+    def update_derived(self, weights: list[tuple[WeightMethod, Params]]) -> None:
         """Bring what these methods computed from the weight below them up to date with it."""
         for at, (method, params) in enumerate(weights):
             if method.reads_base and not vars(self).get("divided"):
@@ -174,9 +174,9 @@ class AdaptedLayer(Base):
 
     def weight_methods(self) -> list[tuple[WeightMethod, Params]]:
         """Return the active weight methods here with their tensors, in order of activation."""
-        return [(m, p) for m, p in self.here() if isinstance(m, WeightMethod)]
+        return [(m, p) for m, p in self.active_methods() if isinstance(m, WeightMethod)]
 
-    def here(self) -> list[tuple[Method | None, Params]]:
+    def active_methods(self) -> list[tuple[Method | None, Params]]:
         """Return what the active adapters have at this layer, tokens' rows before the method."""
         found: list[tuple[Method | None, Params]] = []
         for name in self.active:
@@ -207,7 +207,7 @@ class AdaptedLayer(Base):
         The last are the layer's parameters by name, in float32 at least.
         """
         found: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
-        for each in self.changed():
+        for each in self.adapted_parameters():
             new = each.parameters(wide=True)
             view = each.view
             found.append((view.as_stored(view.matrix()), new[view.parameter], new))
@@ -223,23 +223,23 @@ class AdaptedLayer(Base):
         assert isinstance(params, Params)
         return params
 
-    def acts_on(self, name: str) -> bool:
+    def is_computed(self, name: str) -> bool:
         """Say whether a parameter acts otherwise than it is held: it is packed, or adapted now."""
         if name in ("weight", "bias") and not isinstance(self.base, ByWeight):
             adapted = any(isinstance(self.methods.get(n), WeightMethod) for n in self.active)
             return adapted or isinstance(self, FrozenLinear)
         if not self.active or not (self.part_views or isinstance(self.base, ByWeight)):
             return False
-        return any(name in changed.names() for changed in self.changed())
+        return any(name in changed.names() for changed in self.adapted_parameters())
 
-    def acting_parameter(self, name: str) -> Tensor | None:
+    def computed_parameter(self, name: str) -> Tensor | None:
         """Return a parameter as it acts, for code that computes with it past `forward`."""
-        self.keep_up(self.weight_methods())
+        self.update_derived(self.weight_methods())
         found: Tensor | None = None
-        for changed in self.changed():
+        for changed in self.adapted_parameters():
             if name in changed.names():
                 found = changed.parameters().get(name)
-                return None if found is None else self.read_as(name, found)
+                return None if found is None else self.as_read(name, found)
         base = self.base
         assert base is not None
         if name == "bias":
@@ -247,9 +247,9 @@ class AdaptedLayer(Base):
             for method, p in self.weight_methods():
                 found = method.bias(p, found)
             return found
-        return self.read_as(name, base.turned(self.adapted_weight()[0].to(base.dtype)))
+        return self.as_read(name, base.turned(self.adapted_weight()[0].to(base.dtype)))
 
-    def read_as(self, name: str, value: Tensor) -> Tensor:
+    def as_read(self, name: str, value: Tensor) -> Tensor:
         """Return a parameter's value for one reader; what computes with it is noted."""
         used = partial(vars(self).__setitem__, READ, True)
         return as_value(value, f"the {name} of a {type(self).__name__}", used)
@@ -271,7 +271,7 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def moved_buffers(layer: nn.Module) -> frozenset[str]:
+def copyable_buffers(layer: nn.Module) -> frozenset[str]:
     """Return the buffers of a layer that an adapter can have its own copy of."""
     if isinstance(layer, FrozenLinear):
         return frozenset()

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from inlay.errors import AdapterError, ModelError
 from inlay.model.adapters.change_class import change_class
 from inlay.model.adapters.derived import follow_loaded
-from inlay.model.adapters.layer import AdaptedLayer, moved_buffers, note_use
+from inlay.model.adapters.layer import AdaptedLayer, copyable_buffers, note_use
 from inlay.model.pickling import MADE_BY, reduced
 from inlay.storage.base import FrozenLinear
 from inlay.storage.reads import READ, asked_by_tool
@@ -32,7 +32,7 @@ def adapted_class(
     """Return the subclass of `original` that carries adapters; its name stays the same."""
     body: dict[str, Any] = {name: property(reader(name), refuser(name)) for name in parameters}
     body |= {name: property(buffer_reader(name)) for name in buffers}
-    body |= {"original": original, "moved": buffers, "__module__": original.__module__}
+    body |= {"original": original, "copyable": buffers, "__module__": original.__module__}
     body |= {"__qualname__": original.__qualname__, "__reduce_ex__": reduced}
     body[MADE_BY] = (adapted_class, original, parameters, buffers)
     return type(original.__name__, (AdaptedLayer, original), body)
@@ -46,7 +46,7 @@ def reader(name: str) -> Callable[[AdaptedLayer], Tensor | None]:
         if held is not None and name in held:
             return held[name]
         own = layer.stored_parameter(name)
-        if held is not None or not layer.acts_on(name):
+        if held is not None or not layer.is_computed(name):
             if own is not layer._parameters[name]:
                 note_use(layer, read=True)
             return own
@@ -54,7 +54,7 @@ def reader(name: str) -> Callable[[AdaptedLayer], Tensor | None]:
         if asked_by_tool() or by_storage:
             return own
         note_use(layer, read=True)
-        return layer.acting_parameter(name)
+        return layer.computed_parameter(name)
 
     return read
 
@@ -105,7 +105,7 @@ def become_adapted(layer: nn.Module, base: FrozenLinear | None) -> AdaptedLayer:
     layer.adapters = nn.ModuleDict()
     state = ({}, (), base, {}, {}, None)
     layer.__dict__.update(zip(STATE, state, strict=True))
-    adapted = adapted_class(type(layer), tuple(layer._parameters), moved_buffers(layer))
+    adapted = adapted_class(type(layer), tuple(layer._parameters), copyable_buffers(layer))
     change_class(layer, adapted)
     assert isinstance(layer, AdaptedLayer)
     layer.register_load_state_dict_post_hook(follow_loaded)

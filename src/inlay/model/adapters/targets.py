@@ -82,7 +82,7 @@ def find_targets(
     if not able:
         what = ", ".join(kinds)
         raise TargetError(f"the model {type(model).__name__} has no layer of kind {what}")
-    chosen = meant(model, targets, places, kinds)
+    chosen = named_places(model, targets, places, kinds)
     for entry in entries(exclude):
         dropped = [n for n in places.everything() if entry.matches(n)]
         if not dropped:
@@ -100,7 +100,7 @@ def find_targets(
     return Found(names, left_out, tuple(passed_over(model, {*names, *left_out})))
 
 
-def meant(
+def named_places(
     model: nn.Module, targets: str | Sequence[str], places: Places, kinds: Sequence[str]
 ) -> set[str]:
     """Return the places that `targets` means, before any is left out."""
@@ -112,7 +112,7 @@ def meant(
         if entry in PARTS and parts:
             chosen |= set(linear_in(entry, parts, model, places))
         else:
-            chosen |= set(matches_of(entry, places, kinds))
+            chosen |= set(places_of_entry(entry, places, kinds))
     check_whole_experts(entries(targets), places, chosen)
     return chosen
 
@@ -123,7 +123,7 @@ def without_nested(chosen: set[str], places: Places) -> set[str]:
     return {n for n in chosen if n.rpartition(".")[0] not in attention}
 
 
-def matches_of(entry: Entry, places: Places, kinds: Sequence[str]) -> list[str]:
+def places_of_entry(entry: Entry, places: Places, kinds: Sequence[str]) -> list[str]:
     """Return the places one entry means; raise when there are none."""
     if entry in GROUPS:
         group = entries(GROUPS[entry])

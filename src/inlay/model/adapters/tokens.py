@@ -141,7 +141,7 @@ def rows_of(module: nn.Module, ids: Sequence[int]) -> Tensor:
         return stored(matrix, *rows.shape).copy_(rows)
 
 
-def check_apart(rows: Collection[str], found: Found) -> None:
+def check_disjoint(rows: Collection[str], found: Found) -> None:
     """Raise when a layer is adapted and some of its rows train: HF PEFT's layout has no both."""
     both = [name for name in found.names if name in rows]
     if both:

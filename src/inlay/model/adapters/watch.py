@@ -53,17 +53,17 @@ class Watch:
         self.entered: set[nn.Module] = set()
         self.passes: dict[str, int] = {}
         self.reached: set[str] = set()
-        self.seen_forward = self.trains = self.judging = self.over = False
-        self.in_parts = self.came = False
+        self.seen_forward = self.trains = self.judging = self.ended = False
+        self.in_parts = self.gradients_came = False
         """Whether the backward pass is one for each block, and whether gradients came since."""
         self.backwards = 0
         self.handles: list[Any] = []
-        self.at_layers: list[Any] = []
+        self.layer_handles: list[Any] = []
         before = model.register_forward_pre_hook(self.before_forward)
         self.handles += [before, model.register_forward_hook(self.after_forward)]
-        self.begin_at_layers()
+        self.watch_layers()
 
-    def begin_at_layers(self) -> None:
+    def watch_layers(self) -> None:
         """Note every use of the places that are not proven, and of the modules that hold them."""
         names: dict[AdaptedLayer, list[str]] = {}
         for name, layer in self.layers.items():
@@ -72,15 +72,15 @@ class Watch:
             if not self.reached.issuperset(here):
                 vars(layer)["watch"] = partial(self.note, here)
         parents = {p for n, p in self.parents.items() if p is not None and n not in self.reached}
-        self.at_layers = [p.register_forward_pre_hook(self.enter) for p in parents]
+        self.layer_handles = [p.register_forward_pre_hook(self.note_call) for p in parents]
 
-    def end_at_layers(self) -> None:
+    def unwatch_layers(self) -> None:
         """Stop noting uses, until the next pass that can train."""
         for layer in self.layers.values():
             vars(layer).pop("watch", None)
-        for handle in self.at_layers:
+        for handle in self.layer_handles:
             handle.remove()
-        self.at_layers = []
+        self.layer_handles = []
 
     def note(self, names: list[str], read: bool) -> None:
         """Note that the layer of these places is called, or that its weight is read."""
@@ -89,7 +89,7 @@ class Watch:
             self.trained.update(names)
             self.in_parts |= not torch.is_grad_enabled()
 
-    def enter(self, module: nn.Module, *_: Any) -> None:
+    def note_call(self, module: nn.Module, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             self.entered.add(module)
 
@@ -97,13 +97,13 @@ class Watch:
         """Note whether the pass that begins can train."""
         if torch.compiler.is_compiling():
             return
-        if self.in_parts and self.came:
+        if self.in_parts and self.gradients_came:
             self.after_backward()
         acts = any(layer.active for layer in self.layers.values()) or "" in self.params
         self.trains = acts and torch.is_grad_enabled()
         if self.trains:
-            if not self.at_layers:
-                self.begin_at_layers()
+            if not self.layer_handles:
+                self.watch_layers()
             self.entered.add(self.model)
             self.wait_for_gradients()
 
@@ -117,7 +117,7 @@ class Watch:
         if self.trains and model.training:
             self.check_loss(model, getattr(output, "loss", None))
         if not self.trains:
-            self.end_at_layers()
+            self.unwatch_layers()
 
     def check_loss(self, model: nn.Module, loss: Any) -> None:
         """Raise when the loss depends on nothing that trains."""
@@ -165,20 +165,20 @@ class Watch:
         proven = next((name for name in self.params if name in self.reached), None)
         for name in self.params:
             for p in self.parameters(name) if name not in self.reached or name == proven else ():
-                self.handles.append(p.register_hook(Reach(self, name)))
+                self.handles.append(p.register_hook(GradientHook(self, name)))
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Return the tensors of a place that train now: moving a model may replace them."""
         return [p for here in self.params[name] for p in here.parameters() if p.requires_grad]
 
-    def reach(self, name: str) -> None:
+    def on_gradient(self, name: str) -> None:
         """Note a gradient; when the backward pass ends, judge the places that it did not reach.
 
         Reentrant checkpointing runs each block without gradients, and again in a backward pass of
         the block's own: what all of them reached is known when the next forward pass begins.
         """
         self.reached.add(name)
-        self.came = True
+        self.gradients_came = True
         if not self.in_parts and not self.judging and self.is_last_backward():
             self.judging = True
             torch.autograd.Variable._execution_engine.queue_callback(self.after_backward)
@@ -191,8 +191,8 @@ class Watch:
 
     def after_backward(self) -> None:
         """Raise for places that took part in the forward pass, but got no gradient."""
-        self.judging = self.came = False
-        if self.over:
+        self.judging = self.gradients_came = False
+        if self.ended:
             return
         self.backwards += 1
         left = [n for n in self.params if n not in self.reached and self.parameters(n)]
@@ -212,20 +212,20 @@ class Watch:
 
     def next_step(self) -> None:
         self.trained, self.entered = set(), set()
-        self.end_at_layers()
+        self.unwatch_layers()
         for handle in self.handles[2:]:
             handle.remove()
         del self.handles[2:]
 
     def end(self) -> None:
-        self.over = True
-        self.end_at_layers()
+        self.ended = True
+        self.unwatch_layers()
         for handle in self.handles:
             handle.remove()
         self.handles = []
 
 
-class Reach:
+class GradientHook:
     """The hook on an adapter's tensor; it is not saved with the tensor."""
 
     __torch_unserializable__ = True
@@ -236,7 +236,7 @@ class Reach:
     def __call__(self, gradient: Any) -> None:
         del gradient
         if not torch.compiler.is_compiling():
-            self.watch.reach(self.name)
+            self.watch.on_gradient(self.name)
 
 
 def parent_of(model: nn.Module, name: str, parameter: str | None) -> nn.Module | None:

@@ -64,7 +64,7 @@ def looks_through(verb: Callable[Concatenate[Any, P], T]) -> Callable[Concatenat
     return acting
 
 
-def gains(verb: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+def adds_tensors(verb: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
     """As `looks_through`, for a verb that adds tensors: refused inside DistributedDataParallel."""
     through = looks_through(verb)
 

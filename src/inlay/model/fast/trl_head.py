@@ -79,11 +79,11 @@ def mean_logits(head: nn.Module, rows: Tensor) -> Tensor:
 
 def acts_on(head: nn.Module) -> bool:
     """Say whether an adapter acts at the head now, so that its weight alone is not its function."""
-    return isinstance(head, AdaptedLayer) and bool(head.here())
+    return isinstance(head, AdaptedLayer) and bool(head.active_methods())
 
 
 def reads_past(head: nn.Module) -> bool:
     """Say whether to read the head's `weight` would leave an active adapter out."""
     return isinstance(head, AdaptedLayer) and any(
-        isinstance(method, WeightMethod) for method, _ in head.here()
+        isinstance(method, WeightMethod) for method, _ in head.active_methods()
     )

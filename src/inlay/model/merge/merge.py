@@ -130,7 +130,7 @@ def merged(
     ties = Ties(model)
     plan = Plan(storage)
     for name, module in list(model.named_modules()):
-        if isinstance(module, AdaptedLayer) and module.here():
+        if isinstance(module, AdaptedLayer) and module.active_methods():
             plan.layer(model, name, module)
     low = plan.surviving_fraction < minimum_survival
     try:

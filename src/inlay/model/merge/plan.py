@@ -72,7 +72,7 @@ class Update:
                 self.account(own, copy, rounded)
             yield name, own, self.shared[id(copy)]
         holder = layer.holder_of_buffers()
-        for name in sorted(layer.moved):
+        for name in sorted(layer.copyable):
             own, moved = layer._buffers[name], holder and holder._buffers.get(name)
             if own is not None and moved is not None:
                 yield name, own, moved.clone()
@@ -201,7 +201,7 @@ def takes_over(new: nn.Module, old: nn.Module) -> None:
 
 def trained_copy(layer: AdaptedLayer, name: str) -> nn.Parameter | None:
     """Return the last active adapter's trained copy of a parameter of this layer."""
-    copies = [p._parameters.get(name) for _, p in layer.here()]
+    copies = [p._parameters.get(name) for _, p in layer.active_methods()]
     return next((c for c in reversed(copies) if c is not None), None)
 
 

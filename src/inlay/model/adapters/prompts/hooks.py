@@ -191,7 +191,7 @@ class PromptHook:
         return without_cache(output) if drops else None
 
     def filled(self, cache: Any, batch: int) -> Cache:
-        """Return the cache, or a new one, holding the virtual tokens' keys and values."""
+        """Return the cache, or a new one, with the virtual tokens' keys and values."""
         cache = DynamicCache() if cache is None else cache
         self.fill(cache, batch, self.keys_values())
         return cache
