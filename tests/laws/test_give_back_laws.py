@@ -56,7 +56,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "lora": {"method": inlay.LoRA(rank=2, bias_training="all")},
     "dora": {"method": inlay.DoRA(rank=2)},
     "ia3": {"method": inlay.IA3()},
-    "bottleneck": {"method": inlay.Bottleneck(width=4)},
+    "bottleneck": {"method": inlay.Bottleneck()},
     "norms": {"method": inlay.NormTuning()},
     "full": {"method": inlay.Full()},
     "prefix": {"method": inlay.PrefixTuning(tokens=3)},

@@ -7,9 +7,9 @@ class changes, the kept forward must become the new class's, or the change would
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -49,7 +49,7 @@ def kept_forwards(module: nn.Module) -> Iterator[tuple[types.MethodType, Setter]
     """Yield every bound forward of the module that its instance keeps, and a setter for it."""
     for name in ("forward", *KEPT_FORWARDS):
         if name in vars(module):
-            put = functools.partial(vars(module).__setitem__, name)
+            put = partial(vars(module).__setitem__, name)
             yield from forwards_in(vars(module)[name], put, module, DEPTH)
 
 
@@ -64,8 +64,8 @@ def forwards_in(
             yield held, put
         elif isinstance(held.__func__, types.FunctionType):
             yield from forwards_in_function(held.__func__, module, depth - 1)
-    elif isinstance(held, functools.partial):
-        again = functools.partial(with_function, held, put)
+    elif isinstance(held, partial):
+        again = partial(with_function, held, put)
         yield from forwards_in(held.func, again, module, depth - 1)
     elif isinstance(held, types.FunctionType):
         yield from forwards_in_function(held, module, depth - 1)
@@ -80,18 +80,14 @@ def forwards_in_function(
             content = cell.cell_contents
         except ValueError:  # not filled yet
             continue
-        yield from forwards_in(
-            content, functools.partial(setattr, cell, "cell_contents"), module, depth
-        )
+        yield from forwards_in(content, partial(setattr, cell, "cell_contents"), module, depth)
     for place, default in enumerate(function.__defaults__ or ()):
-        yield from forwards_in(
-            default, functools.partial(set_default, function, place), module, depth
-        )
+        yield from forwards_in(default, partial(set_default, function, place), module, depth)
 
 
-def with_function(held: functools.partial[Any], put: Setter, function: Any) -> None:
-    """Setter a partial of another function in a partial's place, with the same attributes."""
-    made = functools.partial(function, *held.args, **held.keywords)
+def with_function(held: partial[Any], put: Setter, function: Any) -> None:
+    """Put a partial of another function in a partial's place, with the same attributes."""
+    made = partial(function, *held.args, **held.keywords)
     made.__dict__.update(held.__dict__)
     put(made)  # pyright: ignore[reportArgumentType]
 
