@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,16 @@ def test_frozen_statistics_stay_and_the_adapter_fits_a_fresh_base(
     inlay.detach(model)
     assert all(torch.equal(b, before[n]) for n, b in model.state_dict().items() if "norm" in n)
     assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
+
+
+@pytest.mark.parametrize("norm", ["batch", "inside"])
+def test_a_model_with_frozen_statistics_is_pickled(norm: str) -> None:
+    model = train(inlay.attach(Net(NORMS[norm]), inlay.LoRA(rank=4), targets=["fc"]))
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(X), model(X))
+    before = {n: b.clone() for n, b in again.named_buffers()}
+    train(again)
+    assert all(torch.equal(b, before[n]) for n, b in again.named_buffers())
 
 
 def test_training_mode_is_what_was_set_and_statistics_move_again_after_detach() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn.modules.batchnorm import (
 
 from inlay.model.adapters.change_class import change_class
 from inlay.model.adapters.layer import AdaptedLayer, own_modules
-from inlay.model.fast.base import with_signature
+from inlay.model.fast.base import class_in_place
 from inlay.storage.base import FrozenLinear
 from inlay.storage.registry import kind
 
@@ -87,23 +86,10 @@ def hold_statistics(model: nn.Module) -> None:
         plain = isinstance(module, FrozenBuffers | FrozenLinear) or kind(module)
         if not plain and any(saved_buffers(module)):
             frozen = FrozenNorm if isinstance(module, NormBase) else RestoredBuffers
-            change_class(module, frozen_class(type(module), frozen))
+            change_class(module, class_in_place(type(module), frozen))
 
 
 def release_statistics(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FrozenBuffers):
             change_class(module, type(module).original)
-
-
-@cache
-def frozen_class(original: type[nn.Module], frozen: type[FrozenBuffers]) -> type[nn.Module]:
-    """Return the subclass whose buffers stay; its name and signature are the original's."""
-    body: dict[str, Any] = {
-        "original": original,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "forward": with_signature(frozen.forward, original),
-    }
-    return type(original.__name__, (frozen, original), body)

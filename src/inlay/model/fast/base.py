@@ -23,7 +23,7 @@ class Fast(nn.Module):
 
 def become_fast(module: nn.Module, fast: type[Fast], proven: frozenset[str]) -> None:
     """Put a fast path on a module, in place, for these ways."""
-    change_class(module, fast_class(type(module), fast))
+    change_class(module, class_in_place(type(module), fast))
     module.__dict__["proven"] = proven
 
 
@@ -47,8 +47,8 @@ def by_name(
 
 
 @cache
-def fast_class(plain: type[nn.Module], fast: type[Fast]) -> type[nn.Module]:
-    """Return the subclass of `plain` with a fast path; its name and signature stay the same."""
+def class_in_place(plain: type[nn.Module], top: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of `plain` whose forward is `top`'s, with the name, signature and doc."""
     body: dict[str, Any] = {
         "plain": plain,
         "original": plain,
@@ -56,11 +56,11 @@ def fast_class(plain: type[nn.Module], fast: type[Fast]) -> type[nn.Module]:
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,
         "__reduce_ex__": reduced,
-        MADE_BY: (fast_class, plain, fast),
+        MADE_BY: (class_in_place, plain, top),
         # In the body, so that transformers wraps a block's forward for checkpointing.
-        "forward": with_signature(fast.forward, plain),
+        "forward": with_signature(top.forward, plain),
     }
-    return type(plain.__name__, (fast, plain), body)
+    return type(plain.__name__, (top, plain), body)
 
 
 def with_signature(forward: Any, plain: type[nn.Module]) -> Any:
