@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from inlay.methods.base import Params, WeightMethod
-from inlay.storage.base import FrozenLinear, whereabouts
+from inlay.storage.base import FrozenLinear, tensor_identity
 from inlay.storage.own import ByWeight
 
 
@@ -61,7 +61,7 @@ class Composed(FrozenLinear):
 
     def state(self) -> tuple[object, ...] | None:
         below = self.base.state()
-        return None if below is None else (*below, *map(whereabouts, self.params.parameters()))
+        return None if below is None else (*below, *map(tensor_identity, self.params.parameters()))
 
     def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
         w = self.method.weight(self.params, self.base.dequantize())
