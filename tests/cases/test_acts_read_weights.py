@@ -241,7 +241,7 @@ def test_saving_says_where_hf_peft_leaves_an_adapter_dead(case: Case, tmp_path: 
     if make is Attends:  # which HF PEFT has its own layer for
         assert "the model reads the weight" not in texts
     else:
-        assert "it adapts the layer's forward, and the model reads the weight" in texts
+        assert "HF PEFT adapts the layer's forward, and the model reads the weight" in texts
 
 
 def test_a_weight_of_which_only_the_dtype_is_read_is_no_difference(tmp_path: Path) -> None:

@@ -452,7 +452,7 @@ def test_hf_peft_finds_layers_whose_names_it_takes_for_experts(tmp_path: Path, f
         again = inlay.load_adapter(model(), tmp_path)(input_ids=IDS).logits
     assert far(again, wanted) < 1e-6
     dora = inlay.attach(model(), inlay.DoRA(rank=2), exclude="experts")
-    with pytest.warns(UserWarning, match="it takes the name .* for the experts'"):
+    with pytest.warns(UserWarning, match="HF PEFT reads the name .* as the experts'"):
         inlay.save_adapter(dora, tmp_path / "dora")
     options["target_modules"], options["target_parameters"] = ["gate_proj"], None
     (tmp_path / "adapter_config.json").write_text(json.dumps(options))

@@ -241,7 +241,7 @@ def recorded_placement(model: nn.Module, file: AdapterFile) -> dict[str, Any] | 
         return placement
     except ValidationError as error:
         raise CheckpointError(
-            f"{file.folder.path / EXTRAS} must say a placement, and it is damaged: "
+            f"{file.folder.path / EXTRAS} must hold a placement; it is damaged: "
             f"{error.errors()[0]['msg']}"
         ) from None
 

@@ -123,7 +123,7 @@ def check_recorded(model: nn.Module, attached: Attached, folder: AdapterFolder) 
         if folder.config.get(key, theirs) != theirs:
             raise CheckpointError(
                 f"{folder.path / CONFIG} sets {key} to {shortened(folder.config[key])}, "
-                f"{EXTRAS} beside it to {shortened(theirs)}; restore the one that was changed, or "
+                f"and {EXTRAS} to {shortened(theirs)}; restore the one that was changed, or "
                 f"delete {EXTRAS} to read the folder as plain HF PEFT"
             )
     check_base(model, attached, folder)

@@ -48,16 +48,19 @@ def differences(model: nn.Module, attached: Attached) -> Iterator[tuple[str, str
         leaf = target.rpartition(".")[2]
         layers_alone = all(at.parameter is None for at in matrices_at(model, target))
         if convert is not None and is_renamed(convert, target) and layers_alone:
-            yield target, "it takes the layer's name for one of older checkpoints, and loses it"
+            yield (
+                target,
+                "HF PEFT reads the layer's name as an older checkpoint's and drops it",
+            )
         if leaf in experts and not named_by_weight(model, method, target) and layers_alone:
-            yield target, f"it takes the name {leaf} for the experts', and has no other way to it"
+            yield target, f"HF PEFT reads the name {leaf} as the experts', and has no other for it"
         for at in matrices_at(model, target):
             above, _, last = at.name.rpartition(".")
             inside = isinstance(model.get_submodule(above), nn.MultiheadAttention)
             if inside and last == "out_proj" and above not in attached.found.names:
-                yield at.place, "it does not reach an attention module's output projection alone"
+                yield at.place, "HF PEFT cannot adapt an attention module's output projection alone"
             if not inside and is_read(model, at.name):
-                yield at.place, "it adapts the layer's forward, and the model reads the weight"
+                yield at.place, "HF PEFT adapts the layer's forward, and the model reads the weight"
             reason = reason_at(method, at.view, model.get_submodule(at.name))
             if reason is not None:
                 yield at.place, reason
@@ -80,16 +83,16 @@ def is_read(model: nn.Module, name: str) -> bool:
 def reason_at(method: Method, view: FrozenLinear, module: nn.Module) -> str | None:
     plain = method.peft_type == "LORA" and not method.peft_fixed
     if isinstance(view, Parameter) and not plain:
-        return f"it adapts single parameters by LoRA alone, not by {method.name}"
+        return f"HF PEFT adapts single parameters by LoRA alone, not by {method.name}"
     if isinstance(view, Parameter) and view.parameter in APART:
-        return "it adapts no attention whose keys and values have other widths"
+        return "HF PEFT adapts no attention whose keys and values have other widths"
     if isinstance(view, Convolution):
         return reason_at_convolution(view)
     if isinstance(view, OwnLinear | OwnEmbedding):
         name = layer_class(module).__name__
         if name != "NonDynamicallyQuantizableLinear":
             return (
-                f"it adds to the output of {name}, past what its own forward does with the weight"
+                f"HF PEFT adds to the output of {name}, whose own forward changes the weight first"
             )
     return None
 
@@ -97,9 +100,9 @@ def reason_at(method: Method, view: FrozenLinear, module: nn.Module) -> str | No
 def reason_at_convolution(view: Convolution) -> str | None:
     layer: Any = view.layer
     if view.groups > 1:
-        return "it adapts a convolution in groups by what no kernel of the layer can hold"
+        return "HF PEFT adapts a grouped convolution by values that no kernel of the layer can hold"
     if any(step != 1 for step in layer.dilation):
-        return "it leaves a convolution's dilation out"
+        return "HF PEFT leaves a convolution's dilation out"
     if layer.padding_mode != "zeros":
-        return f"it pads with zeros where the layer's padding is {layer.padding_mode}"
+        return f"HF PEFT pads with zeros where the layer's padding is {layer.padding_mode}"
     return None

@@ -187,7 +187,7 @@ def refuse_unknown(
     if newer and remedy is None:
         warnings.warn(
             f"{where} has options that this version of inlay does not know ({', '.join(newer)}); "
-            "they are off there, and left out",
+            "they are off and were left out",
             stacklevel=6,
         )
 

@@ -273,7 +273,7 @@ def check_no_former_experts(model: nn.Module, config: Mapping[str, Any], where: 
     if meant:
         raise CheckpointError(
             f"{where} targets {', '.join(sorted(meant))}, which transformers 5 has joined in the "
-            f"experts of a {type(model).__name__}: the adapter is of the layout before; load it "
-            "once with HF PEFT 0.19 or later on transformers 5, call save_pretrained there, and "
+            f"experts of a {type(model).__name__}: the adapter has the older layout; load it once "
+            "with HF PEFT 0.19 or later on transformers 5, call save_pretrained there, and "
             "read that folder"
         )

@@ -26,7 +26,8 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path} is a pickle that holds more than tensors: it could run any code when opened, "
-            f"so it is not. Where you trust it, write its tensors as safetensors: {command(path)}"
+            "so it is not opened. Where you trust it, write its tensors as safetensors: "
+            f"{command(path)}"
         ) from None
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

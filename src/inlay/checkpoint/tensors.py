@@ -41,14 +41,14 @@ def write_tensors(
     nowhere = sorted(key for key, value in tensors.items() if value.is_meta)
     if nowhere:
         raise CheckpointError(
-            f"the adapter is not saved, for it has no values yet in {listed(nowhere)}, as "
-            "low_cpu_mem_usage=True makes it; load values into it first"
+            f"the adapter is not saved: low_cpu_mem_usage=True left it with no values yet in "
+            f"{listed(nowhere)}; load values into it first"
         )
     values = {key: t.to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     bad = sorted(key for key, value in values.items() if not bool(torch.isfinite(value).all()))
     if bad:
         raise CheckpointError(
-            f"the adapter is not saved, for it holds NaN or infinite values in {listed(bad)}; "
+            f"the adapter is not saved: it holds NaN or infinite values in {listed(bad)}; "
             "training diverged: take the last good checkpoint"
         )
     save_file(values, path, metadata={"format": "pt"})
@@ -63,8 +63,8 @@ def check_written(path: Path, values: Mapping[str, Tensor]) -> None:
     wrong = sorted(k for k in {*read, *values} if not same_bits(read.get(k), values.get(k)))
     if wrong:
         raise CheckpointError(
-            f"the adapter is not saved: read back, {listed(wrong)} of the file written are not "
-            "what the model holds; check the disk"
+            f"the adapter is not saved: {listed(wrong)}, read back from the file, differ from the "
+            "model's; check the disk"
         )
 
 
@@ -185,9 +185,7 @@ def misfit(key: str, entry: Entry, tensor: Tensor, is_copy: bool) -> Iterator[st
     if entry.shape != tuple(tensor.shape):
         expected = f"expected {list(tensor.shape)}"
         if is_copy and entry.shape[1:] == tuple(tensor.shape[1:]):
-            expected += (
-                f", for which model.resize_token_embeddings({entry.shape[0]}) is to be called"
-            )
+            expected += f" (call model.resize_token_embeddings({entry.shape[0]}))"
         yield f"{key} of shape {list(entry.shape)}, {expected}"
     elif not tensor.is_floating_point():
         if INTEGERS.get(entry.dtype) != tensor.dtype:

@@ -151,9 +151,9 @@ def check_new(config: PeftConfig) -> None:
             raise AdapterError(f"{where} sets {key}, which inlay does not have; {REMEDY}")
     if getattr(config, "_custom_modules", None):
         raise AdapterError(
-            f"{where} was told of layers of the user's own (_register_custom_module), which stand "
-            "in the place of HF PEFT's own layers, and inlay has none; leave them out, or make "
-            "this adapter with HF PEFT itself"
+            f"{where} registers custom layers (_register_custom_module) in the place of HF PEFT's "
+            "own, which inlay does not have; leave them out, or make this adapter with HF PEFT "
+            "itself"
         )
     if getattr(getattr(config, "runtime_config", None), "ephemeral_gpu_offload", False):
         raise AdapterError(

@@ -52,6 +52,5 @@ def refuse(options: dict[str, Any]) -> None:
     for option, given in options.items():
         if given:
             raise AdapterError(
-                f"{option} is not something that inlay.peft has; leave it out, or use HF PEFT "
-                "itself for it"
+                f"inlay.peft does not have {option}; leave it out, or use HF PEFT itself for it"
             )

@@ -19,6 +19,7 @@ from inlay.storage.registry import kind
 
 BASE = "__base__"
 """The name of no adapter, as HF PEFT spells it."""
+APART = "run the rows of each adapter in a batch of their own"
 
 
 @contextmanager
@@ -68,7 +69,7 @@ def forward(
         expected = " or ".join(map(str, sorted(groups)))
         raise AdapterError(
             f"layer {name} reads {rows} rows where adapter_names gives {expected}: this model "
-            "does not keep one row a sequence there; run the rows of each adapter by themselves"
+            f"does not keep one row a sequence there; {APART}"
         )
     check_batched(name, layer, x)
     active, found = layer.active, dict[str, Tensor]()
@@ -102,8 +103,8 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
     prompts = [name for name, method in methods.items() if isinstance(method, PromptMethod)]
     if prompts:
         raise AdapterError(
-            f"adapter {prompts[0]!r} stands before every row of a batch, so adapter_names cannot "
-            "give it to some; run its rows by themselves"
+            f"adapter {prompts[0]!r} is a prompt before every row of a batch, so adapter_names "
+            f"cannot give it to some; {APART}"
         )
 
 
@@ -112,18 +113,18 @@ def check_rowwise(name: str, layer: AdaptedLayer) -> None:
     if layer.part_views and not isinstance(layer, nn.MultiheadAttention):
         raise KindError(
             f"lora.ParamWrapper does not support mixed adapter batches yet. {name}, a {shown}, has "
-            "adapters on single parameters; run the rows of each adapter by themselves"
+            f"adapters on single parameters; {APART}"
         )
     if isinstance(layer, nn.MultiheadAttention):
         raise KindError(
             f"lora.MultiheadAttention does not support mixed adapter batches: {name} reads several "
-            "inputs; run the rows of each adapter by themselves"
+            f"inputs; {APART}"
         )
     if not is_convolution(layer) and kind(layer) is None and "norm" not in shown.lower():
         raise KindError(
             "Mixed batching is only supported for the following modules: Linear, Embedding, "
             f"Conv1d, Conv2d, Conv3d. adapter_names cannot split the rows of {name}, a {shown}; "
-            "run the rows of each adapter by themselves"
+            f"{APART}"
         )
 
 

@@ -61,7 +61,7 @@ def get_peft_model_state_dict(
     ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight']
     """
     if save_embedding_layers is True:
-        raise AdapterError("save_embedding_layers=True is not something that inlay.peft has")
+        raise AdapterError("inlay.peft does not have save_embedding_layers=True")
     inner: Any = getattr(model, "_orig_mod", model) if unwrap_compiled else model
     if not is_ours(inner):
         return GET(model, state_dict, adapter_name, unwrap_compiled, save_embedding_layers)
@@ -112,7 +112,7 @@ def set_peft_model_state_dict(
     """
     del low_cpu_mem_usage  # Tensors without a device get room where their layers lie.
     if ignore_mismatched_sizes:
-        raise AdapterError("ignore_mismatched_sizes=True is not something that inlay.peft has")
+        raise AdapterError("inlay.peft does not have ignore_mismatched_sizes=True")
     if not is_ours(model):
         return SET(model, peft_model_state_dict, adapter_name)
     found, values = adapter_slots(model, adapter_name), dict(peft_model_state_dict)
