@@ -462,7 +462,7 @@ def test_hf_peft_finds_layers_whose_names_it_takes_for_experts(tmp_path: Path, f
 
 def test_what_hf_peft_computes_otherwise_is_said(tmp_path: Path) -> None:
     for name, targets, reason in (
-        ("grouped", ["conv"], "convolution in groups"),
+        ("grouped", ["conv"], "grouped convolution"),
         ("mixed", ["b"], "adds to the output of Tanh"),
         ("attention", ["out_proj"], "output projection alone"),
         ("attention-apart", ["attn"], "other widths"),
