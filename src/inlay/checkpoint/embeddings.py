@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from inlay.errors import ModelError
-from inlay.methods.base import Params
+from inlay.methods.params import Params
 from inlay.methods.tokens import ROWS, give_tokens, tokens_of
 from inlay.model.adapters.attach import put
 from inlay.model.adapters.create import Place

@@ -13,7 +13,8 @@ from inlay.checkpoint.fingerprint import whole_tensor
 from inlay.checkpoint.key_conversion import plainly
 from inlay.checkpoint.layouts import AS_IT_IS, TWICE, Layout, layout_of
 from inlay.checkpoint.placement import saved_roots, under_any
-from inlay.methods.base import Kind, Method, Params, PromptMethod, SelectMethod
+from inlay.methods.base import Kind, Method, PromptMethod, SelectMethod
+from inlay.methods.params import Params
 from inlay.model.adapters.layer import AdaptedLayer
 from inlay.model.adapters.places import module_at, view_at
 from inlay.model.adapters.registry import (

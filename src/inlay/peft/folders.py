@@ -16,7 +16,7 @@ from inlay.checkpoint.folder import CARD, CONFIG, EXTRAS, TENSORS, located, read
 from inlay.checkpoint.slots import slots
 from inlay.errors import CheckpointError
 from inlay.files import write_text
-from inlay.methods.base import Params
+from inlay.methods.params import Params
 from inlay.model.adapters.registry import adapters
 from inlay.peft.configs import method_of, prepared, recorded_of
 from inlay.peft.errors import AdapterError

@@ -20,8 +20,9 @@ from transformers import AutoTokenizer
 
 from inlay.checkpoint.layouts import Layout
 from inlay.checkpoint.slots import slots
-from inlay.methods.base import Kind, LowRank, Method, Params, PromptMethod
+from inlay.methods.base import Kind, LowRank, Method, PromptMethod
 from inlay.methods.models import input_embedding, token_rows
+from inlay.methods.params import Params
 from inlay.model.adapters.places import module_at, view_at
 from inlay.model.adapters.registry import adapter_tensors
 from inlay.peft.configs import options_of

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from inlay.checkpoint.slots import computed, slots
-from inlay.methods.base import Params
+from inlay.methods.params import Params
 from inlay.model.adapters.registry import adapters
 from inlay.model.adapters.report import base_size
 from inlay.peft.configs import check_config, plain

@@ -23,7 +23,7 @@ from inlay.checkpoint.tensors import (
     raise_problems,
     unlike,
 )
-from inlay.methods.base import Params
+from inlay.methods.params import Params
 from inlay.model.adapters.registry import adapters, registry_of
 from inlay.peft.errors import AdapterError, StateError
 from inlay.peft.model import PeftModel

@@ -15,7 +15,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.methods.base import LowRank, Params, replaced
+from inlay.methods.base import LowRank, replaced
+from inlay.methods.params import Params
 from inlay.model.adapters.layer import AdaptedLayer
 
 
