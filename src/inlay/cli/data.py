@@ -63,7 +63,7 @@ def parser(argv: Sequence[str]) -> Parser:
     found = Parser("data", USAGE, ABOUT, EXAMPLES)
     add_run(found, argv, shown=("model", "data"))
     found.add_flags("rows to show", flags_of(DataOptions))
-    found.add_switches(json="write JSON for a machine")
+    found.add_switches(json="write JSON")
     return found
 
 

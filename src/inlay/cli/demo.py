@@ -1,4 +1,4 @@
-"""`inlay demo`: the whole job, offline, on the embedded model and generated reports."""
+"""`inlay demo`: a whole run, offline, on the embedded model and generated reports."""
 
 from __future__ import annotations
 
@@ -42,17 +42,16 @@ MERGE_ROWS = 16
 
 
 class DemoOptions(BaseModel):
-    """What `inlay demo` can be told."""
+    """The flags of `inlay demo`."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    output: Text = Field("demo", description="folder that receives the run and its report.html")
+    output: Text = Field("demo", description="folder for the run and its report.html")
     seed: int = same("seed")
     threads: PositiveInt | None = same("threads")
 
 
 def parser(argv: Sequence[str]) -> Parser:
-    """Return the verb's flags."""
     del argv
     found = Parser("demo", USAGE, ABOUT)
     found.add_flags("flags", flags_of(DemoOptions))
@@ -61,17 +60,17 @@ def parser(argv: Sequence[str]) -> Parser:
 
 
 def run(given: dict[str, Any]) -> int:
-    """Train, compare, merge, and show everything."""
+    """Train, compare, merge, and show the results."""
     options = checked(DemoOptions, given)
     config = checked_config(RUN | options.model_dump() | {"overwrite": True})
-    print("The same as: " + command(RUN | {"output": options.output}))
+    print("Same as: " + command(RUN | {"output": options.output}))
     started = time.monotonic()
 
     from inlay.train.run import train
 
     with progress() as drawn:
         result = train(config, on_event=drawn)
-        drawn.stage("merging, and checking the merged model against the adapted one")
+        drawn.stage("merging, and comparing the merged model with the adapted model")
         merge = merge_report(result)
         write_page(result, merge)
     summary.what_trained(result.run)
@@ -79,21 +78,21 @@ def run(given: dict[str, Any]) -> int:
     summary.merged(merge)
     summary.example(result.run["comparison"]["examples"][0])
     show.heading(f"done in {show.duration(time.monotonic() - started)}")
-    print(f"  The report with the curves: {result.folder.report.resolve()}")
-    print("  The same for a model of the hub and a file of yours:")
+    print(f"  Report with curves: {result.folder.report.resolve()}")
+    print("  The same with a hub model and your own data:")
     print("    inlay train --model Qwen/Qwen3-0.6B --data my.jsonl --output run")
     print(f"  More: inlay generate --adapter {options.output} --prompt TEXT; inlay --help")
     return 0
 
 
 def command(keys: dict[str, Any]) -> str:
-    """Return the `inlay train` line that does the same."""
+    """Return the equivalent `inlay train` command."""
     flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in keys.items())
     return f"inlay train {flags}"
 
 
 def merge_report(result: TrainResult) -> dict[str, Any]:
-    """Merge the tuned model in memory, checked on held-out rows, and return the report."""
+    """Merge the tuned model in memory, check it on held-out rows, and return the report."""
     from inlay.cli.merging import encoded_batches
     from inlay.model.merge.merge import merge
     from inlay.train.rows import rows_of_run, sample
@@ -108,7 +107,7 @@ def merge_report(result: TrainResult) -> dict[str, Any]:
 
 
 def write_page(result: TrainResult, merge: dict[str, Any]) -> None:
-    """Write report.html again, the merge with it."""
+    """Write report.html again, now with the merge."""
     from inlay.evaluate.record import Merge, Run, Step
     from inlay.evaluate.report import write_report
     from inlay.train.output.recorder import read_metrics

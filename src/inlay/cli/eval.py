@@ -34,7 +34,7 @@ OWN = {"adapter", "data", "generate_rows", "generate_tokens", "batch_size", "thr
 
 
 class EvalOptions(BaseModel):
-    """What `inlay eval` can be told."""
+    """The flags of `inlay eval`."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -67,7 +67,7 @@ def parser(argv: Sequence[str]) -> Parser:
     del argv
     found = Parser("eval", USAGE, ABOUT, EXAMPLES)
     found.add_flags("flags", flags_of(EvalOptions))
-    found.add_switches(json="write JSON for a machine")
+    found.add_switches(json="write JSON")
     return found
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from inlay.data.rows import Rows
     from inlay.evaluate.generation import Fill
 
-ABOUT = "Write the likeliest continuation of a prompt, or of the prompts in a file."
+ABOUT = "Generate the most likely continuation of a prompt, or of the prompts in a file."
 USAGE = """inlay generate --adapter DIR --prompt TEXT [flags]
        inlay generate --model M --data D [flags]"""
 EXAMPLES = """examples:
@@ -33,23 +33,23 @@ EXAMPLES = """examples:
 
 
 class GenerateOptions(BaseModel):
-    """What `inlay generate` can be told."""
+    """The flags of `inlay generate`."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     adapter: Text | None = Field(None, description="folder of a run, or of an adapter")
     model: Text | None = Field(None, description="a model without adapter, instead of --adapter")
     storage: StorageName | None = Field(
-        None, description="how the frozen weights are held; default: as in the run"
+        None, description="storage format of the frozen weights; default: the run's"
     )
     prompt: Text | None = Field(
-        None, description="text to continue, just as it stands; with --image, a question"
+        None, description="text to continue, taken literally; with --image, a question"
     )
     image: list[Text] | None = Field(None, description="image files that the prompt asks about")
     data: Text | None = Field(None, description="file whose prompts to continue")
-    max_rows: PositiveInt = Field(3, description="rows of the file to continue, at most")
+    max_rows: PositiveInt = Field(3, description="maximum rows of the file to continue")
     generate_tokens: PositiveInt = same("generate_tokens")
-    base: bool = Field(False, description="show what the base writes too")
+    base: bool = Field(False, description="also show the answers of the base")
     threads: PositiveInt | None = same("threads")
 
 
@@ -58,7 +58,7 @@ def parser(argv: Sequence[str]) -> Parser:
     del argv
     found = Parser("generate", USAGE, ABOUT, EXAMPLES)
     found.add_flags("flags", flags_of(GenerateOptions))
-    found.add_switches(json="write JSON for a machine")
+    found.add_switches(json="write JSON")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The command's front door: find the verb, run it, and turn every error into a sentence."""
+"""The entry point of the command: run a verb, and report every error in one sentence."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from collections.abc import Sequence
 from inlay.errors import InlayError, UsageError, did_you_mean
 
 VERBS = {
-    "demo": "the whole job, offline, in a few minutes: tune, compare, merge, report",
-    "plan": "memory and time of a run before it starts, and what fits",
-    "train": "tune an adapter: a model and a data file in, a measured adapter out",
+    "demo": "a whole run, offline, in a few minutes: tune, compare, merge, report",
+    "plan": "the memory and time of a run before it starts, and what fits",
+    "train": "tune an adapter on a data file and measure it",
     "eval": "compare base and tuned on the same rows",
-    "merge": "merge an adapter into its base, checked, as a plain model folder",
+    "merge": "merge an adapter into its base, check the result, save a plain model folder",
     "generate": "complete a prompt or the rows of a file",
-    "data": "look at the data as training will see it: counts, lengths, masks",
+    "data": "show the data as training sees it: counts, lengths, masks",
     "methods": "list the fine-tuning methods, or show one",
 }
 """Every verb with what it does; the file of the same name in this folder runs it."""
 
-PRODUCTS_KEPT = "96"
-"""Shapes of products in halves whose code PyTorch keeps on a CPU. By default it is a thousand of
-0.7 MB each, and batches of other lengths bring ever more; a step needs some dozens."""
+CACHED_PRODUCTS = "96"
+"""Compiled half-precision products, one per shape, that PyTorch caches on a CPU. Its default is a
+thousand of 0.7 MB each, and every new batch length adds some; a step needs some dozens."""
 
 FINE, BUG, WRONG, BROKEN_PIPE, INTERRUPTED = 0, 1, 2, 141, 130
-"""Exit codes: done, a fault of Inlay's, a fault the user can mend, and the shell's two."""
+"""Exit codes: success, a bug in Inlay, an error of the user's, and the shell's own two."""
 
 OUT_OF_MEMORY = (
     "out of memory; lower --batch-size or --max-length, raise --gradient-accumulation to keep "
-    "the same step, or hold the base in less with --storage nf4"
+    "the same step, or store the base in fewer bits with --storage nf4"
 )
 
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except KeyboardInterrupt:
-        complain("stopped by Ctrl-C; what was saved before stays")
+        complain("stopped by Ctrl-C; files that were saved before remain")
         return INTERRUPTED
     except UsageError as error:
         complain(f"{finished(str(error))} See `{help_for(words)}`.")
@@ -76,7 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def dispatch(words: Sequence[str]) -> int:
-    """Run the verb that the first word names."""
     verb, rest = (words[0], list(words[1:])) if words else ("--help", [])
     if verb in ("--help", "-h", "help"):
         print(overview())
@@ -97,7 +96,6 @@ def dispatch(words: Sequence[str]) -> int:
 
 
 def overview() -> str:
-    """Return the help of the whole command."""
     verbs = "\n".join(f"  {verb:<10}{about}" for verb, about in VERBS.items())
     return (
         "usage: inlay VERB [flags]\n\n"
@@ -113,23 +111,21 @@ def overview() -> str:
 
 
 def help_for(words: Sequence[str]) -> str:
-    """Return the help command that fits a wrong command line."""
     return f"inlay {words[0]} --help" if words and words[0] in VERBS else "inlay --help"
 
 
 def finished(text: str) -> str:
-    """Return a sentence with its full stop."""
     return text if text.endswith((".", "?", "!")) else text + "."
 
 
 def complain(text: str) -> None:
-    """Write an error to stderr, every line of it with the command's name."""
+    """Write an error to stderr, each line after the command's name."""
     for line in text.splitlines():
         print(f"inlay: {line}", file=sys.stderr)
 
 
 def sentence_for(error: OSError) -> str:
-    """Return what the operating system refused, and for which file."""
+    """Return the operating system's error and the file it is about."""
     reason = (error.strerror or str(error) or type(error).__name__).lower()
     where = f": {error.filename}" if error.filename else ""
     advice = "; free some space and run the same command again" if "space" in reason else ""
@@ -137,7 +133,7 @@ def sentence_for(error: OSError) -> str:
 
 
 def report_bug(error: Exception, words: Sequence[str], debug: bool) -> int:
-    """Say that this is a bug and where its traceback lies, or show it."""
+    """Report a bug and the file of its traceback; with --debug, show the traceback."""
     trace = "".join(traceback.format_exception(error))
     if debug:
         print(trace, file=sys.stderr, end="")
@@ -154,18 +150,18 @@ def report_bug(error: Exception, words: Sequence[str], debug: bool) -> int:
 
 
 def is_out_of_gpu_memory(error: Exception) -> bool:
-    """Say whether this is torch's out-of-memory error, without importing torch."""
+    """Recognise torch's out-of-memory error without importing torch."""
     return type(error).__name__ == "OutOfMemoryError"
 
 
 def quiet_libraries() -> None:
-    """Keep libraries' own chatter off the terminal; warnings become one line each."""
+    """Silence the output of libraries; each warning becomes one line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, PRODUCTS_KEPT)
+        os.environ.setdefault(cache, CACHED_PRODUCTS)
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     warnings.showwarning = show_warning
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -175,7 +171,6 @@ def quiet_libraries() -> None:
 def show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object
 ) -> None:
-    """Write a warning as one line."""
     del filename, lineno, rest
     first = (str(message).splitlines() or [""])[0]
     print(f"inlay: {category.__name__}: {first}", file=sys.stderr)

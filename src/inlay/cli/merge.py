@@ -44,7 +44,7 @@ OWN = {
 
 
 class MergeOptions(BaseModel):
-    """What `inlay merge` can be told."""
+    """The flags of `inlay merge`."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -52,7 +52,7 @@ class MergeOptions(BaseModel):
     output: Text = Field(description="new folder for the merged model")
     storage: Literal["dense", "keep"] = Field(
         "dense",
-        description="a quantised base becomes dense, or stays quantised if that loses little",
+        description="dense: merge into dense weights; keep: stay quantised if that loses little",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="dtype to merge and save in; default: the run's"
@@ -68,7 +68,7 @@ class MergeOptions(BaseModel):
     completion: Text | None = same("completion")
     text: Text | None = same("text")
     rows: PositiveInt = Field(16, description="rows to check on, at most")
-    overwrite: bool = Field(False, description="replace a folder that already lies there")
+    overwrite: bool = Field(False, description="replace an existing folder")
     threads: PositiveInt | None = same("threads")
 
 
@@ -77,7 +77,7 @@ def parser(argv: Sequence[str]) -> Parser:
     del argv
     found = Parser("merge", USAGE, ABOUT, EXAMPLES)
     found.add_flags("flags", flags_of(MergeOptions))
-    found.add_switches(json="write JSON for a machine")
+    found.add_switches(json="write JSON")
     return found
 
 

@@ -1,4 +1,4 @@
-"""`inlay methods`: the fine-tuning methods there are, and one method's page."""
+"""`inlay methods`: the list of fine-tuning methods, and the page of one method."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ ABOUT = "List the fine-tuning methods, or show one: its equation, paper and hype
 
 
 def parser(argv: list[str]) -> Parser:
-    """Return the verb's flags."""
     del argv
     found = Parser("methods", "inlay methods [METHOD] [--json]", ABOUT)
     found.add_word("method", "METHOD", "one method, such as lora")
-    found.add_switches(json="write JSON for a machine")
+    found.add_switches(json="write JSON")
     return found
 
 
 def run(given: dict[str, Any]) -> int:
-    """List the methods or show one."""
     name = given.get("method")
     if name is not None and name not in catalog():
         hint = did_you_mean(name, catalog())
@@ -40,7 +38,6 @@ def run(given: dict[str, Any]) -> int:
 
 
 def page(spec: MethodSpec) -> None:
-    """Write one method's page."""
     print(f"{spec.name}: {spec.equation or spec.summary}\n")
     print(spec.doc.split("\nRaises:")[0].split("\n>>>")[0].rstrip())
     show.heading("facts")
@@ -49,7 +46,7 @@ def page(spec: MethodSpec) -> None:
             ("class", f"inlay.{spec.class_name}"),
             ("paper", f"arXiv {spec.paper}" if spec.paper else "none"),
             ("default targets", spec.default_targets or "the whole model"),
-            ("learning rate", f"{spec.learning_rate_factor:g} times LoRA's"),
+            ("learning rate", f"{spec.learning_rate_factor:g} x LoRA's"),
             ("can be merged", "yes" if spec.mergeable else "no"),
             ("HF PEFT type", spec.peft_type or "none; Inlay's own adapter folder"),
         ]
@@ -62,12 +59,11 @@ def page(spec: MethodSpec) -> None:
 
 
 def described(field: FieldSpec, expected: str) -> str:
-    """Return what a hyperparameter takes and its default."""
+    """Return the values that a hyperparameter takes, and its default."""
     return expected + ("; required" if field.default is ... else f"; default {field.default!r}")
 
 
 def as_dict(spec: MethodSpec) -> dict[str, Any]:
-    """Return a method for a machine."""
     return {
         "name": spec.name,
         "class": f"inlay.{spec.class_name}",

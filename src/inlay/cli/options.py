@@ -1,4 +1,4 @@
-"""Flags made from a pydantic definition, so that flags, run files and checks cannot disagree."""
+"""Flags made from a pydantic model, so that flags, run files and checks always agree."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Options = TypeVar("Options", bound=BaseModel)
 
 
 class Once(argparse.Action):
-    """Keep a flag's value; giving the flag twice is an error, not a silent choice."""
+    """Store a flag's value; a flag that is given twice is an error."""
 
     def __call__(
         self,
@@ -33,7 +33,7 @@ class Once(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises one sentence instead of printing its usage and exiting."""
+    """An argument parser that raises UsageError instead of printing its usage and exiting."""
 
     def __init__(self, verb: str, usage: str, about: str, examples: str = ""):
         super().__init__(
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         self.hidden: set[str] = set()
 
     def add_flags(self, title: str, flags: Iterable[Flag]) -> None:
-        """Add a titled group of flags; their text is checked later, by the definition."""
+        """Add a titled group of flags; the pydantic model checks their text later."""
         group = self.add_argument_group(title)
         for flag in flags:
             self.add_flag(group, flag, help_of(flag))
@@ -61,7 +61,6 @@ class Parser(argparse.ArgumentParser):
                 self.hidden.add(flag.option)
 
     def add_flag(self, to: argparse._ActionsContainer, flag: Flag, text: str) -> None:
-        """Add one flag to a group."""
         if flag.kind == "switch":
             to.add_argument(
                 flag.option,
@@ -87,21 +86,24 @@ class Parser(argparse.ArgumentParser):
     def add_switches(self, **switches: str) -> None:
         """Add the last group: plain switches such as `--json`, then `--help` and `--debug`."""
         group = self.add_argument_group("other")
-        every = switches | {"help": "show this and stop", "debug": "show a bug's traceback"}
+        every = switches | {
+            "help": "show this help and exit",
+            "debug": "show the traceback of an unexpected error",
+        }
         for key, text in every.items():
             option = "--" + key.replace("_", "-")
             group.add_argument(option, action="store_true", default=None, help=text)
 
     def add_word(self, name: str, shown_as: str, text: str) -> None:
-        """Add the one word that may stand without a flag."""
+        """Add the positional argument."""
         group = self.add_argument_group("argument")
         group.add_argument(name, nargs="?", metavar=shown_as, help=text)
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Return what the command line gives, by key; flags not given are left out.
+        """Return the given flags by key.
 
         Raises:
-            UsageError: an unknown flag, a flag without its value, or a word too many.
+            UsageError: an unknown flag, a flag without its value, or an extra argument.
         """
         namespace, rest = self.parse_known_args(list(argv))
         if rest:
@@ -109,7 +111,7 @@ class Parser(argparse.ArgumentParser):
         return {key: value for key, value in vars(namespace).items() if value is not None}
 
     def unknown(self, rest: Sequence[str]) -> str:
-        """Return the sentence for what the parser did not recognise."""
+        """Return the error for unrecognised arguments."""
         flag = next((word.partition("=")[0] for word in rest if word.startswith("-")), None)
         if flag is None:
             return f"unexpected argument {rest[0]!r}."
@@ -120,7 +122,7 @@ class Parser(argparse.ArgumentParser):
         return f"there is no flag {flag!r}.{hint}"
 
     def error(self, message: str) -> NoReturn:
-        """Raise argparse's complaint as one sentence."""
+        """Raise argparse's error as one sentence."""
         subject, _, problem = message.removeprefix("argument ").partition(": ")
         words = {
             "expected one argument": "needs a value",
@@ -133,7 +135,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def help_of(flag: Flag) -> str:
-    """Return a flag's help with its default."""
     text = flag.help.replace("%", "%%")
     nothing = flag.default is None or flag.default is ... or flag.default in ([], {}, ())
     if "default" in text or nothing:
@@ -142,7 +143,7 @@ def help_of(flag: Flag) -> str:
 
 
 def shown(default: object) -> str:
-    """Return a default as one would type it."""
+    """Return a default as a user would type it."""
     if isinstance(default, bool):
         return "on" if default else "off"
     if isinstance(default, list | tuple):
@@ -151,7 +152,7 @@ def shown(default: object) -> str:
 
 
 def metavar(flag: Flag) -> str:
-    """Return the word that stands for a flag's value in the help."""
+    """Return the placeholder of a flag's value in the help."""
     if flag.choices:
         return "|".join(flag.choices)
     if flag.kind == "pairs":
@@ -160,12 +161,12 @@ def metavar(flag: Flag) -> str:
 
 
 def same(key: str) -> Any:
-    """Return a run's field, so that the flag of another verb means and defaults to the same."""
+    """Return the field of a run, for a flag of another verb with the same meaning and default."""
     return RunConfig.model_fields[key]
 
 
 def checked(definition: type[Options], given: Mapping[str, Any]) -> Options:
-    """Return the options these flags make.
+    """Return the options that the given flags define.
 
     Raises:
         UsageError: with one line for each problem.

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from inlay.train.planning import Rows
 
 ABOUT = (
-    "Work out, from the model's configuration alone, what a run will need: memory by what it is\n"
-    "for, time, which activations are kept, and what fits. Without --method it proposes a run.\n"
-    "Takes a run file or the flags of `train`; the model may be a config.json without weights."
+    "Compute from the model's configuration alone what a run needs: memory by purpose, time,\n"
+    "which activations are kept, and what fits. Without --method, `plan` proposes a run.\n"
+    "It takes a run file or the flags of `train`; the model may be a config.json without weights."
 )
 USAGE = """inlay plan --model M [--data D] [--memory 24GB] [--device D] [--gpus N --nodes M] [flags]
        inlay plan RUN.yaml [flags]"""
@@ -39,7 +39,7 @@ EXAMPLES = """examples:
 
 
 class PlanOptions(BaseModel):
-    """What `inlay plan` can be told beside the keys of a run."""
+    """The flags of `inlay plan` besides the keys of a run."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -47,7 +47,7 @@ class PlanOptions(BaseModel):
         None, description="cpu, or a GPU such as h100, rtx4090, 2xrtx4090; default: this machine's"
     )
     memory: str | None = Field(
-        None, description="memory to reckon with, such as 24GB; default: all the device has free"
+        None, description="memory to plan for, such as 24GB; default: the free memory of the device"
     )
 
 
@@ -57,7 +57,7 @@ def parser(argv: Sequence[str]) -> Parser:
     found.add_flags("where", flags_of(PlanOptions))
     found.add_flags("several processes", flags_of(LaunchOptions))
     add_run(found, argv)
-    found.add_switches(json="write JSON for a machine")
+    found.add_switches(json="write JSON")
     return found
 
 
@@ -113,24 +113,24 @@ def draw(config: RunConfig, rows: Rows, plan: Plan, why: Sequence[str]) -> None:
         [
             ("trains", f"{plan.trained:,} parameters"),
             ("largest batch", f"{batch} x {length} tokens" + " (assumed)" * rows.assumed),
-            ("device", f"{plan.device.name}, {show.size(plan.limit)} to fill"),
+            ("device", f"{plan.device.name}, {show.size(plan.limit)} available"),
         ]
     )
     if why:
         show.heading("proposed")
         for reason in why:
             print(f"  {reason}")
-    show.heading("what each way of keeping activations needs")
-    columns = ("activations", "peak", "kept for backward", "a step", "fits")
+    show.heading("memory and time by activation policy")
+    columns = ("activations", "peak", "kept for backward", "per step", "fits")
     show.table(columns, [cells(option, plan) for option in plan.options])
-    show.heading(f"the peak with {plan.best.policy}")
+    show.heading(f"peak memory with {plan.best.policy}")
     show.table(("for", "memory"), [[n, show.size(b)] for n, b in plan.best.bytes.items() if b])
     for sentence in remarks(config, rows, plan):
         print(f"  {sentence}")
 
 
 def held(config: RunConfig) -> str:
-    """Return in words how the frozen weights are held."""
+    """Return the storage formats in words."""
     words = [config.storage]
     if config.head_storage != "dense":
         words.append(f"its output head in {config.head_storage}")
@@ -147,7 +147,7 @@ def cells(option: Option, plan: Plan) -> list[str]:
 
 
 def remarks(config: RunConfig, rows: Rows, plan: Plan) -> Iterator[str]:
-    """Yield what stands beside the figures."""
+    """Yield the sentences below the tables."""
     from inlay.memory.skeleton import config_of
     from inlay.model.load.vision import sees_images
     from inlay.train.planning import run_seconds
@@ -160,18 +160,18 @@ def remarks(config: RunConfig, rows: Rows, plan: Plan) -> Iterator[str]:
         long = show.duration(run_seconds(config, rows, best.seconds))
         yield f"the whole run takes {'at most' if rows.assumed else 'about'} {long}"
     if rows.assumed:
-        every = "" if TASKS[config.task].verbs else ", every token trained on"
-        yield f"rows are taken to fill max_length{every}: there were none to read"
+        every = "" if TASKS[config.task].verbs else ", every token trained"
+        yield f"no rows were read: each row is assumed to fill max_length{every}"
         if sees_images(config_of(config.model, config.revision)[0]):
             yield "images are not counted: there were no rows to read"
     if device.measured:
-        yield "times follow from this machine's rates, measured just now"
+        yield "times are computed from speeds measured on this machine just now"
     else:
-        yield "times are estimates from the data sheet's rates, 75% of them; nothing was measured"
+        yield "times are estimates from 75% of the data sheet's speeds; nothing was measured"
         if config.stream == "off":
             yield (
                 f"with the frozen weights streamed from the host: "
-                f"{show.size(best.streamed_total)}, {seconds(best.streamed_seconds)} a step"
+                f"{show.size(best.streamed_total)}, {seconds(best.streamed_seconds)} per step"
             )
     if best.host:
         yield f"host memory: {show.size(best.host)}"
@@ -204,6 +204,5 @@ def as_record(config: RunConfig, rows: Rows, plan: Plan, why: Sequence[str]) -> 
 
 
 def described(device: Device) -> dict[str, Any]:
-    """Return what a plan says of its device."""
     rates = "measured" if device.measured else "data sheet"
     return {"name": device.name, "kind": device.kind, "memory": device.memory, "rates": rates}

@@ -1,4 +1,4 @@
-"""What `inlay plan` says of a run on several processes: memory, what they exchange, scaling."""
+"""The plan of a run on several processes: memory, communication and scaling."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Processes:
         self.asked, self.options = config, options
         self.world = World(size=options.size, local_size=options.local)
         self.config, self.share = divided(config, self.world)
-        """The run as one process takes part in it."""
+        """The run of one process."""
 
     def planned(self, rows: Rows, device: Device) -> Plan:
-        """Plan one process's step."""
+        """Plan the step of one process."""
         from functools import partial
 
         from inlay.memory.parallel import Division, links_of, pass_seconds, scaling, step_of
@@ -56,50 +56,53 @@ class Processes:
         return found
 
     def part_of(self, rows: Rows) -> Rows:
-        """Return as many of the rows as one process trains on."""
+        """Return the rows that one process trains on."""
         counts = {name: getattr(rows, name) for name in ("count", "tokens", "trained_tokens")}
         return replace(rows, **{n: ceil(count / self.world.size) for n, count in counts.items()})
 
     def draw(self) -> None:
-        """Write what each process holds, receives and waits for, and how more of them would do."""
+        """Write the memory, communication and time per process, and the predicted scaling."""
         division, step = self.division, self.step
         shards = division.shards
-        held = "whole in each" if shards == 1 else f"divided among {shards}"
+        held = "all in each process" if shards == 1 else f"sharded over {shards} processes"
         machines = "one machine" if division.nodes == 1 else f"{division.nodes} machines"
         show.heading(f"{division.size} processes on {machines}")
         show.facts(
             [
                 ("frozen weights", held),
-                ("a step", f"{division.passes} passes of {self.share.pass_rows} rows in each"),
-                ("arithmetic", seconds(step.compute)),
+                (
+                    "per step",
+                    f"{division.passes} passes of {self.share.pass_rows} rows in each process",
+                ),
+                ("computation", seconds(step.compute)),
                 ("gradients", f"{show.size(step.gradient_bytes)}, {seconds(step.gradients)}"),
-                ("blocks gathered", f"{show.size(step.gathered_bytes)}, {seconds(step.gathers)}"),
-                ("a step takes", f"{seconds(step.seconds)}, {step.efficiency:.0%} arithmetic"),
+                ("weight gathers", f"{show.size(step.gathered_bytes)}, {seconds(step.gathers)}"),
+                ("time per step", f"{seconds(step.seconds)}, {step.efficiency:.0%} computation"),
             ]
         )
         show.heading("predicted, not measured: the same run on more of these devices")
-        columns = ("devices", "machines", "divided by", "passes each", "a step", "arithmetic")
+        columns = ("devices", "machines", "shards", "passes each", "per step", "computation")
         show.table(columns, [cells(*pair) for pair in self.scaling])
         for sentence in self.assumptions():
             print(f"  {sentence}")
 
     def assumptions(self) -> list[str]:
-        """Return what the prediction rests on."""
-        beside = (
-            "blocks are gathered beside the arithmetic, gradients after it"
+        """Return the assumptions of the prediction."""
+        overlap = (
+            "weight gathers overlap with computation, gradient reduction does not"
             if self.links.overlaps
-            else "nothing is gathered beside the arithmetic"
+            else "communication does not overlap with computation"
         )
         return [
             *self.links.said,
-            "a transfer takes 20 µs to start for each doubling of those that take part",
-            beside,
-            f"a step has its {self.share.passes * self.world.size} passes, or one a device on more "
-            "devices than that, which makes its batch larger; every device is equally fast",
+            "the latency of a transfer is 20 µs per doubling of the number of devices",
+            overlap,
+            f"a step has {self.share.passes * self.world.size} passes in all; with more devices, "
+            "one per device, so that the batch grows; all devices are equally fast",
         ]
 
     def as_record(self) -> dict[str, Any]:
-        """Return the same for a machine."""
+        """Return the plan as JSON values."""
         return {
             "processes": asdict(self.division),
             "step": asdict(self.step),
@@ -112,6 +115,5 @@ class Processes:
 
 
 def cells(division: Division, step: Step) -> list[str]:
-    """Return the table's cells for one number of devices."""
     numbers = (division.size, division.nodes, division.shards, division.passes)
     return [*map(str, numbers), seconds(step.seconds), f"{step.efficiency:.0%}"]

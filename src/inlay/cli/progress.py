@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from inlay.train.output.events import Event
 
 QUIET_SECONDS = 5
-"""Without a terminal, step lines stand at least this far apart."""
+"""Without a terminal, the minimum time between two lines for steps."""
 
 
 def progress(stream: TextIO | None = None) -> PlainProgress | LiveProgress:
-    """Return what draws a run's events on stderr, so that stdout holds results only."""
+    """Return the display of a run's events on stderr; stdout holds results only."""
     to = stream or sys.stderr
     return LiveProgress(to) if to.isatty() else PlainProgress(to)
 
 
 class PlainProgress:
-    """One line for each stage, held-out loss and note, and for a step every few seconds."""
+    """One line for each stage, evaluation and note, and for a step every few seconds."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -35,10 +35,9 @@ class PlainProgress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Nothing to tidy."""
+        pass
 
     def __call__(self, event: Event) -> None:
-        """Write what happened."""
         if event.kind in ("stage", "note"):
             self.write(event.message)
         elif event.kind == "evaluation" and event.eval_loss is not None:
@@ -50,21 +49,19 @@ class PlainProgress:
             self.write("  ".join([place(event), *(f"{k} {v}" for k, v in figures(event).items())]))
 
     def stage(self, text: str) -> None:
-        """Write that a piece of work begins."""
         self.write(text)
 
     def due(self, event: Event) -> bool:
-        """Say whether this step deserves a line: the first, the last, and one every few seconds."""
+        """Whether to write this step: the first, the last, and one every few seconds."""
         waited = event.seconds - self.last >= QUIET_SECONDS
         return waited or event.step == event.total_steps
 
     def working(self, what: str, done: int, total: int) -> None:
-        """Write that a piece of measuring is done; the start and the middle need no line."""
+        """Write a line when a measurement is done; not before."""
         if done == total:
             self.write(f"{what}: {total} rows")
 
     def write(self, text: str) -> None:
-        """Write one line at once."""
         print(text, file=self.stream, flush=True)
 
 
@@ -98,7 +95,6 @@ class LiveProgress:
             self.live.stop()
 
     def __call__(self, event: Event) -> None:
-        """Draw what happened."""
         if event.kind == "stage":
             self.doing, self.step = event.message, None
         elif event.kind == "note":
@@ -112,22 +108,18 @@ class LiveProgress:
         self.draw()
 
     def working(self, what: str, done: int, total: int) -> None:
-        """Draw how far a piece of measuring is."""
         self.doing, self.step = f"{what}: {done} of {total} rows", None
         self.draw()
 
     def stage(self, text: str) -> None:
-        """Draw that a piece of work begins."""
         self.doing, self.step = text, None
         self.draw()
 
     def draw(self) -> None:
-        """Put the panel on the terminal."""
         if self.live is not None:
             self.live.update(self.panel())
 
     def panel(self) -> RenderableType:
-        """Return the panel as it is now."""
         from rich.console import Group
         from rich.padding import Padding
         from rich.panel import Panel
@@ -148,12 +140,11 @@ class LiveProgress:
 
 
 def place(event: Event) -> str:
-    """Return how far the run is."""
     return f"step {event.step}/{event.total_steps}"
 
 
 def figures(event: Event) -> dict[str, str]:
-    """Return a step's figures that are known, as texts: loss, rate, memory, time left."""
+    """Return the known figures of a step as text: loss, learning rate, memory, time left."""
     known = {
         "loss": (event.loss, "{:.4f}".format),
         "reward": (event.reward, "{:.4f}".format),
@@ -166,7 +157,7 @@ def figures(event: Event) -> dict[str, str]:
 
 
 def sparkline(values: list[float], width: int = 60) -> str:
-    """Return a curve of the latest values as one line of block characters."""
+    """Return the latest values as a line of block characters."""
     latest = values[-width:]
     if len(latest) < 2:
         return ""

@@ -1,4 +1,4 @@
-"""`inlay train`: tune an adapter, as flags or a run file."""
+"""`inlay train`: tune an adapter, from flags or a run file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EXAMPLES = """examples:
               --storage nf4 --rank 32 --output run
   inlay train run.yaml --learning-rate 1e-4 --output run2
   inlay train --task dpo --model pocket --data pairs.jsonl --output preferred
-  inlay train --task grpo --model pocket --data problems.jsonl --rewards final_number \
+  inlay train --task grpo --model pocket --data problems.jsonl --rewards final_number \\
               --output rewarded
   inlay train run.yaml --gpus 8
   inlay train run.yaml --print-config > resolved.yaml"""
@@ -64,20 +64,20 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "evaluation": ("evaluate", "eval_rows", "generate_rows", "generate_tokens"),
     "output": ("output", "log_every", "save_every", "keep_checkpoints", "resume", "overwrite"),
 }  # fmt: skip
-"""The keys of a run by the title they stand under in the help."""
+"""The keys of a run by their section in the help."""
 
 
 def parser(argv: Sequence[str]) -> Parser:
-    """Return the verb's flags: those of a run, and those of the method the words name."""
+    """Return the verb's flags: those of a run, and those of the method given in `argv`."""
     found = Parser("train", USAGE, ABOUT, EXAMPLES)
     add_run(found, argv)
     found.add_flags("several processes", flags_of(LaunchOptions))
-    found.add_switches(print_config="print the whole run as YAML and stop")
+    found.add_switches(print_config="print the resolved run as YAML and exit")
     return found
 
 
 def add_run(to: Parser, argv: Sequence[str], shown: Sequence[str] = tuple(GROUPS)) -> None:
-    """Add the run file and a flag for every key of a run; the help shows some groups only."""
+    """Add the run file and a flag for every key of a run; the help shows only some groups."""
     to.add_word("run_file", "RUN.yaml", "keys and values of a run; flags override them")
     method = method_named(argv)
     by_key = {flag.key: flag for flag in flags()}
@@ -91,7 +91,7 @@ def add_run(to: Parser, argv: Sequence[str], shown: Sequence[str] = tuple(GROUPS
 
 
 def method_named(argv: Sequence[str]) -> str:
-    """Return the method that the words name; LoRA when they name none there is."""
+    """Return the method given in `argv`; LoRA if there is none."""
     for word, following in zip_longest(argv, argv[1:], fillvalue=""):
         name = following if word == "--method" else word.removeprefix("--method=")
         if name in catalog():
@@ -100,7 +100,6 @@ def method_named(argv: Sequence[str]) -> str:
 
 
 def config_from(given: dict[str, Any]) -> RunConfig:
-    """Return the run that a run file and flags define."""
     return load_config(given.pop("run_file", None), given)
 
 
@@ -122,7 +121,7 @@ def run(given: dict[str, Any]) -> int:
     if not result.leads:
         return 0
     if result.model is None:
-        print(f"{config.output} holds this run already, finished; --overwrite trains it anew.")
+        print(f"The run in {config.output} is already finished; --overwrite trains it again.")
         return 0
     summary.what_trained(result.run)
     if result.run["comparison"]:
@@ -135,7 +134,7 @@ def run(given: dict[str, Any]) -> int:
 
 
 def launched(config: RunConfig, options: LaunchOptions) -> int:
-    """Write the launch files into the run folder, and start the run where that can be done here."""
+    """Write the launch files into the run folder; start the run if this machine can."""
     check_options(options)
     check_divisible(config.batch_size, config.gradient_accumulation, options.size)
     launch = Launch(config, options)
@@ -144,15 +143,15 @@ def launched(config: RunConfig, options: LaunchOptions) -> int:
 
 
 def next_steps(config: RunConfig) -> None:
-    """Write where everything lies and what to do with it."""
+    """Write the files of the run and the commands that may follow."""
     where = shlex.quote(config.output)
     show.heading("in " + config.output)
     show.facts(
         [
-            ("adapter/", "the trained adapter; HF PEFT reads it too"),
-            ("report.html", "the curves and the comparison on one page"),
+            ("adapter/", "the trained adapter; HF PEFT can read it"),
+            ("report.html", "curves and comparison on one page"),
             ("run.json", "configuration, versions, hashes, results"),
-            ("metrics.jsonl", "every logged step"),
+            ("metrics.jsonl", "the metrics of every logged step"),
         ]
     )
     show.heading("next")
@@ -163,7 +162,7 @@ def next_steps(config: RunConfig) -> None:
 
 
 def as_yaml(config: RunConfig) -> str:
-    """Return a run as a run file, every default written out."""
+    """Return a run as a run file with every default."""
     values = config.model_dump()
     spec = catalog()[config.method]
     defaults = {name: field.default for name, field in spec.fields.items()}

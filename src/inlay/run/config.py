@@ -46,27 +46,29 @@ class RunConfig(BaseModel):
 
     model: Text = Field(description="base model: a folder, a hub id, or 'pocket' (embedded)")
     data: Text = Field(
-        description="training data: a file, a hub id, or 'reports' or 'arithmetic', generated"
+        description="training data: a file, a hub id, or the generated 'reports' or 'arithmetic'"
     )
     output: Text = Field(description="folder that receives everything the run writes")
     task: Text = Field(
         "sft",
-        description="what to train for: sft (answers), dpo or orpo (the preferred answer), kto "
-        "(desirable answers), grpo (answers that rewards are high for), reward (a number for an "
-        "answer), classify (labels), embed (texts that belong together)",
+        description="training task: sft (answers), dpo or orpo (a preferred and another answer), "
+        "kto (desirable and undesirable answers), grpo (answers with a high reward), reward (a "
+        "score for an answer), classify (labels), embed (texts of similar meaning)",
     )
 
     revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
-    storage: StorageName = Field("dense", description="how the frozen weights are held")
+    storage: StorageName = Field("dense", description="storage format of the frozen weights")
     double_quant: bool = Field(True, description="nf4: quantise the block scales too")
     head_storage: StorageName = Field(
-        "dense", description="how the output head is held, which storage leaves dense"
+        "dense", description="storage format of the output head, which `storage` leaves dense"
     )
     embedding_storage: Literal["dense", "host"] = Field(
-        "dense", description="host: leave the embedding in host memory, and look rows up there"
+        "dense", description="host: keep the embedding in host memory and look up its rows there"
     )
     stream: Annotated[Literal["off", "disk", "host"], BeforeValidator(as_word)] = Field(
-        "off", description="leave the frozen weights on disk or in host memory, brought in in time"
+        "off",
+        description="keep the frozen weights on disk or in host memory and load each block when it "
+        "is needed",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype to compute in; auto keeps the model's own"
@@ -74,8 +76,9 @@ class RunConfig(BaseModel):
 
     eight_bits: bool = Field(
         False,
-        description="multiply frozen weights in 8 bits, not exact, and faster on a CPU without AMX "
-        "and on a GPU with FP8; refused where the loss on the run's own rows changes by over 0.5%",
+        description="multiply frozen weights in 8 bits: not exact, but faster on a CPU without AMX "
+        "and on a GPU with FP8; refused where it changes the loss on the run's own rows by over "
+        "0.5%",
     )
 
     method: Text = Field("lora", description="fine-tuning method; see `inlay methods`")
@@ -94,8 +97,8 @@ class RunConfig(BaseModel):
     )
     trainable_tokens: list[Text | int] = Field(
         default_factory=list,
-        description="tokens, or their ids, whose rows of the embedding (and of a tied head) train "
-        "beside the adapter, such as ones that were added",
+        description="tokens or token ids whose embedding rows (and rows of a tied head) train with "
+        "the adapter, such as added tokens",
     )
 
     eval_data: Text | None = Field(
@@ -115,8 +118,8 @@ class RunConfig(BaseModel):
     )
     kind: Literal["auto", "single", "multi", "regression", "tokens"] | None = Field(
         None,
-        description="classify: one class a row, several, a number, or a tag for each word; auto: "
-        "from the data",
+        description="classify: single (one class per row), multi (several), regression (a number), "
+        "tokens (a tag per word) or auto: from the data",
     )
     text_pair: Text | None = Field(
         None, description="classify: column or template of a second text; default: text_pair"
@@ -125,19 +128,26 @@ class RunConfig(BaseModel):
         None, description="classify: column of the label; default: label, labels or tags"
     )
     anchor: Text | None = Field(
-        None, description="embed: column or template of a text; default: anchor, or sentence1"
+        None,
+        description="embed: column or template of the first text; default: anchor, or sentence1",
     )
     positive: Text | None = Field(
-        None, description="embed: what belongs to it; default: positive, or sentence2"
+        None,
+        description="embed: column or template of a text that matches the anchor; default: "
+        "positive, or sentence2",
     )
     negative: Text | None = Field(
-        None, description="embed: what does not belong to it; default: negative, if there is one"
+        None,
+        description="embed: column or template of a text that does not match the anchor; default: "
+        "negative, if there is one",
     )
     score: Text | None = Field(
-        None, description="embed: column that says how alike two texts are; default: score"
+        None, description="embed: column with the similarity of the two texts; default: score"
     )
     pooling: Literal["auto", "mean", "cls", "max", "lasttoken"] | None = Field(
-        None, description="embed: what makes one vector of a text; auto: the model's own, else mean"
+        None,
+        description="embed: how token vectors become one vector per text; auto: the model's own "
+        "pooling, else mean",
     )
     split: list[Fraction] = Field(
         default_factory=lambda: [0.8, 0.1, 0.1],
@@ -146,23 +156,24 @@ class RunConfig(BaseModel):
         description="fractions for train, validation and test; they add up to 1",
     )
     split_by: Text | None = Field(
-        None, description="column whose equal values stay on one side of the split"
+        None,
+        description="column that groups rows: rows of equal value stay in one part of the split",
     )
     skip_empty: bool = Field(
         False, description="leave out rows with an empty prompt or completion instead of stopping"
     )
     max_rows: PositiveInt | None = Field(None, description="read at most this many rows")
     max_pixels: PositiveInt | None = Field(
-        None, description="rows with images: pixels an image may have; larger ones are shrunk"
+        None, description="rows with images: maximum pixels of an image; larger images are shrunk"
     )
     allow_urls: bool | None = Field(
-        None, description="rows with images: fetch images named by an address; default off"
+        None, description="rows with images: fetch images that are given as a URL; default: off"
     )
-    max_length: PositiveInt = Field(1024, description="tokens a row may have; longer ones are cut")
+    max_length: PositiveInt = Field(1024, description="maximum tokens per row; longer rows are cut")
     packing: Literal["auto", "bfd"] | bool = Field(
         "auto",
-        description="join a batch's rows without padding, none seeing another; auto: where the "
-        "model keeps them apart; bfd: also fill sequences up to max_length",
+        description="join the rows of a batch without padding, each row attending to itself only; "
+        "auto: where the model can keep rows apart; bfd: also fill sequences up to max_length",
     )
 
     epochs: float = Field(3, gt=0, allow_inf_nan=False, description="passes over the training rows")
@@ -170,53 +181,55 @@ class RunConfig(BaseModel):
         None, description="stop after this many optimiser steps, whatever `epochs` says"
     )
     batch_size: PositiveInt = Field(4, description="rows in one forward pass")
-    gradient_accumulation: PositiveInt = Field(
-        4, description="forward passes to one optimiser step"
-    )
+    gradient_accumulation: PositiveInt = Field(4, description="forward passes per optimiser step")
     learning_rate: Literal["auto"] | Positive = Field(
         "auto", description="peak learning rate; auto: from the model's width and the method"
     )
     beta: NotNegative | None = Field(
         None,
-        description="dpo, kto, grpo: how near the tuned model is held to the base; orpo: how much "
-        "preferring weighs beside the answer itself; default 0.1, grpo 0",
+        description="dpo, kto, grpo: how strongly the tuned model is kept near the base; orpo: "
+        "weight of the odds-ratio loss; default 0.1, for grpo 0",
     )
     desirable_weight: Literal["auto"] | Positive | None = Field(
         None,
-        description="kto: how much a desirable row weighs; default auto: so that neither label "
-        "outweighs the other",
+        description="kto: weight of desirable rows in the loss; default auto: both labels weigh "
+        "about the same",
     )
     undesirable_weight: Literal["auto"] | Positive | None = Field(
-        None, description="kto: how much an undesirable row weighs; default auto"
+        None, description="kto: weight of undesirable rows in the loss; default auto"
     )
     rewards: Annotated[list[Text | dict[str, Any]], Field(min_length=1)] | None = Field(
         None,
-        description="grpo: what an answer is worth: final_number, json, regex, length or "
-        "FILE.py:function; as a mapping with name, weight and arguments",
+        description="grpo: reward functions: final_number, json, regex, length or "
+        "FILE.py:function, each a name or a mapping with name, weight and arguments",
     )
     num_generations: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="grpo: answers to a prompt that are compared; default 8"
+        None, description="grpo: answers generated per prompt; default 8"
     )
     max_completion_tokens: PositiveInt | None = Field(
-        None, description="grpo: tokens an answer may have; default 256"
+        None, description="grpo: maximum tokens per answer; default 256"
     )
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="grpo: what logits are divided by before sampling; default 1"
+        None, description="grpo: sampling temperature; default 1"
     )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="grpo: sample from the likeliest tokens of this share; default 1, all"
+        None,
+        description="grpo: sample from the most likely tokens up to this probability; default 1 "
+        "(all tokens)",
     )
     generation: Literal["transformers", "vllm"] | None = Field(
-        None, description="grpo: what writes the answers; default transformers, in this process"
+        None,
+        description="grpo: library that generates the answers; default transformers, in this "
+        "process",
     )
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = Field(
-        "adamw", description="8bit: its state in bitsandbytes' blocks of 8-bit numbers"
+        "adamw", description="8bit: optimiser state in 8-bit blocks, from bitsandbytes"
     )
     scheduler: Literal["linear", "constant", "cosine"] = Field(
-        "linear", description="how the learning rate goes after the warmup"
+        "linear", description="learning-rate schedule after the warmup"
     )
     warmup: NotNegative = Field(
-        0.03, description="warmup: steps, or below 1 the fraction of all steps"
+        0.03, description="warmup steps; below 1: the fraction of all steps"
     )
     weight_decay: NotNegative = Field(0.0, description="AdamW's weight decay")
     max_grad_norm: float = Field(
@@ -226,42 +239,44 @@ class RunConfig(BaseModel):
         "auto", "keep-all", "keep-products", "recompute-mlp", "layer-inputs", "offload"
     ] = Field(
         "auto",
-        description="what the forward pass keeps for the backward pass, the rest is computed "
-        "again; auto: the most that fits",
+        description="activations that the forward pass keeps for the backward pass; the others are "
+        "recomputed; auto: as many as fit",
     )
     cache_trunk: Literal["auto"] | bool = Field(
         "auto",
-        description="run the blocks below the lowest adapted one once a row and keep their "
+        description="run the blocks below the lowest adapted block once per row and keep their "
         "output; auto: over several epochs, if at most the top half is adapted",
     )
     cache_vision: Literal["auto"] | bool | None = Field(
         None,
-        description="rows with images: run a frozen vision tower and projector once a row and "
-        "keep what they give; default auto: over several epochs",
+        description="rows with images: run a frozen vision tower and projector once per row and "
+        "keep their output; default auto: over several epochs",
     )
     seed: int = Field(
         0,
         ge=0,
         le=2**32 - 1,
-        description="seed of the rows' order, the adapter and drawn answers; not of the split",
+        description="seed of the row order, the adapter and sampled answers; not of the split",
     )
     threads: PositiveInt | None = Field(None, description="CPU threads; default: torch's choice")
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = Field(
         "auto",
-        description="on several processes: ddp: each holds the frozen weights; fsdp: they are "
-        "divided among all; hsdp: among those of a machine; auto: ddp if that fits",
+        description="several processes: ddp: each holds all frozen weights; fsdp: sharded over all "
+        "processes; hsdp: sharded over the processes of one machine; auto: ddp if it fits",
     )
 
     evaluate: bool = Field(True, description="compare base and tuned on held-out rows at the end")
-    eval_rows: PositiveInt = Field(200, description="held-out rows to measure the loss on, at most")
-    generate_rows: int = Field(32, ge=0, description="held-out rows to generate for, at most")
-    generate_tokens: PositiveInt = Field(128, description="tokens to generate for a row, at most")
+    eval_rows: PositiveInt = Field(200, description="maximum held-out rows to measure the loss on")
+    generate_rows: int = Field(32, ge=0, description="maximum held-out rows to generate text for")
+    generate_tokens: PositiveInt = Field(128, description="maximum tokens to generate per row")
 
     log_every: PositiveInt = Field(10, description="steps between two lines of metrics.jsonl")
     save_every: PositiveInt = Field(100, description="steps between two checkpoints")
     keep_checkpoints: PositiveInt = Field(2, description="checkpoints to keep")
-    resume: bool = Field(False, description="go on from the last complete checkpoint in `output`")
-    overwrite: bool = Field(False, description="replace a run that already lies in `output`")
+    resume: bool = Field(
+        False, description="continue from the last complete checkpoint in `output`"
+    )
+    overwrite: bool = Field(False, description="replace an existing run in `output`")
 
 
 def flags() -> list[Flag]:

@@ -37,14 +37,15 @@ class LaunchOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     gpus: PositiveInt | None = Field(
-        None, description="GPUs of each machine, one process each; starts the run on them"
+        None, description="GPUs per machine, one process each; starts the run on them"
     )
     processes: PositiveInt | None = Field(
-        None, description="processes of each machine, on its CPU, in place of gpus"
+        None, description="CPU processes per machine, instead of gpus"
     )
-    nodes: PositiveInt = Field(1, description="machines")
+    nodes: PositiveInt = Field(1, description="number of machines")
     launcher: Literal["torchrun", "slurm", "ray"] = Field(
-        "torchrun", description="what starts the processes: torchrun here, a Slurm job, a Ray job"
+        "torchrun",
+        description="what starts the processes: torchrun on this machine, a Slurm job or a Ray job",
     )
 
     @property
