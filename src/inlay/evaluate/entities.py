@@ -1,4 +1,4 @@
-"""Entities in tags: `B-x` begins one, `I-x` goes on with it."""
+"""Entities in BIO tags: `B-x` begins an entity, `I-x` continues it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 __all__ = ["entities"]
 
 Entity = tuple[str, int, int]
-"""What it is, its first word, and the word behind its last."""
+"""(kind, index of the first word, index after the last word)."""
 
 
 def entities(tags: Sequence[str]) -> Iterator[Entity]:
-    """Yield the entities that tags mark, as the evaluation of CoNLL-2000 counts them.
+    """Yield the entities of some tags, as the CoNLL-2000 evaluation counts them.
 
-    An `I-x` that follows no `x` begins one.
+    An `I-x` that does not follow an `x` begins an entity.
 
     >>> list(entities(["B-a", "I-a", "O", "I-b", "B-b"]))
     [('a', 0, 2), ('b', 3, 4), ('b', 4, 5)]

@@ -1,4 +1,4 @@
-"""Text from a model, the likeliest or sampled, many prompts at a time."""
+"""Batched text generation, greedy or sampled."""
 
 from __future__ import annotations
 
@@ -25,31 +25,30 @@ from inlay.model.load.causal import check_one_text
 Prompt = str | Sequence[int]
 """A prompt as text, or as tokens."""
 ROUTER = "output_router_logits"
-"""The setting that makes a mixture of experts give its router's logits, too."""
+"""The setting by which a mixture of experts returns the logits of its router."""
 Fill = Callable[[Sequence[int], int], Mapping[str, torch.Tensor]]
-"""(the prompts' numbers, the batch's width) -> what the model needs of them beside tokens."""
+"""(indices of prompts, padded length) -> model inputs besides tokens, such as images."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn, where it is not the likeliest that is taken."""
+    """How tokens are sampled."""
 
     temperature: float = 1.0
-    """What logits are divided by first."""
     top_p: float = 1.0
-    """The share of the likeliest tokens that are drawn from."""
+    """The probability of the most likely tokens that are sampled from."""
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """New tokens after a prompt."""
+    """The answer to a prompt."""
 
     tokens: tuple[int, ...]
-    """With the one that ended the answer, if it ended."""
+    """Includes the end token, if the answer ended."""
     text: str
     ended: bool
-    """Whether the answer came to its end, rather than to the most tokens it might have."""
+    """Whether the answer ended, rather than being cut off at the maximum length."""
 
 
 def generate(
@@ -62,10 +61,7 @@ def generate(
     fill: Fill | None = None,
     on_progress: Progress | None = None,
 ) -> list[str]:
-    """Return the likeliest continuation of each prompt: new text only, up to the end of sequence.
-
-    The rest is as in `answer`.
-    """
+    """Return the greedy continuation of each prompt as text; the rest is as in `answer`."""
     found = answer(
         model, tokenizer, prompts, max_new_tokens, batch_size, fill=fill, on_progress=on_progress
     )
@@ -83,11 +79,11 @@ def answer(
     fill: Fill | None = None,
     on_progress: Progress | None = None,
 ) -> list[Answer]:
-    """Return a continuation of each prompt, the likeliest or, where `sampling` says how, drawn.
+    """Return a continuation of each prompt: greedy, or sampled where `sampling` is given.
 
-    Prompts of similar length go together, padded on the left. Generation stops early where the
-    model's context is full. Drawing leaves torch's own random state as it was. `fill` gives what
-    the model needs of prompts beside their tokens, such as images.
+    Prompts of similar length form a batch, padded on the left. Generation stops early where the
+    model's context is full. Sampling leaves torch's random state unchanged. `fill` returns the
+    model inputs of prompts besides their tokens, such as images.
 
     Raises:
         ModelError: the model cannot generate text, or knows no end-of-sequence token.
@@ -122,7 +118,7 @@ def answer(
 
 @contextmanager
 def drawing(model: nn.Module, sampling: Sampling | None) -> Generator[None]:
-    """Seed what is drawn in the `with` block, and put torch's random state back after it."""
+    """Seed torch for sampling; restore its random state at exit."""
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if sampling is not None:
@@ -133,7 +129,7 @@ def drawing(model: nn.Module, sampling: Sampling | None) -> Generator[None]:
 def batches(
     lengths: Sequence[int], batch_size: int, room: int | None, max_new_tokens: int
 ) -> Iterator[list[int]]:
-    """Yield indices by length; one whose context fills early goes alone, to stop no other."""
+    """Yield indices by length; a prompt that may fill the context is alone in its batch."""
     if room is not None:
         yield from ([i] for i, length in enumerate(lengths) if length > room - max_new_tokens)
     fits = [i for i, n in enumerate(lengths) if room is None or n <= room - max_new_tokens]
@@ -142,12 +138,11 @@ def batches(
 
 
 def as_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Return a prompt as tokens."""
     return list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token that ends a sequence, by the model or by the tokenizer."""
+    """Return the end-of-sequence tokens of the model and of the tokenizer."""
     own: int | list[int] | None = model.generation_config.eos_token_id
     found = set(own if isinstance(own, list) else [] if own is None else [own])
     if isinstance(tokenizer.eos_token_id, int):
@@ -161,7 +156,7 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def context_length(model: Any) -> int | None:
-    """Return how many tokens the model can see beside an active prompt adapter's own."""
+    """Return the context length without the virtual tokens of active prompt adapters."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     attached = adapters(model)
     methods = [attached[name].method for name in active(model)]
@@ -169,7 +164,7 @@ def context_length(model: Any) -> int | None:
 
 
 def check_room(tokens: Sequence[Sequence[int]], room: int | None) -> None:
-    """Raise where a prompt is empty or fills the whole context."""
+    """Raise where a prompt is empty or fills the context."""
     for number, prompt in enumerate(tokens, start=1):
         if not prompt:
             raise DataError(f"prompt {number} is empty; give it at least one token")
@@ -183,7 +178,7 @@ def check_room(tokens: Sequence[Sequence[int]], room: int | None) -> None:
 def settings(
     steps: int, ends: list[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling | None
 ) -> GenerationConfig:
-    """Return how to generate; the model's own sampling settings do not apply."""
+    """Return the generation config; the model's own sampling settings do not apply."""
     pad = tokenizer.pad_token_id
     return GenerationConfig(
         max_new_tokens=steps,
@@ -207,9 +202,9 @@ def continued(
     processors: LogitsProcessorList | None = None,
     synced: bool = False,
 ) -> list[list[int]]:
-    """Return the new tokens after each prompt, the one that ends the sequence included.
+    """Return the new tokens after each prompt, including the end token.
 
-    `synced` is: go on until every process's answers have ended.
+    With `synced`, generate until the answers of every process have ended.
     """
     longest = max(map(len, prompts))
     ids = [[config.pad_token_id] * (longest - len(p)) + [*p] for p in prompts]
@@ -229,19 +224,19 @@ def continued(
 
 @contextmanager
 def without_router_logits(model: Any) -> Generator[None]:
-    """Ask a mixture of experts for its answer alone: its balance is of whole sequences only."""
-    said: Any = model.config.get_text_config()
-    before = getattr(said, ROUTER, False)
+    """Turn off the router logits of a mixture of experts: generation does not need them."""
+    config: Any = model.config.get_text_config()
+    before = getattr(config, ROUTER, False)
     if before:
-        setattr(said, ROUTER, False)
+        setattr(config, ROUTER, False)
     try:
         yield
     finally:
         if before:
-            setattr(said, ROUTER, True)
+            setattr(config, ROUTER, True)
 
 
 def until_end(tokens: list[int], config: GenerationConfig) -> list[int]:
-    """Cut the tokens behind the first that ends the sequence; what follows is padding."""
+    """Cut the padding after the first end token."""
     ends: Any = config.eos_token_id
     return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]

@@ -55,7 +55,7 @@ class Seeing:
     def join(self, rows: Sequence[Any], multiple: int) -> Batch:
         """Return rows under one another with their images, padded on the right."""
         batch = padded(rows, multiple)
-        seen = self.inputs(rows, width=batch.wanted.shape[1])
+        seen = self.inputs(rows, width=batch.measured.shape[1])
         return replace(batch, call={**batch.call, **seen})
 
     def filling(self, rows: Sequence[Any], samples: Sequence[Sampled]) -> Fill:

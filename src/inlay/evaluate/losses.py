@@ -1,4 +1,4 @@
-"""The held-out loss of each row, over its trained tokens only."""
+"""The loss of each held-out row over its trained tokens."""
 
 from __future__ import annotations
 
@@ -26,16 +26,14 @@ Progress = Callable[[int, int], None]
 
 
 class EncodedRow(Protocol):
-    """A row as tokens, as the data room encodes it."""
+    """A tokenised row."""
 
     @property
-    def input_ids(self) -> Sequence[int]:
-        """The row's tokens."""
-        ...
+    def input_ids(self) -> Sequence[int]: ...
 
     @property
     def trained(self) -> Sequence[bool]:
-        """Which of the tokens are trained on, and so measured."""
+        """Whether each token is trained on, and so measured."""
         ...
 
 
@@ -61,15 +59,15 @@ def losses(
     join: Join | None = None,
     on_progress: Progress | None = None,
 ) -> list[RowLoss]:
-    """Return each row's loss, in the rows' order; the model's mode is what it was.
+    """Return the loss of each row, in order; the model's training mode does not change.
 
     Args:
         model: a causal language model whose forward gives `.logits`.
-        encoded: the rows; the first token has nothing before it and is never measured.
-        batch_size: rows in one forward pass, of similar length: joined without padding where the
-            model keeps them apart, else padded on the right.
-        lines: the rows' lines in their file, for error messages; else numbered from 1.
-        join: makes one call of the rows of a batch, in place of joining or padding their tokens.
+        encoded: the rows; the first token of a row has no context and is never measured.
+        batch_size: rows of similar length in one forward pass, joined without padding where the
+            model keeps rows apart, else padded on the right.
+        lines: the line of each row in its file, for error messages; default: 1, 2, ...
+        join: the collator of a batch, instead of joining or padding.
         on_progress: called after each batch with (rows done, rows in all).
 
     Raises:
@@ -96,13 +94,13 @@ def losses(
 
 
 def buckets(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield indices in batches of similar length, the longest first: memory runs out at once."""
+    """Yield indices in batches of similar length, longest first: memory runs out early or never."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
 
 
 def batches(encoded: Sequence[EncodedRow], batch_size: int, most: int) -> Iterator[list[int]]:
-    """Yield buckets of rows, cut where together they have more measured tokens than `most`."""
+    """Yield buckets of rows, split so that a batch has at most `most` measured tokens."""
     for bucket in buckets([len(row.input_ids) for row in encoded], batch_size):
         batch, held = [bucket[0]], sum(encoded[bucket[0]].trained[1:])
         for i in bucket[1:]:
@@ -116,15 +114,15 @@ def batches(encoded: Sequence[EncodedRow], batch_size: int, most: int) -> Iterat
 
 
 def vocabulary(model: nn.Module) -> int:
-    """Return how many tokens a model tells apart; 1 where its configuration does not say."""
+    """Return the vocabulary size; 1 where the configuration does not give it."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config().vocab_size if config is not None else 1
 
 
 def batch_losses(model: nn.Module, rows: Sequence[EncodedRow], join: Join) -> list[RowLoss]:
-    """Return the losses of rows that go through the model together."""
+    """Return the losses of the rows of one forward pass."""
     batch = join(rows, length_multiple(model))
-    where = batch.wanted.nonzero(as_tuple=True)
+    where = batch.measured.nonzero(as_tuple=True)
     logits = logits_at(model, batch.call, *where)
     expected = batch.call["input_ids"][where[0], where[1] + 1].to(logits.device)
     most = most_rows(logits.shape[1])
@@ -142,21 +140,21 @@ def batch_losses(model: nn.Module, rows: Sequence[EncodedRow], join: Join) -> li
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as one call of the model; `wanted` and `owner` have the shape of input_ids."""
+    """The arguments of one forward pass; `measured` and `owner` have the shape of input_ids."""
 
     call: dict[str, Tensor]
-    wanted: Tensor
+    measured: Tensor
     """Whether the token after each position is measured."""
     owner: Tensor
-    """The number of the row that each position belongs to."""
+    """The index of the row that each position belongs to."""
 
 
 Join = Callable[[Sequence[Any], int], Batch]
-"""(rows, what lengths are a multiple of) -> these rows as one call."""
+"""A collator: (rows, multiple that lengths are rounded up to) -> batch."""
 
 
 def padded(rows: Sequence[EncodedRow], multiple: int) -> Batch:
-    """Return rows under one another, padded on the right to the longest."""
+    """Collate rows, padded on the right to the longest."""
     longest = rounded_up(max(len(row.input_ids) for row in rows), multiple)
     ids = [[*r.input_ids] + [PADDING] * (longest - len(r.input_ids)) for r in rows]
     mask = [[1] * len(r.input_ids) + [0] * (longest - len(r.input_ids)) for r in rows]
@@ -168,31 +166,30 @@ def padded(rows: Sequence[EncodedRow], multiple: int) -> Batch:
 
 
 def joined(rows: Sequence[EncodedRow], multiple: int) -> Batch:
-    """Return rows one after another in one sequence, each with positions from 0 on."""
+    """Collate rows into one sequence without padding; positions restart at 0 in each row."""
     lengths = [len(row.input_ids) for row in rows]
     whole = rounded_up(sum(lengths), multiple)
     lengths.append(whole - sum(lengths))
     ids = [token for row in rows for token in row.input_ids] + [PADDING] * lengths[-1]
-    wanted = [each for row in rows for each in targets(row, len(row.input_ids))]
+    measured = [each for row in rows for each in targets(row, len(row.input_ids))]
     return Batch(
         {"input_ids": torch.tensor([ids]), "position_ids": positions(lengths)},
-        torch.tensor([wanted + [False] * lengths[-1]]),
+        torch.tensor([measured + [False] * lengths[-1]]),
         torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None],
     )
 
 
 def rounded_up(length: int, multiple: int) -> int:
-    """Return the least multiple that is no less than the length."""
     return -(-length // multiple) * multiple
 
 
 def targets(row: EncodedRow, length: int) -> list[bool]:
-    """Say for each position whether the token after it is trained on."""
+    """Return for each position whether the token after it is trained on."""
     return [*row.trained[1:]] + [False] * (length - len(row.input_ids) + 1)
 
 
 def logits_at(model: nn.Module, inputs: dict[str, Tensor], row: Tensor, position: Tensor) -> Tensor:
-    """Return the logits (n, vocabulary) at n positions; the model omits the others if it can."""
+    """Return the logits (n, vocabulary) at n positions; the model skips the others if it can."""
     device = next(model.parameters()).device
     accepted = inspect.signature(model.forward).parameters
     call: dict[str, Any] = {name: x.to(device) for name, x in inputs.items()}
@@ -205,7 +202,7 @@ def logits_at(model: nn.Module, inputs: dict[str, Tensor], row: Tensor, position
 
 
 def check_measurable(encoded: Sequence[EncodedRow], lines: Sequence[int]) -> None:
-    """Raise where a row has no trained token that another precedes."""
+    """Raise where a row has no trained token after its first token."""
     for row, line in zip(encoded, lines, strict=True):
         if not any(row.trained[1:]):
             raise DataError(
@@ -215,7 +212,6 @@ def check_measurable(encoded: Sequence[EncodedRow], lines: Sequence[int]) -> Non
 
 
 def check_finite(found: dict[int, RowLoss], batch: Sequence[int], lines: Sequence[int]) -> None:
-    """Raise where a loss is NaN or infinite."""
     for i in batch:
         if not math.isfinite(found[i].nll):
             raise ModelError(

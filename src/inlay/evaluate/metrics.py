@@ -1,4 +1,4 @@
-"""Compare a generated text with its reference: each metric is (prediction, reference) -> float."""
+"""Metrics of a generated text against its reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
 Metric = Callable[[str, str], float]
-"""(prediction, reference) -> a score from 0 (nothing right) to 1 (all right)."""
+"""(prediction, reference) -> a score from 0 (worst) to 1 (best)."""
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -29,7 +29,7 @@ ANSWER = "####"
 
 
 def normalised(text: str) -> str:
-    """Lower the case, drop punctuation and English articles, and collapse white space (SQuAD).
+    """Lower-case a text, and remove punctuation, English articles and extra white space (SQuAD).
 
     >>> normalised("The  heart is normal.")
     'heart is normal'
@@ -38,7 +38,7 @@ def normalised(text: str) -> str:
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """Return 1.0 where both texts are the same once normalised, else 0.0."""
+    """Return 1.0 where both texts are equal after normalisation, else 0.0."""
     return float(normalised(prediction) == normalised(reference))
 
 
@@ -58,7 +58,7 @@ def token_f1(prediction: str, reference: str) -> float:
 def rouge_l(prediction: str, reference: str) -> float:
     """Return the F1 of the longest common subsequence of words (Lin 2004), without stemming.
 
-    The same as the rouge-score package on ASCII text; words of other scripts count too.
+    Equal to the rouge-score package on ASCII text; words of other scripts count too.
 
     >>> rouge_l("the heart is normal", "heart size is normal")
     0.75
@@ -67,7 +67,7 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 
 def number_match(prediction: str, reference: str) -> float:
-    """Return 1.0 where the last number of both texts is the same, read after `####` if there.
+    """Return 1.0 where the last numbers of both texts are equal; `####` marks the final answer.
 
     >>> number_match("5 + 2 = 7, so the answer is 1,007.0", "Add them. #### 1007")
     1.0
@@ -77,7 +77,7 @@ def number_match(prediction: str, reference: str) -> float:
 
 
 def final_number(text: str) -> Fraction | None:
-    """Return the last number after the last `####`, or of the whole text where there is none.
+    """Return the last number after the last `####`; without one, of the whole text.
 
     >>> final_number("half of −3 is −3/2")
     Fraction(-3, 2)
@@ -87,7 +87,7 @@ def final_number(text: str) -> Fraction | None:
 
 
 def value_of(number: str) -> Fraction:
-    """Return what a number means; where there are several slashes, as in a date, the last part."""
+    """Return the value of a written number; with several slashes, as in a date, its last part."""
     parts = [Fraction(Decimal(part)) for part in number.split("/")]
     if len(parts) == 2 and parts[1]:
         return parts[0] / parts[1]
@@ -102,22 +102,21 @@ METRICS: dict[str, Metric] = {
 
 
 def metrics_for(references: Sequence[str]) -> dict[str, Metric]:
-    """Return the metrics that suit the references; `####` in all of them adds `number_match`."""
+    """Return the metrics for some references; `####` in all of them adds `number_match`."""
     if references and all(ANSWER in reference for reference in references):
         return {"number_match": number_match, **METRICS}
     return METRICS
 
 
 class Words(Tokenizer):
-    """The rouge-score package's tokenizer, with the letters of every script."""
+    """A tokenizer for rouge-score that keeps the letters of every script."""
 
     def tokenize(self, text: str) -> list[str]:
-        """Split a text into lower-case words; a mark, such as a vowel's sign, belongs to one."""
+        """Split a text into lower-case words; combining marks are part of a word."""
         kept = (c if c.isalnum() or category(c)[0] == "M" else " " for c in text.lower())
         return [word for word in "".join(kept).split() if WORD.search(word)]
 
 
 @cache
 def scorer() -> RougeScorer:
-    """Return the one ROUGE-L scorer."""
     return RougeScorer(["rougeL"], tokenizer=Words())

@@ -1,4 +1,4 @@
-"""What a run leaves behind, as the JSON files hold it: run, metrics, comparison, merge."""
+"""The JSON records of a run: run.json, metrics, comparison and merge."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Better = Literal["lower", "higher"]
 
 
 class Trainable(TypedDict):
-    """How much of the model trains; `percent` is of `total`, the base's parameters."""
+    """The trained parameters; `total` and `percent` are of the base."""
 
     count: int
     percent: float
@@ -28,7 +28,7 @@ class Trainable(TypedDict):
 
 
 class Run(TypedDict, total=False):
-    """run.json: what was trained, on what, and what it took. Sizes in bytes, `seconds` of time."""
+    """run.json: model, data, sizes in bytes, and time in seconds."""
 
     model: str
     task: str
@@ -59,7 +59,7 @@ class Step(TypedDict, total=False):
 
 
 class Score(TypedDict):
-    """A mean over rows with its bootstrap interval; None where it is not known."""
+    """A metric with its bootstrap interval; None where it is not known."""
 
     value: float | None
     low: float | None
@@ -67,7 +67,7 @@ class Score(TypedDict):
 
 
 class MetricComparison(TypedDict):
-    """One metric of base and tuned on the same rows, and the paired test of their difference."""
+    """One metric of base and tuned on the same rows, with the paired test of the difference."""
 
     name: str
     better: str
@@ -80,7 +80,7 @@ class MetricComparison(TypedDict):
 
 
 class ExampleRecord(TypedDict):
-    """One row's prompt, its reference, and what each model wrote."""
+    """The prompt and reference of a row, and the answer of each model."""
 
     line: int
     prompt: str
@@ -88,18 +88,18 @@ class ExampleRecord(TypedDict):
     base: str
     tuned: str
     images: NotRequired[list[str]]
-    """What the row shows, small, as data: addresses; absent where rows have no images."""
+    """Thumbnails of the row's images as data: addresses; absent where rows have no images."""
 
 
 class BaselineRecord(TypedDict):
-    """What knows the labels' shares alone, in the base's place."""
+    """A constant baseline against tuned."""
 
     about: str
     metrics: list[MetricComparison]
 
 
 class ClassRecord(TypedDict):
-    """How the tuned model does on one class; None where nothing was there, or predicted."""
+    """The tuned model on one class; None where no row has the class or is predicted so."""
 
     label: str
     rows: int
@@ -109,7 +109,7 @@ class ClassRecord(TypedDict):
 
 
 class ComparisonRecord(TypedDict):
-    """Base against tuned, as `Comparison.to_dict` gives it; more of it where there are labels."""
+    """Base against tuned; the optional keys depend on the task."""
 
     rows: int
     tokens: int
@@ -118,17 +118,17 @@ class ComparisonRecord(TypedDict):
     metrics: list[MetricComparison]
     examples: list[ExampleRecord]
     counted: NotRequired[str]
-    """What the tokens are, where they are not the trained ones of the rows."""
+    """Which tokens are counted, if not the trained tokens of the rows."""
     note: NotRequired[str]
-    """What is to be known of the base."""
+    """A note about the base."""
     baseline: NotRequired[BaselineRecord]
     classes: NotRequired[list[ClassRecord]]
     confusion: NotRequired[list[list[int]]]
-    """Of the tuned model: rows of each class (a line) by what was predicted (a column)."""
+    """Of the tuned model: number of rows by expected class (line) and predicted class (column)."""
 
 
 class Merge(TypedDict, total=False):
-    """How near the merged model is to the adapted one, on real inputs."""
+    """The merged model against the adapted model on the same inputs."""
 
     checked: str
     max_logit_difference: float

@@ -207,7 +207,7 @@ def divergence(
 def batch_divergence(model: nn.Module, rows: Sequence[Scored], temperature: float) -> Tensor:
     """Return the mean divergence of each of some rows, (n,)."""
     batch = padded(rows, length_multiple(model))
-    where = batch.wanted.nonzero(as_tuple=True)
+    where = batch.measured.nonzero(as_tuple=True)
     tuned = logits_at(model, batch.call, *where)
     with disabled(model):
         base = logits_at(model, batch.call, *where)

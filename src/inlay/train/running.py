@@ -394,7 +394,7 @@ class Running(ABC, Generic[Row]):
         expected = planned.best.passes
         if measured is not None and abs(measured / expected - 1) > TOLERATED:
             self.note(
-                f"the largest batch took {measured / 1e9:.2f} GB, planned were "
+                f"the largest batch used {measured / 1e9:.2f} GB, planned: "
                 f"{expected / 1e9:.2f} GB ({measured / expected - 1:+.0%})"
             )
 
