@@ -6,7 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from inlay.evaluate.statistics import bootstrap_interval, paired_test, weighted_mean
+from inlay.evaluate.statistics import (
+    bootstrap_interval,
+    compare_statistic,
+    paired_test,
+    weighted_mean,
+)
 
 numbers = st.lists(st.floats(-100, 100), min_size=1, max_size=12)
 
@@ -110,3 +115,13 @@ def test_swapping_base_and_tuned_turns_the_difference_and_keeps_the_p_value(
     assert there.mean_difference == pytest.approx(-back.mean_difference, abs=1e-12)
     assert there.p_value == pytest.approx(back.p_value)
     assert 0 < there.p_value <= 1
+
+
+def test_swaps_of_whole_rows_are_exact_for_few_rows():
+    def mean(rows: np.ndarray) -> np.ndarray:
+        return rows[..., 0].mean(axis=-1)
+
+    means, test, sides = compare_statistic(mean, [[0.0]] * 5, [[1.0]] * 5)
+    assert (means, test.p_value, sides) == ((0.0, 1.0), 2 / 2**5, [None, None])
+    one = compare_statistic(mean, [[0.0]], [[1.0]])[1]
+    assert (one.p_value, one.interval, one.n) == (None, None, 1)

@@ -61,27 +61,14 @@ class Parser(argparse.ArgumentParser):
                 self.hidden.add(flag.option)
 
     def add_flag(self, to: argparse._ActionsContainer, flag: Flag, text: str) -> None:
+        how: dict[str, Any] = {"dest": flag.key, "help": text}
         if flag.kind == "switch":
-            to.add_argument(
-                flag.option,
-                action=argparse.BooleanOptionalAction,
-                dest=flag.key,
-                default=None,
-                help=text,
-            )
+            how |= {"action": argparse.BooleanOptionalAction, "default": None}
         elif flag.kind == "value":
-            to.add_argument(
-                flag.option, action=Once, dest=flag.key, metavar=metavar(flag), help=text
-            )
+            how |= {"action": Once, "metavar": metavar(flag)}
         else:
-            to.add_argument(
-                flag.option,
-                action="extend",
-                nargs="+",
-                dest=flag.key,
-                metavar=metavar(flag),
-                help=text,
-            )
+            how |= {"action": "extend", "nargs": "+", "metavar": metavar(flag)}
+        to.add_argument(flag.option, **how)
 
     def add_switches(self, **switches: str) -> None:
         """Add the last group: plain switches such as `--json`, then `--help` and `--debug`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from inlay.cli import show
@@ -39,17 +38,18 @@ class PlainProgress:
 
     def __call__(self, event: Event) -> None:
         if event.kind in ("stage", "note"):
-            self.write(event.message)
+            self.stage(event.message)
         elif event.kind == "evaluation" and event.eval_loss is not None:
-            self.write(f"{place(event)}  held-out loss {event.eval_loss:.4f}")
+            self.stage(f"{place(event)}  held-out loss {event.eval_loss:.4f}")
         elif event.kind == "evaluation" and event.reward is not None:
-            self.write(f"{place(event)}  held-out reward {event.reward:.4f}")
+            self.stage(f"{place(event)}  held-out reward {event.reward:.4f}")
         elif event.kind == "step" and self.due(event):
             self.last = event.seconds
-            self.write("  ".join([place(event), *(f"{k} {v}" for k, v in figures(event).items())]))
+            self.stage("  ".join([place(event), *(f"{k} {v}" for k, v in figures(event).items())]))
 
     def stage(self, text: str) -> None:
-        self.write(text)
+        """Write one line at once."""
+        print(text, file=self.stream, flush=True)
 
     def due(self, event: Event) -> bool:
         """Whether to write this step: the first, the last, and one every few seconds."""
@@ -59,10 +59,7 @@ class PlainProgress:
     def working(self, what: str, done: int, total: int) -> None:
         """Write a line when a measurement is done; not before."""
         if done == total:
-            self.write(f"{what}: {total} rows")
-
-    def write(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+            self.stage(f"{what}: {total} rows")
 
 
 class LiveProgress:
@@ -85,18 +82,13 @@ class LiveProgress:
         self.live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.live is not None:
             self.live.stop()
 
     def __call__(self, event: Event) -> None:
         if event.kind == "stage":
-            self.doing, self.step = event.message, None
+            self.stage(event.message)
         elif event.kind == "note":
             self.console.print(event.message, markup=False)
         elif event.kind == "evaluation":
@@ -108,8 +100,7 @@ class LiveProgress:
         self.draw()
 
     def working(self, what: str, done: int, total: int) -> None:
-        self.doing, self.step = f"{what}: {done} of {total} rows", None
-        self.draw()
+        self.stage(f"{what}: {done} of {total} rows")
 
     def stage(self, text: str) -> None:
         self.doing, self.step = text, None
@@ -121,7 +112,6 @@ class LiveProgress:
 
     def panel(self) -> RenderableType:
         from rich.console import Group
-        from rich.padding import Padding
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
         from rich.text import Text
@@ -129,7 +119,7 @@ class LiveProgress:
         lines: list[RenderableType] = [Text(self.doing)]
         if self.step is not None:
             bar = ProgressBar(total=self.step.total_steps, completed=self.step.step)
-            lines.append(Padding(bar, 0))
+            lines.append(bar)
             facts = figures(self.step)
             if self.eval_loss is not None:
                 facts["held-out loss"] = f"{self.eval_loss:.4f}"

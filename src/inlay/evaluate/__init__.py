@@ -1,1 +1,1 @@
-"""How good is it: metrics, base against tuned with their uncertainty, and the report of a run."""
+"""Evaluation: losses, generation, metrics, statistics and the report of a run."""
