@@ -95,7 +95,7 @@ def answer(
         )
     check_one_text(type(model).__name__, model.config)
     ends = end_tokens(model, tokenizer)
-    tokens = [as_tokens(tokenizer, prompt) for prompt in prompts]
+    tokens = [list(tokenizer(p)["input_ids"] if isinstance(p, str) else p) for p in prompts]
     room = context_length(model)
     check_room(tokens, room)
     found: dict[int, Answer] = {}
@@ -135,10 +135,6 @@ def batches(
     fits = [i for i, n in enumerate(lengths) if room is None or n <= room - max_new_tokens]
     for batch in buckets([lengths[i] for i in fits], batch_size):
         yield [fits[i] for i in batch]
-
-
-def as_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    return list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
