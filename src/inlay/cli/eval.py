@@ -91,7 +91,7 @@ def run(given: dict[str, Any]) -> int:
     summary.comparison(found, "held-out rows" if trained_on else "rows")
     summary.classes(found)
     if trained_on:
-        print(f"  The run trained on {options.data}: these rows of {rows.source} it held out.")
+        print(f"  The run trained on {options.data} and held out these rows of {rows.source}.")
     elif rows.skipped:
         print(f"  left out for an empty field: {listed(rows.skipped)}")
     for example in found["examples"][:1]:

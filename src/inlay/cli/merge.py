@@ -111,9 +111,9 @@ def run(given: dict[str, Any]) -> int:
         return 0
     summary.merged(record)
     print(f"\nSaved in {output} ({show.size(size_of(output))}).")
-    print(f"A plain model: {reader(model, tuned)}({str(output)!r}) reads it.")
+    print(f"Load it with {reader(model, tuned)}({str(output)!r}).")
     if tuned.task == "embed":
-        print(f"So does SentenceTransformer({str(output)!r}), with its pooling.")
+        print(f"Or, with its pooling: SentenceTransformer({str(output)!r}).")
     return 0
 
 

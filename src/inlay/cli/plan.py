@@ -108,7 +108,7 @@ def divided(config: RunConfig, options: LaunchOptions) -> Processes:
 def draw(config: RunConfig, rows: Rows, plan: Plan, why: Sequence[str]) -> None:
     """Write the plan as tables."""
     batch, length = rows.batch["input_ids"].shape
-    show.heading(f"{config.method} on {config.model} in {held(config)}")
+    show.heading(f"{config.method} on {config.model}, weights in {held(config)}")
     show.facts(
         [
             ("trains", f"{plan.trained:,} parameters"),
@@ -124,7 +124,7 @@ def draw(config: RunConfig, rows: Rows, plan: Plan, why: Sequence[str]) -> None:
     columns = ("activations", "peak", "kept for backward", "per step", "fits")
     show.table(columns, [cells(option, plan) for option in plan.options])
     show.heading(f"peak memory with {plan.best.policy}")
-    show.table(("for", "memory"), [[n, show.size(b)] for n, b in plan.best.bytes.items() if b])
+    show.table(("use", "memory"), [[n, show.size(b)] for n, b in plan.best.bytes.items() if b])
     for sentence in remarks(config, rows, plan):
         print(f"  {sentence}")
 

@@ -22,7 +22,7 @@ def comparison(record: ComparisonRecord, what: str = "held-out rows") -> None:
     titles = titles_of(record)
     show.heading(
         f"base against tuned: {record['rows']} {what}, {record['tokens']:,} tokens"
-        + (f", {record['generated_rows']} generated texts" if record["generated_rows"] else "")
+        + (f"; text generated for {record['generated_rows']}" if record["generated_rows"] else "")
     )
     show.table(
         ("metric", "base", "tuned", "difference", "p"),
