@@ -112,6 +112,7 @@ class LiveProgress:
 
     def panel(self) -> RenderableType:
         from rich.console import Group
+        from rich.padding import Padding
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
         from rich.text import Text
@@ -119,7 +120,7 @@ class LiveProgress:
         lines: list[RenderableType] = [Text(self.doing)]
         if self.step is not None:
             bar = ProgressBar(total=self.step.total_steps, completed=self.step.step)
-            lines.append(bar)
+            lines.append(Padding(bar, 0))  # a bar alone does not end its line
             facts = figures(self.step)
             if self.eval_loss is not None:
                 facts["held-out loss"] = f"{self.eval_loss:.4f}"
