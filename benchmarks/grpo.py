@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+from demo_data.arithmetic import generate_problems
 from machine import write
 from pocket_runs import THREADS, metrics, run, warm_start
 
-from inlay.data.arithmetic import generate_problems
 from inlay.data.read import read_rows
 
 REWARDED, HELD_OUT = 2400, 500

@@ -17,17 +17,20 @@ import csv
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+from demo_data.reports import generate_reports
 from machine import PROBLEMS, REPORTS, THREADS, spread, write
 from shapes import ALPHA, RANK, save_base, save_start, shape_config
 from turns import Worker
 
-from inlay.data.reports import generate_reports
 from inlay.model.load.folder import EMBEDDED
 
 OURS, IN_8_BITS, PEER = SIDES = ("inlay", "inlay, 8-bit compute", "TRL + peft")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demo_data.reports import generate_reports
 from verbs import (
     check_merges,
     check_sentence,
@@ -18,7 +19,6 @@ from verbs import (
 )
 
 from inlay.cli.main import main
-from inlay.data.reports import generate_reports
 
 TRAIN = [
     "train", "--task", "kto", "--model", "pocket", "--max-steps", "2", "--rank", "2",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demo_data.arithmetic import generate_problems
 from verbs import (
     check_merges,
     check_sentence,
@@ -18,7 +19,6 @@ from verbs import (
 )
 
 from inlay.cli.main import main
-from inlay.data.arithmetic import generate_problems
 
 REWARDS = ["--rewards", "{name: regex, pattern: '[aeiou]{2}'}", "{name: length, most: 4}"]
 TRAIN = [

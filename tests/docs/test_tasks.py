@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demo_data.reports import generate_reports
 
 from inlay.cli.main import main
-from inlay.data.reports import generate_reports
 from inlay.train.tasks import TASKS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from demo_data.reports import generate_reports
 from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl_peers import curve, plain
 
 import inlay
-from inlay.data.reports import generate_reports
 
 STEPS = 12
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from demo_data.arithmetic import generate_problems
 from trl import GRPOConfig, GRPOTrainer
 from trl_peers import curve, of_config, own_curve, peers_model, run_file
 
-from inlay.data.arithmetic import generate_problems
 from inlay.data.prompts import encode_prompts
 from inlay.run.config import RunConfig
 from inlay.train.prompt_order import Group, PromptOrder

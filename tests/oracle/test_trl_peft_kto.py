@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demo_data.reports import generate_reports
 from trl import KTOConfig, KTOTrainer
 from trl_peers import STEPS, own_curve, peers_curve, run_file, short_prompt
 
-from inlay.data.reports import generate_reports
 from inlay.train.order import kept_order
 from inlay.train.rows import rows_of_run
 from inlay.train.run import train

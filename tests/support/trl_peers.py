@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from demo_data.reports import Report, generate_reports
 from peft import PeftModel
 
 import inlay
-from inlay.data.reports import Report, generate_reports
 from inlay.model.load.heads import Head
 from inlay.run.config import RunConfig, load_config
 

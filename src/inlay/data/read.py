@@ -1,8 +1,9 @@
-"""Read rows from a file, a hub data set or a built-in generator, each with its place of origin."""
+"""Read rows from a file, a hub data set or the built-in data, each with its place of origin."""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -13,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inlay.data.arithmetic import generate_problems
-from inlay.data.reports import generate_reports
 from inlay.errors import DataError, did_you_mean
 
 __all__ = ["BUILT_IN", "RawRow", "read_rows"]
 
-BUILT_IN_COUNT = 2400
+DEMO = Path(__file__).with_name("demo")
+BUILT_IN = {name: DEMO / f"{name}.jsonl.gz" for name in ("reports", "arithmetic")}
+"""The data that comes with Inlay: radiology reports and arithmetic problems, both generated."""
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.\[\]%:+-]+))?")
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 SEPARATOR = "sep="
@@ -48,7 +49,7 @@ def place(source: str, line: int) -> str:
 
 
 def read_rows(source: str | Path, *, split: str | None = None) -> list[RawRow]:
-    """Return all rows of a file, of a hub data set `owner/name[:split]`, or of a generator.
+    """Return all rows of a file, of a hub data set `owner/name[:split]`, or of built-in data.
 
     Args:
         source: a .jsonl, .json, .csv, .tsv or .parquet file, a hub id, `reports` or `arithmetic`.
@@ -58,14 +59,18 @@ def read_rows(source: str | Path, *, split: str | None = None) -> list[RawRow]:
         DataError: it is not there, not readable, of no known format, malformed, or empty.
     """
     if str(source) in BUILT_IN:
-        made = enumerate(BUILT_IN[str(source)](), start=1)
-        return [RawRow(values, str(source), number) for number, values in made]
+        return read_built_in(str(source))
     path = Path(source)
     hub = None if is_meant_as_file(path) else HUB_ID.fullmatch(str(source))
     rows = read_hub(hub["name"], split or hub["split"] or "train") if hub else read_file(path)
     if not rows:
         raise DataError(f"{source} holds no rows; training needs at least one")
     return rows
+
+
+def read_built_in(name: str) -> list[RawRow]:
+    with gzip.open(BUILT_IN[name], "rt", encoding="utf-8") as lines:
+        return [RawRow(json.loads(line), name, n) for n, line in enumerate(lines, start=1)]
 
 
 def first_row(source: str | Path) -> RawRow:
@@ -363,39 +368,3 @@ def undecoded(rows: Any) -> Any:
         if kept(feature) != feature:
             rows = rows.cast_column(name, kept(feature))
     return rows
-
-
-def report_rows() -> list[dict[str, Any]]:
-    """Return the generated reports with the prompt that asks for an impression."""
-    return [
-        {
-            "uid": report.uid,
-            "findings": report.findings,
-            "impression": report.impression,
-            "label": report.label,
-            "prompt": f"Findings: {report.findings}\nImpression:",
-            "completion": report.impression,
-        }
-        for report in generate_reports(BUILT_IN_COUNT, seed=0)
-    ]
-
-
-def problem_rows() -> list[dict[str, Any]]:
-    """Return the generated arithmetic problems with the prompt that asks for an answer."""
-    return [
-        {
-            "uid": problem.uid,
-            "question": problem.question,
-            "answer": problem.answer,
-            "prompt": problem.prompt,
-            "completion": problem.answer,
-        }
-        for problem in generate_problems(BUILT_IN_COUNT, seed=0)
-    ]
-
-
-BUILT_IN: dict[str, Callable[[], list[dict[str, Any]]]] = {
-    "reports": report_rows,
-    "arithmetic": problem_rows,
-}
-"""The name of each generator: radiology reports, and arithmetic problems."""

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from random import Random
 
-from inlay.data.findings import FINDINGS, NEGATIONS, NORMAL, Finding
+from demo_data.findings import FINDINGS, NEGATIONS, NORMAL, Finding
 
 __all__ = ["Report", "generate_reports"]
 

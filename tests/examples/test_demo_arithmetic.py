@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import re
 
-from inlay.data.arithmetic import generate_problems
+from demo_data.arithmetic import generate_problems
+
 from inlay.data.read import read_rows
 from inlay.evaluate.metrics import final_number
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import gzip
+import json
 import re
 
 import pytest
+from demo_data.findings import FINDINGS, NEGATIONS
+from demo_data.reports import NOTHING_ACUTE, Report, generate_reports
+from demo_data.ship import ROWS, SHIPPED, json_lines
 from rouge_score.rouge_scorer import RougeScorer
 
-from inlay.data.findings import FINDINGS, NEGATIONS
-from inlay.data.reports import NOTHING_ACUTE, Report, generate_reports
+from inlay.data.read import read_rows
 
 REPORTS = generate_reports(2400, seed=0)
 
@@ -103,3 +107,12 @@ def test_some_words_are_misspelt_and_none_that_carries_a_side() -> None:
     assert len(rare) > 100
     sided = [r for r in REPORTS if re.search(r"\bleft\b", r.impression.lower())]
     assert all(re.search(r"\b(left|lll|lul)\b", r.findings.lower()) for r in sided)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_shipped_rows_are_the_generated_ones(name: str) -> None:
+    shipped = gzip.decompress((SHIPPED / f"{name}.jsonl.gz").read_bytes()).decode()
+    assert shipped == json_lines(name)
+    assert [row.values for row in read_rows(name)] == [
+        json.loads(line) for line in shipped.splitlines()
+    ]
