@@ -25,39 +25,39 @@ families: .venv/.dev       ## every class of transformers' mappings on tiny mode
 	$(BIN)/python docs/families.py
 
 bench: .venv/.dev          ## speed and memory against peers on this CPU: minutes
-	$(BIN)/python benchmarks/speed.py
-	$(BIN)/python benchmarks/real_data.py
-	$(BIN)/python benchmarks/nf4_speed.py
+	$(BIN)/python -m benchmarks.speed.steps
+	$(BIN)/python -m benchmarks.speed.real_data
+	$(BIN)/python -m benchmarks.speed.nf4
 	$(BIN)/python docs/performance.py
 
 bench-full: .venv/.dev     ## every case, growth, streaming and planned memory too: hours
-	$(BIN)/python benchmarks/speed.py --full
-	$(BIN)/python benchmarks/real_data.py --full
-	$(BIN)/python benchmarks/nf4_speed.py
-	$(BIN)/python benchmarks/native_kernels.py
-	$(BIN)/python benchmarks/growth.py
-	$(BIN)/python benchmarks/trunk_cache.py
-	$(BIN)/python benchmarks/streaming.py memory --tokens 128
-	$(BIN)/python benchmarks/streaming.py memory --tokens 2048
-	$(BIN)/python benchmarks/streaming.py speed
-	$(BIN)/python benchmarks/plan_table.py
-	$(BIN)/python benchmarks/plan_runs.py
+	$(BIN)/python -m benchmarks.speed.steps --full
+	$(BIN)/python -m benchmarks.speed.real_data --full
+	$(BIN)/python -m benchmarks.speed.nf4
+	$(BIN)/python -m benchmarks.speed.native_kernels
+	$(BIN)/python -m benchmarks.memory.growth
+	$(BIN)/python -m benchmarks.speed.trunk_cache
+	$(BIN)/python -m benchmarks.memory.streaming memory --tokens 128
+	$(BIN)/python -m benchmarks.memory.streaming memory --tokens 2048
+	$(BIN)/python -m benchmarks.memory.streaming speed
+	$(BIN)/python -m benchmarks.memory.plan_table
+	$(BIN)/python -m benchmarks.memory.plan_runs
 	$(BIN)/python docs/performance.py
 
 bench-results: .venv/.dev  ## what each method reaches on the real data in ../shared
-	$(BIN)/python benchmarks/parameter_counts.py
-	$(BIN)/python benchmarks/peer_curve.py
-	$(BIN)/python benchmarks/merged_speed.py
-	$(BIN)/python benchmarks/radiology.py
+	$(BIN)/python -m benchmarks.results.parameter_counts
+	$(BIN)/python -m benchmarks.results.peer_curve
+	$(BIN)/python -m benchmarks.speed.merged
+	$(BIN)/python -m benchmarks.results.radiology
 	$(BIN)/python docs/results.py
 
 bench-gpu: .venv/.dev      ## measure on a GPU against peers; CASES="8B nf4" and SECONDS=500 choose
-	$(BIN)/python benchmarks/gpu.py --cases "$(CASES)" --seconds $(or $(SECONDS),21600)
+	$(BIN)/python -m benchmarks.gpu.steps --cases "$(CASES)" --seconds $(or $(SECONDS),21600)
 
 bench-vision: .venv/.dev   ## models that see: digits, the kept features, planned memory
-	$(BIN)/python benchmarks/vision_digits.py
-	$(BIN)/python benchmarks/vision_cache.py
-	$(BIN)/python benchmarks/plan_table.py images
+	$(BIN)/python -m benchmarks.results.vision_digits
+	$(BIN)/python -m benchmarks.speed.vision_cache
+	$(BIN)/python -m benchmarks.memory.plan_table images
 	$(BIN)/python docs/vision_tables.py
 
 versions: .venv/.dev       ## test on the oldest and the newest libraries allowed: 20 minutes

@@ -1,4 +1,4 @@
-"""Write the table of docs/parallel.md from benchmarks/results/distributed.json.
+"""Write the table of docs/parallel.md from benchmarks/figures/distributed.json.
 
 python docs/parallel.py
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "distributed.json"
+RESULT = ROOT / "benchmarks" / "figures" / "distributed.json"
 PAGE = ROOT / "docs" / "parallel.md"
 START, END = "<!-- measured: docs/parallel.py -->", "<!-- end of measured -->"
 MIB = 1 << 20

@@ -1,4 +1,4 @@
-"""Write docs/performance.md, its pictures, and the README's table, from benchmarks/results.
+"""Write docs/performance.md, its pictures, and the README's table, from benchmarks/figures.
 
     python docs/performance.py
 
@@ -28,11 +28,11 @@ from goals import (
 )
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT))
 
-from cases import FULL  # noqa: E402
+from benchmarks.speed.cases import FULL  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "figures"
 PICTURES = ROOT / "docs" / "pictures"
 START, END = "<!-- performance: docs/performance.py -->", "<!-- end of performance -->"
 MIB = 2**20
@@ -50,7 +50,7 @@ def main() -> None:
     goals = all_goals(found)
     parts = [
         "# Performance",
-        "Written by `docs/performance.py` from `benchmarks/results/*.json`, never by hand. Ratios "
+        "Written by `docs/performance.py` from `benchmarks/figures/*.json`, never by hand. Ratios "
         "are of turns taken alternately, one contestant working at a time, on one machine: the "
         "median, and in brackets the quartiles. Machines are noisy: read ratios, not seconds.",
         "## Goals",
@@ -258,7 +258,7 @@ def kernels_section(found: dict[str, Any]) -> list[str]:
     ]
     return [
         "## C kernels",
-        f"`benchmarks/native_kernels.py`, {kernels['native']}, {kernels['threads']} threads, "
+        f"`benchmarks/speed/native_kernels.py`, {kernels['native']}, {kernels['threads']} threads, "
         f"{kernels['rounds']} rounds in turns: medians, and the ratio's range. A product's weight "
         "is bfloat16; *tile by tile* is ours without the kernel, *a float32 weight* is torch's "
         "product with one of twice the bytes.",
@@ -390,7 +390,8 @@ def runs_section(found: dict[str, Any]) -> list[str]:
         parts += ["\n".join([head, "|---" * 9 + "|", *rows])]
     told = (
         "The most that `inlay train` held as a process, its comparison included, against what it "
-        "planned before: real rows, one thread, a new process each (`benchmarks/plan_runs.py`)."
+        "planned before: real rows, one thread, a new process each "
+        "(`benchmarks/memory/plan_runs.py`)."
     )
     return ["## Planned memory of whole runs", told, *parts] if parts else []
 

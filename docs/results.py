@@ -1,4 +1,4 @@
-"""Write docs/results.md, and the table in the README, from the JSON in benchmarks/results.
+"""Write docs/results.md, and the table in the README, from the JSON in benchmarks/figures.
 
 python docs/results.py
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "figures"
 START, END = "<!-- results: docs/results.py -->", "<!-- end of results -->"
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     kto = read("kto")
     sections = [
         "# Results",
-        "Every figure here is written by `docs/results.py` from `benchmarks/results/*.json`, which "
+        "Every figure here is written by `docs/results.py` from `benchmarks/figures/*.json`, which "
         "the scripts in `benchmarks/` write. Machines are noisy: read ratios, not seconds. Nothing "
         "was measured on a GPU.",
         machine(radiology),
@@ -125,7 +125,7 @@ def grpo_text(result: dict[str, Any]) -> str:
         f"{problems['rewarded']:,} other problems, where an answer is worth 1 if its last number "
         f"is right, and base against tuned on {problems['held_out']:,} that neither has read. "
         "*Drawn* answers are sampled as in training; p is of a paired permutation test (its floor "
-        "is 0.0002); KL is KL(tuned || base) in nats a token. `benchmarks/grpo.py`.\n\n"
+        "is 0.0002); KL is KL(tuned || base) in nats a token. `benchmarks/results/grpo.py`.\n\n"
         f"```yaml\n{keys}\n```"
     )
 
@@ -163,7 +163,7 @@ def kto_text(result: dict[str, Any]) -> str:
         f"{rows['held_out']:,} more. AUC is the chance that of a desirable and another answer the "
         "desirable one is the likelier a token; p is of a paired permutation test (its floor is "
         f"0.0002). The learning rate is the best of those tried on {rows['choosing']:,} rows of "
-        f"their own (AUC in brackets): {tried}. `benchmarks/kto.py`."
+        f"their own (AUC in brackets): {tried}. `benchmarks/results/kto.py`."
     )
 
 

@@ -1,4 +1,4 @@
-"""Write the tables of docs/vision.md from benchmarks/results.
+"""Write the tables of docs/vision.md from benchmarks/figures.
 
     python docs/vision_tables.py
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "figures"
 PAGE = ROOT / "docs" / "vision.md"
 MIB = 2**20
 

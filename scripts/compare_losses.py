@@ -29,6 +29,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,17 +45,17 @@ BATCH = 60
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     options.cache.mkdir(parents=True, exist_ok=True)
-    inputs = made_inputs(options.cache)
     chosen = [
         case
-        for case in cases(inputs, options.full)
+        for case in cases(options.full)
         if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.only)
         and not any(fnmatch.fnmatch(case.name, pattern) for pattern in options.skip)
     ]
     if options.list:
         print("\n".join(case.name for case in chosen))
         return 0
-    before, after = (results(name, chosen, options) for name in (options.a, options.b))
+    inputs = made_inputs(options.cache)
+    before, after = (results(name, chosen, inputs, options) for name in (options.a, options.b))
     rows = [compared(case.name, before[case.name], after[case.name]) for case in chosen]
     print_table(rows, options.verbose)
     if options.json:
@@ -114,11 +115,14 @@ def git(*words: str) -> bytes:
 # Training at one commit
 
 
-def results(name: str, chosen: Sequence[Case], options: argparse.Namespace) -> dict[str, Any]:
+def results(
+    name: str, chosen: Sequence[Case], inputs: Path, options: argparse.Namespace
+) -> dict[str, Any]:
     """Return the result of every run at a commit, from the cache where it is there."""
     full = described(name)
     kept = options.cache / "results" / full if not Path(full).is_dir() else None
-    known = {case.name: from_cache(kept, case) for case in chosen}
+    files = {case.name: kept and cache_file(kept, case, inputs) for case in chosen}
+    known = {case.name: from_cache(files[case.name]) for case in chosen}
     missing = [case for case in chosen if known[case.name] is None]
     if not missing:
         return known
@@ -126,16 +130,27 @@ def results(name: str, chosen: Sequence[Case], options: argparse.Namespace) -> d
         source = Path(full) / "src" if kept is None else exported(full, Path(temporary))
         for start in range(0, len(missing), BATCH):
             part = missing[start : start + BATCH]
-            for case, found in zip(part, trained(source, part, Path(temporary)), strict=True):
+            for case, found in zip(
+                part, trained(source, part, inputs, Path(temporary)), strict=True
+            ):
                 known[case.name] = found
-                to_cache(kept, case, found)
+                to_cache(files[case.name], found)
             print(f"{name}: {start + len(part)} of {len(missing)} runs", file=sys.stderr)
     return known
 
 
-def cache_file(kept: Path, case: Case) -> Path:
-    what = json.dumps([case.keys, library_versions(), platform.processor(), cpu()], sort_keys=True)
+def cache_file(kept: Path, case: Case, inputs: Path) -> Path:
+    """Return where a run's result is kept: named by what the result depends on."""
+    read = [content(case.model(inputs)), content(case.data(inputs))]
+    what = json.dumps([case.keys, *read, library_versions(), cpu()], sort_keys=True)
     return kept / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
+
+
+@cache
+def content(path: Path) -> str:
+    """Return a hash of a file, or of a folder's files; nothing for what is built in."""
+    files = sorted(path.glob("*")) if path.is_dir() else [path] if path.is_file() else []
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def cpu() -> str:
@@ -145,16 +160,14 @@ def cpu() -> str:
     return next((line for line in lines if line.startswith("model name")), platform.machine())
 
 
-def from_cache(kept: Path | None, case: Case) -> Any:
-    if kept is None or not (path := cache_file(kept, case)).is_file():
-        return None
-    return json.loads(path.read_text())
+def from_cache(path: Path | None) -> Any:
+    return json.loads(path.read_text()) if path is not None and path.is_file() else None
 
 
-def to_cache(kept: Path | None, case: Case, found: dict[str, Any]) -> None:
-    if kept is not None and found["code"] in (0, 2):
-        kept.mkdir(parents=True, exist_ok=True)
-        cache_file(kept, case).write_text(json.dumps(found))
+def to_cache(path: Path | None, found: dict[str, Any]) -> None:
+    if path is not None and found["code"] in (0, 2):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
 
 
 def exported(commit: str, folder: Path) -> Path:
@@ -165,11 +178,11 @@ def exported(commit: str, folder: Path) -> Path:
     return folder / "tree" / "src"
 
 
-def trained(source: Path, part: Sequence[Case], folder: Path) -> list[dict[str, Any]]:
+def trained(source: Path, part: Sequence[Case], inputs: Path, folder: Path) -> list[dict[str, Any]]:
     """Train the runs in one process that imports Inlay from `source`; return their results."""
     todo, done = folder / "todo.json", folder / "done.jsonl"
     done.unlink(missing_ok=True)
-    todo.write_text(json.dumps([case.keys for case in part]))
+    todo.write_text(json.dumps([case.run_file(inputs) for case in part]))
     environment = {
         **os.environ,
         "PYTHONPATH": str(source),

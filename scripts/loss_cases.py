@@ -26,6 +26,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "norms": {},
     "full": {},
 }
+OF_THE_WHOLE_MODEL = ("prefix", "prompt", "p-tuning")
+"""Methods that take no `targets`."""
 STORAGES: dict[str, dict[str, Any]] = {
     "dense": {},
     "nf4": {"storage": "nf4"},
@@ -92,14 +94,32 @@ POCKET: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One run: `group/method/storage`, and its run file's keys but `output`."""
+    """One run: `task/method/storage`, and its run file's keys but `output`.
+
+    `model` and `data` are names in the folder that `make_inputs` writes, or built-in ones.
+    """
 
     name: str
     keys: dict[str, Any]
 
+    def run_file(self, inputs: Path) -> dict[str, Any]:
+        """Return the keys with the paths of the model and the data."""
+        return {**self.keys, "model": str(self.model(inputs)), "data": str(self.data(inputs))}
 
-def cases(inputs: Path, full: bool) -> Iterator[Case]:
-    """Yield every run over the models and data in a folder.
+    def model(self, inputs: Path) -> Path:
+        return found(inputs / self.keys["model"])
+
+    def data(self, inputs: Path) -> Path:
+        return found(inputs / f"{self.keys['data']}.jsonl")
+
+
+def found(path: Path) -> Path:
+    """Return a path that is there, or the name of what is built in."""
+    return path if path.exists() else Path(path.name.removesuffix(".jsonl"))
+
+
+def cases(full: bool) -> Iterator[Case]:
+    """Yield every run.
 
     full: every task with every method on every storage; otherwise every task with every method
     on dense weights and with LoRA on each storage, and the supervised task with all of them.
@@ -109,10 +129,12 @@ def cases(inputs: Path, full: bool) -> Iterator[Case]:
             for storage, held in STORAGES.items():
                 if full or task == "sft" or storage == "dense" or method == "lora":
                     keys = {**defaults(task), **own, "method": method, **hyper, **held}
-                    yield Case(f"{task}/{method}/{storage}", placed(keys, inputs))
+                    if method in OF_THE_WHOLE_MODEL:
+                        keys.pop("targets", None)
+                    yield Case(f"{task}/{method}/{storage}", keys)
     for name, own in OPTIONS.items():
         keys = {**defaults("sft"), "data": "answers", "method": "lora", "rank": 4, **own}
-        yield Case(f"options/{name}", placed(keys, inputs))
+        yield Case(f"options/{name}", keys)
     for name, own in POCKET.items():
         keys = {**defaults("sft"), "model": "pocket", "batch_size": 4, **own}
         yield Case(f"pocket/{name}", keys)
@@ -133,12 +155,6 @@ def defaults(task: str) -> dict[str, Any]:
         "threads": 1,
         **({} if task == "grpo" else written),
     }
-
-
-def placed(keys: dict[str, Any], inputs: Path) -> dict[str, Any]:
-    """Return keys with the model and data as paths in the folder of inputs."""
-    data = inputs / f"{keys['data']}.jsonl"
-    return {**keys, "model": str(inputs / keys["model"]), "data": str(data)}
 
 
 def make_inputs(folder: Path) -> None:
@@ -181,12 +197,12 @@ def make_text_data(folder: Path, count: int = 32) -> None:
         similar.append({"anchor": prompt, "positive": back})
         triplets.append({"anchor": prompt, "positive": back, "negative": bad})
         scored.append({"sentence1": prompt, "sentence2": good, "score": round(share, 3)})
-    found = {
+    files = {
         "answers": answers, "pairs": pairs, "labelled": labelled, "prompts": prompts,
         "single": single, "multi": multi, "regression": regression, "tokens": tokens,
         "similar": similar, "triplets": triplets, "scored": scored,
     }  # fmt: skip
-    for name, rows in found.items():
+    for name, rows in files.items():
         write(folder / f"{name}.jsonl", rows)
 
 
@@ -336,6 +352,8 @@ def make_llava(folder: Path) -> None:
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
         "initializer_range": 0.2,
+        "attention_bias": True,
+        "mlp_bias": True,
         **SMALL,
     }
     config = LlavaConfig(

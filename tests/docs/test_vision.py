@@ -21,7 +21,7 @@ def test_the_tables_are_what_was_measured() -> None:
 
 
 def test_every_family_answers_what_no_base_does() -> None:
-    measured = json.loads((ROOT / "benchmarks/results/vision_digits.json").read_text())["cases"]
+    measured = json.loads((ROOT / "benchmarks/figures/vision_digits.json").read_text())["cases"]
     families = {case["family"] for case in measured}
     assert len(families) >= 4
     assert len(measured) == 2 * len(families)

@@ -26,8 +26,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     inputs = tmp_path_factory.mktemp("inputs")
     make_llama(inputs / "llama")
     make_text_data(inputs)
-    [case] = [case for case in cases(inputs, full=False) if case.name == "sft/lora/dense"]
-    [result] = trained(ROOT / "src", [case], tmp_path_factory.mktemp("run"))
+    [case] = [case for case in cases(full=False) if case.name == "sft/lora/dense"]
+    [result] = trained(ROOT / "src", [case], inputs, tmp_path_factory.mktemp("run"))
     return result
 
 
@@ -62,8 +62,8 @@ def test_a_run_that_only_one_commit_refuses_differs(found: dict[str, Any]):
     assert (reworded["differs"], reworded["words"]) == ([], 1)
 
 
-def test_every_method_and_storage_is_compared(tmp_path: Path):
-    names = [case.name.split("/") for case in cases(tmp_path, full=True)]
+def test_every_method_and_storage_is_compared():
+    names = [case.name.split("/") for case in cases(full=True)]
     assert METHODS.keys() == catalog().keys()
     assert {name[2] for name in names if len(name) == 3} == {"dense", *STORAGES}
-    assert {case.keys.get("task", "sft") for case in cases(tmp_path, full=False)} == TASKS.keys()
+    assert {case.keys.get("task", "sft") for case in cases(full=False)} == TASKS.keys()

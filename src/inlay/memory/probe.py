@@ -68,7 +68,7 @@ def status(field: str) -> int | None:
 
 LATER = 49 << 20
 """Bytes that a run adds after it is planned, apart from tensors: code of the trainer and of
-checkpoints, products of other lengths, and rows; from benchmarks/plan_runs.py."""
+checkpoints, products of other lengths, and rows; from benchmarks/memory/plan_runs.py."""
 CODE = 520 << 10
 """Bytes of code that PyTorch's library makes for one shape of a product in halves, and keeps."""
 CODE_WITHOUT_HALVES = 3 << 19

@@ -41,7 +41,7 @@ NO_DATA = "its data is not allocated"
 """PyTorch's message where a fake tensor's values are read without an operation."""
 OTHER_LENGTHS = 0.04
 """The share of a step's passing memory that batches of other lengths leave in pieces: from runs of
-benchmarks/plan_runs.py whose figures are not committed."""
+benchmarks/memory/plan_runs.py whose figures are not committed."""
 
 
 @dataclass(frozen=True)
