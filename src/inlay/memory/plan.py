@@ -27,7 +27,7 @@ Runtime = Callable[[frozenset[Product]], int]
 """Returns the bytes that a process holds besides a model that multiplies these shapes."""
 GATHERING = 50 << 20
 """Bytes that gathering weights over gloo adds to a CPU process: the shortfall of plans measured by
-benchmarks/memory/distributed.py, equal for dense and NF4 weights, and for two and four processes."""
+benchmarks/memory/distributed.py, equal for dense and NF4, and for two and four processes."""
 ROOM = 0.95
 """The share of a device's memory that a plan may fill: plans are within 5% of what is measured."""
 
