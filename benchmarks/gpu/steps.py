@@ -52,7 +52,7 @@ class Case:
     contestants: tuple[str, ...]
     layers: int | None = None
     policy: str = "keep-all"
-    """Which activations ours keeps; a peer's name says what it does."""
+    """Inlay's activation policy; the name of a peer says its own."""
     release: bool = False
     """Whether a contestant frees its model after its turn, for the next one's."""
     target: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
@@ -63,7 +63,7 @@ MINE = ("inlay", "inlay, 8-bit compute")
 
 
 def small(shape: str) -> list[Case]:
-    """Return the cases of a small shape, at three lengths in both storages."""
+    """Return the cases of a small shape: three lengths, both storages."""
     everyone = (*MINE, *PEERS, "peft, compiled", "unsloth")
     return [
         Case(f"{shape} {storage} {tokens}", shape, storage, tokens, everyone)

@@ -23,7 +23,7 @@ BATCHES = 4
 """Batches of random tokens, used one after another over and over, so that the loss falls."""
 LEARNING_RATE = 1e-3
 MOST_ROWS = 32_768
-"""Of a weight in the measurement of the GEMM rate."""
+"""Rows of a weight that are used to measure the GEMM rate."""
 REPEATS = 3
 
 
@@ -55,7 +55,7 @@ def measure_kernels(parent: Parent, spec: Spec) -> None:
 
 
 def built(spec: Spec) -> nn.Module:
-    """Build the contestant's model, its adapter at the start that all have."""
+    """Build the contestant's model; every contestant's adapter starts from the same values."""
     model = BUILDERS[spec["contestant"]](spec).train()
     generator = torch.Generator().manual_seed(spec["seed"])
     for p in model.parameters():
@@ -171,7 +171,7 @@ def batches(spec: Spec) -> Iterator[Tensor]:
 
 
 def now(device: str) -> float:
-    """Return the time once the device has done what it was given."""
+    """Return the time after the device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -186,7 +186,7 @@ def gemm_rate(spec: Spec) -> float:
 
 
 def seconds_of(product: Product, tokens: int, device: str) -> float:
-    """Return what the products of one kind take in bf16, on random numbers."""
+    """Return the seconds of the products of one kind in bf16, on random numbers."""
     rows = min(product.rows, MOST_ROWS)
     x = torch.randn(tokens, product.columns, device=device, dtype=torch.bfloat16)
     w = torch.randn(rows, product.columns, device=device, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Attaches more and more adapters to one model, and says what each number of them costs.
+"""Attaches an increasing number of adapters to one model and measures what each number costs.
 
 Started by `turns.Worker`; each request names a number of adapters, not below the last one.
 """

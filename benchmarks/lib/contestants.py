@@ -1,4 +1,4 @@
-"""Who takes part in the measurements of speed: ours, and peers as they are commonly set up."""
+"""The contestants of the speed measurements: Inlay, and peers as they are commonly set up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.lib.turns import KEEPS_MEMORY, SkippedError
 
 @dataclass(frozen=True)
 class Contestant:
-    """How one side builds the same base with the same adapter; it then trains in a plain loop."""
+    """How a contestant builds the base model with the adapter, which a plain loop then trains."""
 
     name: str
     storage: str

@@ -15,7 +15,7 @@ from benchmarks.lib.shapes import Product
 from benchmarks.lib.turns import Parent, serve
 
 MOST_ROWS = 16_384
-"""Of a weight that is tried: an output head is measured by a part of it."""
+"""Rows of a weight that are measured; a larger output head is measured by this part."""
 REPEATS = 3
 
 
@@ -39,7 +39,7 @@ def rate(products: list[Product], tokens: int, dtype: torch.dtype) -> float:
 
 
 def seconds_of(product: Product, tokens: int, dtype: torch.dtype) -> float:
-    """Return what the products of one kind take, output memory reused."""
+    """Return the seconds of the products of one kind; the output's memory is reused."""
     rows = min(product.rows, MOST_ROWS)
     x, w = torch.ones(tokens, product.columns, dtype=dtype), torch.ones(rows, product.columns)
     weight, out = w.to(dtype).t(), torch.empty(tokens, rows, dtype=dtype)

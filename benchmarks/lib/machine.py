@@ -1,4 +1,4 @@
-"""What machine a figure comes from, and how results are written."""
+"""The machine that a figure is measured on, and the files that figures are written to."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SHARED = REPOSITORY.parent / "shared"
 REPORTS = SHARED / "data" / "radiology" / "reports.csv"
 PROBLEMS = SHARED / "data" / "math" / "gsm8k_train.jsonl"
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
-"""Threads of every contestant, of which one works at a time."""
+"""Threads of every contestant; one contestant works at a time."""
 PACKAGES = ("inlay", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
 CLASSES = {"": "no bfloat16 arithmetic", "_avx512bf16": "AVX512-BF16", "_amx": "AMX"}
-"""Classes of CPU, by what the names of their results end in."""
+"""Classes of CPU, by the suffix of their result files."""
 STANDS_IN = "ONEDNN_MAX_CPU_ISA"
 """Set to AVX512_CORE_VNNI, with INLAY_NATIVE=avx512, a CPU stands in for one without bfloat16; set
 to AVX512_CORE_BF16, with INLAY_NATIVE=avx512_bf16, for one without AMX."""

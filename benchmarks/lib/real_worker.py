@@ -1,4 +1,4 @@
-"""One side's whole run on real rows, which pauses after every few optimiser steps.
+"""A contestant's whole run on real rows, which pauses after every few optimiser steps.
 
 Started by `turns.Worker`; the first request holds the run. A run is started, goes through its
 first steps and pauses; each further request lets it take some more; the last one lets it end.
@@ -24,7 +24,7 @@ from inlay.train.run import train
 
 
 class Pauses:
-    """Stops a run where its turn ends and goes on when the next one begins."""
+    """Stops a run at the end of its turn and continues it when the next turn begins."""
 
     def __init__(self, parent: Parent, spec: dict[str, Any]) -> None:
         self.parent = parent
@@ -35,7 +35,7 @@ class Pauses:
         self.started = time.perf_counter()
 
     def begins(self) -> None:
-        """Take note of the memory held with the model and its adapter in place."""
+        """Record the memory held by the model and its adapter."""
         self.memory = PeakMemory()
         self.started = time.perf_counter()
 
@@ -65,7 +65,7 @@ def work(parent: Parent, spec: dict[str, Any]) -> None:
 
 
 def run_config(spec: dict[str, Any]) -> RunConfig:
-    """Return the run as `inlay train` would be told of it."""
+    """Return the run's configuration, as `inlay train` would read it."""
     return load_config(
         overrides={
             "model": spec["base"], "data": spec["train"], "eval_data": spec["held_out"],

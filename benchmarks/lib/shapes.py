@@ -1,4 +1,4 @@
-"""The shapes that are measured, their random weights, and the least work a step on them is."""
+"""The measured shapes, their random weights, and the minimum work of a training step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QWENS: dict[str, dict[str, int]] = {
         "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151_936,
     },
 }  # fmt: skip
-"""Those of Qwen2.5-0.5B and -1.5B, tied embeddings."""
+"""The shapes of Qwen2.5-0.5B and -1.5B, with tied embeddings."""
 LLAMAS: dict[str, dict[str, int]] = {
     "tiny llama": {
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
@@ -39,7 +39,7 @@ LLAMAS: dict[str, dict[str, int]] = {
         "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128_256,
     },
 }  # fmt: skip
-"""Those of Llama 3."""
+"""The shapes of Llama 3."""
 
 RANK, ALPHA = 16, 32
 Config = Qwen2Config | LlamaConfig
@@ -54,7 +54,7 @@ class Product(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Of all its weights together."""
+        """The parameters of all its weights."""
         return self.rows * self.columns * self.count
 
 
@@ -108,7 +108,7 @@ def lora_parameters(config: Config, rank: int = RANK) -> int:
 
 
 def floor_flops(config: Config, tokens: int, rank: int = RANK) -> float:
-    """Return what no exact step on one sequence of dense labels can do without, in FLOP.
+    """Return the minimum FLOP of an exact step on one sequence with a label at every token.
 
     A token takes 4P + 4H + 3.5 * 2LdS + 6 * (LoRA parameters): P of the blocks, H of the head, L
     layers of width d, S tokens; the frozen weights have no gradient, so 4 and not 6.

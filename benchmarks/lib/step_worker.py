@@ -40,7 +40,7 @@ def work(parent: Parent, spec: dict[str, Any]) -> None:
 
 
 def touched(model: nn.Module) -> int:
-    """Read every weight once, so that none waits on disk; return their bytes."""
+    """Read every weight once, so that none is still on disk; return their bytes."""
     tensors = [*model.parameters(), *model.buffers()]
     for tensor in tensors:
         tensor.detach().flatten().view(torch.uint8)[::1024].sum()

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from inlay.kernels.native import return_free_memory
 
 KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
-"""What makes glibc keep freed blocks in the process instead of giving them to the kernel."""
+"""Makes glibc keep freed blocks in the process instead of returning them to the kernel."""
 
 
 class SkippedError(Exception):
@@ -118,7 +118,7 @@ class Parent:
 
 
 def serve(work: Callable[[Parent, dict[str, Any]], None]) -> None:
-    """Run a worker's `work` on the parent and the first request; tell the parent what it raises."""
+    """Run a worker's `work` on the first request; send exceptions to the parent."""
     parent = Parent()
     try:
         work(parent, parent.wait())
@@ -129,7 +129,7 @@ def serve(work: Callable[[Parent, dict[str, Any]], None]) -> None:
 
 
 class PeakMemory:
-    """The most memory this process holds above what it held when this was made, in bytes."""
+    """The peak of this process's memory above the memory held at the start, in bytes."""
 
     def __init__(self) -> None:
         return_free_memory()
@@ -137,7 +137,7 @@ class PeakMemory:
         Path("/proc/self/clear_refs").write_text("5")
 
     def above(self) -> int:
-        """Return the peak since then, less what was held then."""
+        """Return the peak since the start, less the memory held at the start."""
         return status("VmHWM") - self.before
 
 

@@ -131,7 +131,7 @@ def planned_seconds(
 
 
 def difference(case: dict[str, Any], one: dict[str, Any]) -> float:
-    """Return how far a case's losses are from one process's, at the most."""
+    """Return the largest difference between a case's losses and those of one process."""
     return max(abs(a - b) for a, b in zip(case["losses"], one["losses"], strict=True))
 
 

@@ -53,7 +53,7 @@ SIZES = {
     "smoke": Size("tiny", 2, 512, (16, 64), (1, 4), (1, 3), (1, 3), 2),
 }  # fmt: skip
 MIDDLE = 512
-"""Tokens where it is not they that change."""
+"""Tokens of the series that vary something else."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def spec(root: Path, size: Size, *, tokens: int, layers: int, rank: int = RANK) -> dict[str, Any]:
-    """Return a worker's request; its base and adapter are made when they are not there."""
+    """Return a worker's request; make its base and adapter if they do not exist."""
     base, start = root / f"base-{layers}", root / f"start-{layers}-{rank}"
     if not base.exists():
         save_base(shape_config(size.shape, layers, size.vocab), base)

@@ -1,4 +1,4 @@
-"""Models that see images for the plan's table: their shapes, and a row with images for each."""
+"""Vision-language models for the plan's table: their shapes, and a row with images for each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IMAGES, WORDS = 2, 128
 
 
 def image_shape(family: str, dtype: str) -> Any:
-    """Return the configuration of a model that sees, whose tower has 8 blocks."""
+    """Return the configuration of a vision-language model whose tower has 8 blocks."""
     from transformers import LlavaConfig, Qwen2_5_VLConfig
 
     if family == "llava":

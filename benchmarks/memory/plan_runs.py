@@ -30,7 +30,7 @@ SHAPES = {
 }
 """Shapes of Qwen2.5-0.5B and SmolLM2-135M, with fewer layers and pocket's vocabulary."""
 KEYS = ("model", "method", "storage", "dtype", "rows", "length", "batch")
-"""What a case is."""
+"""The fields of a case."""
 ROWS = {
     "reports": {"data": str(REPORTS), "prompt": "findings", "completion": "impression"},
     "problems": {"data": str(PROBLEMS), "prompt": "question", "completion": "answer"},
@@ -66,7 +66,7 @@ def cases() -> list[dict[str, Any]]:
 
 
 def made(name: str, folder: Path, dtype: str) -> str:
-    """Save random weights of a shape with pocket's tokenizer, and return the folder; pocket is."""
+    """Save random weights of a shape with pocket's tokenizer; return the folder, or `pocket`."""
     if name == "pocket":
         return name
     import torch

@@ -98,7 +98,7 @@ IMAGE_CASES: list[dict[str, Any]] = [
 
 
 def shape(case: dict[str, Any]) -> Any:
-    """Return the configuration of a case's model; the text model's biases are what BitFit needs."""
+    """Return the configuration of a case's model; text models have biases, which BitFit needs."""
     from transformers import Qwen2Config
 
     dtype = case["dtype"]
@@ -120,7 +120,7 @@ def shape(case: dict[str, Any]) -> Any:
 
 
 def make_model(folder: Path, case: dict[str, Any]) -> str:
-    """Save random weights of a case's shape, unless they are there; nothing reads the tokenizer."""
+    """Save random weights of a case's shape, unless they exist; no tokenizer is needed."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import (
@@ -144,7 +144,7 @@ def make_model(folder: Path, case: dict[str, Any]) -> str:
 
 
 def batch(case: dict[str, Any]) -> dict[str, Any]:
-    """Return one row, its first quarter not trained on, or the one with images."""
+    """Return one row whose first quarter is masked, or the row with images."""
     import torch
 
     if "family" in case:
@@ -242,7 +242,7 @@ def in_a_process(kind: str, case: dict[str, Any], *rest: str) -> Any:
 
 
 def main(names: list[str]) -> None:
-    """Measure and plan every case on text, or on images, or those of these names."""
+    """Measure and plan every case on text, every case on images, or the named cases."""
     images = names == ["images"]
     asked = [c for c in (*CASES, *IMAGE_CASES) if name_of(c) in names]
     rows = results(asked or (IMAGE_CASES if images else CASES))

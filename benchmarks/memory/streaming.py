@@ -80,7 +80,7 @@ def memory(parent: Path, layers: int, tokens: int, threads: int) -> None:
 
 
 def made(parent: Path, layers: int) -> Path:
-    """Return the folder of the checkpoint, written by a process of its own when not there."""
+    """Return the folder of the checkpoint; a separate process writes it if it does not exist."""
     folder = parent / f"llama-7b-{layers}"
     if not (folder / "config.json").is_file():
         run = [*AGAIN, "make", "--folder", str(folder), "--layers", str(layers)]
@@ -198,7 +198,7 @@ def make(folder: Path, layers: int) -> None:
 
 
 def blocks(layers: int) -> Iterator[Any]:
-    """Yield, for each file, what makes its tensors."""
+    """Yield a function for each file that makes its tensors."""
     yield ends
     for layer in range(layers):
         yield lambda layer=layer: block(f"model.layers.{layer}.")
@@ -218,7 +218,7 @@ def block(prefix: str) -> dict[str, Tensor]:
 
 
 def ends() -> dict[str, Tensor]:
-    """Return what lies outside the blocks, dense: embedding, head and last norm."""
+    """Return the dense tensors outside the blocks: embedding, head and last norm."""
     shape = (SHAPE["vocab_size"], SHAPE["hidden_size"])
     return {
         "model.embed_tokens.weight": (0.02 * torch.randn(shape)).bfloat16(),

@@ -23,7 +23,7 @@ from benchmarks.results.pocket_runs import THREADS, metrics, run, warm_start
 from inlay.data.read import read_rows
 
 REWARDED, HELD_OUT = 2400, 500
-"""Problems of GRPO, and to measure on."""
+"""The number of problems to train on with GRPO, and to measure on."""
 ANSWER = 32
 WARM: dict[str, Any] = {
     "model": "pocket", "data": "arithmetic", "split": [0.9, 0.05, 0.05], "epochs": 100,
@@ -38,7 +38,7 @@ REWARD: dict[str, Any] = {
 
 
 def main() -> None:
-    """Train, print and write what came of it."""
+    """Train; print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=80)
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def write_problems(folder: Path) -> dict[str, int]:
-    """Write the problems to be rewarded and those held out, none of them known; return how many."""
+    """Write new problems for training and held-out problems; return the counts."""
     known = {row.values["question"] for row in read_rows("arithmetic")}
     made = generate_problems(2 * (REWARDED + HELD_OUT), seed=1)
     fresh = [problem for problem in made if problem.question not in known]
@@ -76,7 +76,7 @@ def write_problems(folder: Path) -> dict[str, int]:
 
 
 def warmed(folder: Path, steps: int) -> dict[str, Any]:
-    """Train on worked answers, merge the adapter, and return how often the answers are right."""
+    """Train on worked answers, merge the adapter, and return the share of right answers."""
     found = warm_start(folder, {**WARM, "max_steps": steps})
     return {
         "steps": found["steps"],
@@ -86,7 +86,7 @@ def warmed(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def rewarded(folder: Path, seed: int, steps: int) -> dict[str, Any]:
-    """Train on rewards from the merged model, and return what base and tuned are worth."""
+    """Train on rewards from the merged model; return the rewards of base and tuned."""
     files = {"data": "rewarded.jsonl", "eval_data": "held_out.jsonl", "model": "base"}
     placed = {key: str(folder / name) for key, name in files.items()}
     found = run(folder, f"rewarded-{seed}", {**REWARD, **placed, "max_steps": steps, "seed": seed})

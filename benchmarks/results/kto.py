@@ -1,4 +1,4 @@
-"""KTO on pocket and the real radiology reports in ../shared: right impressions rather than others.
+"""KTO on pocket and the real radiology reports in ../shared: right against wrong impressions.
 
     python -m benchmarks.results.kto [--seeds 3] [--work FOLDER]
 
@@ -24,10 +24,10 @@ from benchmarks.lib.machine import REPORTS, write
 from benchmarks.results.pocket_runs import THREADS, metrics, run, warm_start
 
 PARTS = {"warm": 1000, "labelled": 600, "choosing": 250, "held_out": 300}
-"""Reports to start on, to train on with labels, to choose the learning rate on, to measure on."""
+"""Numbers of reports: supervised start, labelled training, learning-rate choice, measurement."""
 PROMPT = "Findings: {findings}\nImpression:"
 LENGTHS = (3, 6, 10, 20)
-"""Words up to which impressions count as of one length; longer ones as of another."""
+"""Upper limits of the length classes of impressions, in words."""
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 WARM: dict[str, Any] = {
     "model": "pocket", "split": [1.0, 0.0, 0.0], "epochs": 1, "rank": 32, "learning_rate": 4e-3,
@@ -44,7 +44,7 @@ METRICS = (
 
 
 def main() -> None:
-    """Train, print and write what came of it."""
+    """Train; print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path)
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def write_rows(folder: Path) -> dict[str, dict[str, int]]:
-    """Write the rows of every part, no findings in two of them; return how many of each label."""
+    """Write the rows of every part, each findings in one part only; return the counts of labels."""
     reports = read_reports()
     drawn = random.Random(0)
     drawn.shuffle(reports)
@@ -89,7 +89,7 @@ def write_rows(folder: Path) -> dict[str, dict[str, int]]:
 
 
 def read_reports() -> list[dict[str, str]]:
-    """Return the reports with findings and impression, each findings once."""
+    """Return the reports with findings and an impression, without repeated findings."""
     with REPORTS.open(newline="", encoding="utf-8") as file:
         rows = [{k: (v or "").strip() for k, v in row.items()} for row in csv.DictReader(file)]
     usable = [row for row in rows if row["findings"] and row["impression"]]
@@ -105,7 +105,7 @@ def supervised(reports: list[dict[str, str]]) -> list[dict[str, Any]]:
 
 
 def labelled(reports: list[dict[str, str]], drawn: random.Random) -> list[dict[str, Any]]:
-    """Return every other report with its own impression, the rest with another's, and labels."""
+    """Return labelled rows: every second report's impression is its own, the others' are not."""
     rows = supervised(reports)
     for number, row in enumerate(rows):
         own = reports[number]["impression"]
@@ -118,7 +118,7 @@ def labelled(reports: list[dict[str, str]], drawn: random.Random) -> list[dict[s
 
 
 def alike(other: str, own: str) -> bool:
-    """Say whether an impression is another text of the same length class."""
+    """Say whether two impressions differ and are in the same length class."""
     return other.lower() != own.lower() and length_class(other) == length_class(own)
 
 
@@ -128,7 +128,7 @@ def length_class(text: str) -> int:
 
 
 def judged(folder: Path, name: str, rate: float, held_out: str, seed: int) -> dict[str, Any]:
-    """Train on labelled answers from the merged model; return what base and tuned tell apart."""
+    """Train on labelled answers from the merged model; return how well the models separate them."""
     files = {"data": "labelled.jsonl", "eval_data": f"{held_out}.jsonl", "model": "base"}
     placed = {key: str(folder / file) for key, file in files.items()}
     found = run(folder, name, {**KTO, **placed, "learning_rate": rate, "seed": seed})

@@ -1,4 +1,4 @@
-"""Runs of pocket that a benchmark compares: trained once, merged into the base, and told."""
+"""Runs of pocket that a benchmark compares: trained once, merged into the base, and reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ THREADS = 1
 
 
 def run(folder: Path, name: str, keys: dict[str, Any]) -> dict[str, Any]:
-    """Train a run of this name in a folder, unless it lies there; return its run.json."""
+    """Train a run of this name, unless the folder holds it finished; return its run.json."""
     also = {"dtype": "float32", "threads": THREADS, "save_every": 1000, "resume": True}
     return train(load_config(None, {**also, **keys, "output": str(folder / name)})).run
 

@@ -48,7 +48,7 @@ LANES = 2
 
 
 def main() -> None:
-    """Run what is asked for, add it to the result file, and print the table."""
+    """Run the chosen methods and seeds, add them to the result file, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", default=";".join(METHODS), help="names, separated by ;")
     parser.add_argument("--seeds", default="0,1,2")
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def earlier_runs() -> dict[str, Any]:
-    """Return the runs of an earlier call, so that the work can be done in parts."""
+    """Return the runs of an earlier call: the work can be done in parts."""
     path = FIGURES / "radiology.json"
     return json.loads(path.read_text())["runs"] if path.exists() else {}
 

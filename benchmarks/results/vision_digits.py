@@ -1,4 +1,4 @@
-"""What tiny random models that see images learn of scikit-learn's digits, by `inlay train`.
+"""Tiny random vision-language models trained on scikit-learn's digits by `inlay train`.
 
     python -m benchmarks.results.vision_digits [--families F ...] [--storages S ...]
         [--jobs 1] [--work DIR]
@@ -42,7 +42,7 @@ RUN: dict[str, Any] = {
     "resume": True,
     "threads": 1,
 }
-"""The run of every family; what it adapts is every linear layer but the output head."""
+"""The run of every family; it adapts every linear layer but the output head."""
 OWN: dict[str, dict[str, Any]] = {
     "gemma3": {
         "targets": ["language", "vision"],
@@ -50,11 +50,11 @@ OWN: dict[str, dict[str, Any]] = {
         "epochs": 12,
     },
 }
-"""What a family needs beside: Gemma 3's projector is no linear layer, trains whole, and longer."""
+"""Keys of one family: Gemma 3's projector is no linear layer, and is trained in full, longer."""
 
 
 def measured(folder: Path, family: str, storage: str) -> dict[str, Any]:
-    """Train a family in a storage, unless that lies in the folder; return what came of it."""
+    """Train a family in a storage, unless the folder holds that run finished; return the result."""
     name = f"{family}-{storage}"
     keys = RUN | OWN.get(family, {})
     keys |= {"model": family, "data": "digits.jsonl", "output": name, "storage": storage}
@@ -80,7 +80,7 @@ def measured(folder: Path, family: str, storage: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train what was asked for and write what came of it."""
+    """Train the chosen cases and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES))
     parser.add_argument("--storages", nargs="+", default=["dense", "nf4"])

@@ -1,4 +1,4 @@
-"""What `speed.py` compares: shapes, storages of the frozen weights, lengths."""
+"""The cases of `steps.py`: shapes, storages of the frozen weights, lengths."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As it stands in the results."""
+        """The name in the results."""
         return f"{self.shape} {self.storage} {self.tokens}"
 
 
@@ -29,5 +29,5 @@ FULL = [
     *(Case("0.5B", storage, 2048, layers=6) for storage in ("bf16", "nf4")),
     *(Case("1.5B", storage, 2048, layers=3) for storage in ("bf16", "nf4")),
 ]
-"""Some of the layers stand for all where four contestants would not fit in 24 GB of memory."""
+"""Fewer layers are used where all contestants together would not fit in 24 GB of memory."""
 SMOKE = [Case("tiny", storage, 32) for storage in ("bf16", "nf4")]

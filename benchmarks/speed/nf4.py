@@ -77,7 +77,7 @@ def quantise(size: int, alternations: int) -> dict[str, Any]:
 
 
 def fastest(action: Any) -> tuple[Any, float]:
-    """Return what an action returns, and the shortest of a few times it took."""
+    """Return an action's result and the shortest of a few measured times."""
     times: list[float] = []
     for _ in range(REPEATS):
         started = time.perf_counter()

@@ -41,7 +41,7 @@ HELD_OUT_ROWS = 64
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run."""
+    """The size of a measurement."""
 
     shape: str
     layers: int
@@ -167,7 +167,7 @@ def alternation(workers: dict[str, Worker], steps: int, number: int) -> dict[str
 
 
 def pooled(runs: list[dict[str, Any]], size: Size) -> dict[str, Any]:
-    """Return what is known over all seeds, and ours beside the peer's and beside our 8-bit one."""
+    """Return figures over all seeds, and ratios of Inlay to the peer and to Inlay in 8 bits."""
     sides = {side: [run["sides"][side] for run in runs] for side in SIDES}
     examples = len(runs) * size.alternations * size.steps * BATCH_SIZE
     rates = {name: examples / sum(r["seconds"] for r in side) for name, side in sides.items()}

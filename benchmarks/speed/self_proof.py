@@ -1,4 +1,4 @@
-"""What it costs that fast paths prove themselves: processor time beside a short run's.
+"""The cost of the fast paths' proofs: processor time, compared with a short run's.
 
     python -m benchmarks.speed.self_proof [--dry]
 
@@ -60,7 +60,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def proofs(model: PreTrainedModel) -> tuple[float, float, list[str]]:
-    """Return the time of installing with nothing known, with all known, and what was noted."""
+    """Return the time to install without known proofs and with all known, and the notes."""
     proof.verdicts.clear()
     notes: list[str] = []
     first = seconds(lambda: notes.extend(install(model)))
@@ -71,7 +71,7 @@ def proofs(model: PreTrainedModel) -> tuple[float, float, list[str]]:
 
 
 def steps(model: PreTrainedModel, count: int, tokens: int) -> float:
-    """Return the time of so many training steps of four rows."""
+    """Return the time of this many training steps of four rows."""
     inlay.attach(model, inlay.LoRA(rank=8)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-4)

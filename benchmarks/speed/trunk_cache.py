@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def real_rows(count: int) -> list[Any]:
-    """Return the rows of the microbatches, as a run encodes them."""
+    """Return the rows of the batches, encoded as a run encodes them."""
     run = {"model": "pocket", "data": str(REPORTS), "output": "unused", "skip_empty": True}
     run |= {"prompt": "Findings: {findings}\nImpression:", "completion": "impression"}
     config: RunConfig = load_config(None, {**run, "max_rows": 60})
@@ -109,7 +109,7 @@ def batches(rows: list[Any]) -> list[dict[str, Tensor]]:
 def measured(
     model: Any, cache: TrunkCache, data: list[dict[str, Tensor]], alternations: int
 ) -> list[tuple[float, float, float, float]]:
-    """Return the seconds of all, top, top cached and all again, after one round unmeasured."""
+    """Return the seconds of: all layers, the top, the top with the cache, and all again."""
     found: list[tuple[float, float, float, float]] = []
     for number in range(alternations + 1):
         inlay.use(model, "all")

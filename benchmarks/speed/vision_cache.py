@@ -1,4 +1,4 @@
-"""What it saves to run a frozen vision tower once a row: epochs with pixels seen and features read.
+"""Time saved by running a frozen vision tower once a row: epochs from pixels and from the cache.
 
     python -m benchmarks.speed.vision_cache [--alternations 5] [--rows 8] [--side 512] [--layers 30]
 
@@ -49,7 +49,7 @@ LANGUAGE = {
 
 
 def smolvlm(side: int, layers: int) -> Tiny:
-    """Return a SmolVLM whose tower sees images of this side."""
+    """Return a SmolVLM for images of this side, in pixels."""
     tokenizer = tokenizer_of("smolvlm")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad")}
     text = LANGUAGE | ids | {"num_hidden_layers": layers, "vocab_size": len(tokenizer)}
@@ -119,13 +119,13 @@ def main() -> None:
 
 
 Epoch = tuple[float, list[float]]
-"""Its seconds, and the loss of each step."""
+"""The seconds of an epoch, and the loss of each step."""
 
 
 def alternations(
     model: Any, cache: VisionCache, seen: SideBySide, read: SideBySide, count: int
 ) -> Iterator[tuple[Epoch, Epoch, Epoch]]:
-    """Yield an epoch seen, one read and one seen again, after one round unmeasured."""
+    """Yield epochs from pixels, from the cache, and from pixels again, after a warm-up."""
     start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     for number in range(count + 1):
         set_back(model, start)
@@ -141,7 +141,7 @@ def alternations(
 
 
 def set_back(model: Any, start: dict[str, torch.Tensor]) -> None:
-    """Give the adapter the values it began with."""
+    """Restore the adapter's first values."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in start:

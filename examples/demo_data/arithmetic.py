@@ -52,7 +52,7 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """The question as a model is asked it."""
+        """The prompt that asks a model the question."""
         return f"Question: {self.question}\nAnswer:"
 
 
@@ -96,7 +96,7 @@ def story(random: Random) -> tuple[str, list[str], int]:
 
 
 def change(total: int, random: Random, words: dict[str, str]) -> tuple[str, str, int]:
-    """Return a sentence about more or fewer things, its working, and how many are left."""
+    """Return a sentence about a change, its calculation, and the new number."""
     gains = total == 0 or random.random() < 0.5
     n = random.randint(1, LARGEST_CHANGE if gains else min(total, LARGEST_CHANGE))
     left = total + n if gains else total - n

@@ -1,4 +1,4 @@
-"""What a chest film can show: how each finding looks, what it is called, and what it is not."""
+"""The vocabulary of a chest film: how each finding looks, its names, and what may be denied."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ class Finding:
 
     name: str
     looks: dict[str, tuple[str, ...]]
-    """How it is described without its name, by grade; `""` where it has no grades."""
+    """Descriptions without its name, by grade; `""` where it has no grades."""
     named: tuple[str, ...]
-    """How it is described with its name."""
+    """Descriptions that name it."""
     impression: str
     urgency: int
     """The impression lists the most urgent first; what is below 3 is not acute."""
     sides: tuple[str, ...] = ()
     sites: tuple[str, ...] = ()
     region: str = "lungs"
-    """Which normal statement it contradicts."""
+    """The normal statement that it contradicts."""
     denied: frozenset[str] = field(default_factory=frozenset[str])
-    """The negations that it contradicts, beside the one of its own name."""
+    """The negations that it contradicts, apart from that of its own name."""
 
 
 SIDES = ("left", "right")
@@ -343,7 +343,7 @@ NEGATIONS: tuple[tuple[frozenset[str], tuple[str, ...]], ...] = (
         ("no suspicious nodule", "no pulmonary nodule or mass is seen"),
     ),
 )
-"""What a report may say is absent, with the findings that would make it untrue."""
+"""Statements of absence, with the findings that contradict them."""
 
 NORMAL: dict[str, tuple[str, ...]] = {
     "heart": (
@@ -378,4 +378,4 @@ NORMAL: dict[str, tuple[str, ...]] = {
         "diaphragmatic contours are normal",
     ),
 }
-"""What a report says of a region in which nothing was found."""
+"""Statements about a region without findings."""

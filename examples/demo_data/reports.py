@@ -23,7 +23,7 @@ ABBREVIATED_SHARE = 0.25
 MISSPELT_SHARE = 0.3
 WORD_MISSPELT = 0.08
 FEWEST_LETTERS = 6
-"""Shorter words are not misspelt: a typist's error in `left` could make it another word."""
+"""Shorter words are not misspelt: an error in `left` could make another word."""
 
 NOTHING_ACUTE = "No acute cardiopulmonary abnormality."
 ACUTE = 3
@@ -37,7 +37,7 @@ CHANGES = {
     "increased": ("this has progressed since the prior study", "larger than on the last exam"),
     "decreased": ("this has improved since the prior study", "less than on the last exam"),
 }
-"""How a comparison with the prior film is written, by what the impression calls it."""
+"""Sentences that compare with the prior film, by the word that the impression uses."""
 FIXED = frozenset({"new", "unchanged"})
 GROWING = frozenset({"pleural effusion", "pneumothorax", "pneumonia", "atelectasis"}) | {
     "pulmonary edema",
@@ -83,7 +83,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Fact:
-    """One finding of one case: what is true, whatever words describe it."""
+    """A finding of one case, independent of the words that describe it."""
 
     finding: Finding
     grade: str
@@ -93,7 +93,7 @@ class Fact:
 
     @property
     def impression(self) -> str:
-        """The fact as the impression states it."""
+        """The sentence of the impression that states this fact."""
         text = filled(self.finding.impression, self)
         return sentence(f"{text}, {self.change}" if self.change else text)
 
@@ -118,7 +118,7 @@ def generate_reports(count: int, seed: int) -> list[Report]:
 
 
 def draw_facts(random: Random) -> list[Fact]:
-    """Return what is true of one case, the most urgent first; nothing for a normal one."""
+    """Return the facts of one case, the most urgent first; none for a normal case."""
     if random.random() < NORMAL_SHARE:
         return []
     number = random.choices((1, 2, 3), weights=(5, 3, 2))[0]
@@ -146,7 +146,7 @@ def label_of(facts: list[Fact]) -> str:
 
 
 def write_impression(facts: list[Fact]) -> str:
-    """Return the facts, most urgent first, and that nothing is acute where it is so."""
+    """Return the impression: the facts, most urgent first, or that nothing is acute."""
     stated = [fact.impression for fact in facts]
     if all(fact.finding.urgency < ACUTE for fact in facts):
         stated.append(NOTHING_ACUTE)
@@ -180,7 +180,7 @@ def describe(fact: Fact, random: Random) -> str:
 
 
 def normal_statements(facts: list[Fact], random: Random) -> list[str]:
-    """Return what is said of some of the regions in which nothing was found."""
+    """Return normal statements about some of the regions without findings."""
     found = {fact.finding.region for fact in facts}
     free = [region for region in NORMAL if region not in found]
     chosen = random.sample(free, random.randint(min(2, len(free)), min(4, len(free))))
@@ -188,7 +188,7 @@ def normal_statements(facts: list[Fact], random: Random) -> list[str]:
 
 
 def negations(facts: list[Fact], random: Random) -> list[str]:
-    """Return some statements of what is absent, none of them untrue."""
+    """Return some true statements of absence."""
     there: set[str] = set()
     for fact in facts:
         there |= {fact.finding.name} | fact.finding.denied
@@ -198,7 +198,7 @@ def negations(facts: list[Fact], random: Random) -> list[str]:
 
 
 def resolved(facts: list[Fact], random: Random) -> list[str]:
-    """Return that something is gone, which the impression therefore does not list."""
+    """Return a sentence about a resolved finding, which the impression does not list."""
     there = {fact.finding.name for fact in facts}
     gone = [name for name in RESOLVING if name not in there]
     if not gone:
