@@ -1,4 +1,4 @@
-"""What operators cost beyond their inputs and outputs: scratch memory and arithmetic.
+"""The cost of operators beyond their inputs and outputs: scratch memory and arithmetic.
 
 An operator of Inlay registers its own cost in its file; PyTorch's are here.
 """
@@ -37,7 +37,7 @@ FLOPS: dict[str, Callable[..., int]] = {}
 """Operator -> its floating-point operations, where PyTorch's own counter does not know it."""
 
 planned: DeviceKind = "cpu"
-"""The kind of device that is planned for; fake tensors say `cpu` whatever it is."""
+"""The kind of device that is planned for; the device of fake tensors is always `cpu`."""
 
 
 @contextmanager

@@ -21,7 +21,7 @@ Int8Rows = Callable[[Sequence[Tensor], int, int, int], tuple[Tensor, Tensor] | N
 
 @dataclass(frozen=True)
 class Format:
-    """What a storage tells the operators about its packed parts."""
+    """The functions by which operators read a storage's packed parts."""
 
     dequantize: Dequantize
     """`(parts, out, first)`: write the dense matrix's rows from `first` on into `out` (n, in)."""

@@ -34,14 +34,14 @@ PART_ROWS = 512
 
 
 class Scores(NamedTuple):
-    """What is known of each scored position, all (n,)."""
+    """The scores of positions, all (n,)."""
 
     log_probs: Tensor
-    """Of the label; fp32."""
+    """Log-probability of the label; fp32."""
     entropy: Tensor
-    """Of the whole distribution; fp32, without gradient."""
+    """Entropy of the whole distribution; fp32, without gradient."""
     is_top1: Tensor
-    """Whether no token is likelier than the label."""
+    """Whether the label is the likeliest token."""
 
 
 def most_rows(vocabulary: int) -> int:

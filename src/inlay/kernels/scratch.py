@@ -1,4 +1,4 @@
-"""Where and in which dtype a frozen weight is multiplied.
+"""The buffer and the dtype in which a frozen weight is multiplied.
 
 A packed weight is unpacked tile by tile into one buffer that is kept, so that nothing dense is
 allocated, and a tile is still in the cache when it is multiplied. On a GPU a tile is the whole
@@ -20,7 +20,7 @@ from torch import Tensor
 from inlay.kernels.switches import is_on
 
 TILE_BYTES = 16 << 20
-"""Measured on two cores: smaller tiles slow the product, larger ones leave the cache."""
+"""Measured on two cores: smaller tiles slow the product, larger tiles leave the cache."""
 GPU_TILE_BYTES = 512 << 20
 """Room for every layer of a 70B model's blocks at once, and for a quarter of its output head."""
 kept = threading.local()

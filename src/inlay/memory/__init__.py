@@ -1,1 +1,1 @@
-"""What a run will need, which activations it keeps, and what it takes on the way."""
+"""Memory: the plan of a run, activation policies, and measurements."""

@@ -19,7 +19,7 @@ TERA = 10**12
 REACHED = 0.75
 """The share of a data sheet's arithmetic and bandwidth that large products reach in practice."""
 CUDA_RUNTIME = int(0.7 * GB)
-"""About what CUDA's context and libraries hold on a device before any tensor is there."""
+"""About the bytes that CUDA's context and libraries hold on a device without any tensor."""
 HOST_LINK = {"pcie3": 12 * GB, "pcie4": 25 * GB, "pcie5": 50 * GB}
 """Bytes a second from pinned host memory, as they are reached."""
 

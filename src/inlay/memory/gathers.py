@@ -24,9 +24,9 @@ class Gathered:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.sizes = [t.nbytes for t in tensors]
         self.buffer: Tensor | None = None
-        """What has arrived and is not copied out yet."""
+        """The buffer that has arrived and is not copied out yet."""
         self.whole: list[Tensor] = []
-        """What is in use."""
+        """The tensors in use."""
 
     def let_go(self) -> None:
         self.whole = []

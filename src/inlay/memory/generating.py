@@ -23,7 +23,7 @@ LOGITS_KEPT = 1
 
 @dataclass(frozen=True)
 class Answering:
-    """How many answers are generated at once, and how long they are at most."""
+    """The batch of answers that a step generates: their number and greatest length."""
 
     rows: int
     prompt: int
@@ -36,7 +36,7 @@ class Answering:
 
 @dataclass(frozen=True)
 class Answered:
-    """What generating the answers holds and does."""
+    """Memory and work of generating the answers."""
 
     tokens: int
     """Forward passes, one a token."""

@@ -17,7 +17,7 @@ from inlay.errors import DataError
 LARGEST_KNOWN = 1 << 26
 """Integer and boolean tensors of at most this many elements are followed with their values."""
 FLOATS_KNOWN = 1 << 12
-"""Others of at most this many: positions, on their way to integers again."""
+"""Floating-point tensors of at most this many elements are: positions, which become integers."""
 
 
 def known_tensor(mode: FakeTensorMode, value: Tensor) -> Tensor:

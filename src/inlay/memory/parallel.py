@@ -31,12 +31,12 @@ GRADIENT = 4
 
 @dataclass(frozen=True)
 class Links:
-    """How fast a device reaches the others, in bytes a second, as reckoned with."""
+    """The assumed bandwidth between devices, in bytes a second."""
 
     inside: float
-    """The others of its machine."""
+    """Between devices of one machine."""
     between: float
-    """Those of other machines."""
+    """Between devices of different machines."""
     overlaps: bool
     """Whether a block arrives while the one before is computed."""
     said: tuple[str, ...]
@@ -88,7 +88,7 @@ class Step:
     gathers: float
     gathered_bytes: int
     seconds: float
-    """Of the whole step; gathers run during the arithmetic where the device can do both."""
+    """Seconds of the whole step; gathers run during the arithmetic where the device can do both."""
 
     @property
     def efficiency(self) -> float:

@@ -40,7 +40,7 @@ class Option:
     total: int
     """The most bytes held at once, the runtime included."""
     bytes: dict[str, int]
-    """What they are for, at that moment."""
+    """Use -> bytes, at the peak."""
     passes: int
     """The most bytes in the first forward and backward pass, runtime included."""
     kept: int
@@ -49,7 +49,7 @@ class Option:
     """Bytes in host memory, not counted in the device's."""
     flops: int
     seconds: float
-    """Of one step."""
+    """Seconds of one step."""
     streamed_total: int
     """The same total, were the frozen weights streamed from the host: two blocks lie here."""
     streamed_seconds: float
@@ -57,7 +57,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training step needs on a device."""
+    """The memory and time of a training step on a device."""
 
     device: Device
     options: tuple[Option, ...]

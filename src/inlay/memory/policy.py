@@ -163,7 +163,7 @@ class Kept:
         self.wide, self.changed = wide, changed
         self.calls: Counter[Any] = Counter()
         self.products: dict[int, Product] = {}
-        """What is kept, by its storage. It lives as long as this, so that no other has its key."""
+        """Storage -> the kept product in it; it stays alive, so that its key is unique."""
         self.unseen: set[int] = set()
         """Storages of which PyTorch would not see a later change."""
 

@@ -50,9 +50,9 @@ class Frozen:
 
     total: int
     outside: int
-    """Of what is outside the repeated blocks: embeddings, the output head."""
+    """Bytes outside the repeated blocks: embeddings, the output head."""
     blocks: int
-    """How many there are."""
+    """The number of repeated blocks."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Some tokens' rows of an embedding, or of the head, in place of the base's."""
+"""Trained rows of an embedding, or of the head, for some tokens."""
 
 from __future__ import annotations
 

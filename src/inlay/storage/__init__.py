@@ -1,1 +1,1 @@
-"""How the frozen weight is held. One file a format; a storage never knows which method uses it."""
+"""Storages of the frozen weight, one file each; a storage never knows which method uses it."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from inlay.errors import StorageError
 
 ALIGNMENT = 4096
-"""Of buffers, and of reads that pass the kernel's cache by."""
+"""Alignment in bytes of buffers, and of reads that bypass the kernel's cache."""
 CHECK_SECONDS = 0.5
 """Seconds between two checks that the thread is alive."""
 

@@ -15,8 +15,8 @@ from inlay.storage.own import ByWeight, holds_floats
 
 JOINED = "in_proj_weight"
 APART = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-"""How `nn.MultiheadAttention` holds its projections: in one parameter, or where keys and values
-have other widths in three."""
+"""The parameters of `nn.MultiheadAttention`'s projections: one, or three where keys and values have
+other widths."""
 
 
 class Parameter(ByWeight):

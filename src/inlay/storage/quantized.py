@@ -31,7 +31,7 @@ class QuantizedLinear(nn.Module, FrozenLinear):
 
     formats: ClassVar[dict[str, type[QuantizedLinear]]] = {}
     bytes_per_weight: ClassVar[float]
-    """About how much room a weight takes, for reserving device memory."""
+    """About the bytes of one weight, for reserving device memory."""
     tensor_names: ClassVar[tuple[str, ...]]
     """Every name that `serialized` may use; `weight` is the first."""
     saved_dense: bool = False

@@ -1,4 +1,4 @@
-"""Which storage a layer's weight is in, and which storages there are."""
+"""From a layer to its storage, and from a name to a storage's class."""
 
 from __future__ import annotations
 

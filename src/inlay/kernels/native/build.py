@@ -27,7 +27,7 @@ TORCH = Path(torch.__file__).parent
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one shared object is made."""
+    """The sources, compilers and flags of one shared object."""
 
     name: str
     sources: tuple[str, ...]
@@ -37,7 +37,7 @@ class Recipe:
     flags: tuple[str, ...]
     libraries: tuple[str, ...]
     depends: str = ""
-    """What else the shared object depends on."""
+    """A version on which the shared object also depends."""
 
 
 KERNELS = Recipe(

@@ -1,4 +1,4 @@
-"""How the C library is called: what it can read, and tensors and packed weights as C sees them."""
+"""Calls of the C library: which tensors it reads, and its structures for packed weights."""
 
 from __future__ import annotations
 

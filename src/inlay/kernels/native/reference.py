@@ -32,16 +32,16 @@ def loss_tile(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class LossSums(NamedTuple):
-    """What is known of each row's logits after some parts of the vocabulary; all (m,)."""
+    """Sums over each row's logits in the first parts of the vocabulary; all (m,)."""
 
     highest: Tensor
     """The highest logit; fp32."""
     at_label: Tensor
-    """The label's; fp32."""
+    """The label's logit; fp32."""
     total: Tensor
-    """Of exp(logit - highest) but for the label's; fp64."""
+    """Sum of exp(logit - highest) without the label's; fp64."""
     weighted: Tensor
-    """Of exp(logit - highest) (logit - highest) likewise; fp64."""
+    """Sum of exp(logit - highest) (logit - highest) without the label's; fp64."""
 
     @classmethod
     def start(cls, rows: int) -> LossSums:
