@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from inlay.errors import DataError, UsageError
 from inlay.kernels import native
@@ -549,7 +549,7 @@ def test_a_label_outside_the_vocabulary_is_an_error(wrong: int) -> None:
         assert torch.equal(logits, drawn(3, 50))
 
 
-# ---- RMSNorm, the gate, rotary ----
+# ---- RMSNorm, the gate ----
 
 
 def closeness(dtype: torch.dtype) -> dict[str, float]:
@@ -613,31 +613,6 @@ def test_gate_far_from_zero(level: str) -> None:
     assert torch.isnan(native.silu_gate(torch.full((1,), float("nan")), torch.ones(1))).all()
 
 
-@pytest.mark.parametrize("dtype", BOTH)
-@pytest.mark.parametrize("width", [2, 16, 64, 128, 512])
-@pytest.mark.parametrize("one_angle", [True, False])
-def test_rotary_is_that_of_llama(
-    level: str, dtype: torch.dtype, width: int, one_angle: bool
-) -> None:
-    shape = (2, 5, 3, width)
-    cos, sin = drawn(2, 2, 5, width, dtype=dtype, seed=1).unbind()
-    if one_angle:
-        cos, sin = cos[:1].contiguous(), sin[:1].contiguous()
-    for contiguous in (True, False):
-        x = drawn(*shape, dtype=dtype).transpose(1, 2)
-        x = x.contiguous().requires_grad_() if contiguous else x.requires_grad_()
-        expected, _ = apply_rotary_pos_emb(x, x, cos, sin)
-        g = drawn(2, 3, 5, width, dtype=dtype, seed=2)
-        (gx,) = torch.autograd.grad(expected, x, g)
-        found = native.rotary(x.detach(), cos, sin)
-        assert found.stride() == x.stride()
-        back = native.rotary(g, cos, sin, inverse=True)
-        assert torch.equal(found, expected)
-        assert torch.equal(back, gx)
-        itself = x.detach().clone()
-        assert torch.equal(native.rotary(itself, cos, sin, out=itself), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_dtypes_go_through_torch(level: str, dtype: torch.dtype) -> None:
     x, w = drawn(4, 20, dtype=dtype), drawn(20, dtype=dtype, seed=1)
@@ -647,8 +622,6 @@ def test_other_dtypes_go_through_torch(level: str, dtype: torch.dtype) -> None:
     assert native.rms_norm_backward(x, x, w, rstd).dtype == dtype
     h = native.silu_gate(x, x)
     assert all(t.dtype == dtype for t in native.silu_gate_backward(h, x, x))
-    angles = drawn(1, 5, 4, dtype=dtype)
-    assert native.rotary(x.view(1, 4, 5, 4), angles, angles).dtype == dtype
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -782,5 +755,3 @@ def test_shapes_that_do_not_fit_never_reach_c(level: str) -> None:
         native.rms_norm(drawn(3, 64), drawn(32), 1e-6)
     with pytest.raises(RuntimeError, match="size"):
         native.silu_gate(drawn(64), drawn(32))
-    with pytest.raises(RuntimeError, match="size"):
-        native.rotary(drawn(1, 2, 5, 8), drawn(1, 4, 8), drawn(1, 4, 8))

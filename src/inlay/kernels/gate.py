@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,6 @@ from torch import Tensor
 
 from inlay.kernels import native
 from inlay.kernels.opaque import operator
-
-Activation = Literal["silu", "gelu_tanh"]
 
 
 @operator("gated")

@@ -51,7 +51,7 @@ Move = Callable[[Tensor], Any]
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear")
 ATTENTION = ("aten::_scaled_dot_product_", "aten::_flash_attention", "aten::_efficient_attention")
-REDONE = ("norm", "gated", "rotary", "dense")
+REDONE = ("norm", "gated", "dense")
 """Words in the names of our own operators that are not worth their room."""
 
 

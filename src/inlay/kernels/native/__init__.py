@@ -22,11 +22,9 @@ from inlay.kernels.native.allocator import keep_memory, release_memory, return_f
 from inlay.kernels.native.build import status, use
 from inlay.kernels.native.calls import (
     BLOCK,
-    CODES,
     INPUTS,
     NESTED_BLOCK,
     OUTPUTS,
-    PLAIN,
     available,
     called,
     nf4_parts,
@@ -67,29 +65,11 @@ __all__ = [
     "return_free_memory",
     "rms_norm",
     "rms_norm_backward",
-    "rotary",
     "silu_gate",
     "silu_gate_backward",
     "status",
     "use",
 ]
-
-WIDEST_HEAD = 512
-
-
-class RotaryArguments(ctypes.Structure):
-    """`struct rotary_args` of the C sources."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "cos", "sin", "out")),
-        ("dtype", ctypes.c_int),
-        ("inverse", ctypes.c_int),
-        *((name, ctypes.c_int64) for name in ("heads", "length", "width")),
-        *((name, ctypes.c_int64) for name in ("x_batch", "x_head", "x_token")),
-        *((name, ctypes.c_int64) for name in ("out_batch", "out_head", "out_token")),
-        *((name, ctypes.c_int64) for name in ("angle_batch", "angle_token")),
-    ]
-
 
 # ---- NF4 ----
 
@@ -233,7 +213,7 @@ def check_labels(vocabulary: int, labels: Tensor) -> None:
         )
 
 
-# ---- RMSNorm, the gate, rotary embedding ----
+# ---- RMSNorm, the gate ----
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -286,33 +266,3 @@ def silu_gate_backward(
         return g_gate, g_up, h
     found = reference.silu_gate_backward(g, gate, up)
     return g_gate.copy_(found[0]), g_up.copy_(found[1]), h.copy_(found[2])
-
-
-def rotary(
-    x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, out: Tensor | None = None
-) -> Tensor:
-    """Return `x cos + rotate_half(x) sin`, or its transpose: what the gradient goes through.
-
-    x: (b, heads, length, width), any strides with the last one 1; cos, sin: (b or 1, length,
-    width) of x's dtype. `out` may be x itself; without it the result has x's strides.
-    """
-    y = torch.empty_like(x) if out is None else out
-    ready = all(t.stride(-1) == 1 and type(t) in PLAIN for t in (x, y)) and x.dtype == y.dtype
-    if not (ready and takes(OUTPUTS, x.new_empty(0), cos, sin) and fits_rotary(x, cos, sin, y)):
-        return y.copy_(reference.rotary(x, cos, sin, inverse))
-    batch, heads, length, width = x.shape
-    angle = 0 if len(cos) == 1 else length * width
-    strides = [x.stride(0), x.stride(1), x.stride(2), y.stride(0), y.stride(1), y.stride(2)]
-    addresses = [t.data_ptr() for t in (x, cos, sin, y)]
-    sizes = [CODES[x.dtype], int(inverse), heads, length, width]
-    arguments = RotaryArguments(*addresses, *sizes, *strides, angle, width)
-    called("inlay_rotary", ctypes.byref(arguments), batch)
-    return y
-
-
-def fits_rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> bool:
-    """Whether the shapes fit together, with a head's width that the C code has room for."""
-    batch, _, length, width = x.shape
-    angles = [(1, length, width), (batch, length, width)]
-    even = width % 2 == 0 and width <= WIDEST_HEAD
-    return even and cos.shape in angles and sized(cos.shape, sin) and sized(x.shape, out)

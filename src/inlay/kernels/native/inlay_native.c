@@ -70,15 +70,10 @@ struct norm_args {
     const void *x, *w, *g; void *out; float *rstd; int dtype; int64_t columns; float eps;
 };
 struct gate_args { const void *gate, *up, *g; void *h, *g_gate, *g_up; int dtype; int64_t count; };
-struct rotary_args {
-    const void *x, *cos, *sin; void *out; int dtype, inverse;
-    int64_t heads, length, width;
-    int64_t x_batch, x_head, x_token, out_batch, out_head, out_token, angle_batch, angle_token;
-};
 
 struct kernels {
     task quantize, nest, dequantize, to_int8, int8_dequantize, int8_quantize, rescale, loss,
-        loss_part, norm, norm_backward, gate, gate_backward, rotary;
+        loss_part, norm, norm_backward, gate, gate_backward;
 };
 
 #define PASTE_(a, b) a##_##b
@@ -302,10 +297,6 @@ void inlay_gate_backward(const void *g, const void *gate, const void *up, void *
                          void *h, int dtype, int64_t count, int threads) {
     struct gate_args a = {gate, up, g, h, g_gate, g_up, dtype, count};
     spread(chosen->gate_backward, &a, (count + TILE - 1) / TILE, 32, threads);
-}
-
-void inlay_rotary(const struct rotary_args *a, int64_t batch, int threads) {
-    spread(chosen->rotary, a, batch * a->length, rows_at_once(a->heads * a->width), threads);
 }
 
 /* Returns 0, with nothing done, where the instruction set in use has no such loop. */

@@ -623,49 +623,10 @@ static void NAME(gate_backward)(const void *args, int64_t begin, int64_t end) {
     }
 }
 
-/* ---- rotary embedding: halves rotate against each other ---- */
-
-static void NAME(rotary)(const void *args, int64_t begin, int64_t end) {
-    const struct rotary_args *a = args;
-    float x[TILE], c[TILE], s[TILE], y[TILE], z[TILE];
-    int64_t width = a->width, half = width / 2;
-    for (int64_t item = begin; item < end; item++) {
-        int64_t batch = item / a->length, token = item % a->length;
-        int64_t angle = batch * a->angle_batch + token * a->angle_token;
-        NAME(load)(c, a->cos, angle, width, a->dtype);
-        NAME(load)(s, a->sin, angle, width, a->dtype);
-        for (int64_t head = 0; head < a->heads; head++) {
-            int64_t from = batch * a->x_batch + head * a->x_head + token * a->x_token;
-            int64_t to = batch * a->out_batch + head * a->out_head + token * a->out_token;
-            NAME(load)(x, a->x, from, width, a->dtype);
-            if (a->inverse) {
-#pragma omp simd
-                for (int64_t i = 0; i < half; i++) {
-                    z[i] = x[half + i] * s[half + i];
-                    z[half + i] = -(x[i] * s[i]);
-                }
-            } else {
-#pragma omp simd
-                for (int64_t i = 0; i < half; i++) {
-                    z[i] = -x[half + i] * s[i];
-                    z[half + i] = x[i] * s[half + i];
-                }
-            }
-#pragma omp simd
-            for (int64_t i = 0; i < width; i++) y[i] = x[i] * c[i];
-            NAME(round_tile)(y, width, a->dtype);
-            NAME(round_tile)(z, width, a->dtype);
-#pragma omp simd
-            for (int64_t i = 0; i < width; i++) y[i] += z[i];
-            NAME(store)(a->out, to, y, width, a->dtype);
-        }
-    }
-}
-
 static const struct kernels NAME(kernels) = {
     NAME(quantize), NAME(nest), NAME(dequantize), NAME(to_int8), NAME(int8_dequantize),
     NAME(int8_quantize), NAME(rescale), NAME(loss), NAME(loss_part), NAME(norm), NAME(norm_backward), NAME(gate),
-    NAME(gate_backward), NAME(rotary),
+    NAME(gate_backward),
 };
 
 #undef INLINE

@@ -99,16 +99,3 @@ def silu_gate_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     act = F.silu(gate)
     g_gate = torch.ops.aten.silu_backward(g * up, gate)
     return g_gate, g * act, act * up
-
-
-@torch.no_grad()
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """Return the rotated heads, or the transpose of that rotation."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    turned = rotate_half(x * sin, -1) if inverse else rotate_half(x, 1) * sin
-    return x * cos + turned
-
-
-def rotate_half(x: Tensor, sign: int) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.cat([-second, first] if sign == 1 else [second, -first], -1)
