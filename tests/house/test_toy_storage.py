@@ -131,14 +131,9 @@ def test_quantised_multiplied_saved_and_merged(source: Path, tmp_path: Path) -> 
 
 def test_planned_and_trained_by_the_command(source: Path, tmp_path: Path) -> None:
     assert "--storage dense|nf4|toy|int8\n" in command(source, ["train", "--help"], tmp_path)
-    plans = {
-        storage: json.loads(
-            command(source, ["plan", *TRAIN[1:-2], "--storage", storage, "--json"], tmp_path)
-        )["options"][0]["bytes"]
-        for storage in ("dense", "toy")
-    }
-    assert plans["toy"]["adapter"] == plans["dense"]["adapter"]
-    assert plans["toy"]["weights"] < plans["dense"]["weights"] / 2
+    words = ["plan", *TRAIN[1:-2], "--storage", "toy", "--json"]
+    plan = json.loads(command(source, words, tmp_path))
+    assert plan["options"][0]["bytes"]["weights"] < 5_475_584  # a byte a weight; dense ones have 2
     command(source, [*TRAIN, "--storage", "toy"], tmp_path)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["config"]["storage"] == "toy"
