@@ -149,8 +149,8 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 def header_of_pickle(path: Path) -> dict[str, Entry]:
     """Read the names, dtypes and shapes of the tensors in a file of torch.save."""
-    from inlay.checkpoint.dtypes import dtype_name
     from inlay.checkpoint.pickled import read_pickled
+    from inlay.storage.dtypes import dtype_name
 
     tensors = read_pickled(path).items()
     return {name: Entry(dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors}

@@ -10,7 +10,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from inlay.checkpoint.dtypes import FLOATING, INTEGERS
 from inlay.checkpoint.embeddings import PREFIX, ends_of, keep_embeddings, module_of
 from inlay.checkpoint.folder import TENSORS, AdapterFolder, Entry, located
 from inlay.checkpoint.pickled import read_pickled
@@ -26,6 +25,7 @@ from inlay.errors import CheckpointError
 from inlay.files import share_as_usual
 from inlay.model.adapters.copies import own_parameters
 from inlay.model.adapters.deferred import allocate
+from inlay.storage.dtypes import FLOATING, INTEGERS
 from inlay.storage.streamed import StreamedEmbedding
 
 COMPUTED = "unlike what its others give"

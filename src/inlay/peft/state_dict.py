@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
-from inlay.checkpoint.dtypes import dtype_name
 from inlay.checkpoint.embeddings import PREFIX
 from inlay.checkpoint.folder import Entry
 from inlay.checkpoint.placement import described
@@ -28,6 +27,7 @@ from inlay.model.adapters.registry import adapters, registry_of
 from inlay.peft.errors import AdapterError, StateError
 from inlay.peft.model import PeftModel
 from inlay.peft.seam import save_and_load as theirs
+from inlay.storage.dtypes import dtype_name
 
 GET: Any = theirs.get_peft_model_state_dict
 SET: Any = theirs.set_peft_model_state_dict

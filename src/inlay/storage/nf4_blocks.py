@@ -14,10 +14,9 @@ from torch import Tensor
 
 from inlay.kernels import native
 from inlay.kernels.gpu import runs_on
+from inlay.kernels.native.calls import BLOCK, NESTED_BLOCK
 from inlay.storage.quantized import chunk_size
 
-BLOCK = 64
-NESTED_BLOCK = 256
 SMALLEST = 1e-38
 """bitsandbytes divides by no absmax below this."""
 QUANTILES = (

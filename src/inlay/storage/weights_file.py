@@ -15,14 +15,10 @@ from torch import Tensor
 
 from inlay.errors import StorageError
 from inlay.storage.buffers import ALIGNMENT, aligned, rounded_up
+from inlay.storage.dtypes import FLOATING, INTEGERS
 
 AT_ONCE = 8 << 20
 """Bytes of one read: few, so that a thread ends soon after it is closed."""
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
-    "BOOL": torch.bool,
-}  # fmt: skip
 
 
 class WeightsFile:
@@ -61,7 +57,9 @@ class WeightsFile:
     def tensor(
         self, name: str, start: int, dtype: str, shape: list[int], data_offsets: list[int]
     ) -> FileTensor:
-        found = FileTensor(self, name, start + data_offsets[0], DTYPES[dtype], tuple(shape))
+        found = FileTensor(
+            self, name, start + data_offsets[0], (FLOATING | INTEGERS)[dtype], tuple(shape)
+        )
         if found.nbytes != data_offsets[1] - data_offsets[0]:
             raise ValueError(f"the bytes of {name} do not fit its shape {shape}")
         return found

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64
+from inlay.kernels.native.calls import BLOCK
+
 FEW = 16
 """Up to this many rows a product is bound by reading the weight: it is read packed."""
 UNPACKED_BLOCKS = 64

@@ -16,7 +16,9 @@ INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUTS = (torch.float32, torch.bfloat16)
 PLAIN = (Tensor, torch.nn.Parameter)
 BLOCK = 64
+"""Weights in a block of NF4."""
 NESTED_BLOCK = 256
+"""Blocks whose scales are quantised together."""
 
 
 class NF4Parts(ctypes.Structure):

@@ -1,4 +1,4 @@
-"""The dtypes of an adapter's tensors by the names that safetensors has for them."""
+"""Dtypes by their names in safetensors files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INTEGERS = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Those of the buffers of a module that is saved whole, such as the batches a norm has seen."""
+"""Dtypes of buffers and packed weights."""
 NAMES = {dtype: name for name, dtype in (FLOATING | INTEGERS).items()}
 
 
