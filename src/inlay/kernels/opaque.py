@@ -142,7 +142,7 @@ class Operator(Generic[R]):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 raise UsageError(
                     f"inlay's operator {self.name!r} has no second derivative, and a gradient that "
-                    "can be differentiated was asked of it (create_graph=True); run the forward "
+                    "can be differentiated was requested (create_graph=True); run the forward "
                     "pass inside `with inlay.plain():`, where PyTorch's own operators compute"
                 )
             return backward(ctx, *grads)

@@ -57,7 +57,7 @@ def simulate_answers(
     """Run the first and the last pass of a generation on fake tensors.
 
     Raises:
-        ModelError: what the model computes depends on values that only training knows.
+        ModelError: what the model computes depends on values that are known only in training.
     """
     ids = [torch.zeros(asked.rows, tokens, dtype=torch.long) for tokens in (asked.prompt, 1)]
     with planning_for(kind), fake_tensors() as mode:

@@ -111,7 +111,7 @@ def plan(
         policies: those to try, from the one that keeps the most.
 
     Raises:
-        ModelError: the step depends on values that only training knows.
+        ModelError: the step depends on values that are known only in training.
     """
     room = int(ROOM * device.memory)
     options: list[Option] = []

@@ -146,7 +146,7 @@ def conversions_to_the_same() -> Generator[None]:
 def unplannable(said: str) -> str | None:
     """Return the reason in PyTorch's message why a step needs real data; None if it is another."""
     if NO_DATA in said:
-        return f"the model reads values that only training knows ({said.splitlines()[0]})"
+        return f"the model reads values that are known only in training ({said.splitlines()[0]})"
     return None
 
 
@@ -174,7 +174,7 @@ def simulate(
         shards: the devices that divide the frozen weights, and gather them block by block.
 
     Raises:
-        ModelError: what the model computes depends on values that only training knows.
+        ModelError: what the model computes depends on values that are known only in training.
     """
     with planning_for(kind), fake_tensors() as mode, Literals():
         ledger = Ledger()

@@ -97,7 +97,7 @@ def held_nf4(layer: Any) -> NF4Linear:
     if state is None or getattr(state, "packing_format_for_cpu", False):
         raise StorageError(
             "the bitsandbytes layer holds no plain 4-bit weight: it was never quantised, or was "
-            "repacked for evaluation on CPU, which loses bits; load the model anew"
+            "repacked for evaluation on CPU, which loses bits; load the model again"
         )
     if state.quant_type != "nf4" or state.blocksize != 64:
         raise StorageError(
