@@ -158,7 +158,10 @@ def dense_weight(w: Tensor, out: Tensor) -> Tensor:
 
 def weight(parts: Sequence[Tensor], quantiles: Tensor | None, out: Tensor) -> Tensor:
     """Write a weight, dense (one part) or NF4, to `out` as e4m3; return its scales (rows, 1)."""
-    return dense_weight(parts[0], out) if quantiles is None else nf4_weight(parts, quantiles, out)
+    if len(parts) == 1:
+        return dense_weight(parts[0], out)
+    assert quantiles is not None
+    return nf4_weight(parts, quantiles, out)
 
 
 def multiplies(device: torch.device, rows: int, columns: int) -> bool:
