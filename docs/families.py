@@ -24,19 +24,25 @@ TITLES = {
     "SEQUENCE_CLASSIFICATION": "Sequence classification",
     "TOKEN_CLASSIFICATION": "Token classification",
 }
-INTRODUCTION = """# Families of models
+INTRODUCTION = """# Model classes
 
-Each class of transformers' mappings that can be shrunk to a tiny random model is held to: fast
-paths equal plain ones and HF PEFT in values and gradients, a padded row equals the row alone,
-rows in one sequence equal rows alone, activations computed again give the same gradients, NF4 and
-int8 weights compute what their dense values do, the merged model is the adapted one after it is
-saved and read, taking the adapter off leaves the base's bits, generation is the same in eval and
-train mode, HF PEFT reads the adapter and the other way, and a step can be planned. `make
-families` tries all of them; the tests try some each day, and always those that failed once.
+Each class of transformers' auto mappings is tried on a tiny random model of it. The checks:
 
-*works*: every check that applies is right. *works, but*: the same, except what the sentence
-refuses. *not tried*: no tiny model of it, or no input for it, could be made here, which says
-nothing of the class itself. *fault*: a value is wrong, or an error has no sentence.
+- the fast paths equal the plain code, and HF PEFT, in values and gradients;
+- a padded row, and a row in a packed sequence, equal the row alone;
+- recomputed activations give the same gradients;
+- NF4 and int8 weights compute what their dequantised values do;
+- the merged model equals the adapted one after it is saved and loaded;
+- `detach` gives back the base bit for bit;
+- generation is the same in eval and train mode;
+- HF PEFT loads the adapter, and the other way round;
+- a training step can be planned.
+
+`make families` tries all classes; the tests try some each day, and always those that failed once.
+
+*works*: every check that applies passes. *works, but*: the same, except for what the sentence
+says, which Inlay refuses. *not tried*: no tiny model or no input for it could be made here, which
+says nothing about the class. *fault*: a value is wrong, or an error has no sentence.
 """
 
 

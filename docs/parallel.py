@@ -1,4 +1,4 @@
-"""Write the table of docs/parallel.md from benchmarks/figures/distributed.json.
+"""Write the table of docs/guides/parallel.md from benchmarks/figures/distributed.json.
 
 python docs/parallel.py
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "figures" / "distributed.json"
-PAGE = ROOT / "docs" / "parallel.md"
+PAGE = ROOT / "docs" / "guides" / "parallel.md"
 START, END = "<!-- measured: docs/parallel.py -->", "<!-- end of measured -->"
 MIB = 1 << 20
 

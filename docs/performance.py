@@ -8,6 +8,7 @@ A figure whose measurement is not there is "not yet measured", and nothing else.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,9 +51,9 @@ def main() -> None:
     goals = all_goals(found)
     parts = [
         "# Performance",
-        "Written by `docs/performance.py` from `benchmarks/figures/*.json`, never by hand. Ratios "
-        "are of turns taken alternately, one contestant working at a time, on one machine: the "
-        "median, and in brackets the quartiles. Machines are noisy: read ratios, not seconds.",
+        "Written by `docs/performance.py` from the JSON in `benchmarks/figures`. The contestants "
+        "take turns on one machine, one at a time, and a ratio is the median over "
+        "turns, with the quartiles in brackets. Machines are noisy: read ratios, not seconds.",
         "## Goals",
         goals_table(goals),
         *steps_section(found),
@@ -66,8 +67,9 @@ def main() -> None:
         *gpu_section(found),
         "## Machines",
         *machines(found),
-        "## Again",
-        "```\n"
+        "## Measure again",
+        "<!-- not run: make runs these, and this test is one of what it runs -->\n"
+        "```bash\n"
         "make bench        # minutes: the goals' cases on this CPU, and this page\n"
         "make bench-full   # every case on this CPU: hours\n"
         "make bench-gpu    # on a machine with a GPU\n"
@@ -84,7 +86,10 @@ def write_readme(goals: Sequence[Goal]) -> None:
     if mark:
         _, _, after = rest.partition(END)
         shown = goals_table([goal for goal in goals if goal.in_readme])
-        readme.write_text(f"{before}{START}\n{shown}\n{END}{after}")
+        brief, limited = re.subn(r" \(limited to it by `[^`]+`\)", "", shown)
+        if limited:
+            brief += "\n\nThe CPU with AVX512-BF16 is a newer one, limited to those instructions."
+        readme.write_text(f"{before}{START}\n{brief}\n{END}{after}")
 
 
 def steps_section(found: dict[str, Any]) -> list[str]:
@@ -98,15 +103,16 @@ def steps_section(found: dict[str, Any]) -> list[str]:
         "## A training step",
         f"{some['method']}; AdamW; every token labelled, one sequence, {some['threads']} threads; "
         "the same random weights, tokens and adapter for all, each contestant a process of its "
-        "own. *Allocator set* is glibc told to keep freed memory (`MALLOC_MMAP_THRESHOLD_`, "
-        "`MALLOC_TRIM_THRESHOLD_`). *Share of the floor* is the time that the products no exact "
-        "step can avoid take at this machine's faster rate of fp32 and bf16 products of these "
-        "very shapes, measured in the same minute, over the step's time. Memory is the process's "
-        "peak above what it held with model and adapter in place. The bitsandbytes peer neither "
-        "upcasts nor recomputes, which makes it faster than its documentation's set-up.",
+        "own. *Allocator set* means that glibc keeps freed memory (`MALLOC_MMAP_THRESHOLD_`, "
+        "`MALLOC_TRIM_THRESHOLD_`). *Of the floor*: every exact step needs certain matrix "
+        "products. The floor is their time on this machine, for these shapes, in the faster of "
+        "fp32 and bf16, measured in the same minute; the column is the floor over the step's "
+        "time. Memory is the peak of the process above what it held with model and adapter "
+        "loaded. The bitsandbytes peer neither upcasts nor recomputes, which makes it faster than "
+        "the set-up in its documentation.",
         "![speed over the stock peer](pictures/speed.svg)",
-        "On a CPU without bfloat16 arithmetic, where PyTorch's products of bfloat16 are slower "
-        "than those of float32 (peft in float32, which must be faster there, was not measured):",
+        "On a CPU without bfloat16 arithmetic. PyTorch multiplies bfloat16 more slowly than "
+        "float32 there, so peft must be faster in float32, which was not measured:",
         steps_table(measured),
         *left_out(measured),
         *unmeasured(measured),
@@ -218,11 +224,11 @@ def real_section(found: dict[str, Any]) -> list[str]:
         f"`inlay train` against TRL's SFTTrainer with peft, both as their documentation has them "
         f"(theirs: padded batches in random order, activations recomputed, bf16 autocast). One "
         f"epoch of the same rows in batches of {some['batch_size']}, prompt not trained on, "
-        f"lengths as they come, the same adapter at the start, learning rate "
+        f"lengths as in the data, the same adapter at the start, learning rate "
         f"{some['learning_rate']:g}; {some['layers']} layers of the {some['shape']} shape, "
         f"vocabulary {some['vocab']:,}, bf16 random weights, tokeniser {some['tokenizer']}. The "
-        "order of the rows is each tool's own, so a turn's rows differ in length between the "
-        "two; *in all* is total time over total time.",
+        "two tools order the rows differently, so the rows of a turn differ in length; *in all* "
+        "is total time over total time.",
         "\n".join([head, "|---" * 12 + "|", *rows]),
     ]
 
@@ -260,8 +266,8 @@ def kernels_section(found: dict[str, Any]) -> list[str]:
         "## C kernels",
         f"`benchmarks/speed/native_kernels.py`, {kernels['native']}, {kernels['threads']} threads, "
         f"{kernels['rounds']} rounds in turns: medians, and the ratio's range. A product's weight "
-        "is bfloat16; *tile by tile* is ours without the kernel, *a float32 weight* is torch's "
-        "product with one of twice the bytes.",
+        "is bfloat16. *Tile by tile* is Inlay without the kernel; *a float32 weight* is torch's "
+        "product with a weight of twice the bytes.",
         "\n".join(
             [
                 "| what | ours, ms | others, ms, and theirs over ours |",
@@ -303,9 +309,9 @@ def growth_section(found: dict[str, Any]) -> list[str]:
     return [
         "## Growth",
         f"{growth['shape']} shape, bf16, {growth['layers']} layers, vocabulary "
-        f"{growth['vocab']:,}, rank {growth['rank']}, {growth['tokens']} tokens, where it is not "
-        "that which changes. Each point is a process of its own, all of a series measured in "
-        f"turns, {growth['alternations']} each. Fitted with y = a + b·x^p.",
+        f"{growth['vocab']:,}, rank {growth['rank']} and {growth['tokens']} tokens, except for the "
+        "value that grows. Each point is a process of its own; the points of a series take "
+        f"turns, {growth['alternations']} each. The fit is y = a + b·x^p.",
         "![growth](pictures/growth.svg)",
         "\n".join(["| with | of | p | R² | R² of a line |", "|---|---|---|---|---|", *rows]),
         f"Adapters on one model ({a['layers']} layers, rank {a['rank']}), one active:",
@@ -389,9 +395,8 @@ def runs_section(found: dict[str, Any]) -> list[str]:
         parts += [f"On a CPU with {of_class(found[name]['machine'])}:"]
         parts += ["\n".join([head, "|---" * 9 + "|", *rows])]
     told = (
-        "The most that `inlay train` held as a process, its comparison included, against what it "
-        "planned before: real rows, one thread, a new process each "
-        "(`benchmarks/memory/plan_runs.py`)."
+        "The peak of the process of `inlay train`, its comparison included, against the plan made "
+        "before: real rows, one thread, a new process each (`benchmarks/memory/plan_runs.py`)."
     )
     return ["## Planned memory of whole runs", told, *parts] if parts else []
 
@@ -399,7 +404,7 @@ def runs_section(found: dict[str, Any]) -> list[str]:
 def of_class(m: dict[str, Any]) -> str:
     """Name a machine's class of CPU, and what made it stand in for another."""
     kind, by = m.get("class", "no bfloat16 arithmetic"), m.get("stands_in_by")
-    return f"{kind}, stood in for by `ONEDNN_MAX_CPU_ISA={by}`" if by else kind
+    return f"{kind}, set by `ONEDNN_MAX_CPU_ISA={by}`" if by else kind
 
 
 def proofs_section(found: dict[str, Any]) -> list[str]:
@@ -413,11 +418,16 @@ def proofs_section(found: dict[str, Any]) -> list[str]:
     ]
     some = found["self_proof"]["rows"][0]
     told = (
-        f"Processor time of the proofs beside {some['steps']} training steps of {some['tokens']} "
-        "tokens on a model of six small layers; once a process and class of model."
+        f"Processor time of the proofs, as a share of {some['steps']} training steps of "
+        f"{some['tokens']} tokens on a model of six small layers. A proof runs once for each class "
+        "of model in a process."
     )
     head = "| model | dtype | first attach | a later one |"
-    return ["## What proofs cost", told, "\n".join([head, "|---" * 4 + "|", *rows])]
+    return [
+        "## What the checks of fast paths cost",
+        told,
+        "\n".join([head, "|---" * 4 + "|", *rows]),
+    ]
 
 
 def gpu_section(found: dict[str, Any]) -> list[str]:

@@ -21,9 +21,9 @@ def main() -> None:
     kto = read("kto")
     sections = [
         "# Results",
-        "Every figure here is written by `docs/results.py` from `benchmarks/figures/*.json`, which "
-        "the scripts in `benchmarks/` write. Machines are noisy: read ratios, not seconds. Nothing "
-        "was measured on a GPU.",
+        "Written by `docs/results.py` from the JSON in `benchmarks/figures`, which the scripts in "
+        "`benchmarks/` write. Machines are noisy: read ratios, not seconds. Nothing ran on a "
+        "GPU.",
         machine(radiology),
         "## Real radiology reports, on pocket",
         radiology_text(radiology),
@@ -39,9 +39,10 @@ def main() -> None:
         "## A merged model's speed",
         speed_text(speed),
         "## What each method trains",
-        "Counted on the meta device by attaching to each shape. A rank of 16 is a sixteenth of "
-        "pocket's width of 256 and a 512th of a 70B model's, so the same adapter is a far larger "
-        "share of pocket, where only IA3, prompts, norms and LoRA on few layers stay below 1%.",
+        "Counted by attaching to a model of each shape on the meta device. Rank 16 is 1/16 of "
+        "the width of pocket (256) and 1/512 of that of the 70B model, so the same adapter is a "
+        "far larger share of pocket: there only IA3, prompts, norms and LoRA on few layers stay "
+        "below 1%.",
         counts_table(counts["rows"]),
     ]
     (ROOT / "docs" / "results.md").write_text("\n\n".join(sections) + "\n")
@@ -70,16 +71,18 @@ def radiology_text(result: dict[str, Any]) -> str:
     seeds = max(row["seeds"] for row in result["summary"])
     base = result["summary"][0]
     return (
-        f"Findings to impression, split 80/10/10 by uid, {seeds} seeds; loss in nats a token on "
-        f"the test part, ROUGE-L on 100 reports of it. The base's loss is {base['base_loss']:.3f} "
-        f"and its ROUGE-L {base['base_rouge_l']:.3f}; p is the largest over seeds of a paired "
-        "permutation test against it (its floor is 0.0002). Two runs at a time, one thread each, "
-        "so seconds compare methods with each other and nothing else; memory is the whole "
-        "process.\n\n"
-        f"```\ninlay train {flags}\n```\n\n"
-        "`full`, `lora` and `qlora` have a learning rate picked by hand on the validation part (in "
-        "the JSON); the others have the command's own. `lora` and `qlora` also adapt the embedding "
-        "and the head, because pocket has never read a report; `lora, defaults` does not."
+        f"Findings to impression, split 80/10/10 by uid, {seeds} seeds. The loss is in nats a "
+        "token on the test part, ROUGE-L on 100 reports of it. The base has a loss of "
+        f"{base['base_loss']:.3f} and a ROUGE-L of {base['base_rouge_l']:.3f}; p is that of a "
+        "paired permutation test against the base (0.0002 is the lowest it can be), the largest "
+        "over seeds. Two runs at a time, one thread each: seconds only compare the methods with "
+        "each other. Memory is that of the whole process.\n\n"
+        "<!-- not run: benchmarks/results/radiology.py runs it, on data that are not in the "
+        f"repository -->\n```bash\ninlay train {flags}\n```\n\n"
+        "The learning rate of `full`, `lora` and `qlora` was chosen by hand on the validation part "
+        "(it is in the JSON); the others use that of the command. `lora` and `qlora` also adapt "
+        "the embedding and the head, because pocket was not trained on reports; `lora, defaults` "
+        "does not."
     )
 
 
@@ -108,7 +111,7 @@ def curve_text(result: dict[str, Any]) -> str:
     each = ", ".join(f"{r['largest_relative_difference']:.1e}" for r in runs)
     return (
         f"LoRA on pocket in fp32, real reports, {steps} logged steps, {len(runs)} seeds, both from "
-        f"one saved start: the largest relative difference of the loss at any step is {each}."
+        f"the same saved start. The largest relative difference of the loss at a step is {each}."
     )
 
 
@@ -118,15 +121,16 @@ def grpo_text(result: dict[str, Any]) -> str:
     right = warm["number_match"]
     keys = "\n".join(f"{key}: {json.dumps(value)}" for key, value in result["run"].items())
     return (
-        "One- and two-step problems worded as GSM8K's. Pocket first trains for "
-        f"{warm['steps']} supervised steps on worked answers, of {problems['warm']:,}, merged into "
-        f"it: its likeliest answer is right in {right['tuned']['value']:.0%} of {right['rows']} "
-        f"others ({right['base']['value']:.0%} before). Then {result['steps']} steps of GRPO on "
-        f"{problems['rewarded']:,} other problems, where an answer is worth 1 if its last number "
-        f"is right, and base against tuned on {problems['held_out']:,} that neither has read. "
-        "*Drawn* answers are sampled as in training; p is of a paired permutation test (its floor "
-        "is 0.0002); KL is KL(tuned || base) in nats a token. `benchmarks/results/grpo.py`.\n\n"
-        f"```yaml\n{keys}\n```"
+        "Problems of one and two steps, worded like those of GSM8K. First pocket trains for "
+        f"{warm['steps']} supervised steps on {problems['warm']:,} worked answers, and the adapter "
+        f"is merged: then the likeliest answer is right for {right['tuned']['value']:.0%} of "
+        f"{right['rows']} other problems ({right['base']['value']:.0%} before). That model trains "
+        f"for {result['steps']} steps of GRPO on {problems['rewarded']:,} further problems, where "
+        "the reward is 1 if the last number is right. Base and tuned are compared on "
+        f"{problems['held_out']:,} problems that neither was trained on. *Drawn* answers are "
+        "sampled as in training; p is that of a paired permutation test (0.0002 is the lowest it "
+        "can be); KL is KL(tuned || base) in nats a token. `benchmarks/results/grpo.py`.\n\n"
+        f"<!-- not run: the keys of benchmarks/results/grpo.py -->\n```yaml\n{keys}\n```"
     )
 
 
@@ -157,20 +161,22 @@ def kto_text(result: dict[str, Any]) -> str:
         f"{run['learning_rate']:g} ({run['auc']['tuned']['value']:.3f})" for run in result["tried"]
     )
     return (
-        f"Pocket first reads {rows['warm']:,} reports, merged into it. Of {rows['labelled']:,} "
-        "others every second has its own impression, labelled desirable, and the rest that of "
-        "another report of about the same length, labelled undesirable; base against tuned on "
-        f"{rows['held_out']:,} more. AUC is the chance that of a desirable and another answer the "
-        "desirable one is the likelier a token; p is of a paired permutation test (its floor is "
-        f"0.0002). The learning rate is the best of those tried on {rows['choosing']:,} rows of "
-        f"their own (AUC in brackets): {tried}. `benchmarks/results/kto.py`."
+        f"First pocket trains on {rows['warm']:,} reports, and the adapter is merged. Then KTO on "
+        f"{rows['labelled']:,} other reports: half have their own impression, labelled desirable, "
+        "half that of another report of about the same length, labelled undesirable. Base and "
+        f"tuned are compared on {rows['held_out']:,} more. AUC is the chance that a desirable "
+        "answer is more likely, per token, than an undesirable one; p is that of a paired "
+        "permutation test (0.0002 is the lowest it can be). The learning rate is the best on "
+        f"{rows['choosing']:,} rows of their own (AUC in brackets): {tried}. "
+        "`benchmarks/results/kto.py`."
     )
 
 
 def kto_table(runs: list[dict[str, Any]]) -> str:
     """Return base against tuned, a line a seed."""
     head = (
-        "| seed | AUC | p | loss | p | loss of desirable answers | ROUGE-L of written ones | p |\n"
+        "| seed | AUC | p | loss | p | loss of desirable answers | ROUGE-L of written answers "
+        "| p |\n"
         "|---|---|---|---|---|---|---|---|"
     )
     return "\n".join([head, *(kto_row(run) for run in runs)])
@@ -195,9 +201,9 @@ def speed_text(result: dict[str, Any]) -> str:
     merged, null = result["merged_over_base"], result["base_over_base"]
     adapted = result["adapted_over_base"]
     return (
-        f"Forward time over the base's, measured alternately, median of {result['alternations']} "
-        f"(quartiles): merged {spread(merged)}; the base itself, measured again, {spread(null)}; "
-        f"with the adapter attached {spread(adapted)}."
+        f"Time of a forward pass as a multiple of the base's, in turns, median of "
+        f"{result['alternations']} (quartiles): merged {spread(merged)}; with the adapter attached "
+        f"{spread(adapted)}; the base itself, measured again, {spread(null)}."
     )
 
 

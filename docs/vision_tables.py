@@ -1,4 +1,4 @@
-"""Write the tables of docs/vision.md from benchmarks/figures.
+"""Write the tables of docs/guides/images.md from benchmarks/figures.
 
     python docs/vision_tables.py
 
@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "figures"
-PAGE = ROOT / "docs" / "vision.md"
+PAGE = ROOT / "docs" / "guides" / "images.md"
 MIB = 2**20
 
 

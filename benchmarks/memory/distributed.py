@@ -8,7 +8,7 @@ Measured are the bytes of frozen weights in each process between two passes, the
 it trained (VmHWM, set back when training began: Python, the libraries and the weights included),
 seconds a step without the first, and the largest difference of the losses from one process's. The
 plan's parts are kept beside its total. More processes than cores share the cores: their seconds say
-what dividing costs, not what it gains. docs/parallel.py draws the table of docs/parallel.md.
+what dividing costs, not what it gains. docs/parallel.py draws the table of docs/guides/parallel.md.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The page on `inlay.peft`: its example runs, and what it says of the counts is in the results."""
+"""The guide on `inlay.peft`: its example runs, and what it says of the counts is in the results."""
 
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,15 +16,13 @@ UNUSED = {
     "test: the test is about a method or option that Inlay does not have",
 }
 """Reasons that no recorded test was left out for."""
-PAGE = (ROOT / "docs" / "peft.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "guides" / "peft.md").read_text(encoding="utf-8")
 PEERS = json.loads((ROOT / "tests" / "peers" / "peers_results.json").read_text(encoding="utf-8"))
 
 
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    exec(compile(code, "docs/peft.md", "exec"), {})
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+@pytest.mark.slow
+def test_the_example_saves_an_adapter(ran: Callable[[str], Path]) -> None:
+    assert (ran("guides/peft.md") / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_every_reason_to_leave_a_test_out_was_used() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ PLACES = ("heart", "lungs")
 """Words that the tags of `make_tagged` call a place."""
 
 
-def make_encoder(folder: Path, pooler: bool = True) -> Path:
+def make_encoder(folder: Path, pooler: bool = True, words: Sequence[str] = WORDS) -> Path:
     """Save a random Bert with a word tokenizer that begins a row with [CLS]."""
     torch.manual_seed(0)
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     tokenizer.train_from_iterator(
-        [" ".join(WORDS)], trainers.WordLevelTrainer(special_tokens=special)
+        [" ".join(words)], trainers.WordLevelTrainer(special_tokens=special)
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",

@@ -149,9 +149,9 @@ def page(results: dict[str, Any]) -> str:
         "Written by `make versions` (`tests/versions/run_versions.py`) from "
         "`tests/versions/results.json`. "
         "`oldest` has the lowest release that `pyproject.toml` allows of each library, `newest` "
-        "the highest; torch is the CPU build that was at hand. Run there: the laws, the oracles, "
-        "the cases, and the tests of attaching, loading, merging, planning, `inlay.peft`, training "
-        "and the command. With other releases installed, `import inlay` warns once.",
+        "the highest; torch is the CPU build of that day. The tests are the laws, the oracles, the "
+        "cases, and those of attaching, loading, merging, planning, `inlay.peft`, training and the "
+        "command. With other releases installed, `import inlay` warns once.",
         table,
         *(["Failed:", "\n".join(failures)] if failures else []),
     ]

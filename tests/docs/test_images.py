@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 from vision_tables import page  # noqa: E402
 
-PAGE = (ROOT / "docs" / "vision.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "guides" / "images.md").read_text(encoding="utf-8")
 
 
 def test_the_tables_are_what_was_measured() -> None:
