@@ -139,8 +139,8 @@ def method_page(spec: MethodSpec) -> str:
             "",
             text.rstrip(),
             "",
-            *(["Errors: " + " ".join(errors.split()), ""] if errors else []),
-            *table(("", ""), facts),
+            *(["Raises " + " ".join(errors.split()), ""] if errors else []),
+            *table(("property", "value"), facts),
             "",
             *example_of(spec),
             "",
@@ -228,14 +228,14 @@ def run_file_page() -> str:
     ]
     for title, keys in run_keys():
         rows = [
-            (f"`{f.key}`", cell(f.expected), default_cell(default_of(f)), cell(f.help))
+            (f"`{f.key}`", default_cell(default_of(f)), f"{cell(f.help)} *({cell(f.expected)})*")
             for f in keys
         ]
         parts += [f"## {title.capitalize()}", "\n".join(table(RUN_COLUMNS, rows))]
     return "\n\n".join([*parts, ""])
 
 
-RUN_COLUMNS = ("key", "value", "default", "meaning")
+RUN_COLUMNS = ("key", "default", "meaning *(value)*")
 
 
 def default_of(flag: Flag) -> object:
