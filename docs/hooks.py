@@ -18,9 +18,9 @@ from inlay.cli.main import VERBS
 from inlay.cli.options import shown
 from inlay.cli.train import GROUPS
 from inlay.methods.catalog import REQUIRED, MethodSpec, catalog
-from inlay.run.config import flags
 from inlay.run.flags import Flag
-from inlay.train.tasks import TASKS
+from inlay.tasks import TASKS
+from inlay.tasks.config import flags
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig

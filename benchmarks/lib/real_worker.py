@@ -16,11 +16,16 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from benchmarks.lib.machine import THREADS
 from benchmarks.lib.shapes import ALPHA, RANK
 from benchmarks.lib.turns import Parent, PeakMemory, serve
+from inlay.data.rows import Rows
+from inlay.data.text_reader import TextReader
+from inlay.data.tokens import Encoded, encode
 from inlay.evaluate.losses import losses
-from inlay.run.config import RunConfig, load_config
+from inlay.run.config import RunConfig
+from inlay.tasks.config import load_config
 from inlay.train.output.events import Event
-from inlay.train.rows import RunRows, encode_rows, rows_of_run
+from inlay.train.rows import RunRows, rows_of_run
 from inlay.train.run import train
+from inlay.train.trl import training_template
 
 
 class Pauses:
@@ -127,7 +132,7 @@ def peer(config: RunConfig, spec: dict[str, Any], pauses: Pauses) -> tuple[float
         callbacks=[Callback(pauses)],
     )
     trainer.train()
-    held_out = encode_rows(rows.validation, tokenizer, config.max_length)
+    held_out = encoded(rows.validation, tokenizer, config)
     measured = losses(model.eval(), held_out, max(config.batch_size, 8))
     return sum(r.nll for r in measured) / sum(r.tokens for r in measured), {
         "tokens": sum(len(ids) for ids in trainer.train_dataset["input_ids"]),
@@ -161,7 +166,12 @@ def pairs(path: Path) -> Any:
 
 def tokens(config: RunConfig, rows: RunRows, tokenizer: PreTrainedTokenizerBase) -> int:
     """Count the tokens of the training rows."""
-    return sum(len(r.input_ids) for r in encode_rows(rows.train, tokenizer, config.max_length))
+    return sum(len(row.input_ids) for row in encoded(rows.train, tokenizer, config))
+
+
+def encoded(rows: Rows, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> list[Encoded]:
+    """Return rows as tokens, as a run has them."""
+    return encode(rows, TextReader(tokenizer, training_template), config.max_length)
 
 
 if __name__ == "__main__":

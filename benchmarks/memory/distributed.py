@@ -141,7 +141,7 @@ def work(folder: Path, run: dict[str, Any]) -> None:
 
     from inlay.memory.probe import measuring
     from inlay.model.stream.shard import resident_bytes
-    from inlay.run.config import load_config
+    from inlay.tasks.config import load_config
     from inlay.train.run import train
     from inlay.train.trainer import AdapterLoop
 

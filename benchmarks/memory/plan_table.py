@@ -159,8 +159,8 @@ def batch(case: dict[str, Any]) -> dict[str, Any]:
 def planned(case: dict[str, Any]) -> dict[str, Any]:
     """Plan a case from its configuration, as `inlay plan` does."""
     from inlay.memory.devices import Device
-    from inlay.run.config import load_config
-    from inlay.train.planning import planned_step
+    from inlay.tasks.config import load_config
+    from inlay.train.planning import PlannedRows, model_loss, planned_step
 
     run = load_config(
         None,
@@ -179,7 +179,9 @@ def planned(case: dict[str, Any]) -> dict[str, Any]:
         },
     )
     device = Device("cpu", "cpu", 1 << 40, 1e10, 3e11, 3e11)
-    found = planned_step(shape(case), run, batch(case), device).best
+    found = planned_step(
+        shape(case), PlannedRows(run, batch(case), model_loss, 0, 0, 0), device
+    ).best
     return {"total": found.total, "bytes": found.bytes}
 
 
@@ -193,10 +195,10 @@ def measured(case: dict[str, Any], model_folder: str) -> dict[str, Any]:
     from inlay.model.adapters.attach import attach
     from inlay.model.load.eight_bits import compute_in_8_bits
     from inlay.model.load.pretrained import load
-    from inlay.train import supervised
-    from inlay.train.planning import step_loss
+    from inlay.tasks.sft import run
+    from inlay.train.planning import model_loss
 
-    del supervised
+    del run
     before = resident()
     model, _ = load(model_folder, case["storage"], device="cpu", stream=case.get("stream", "off"))
     attach(model, build_method(case["method"], {}), targets=case.get("targets"))
@@ -210,7 +212,7 @@ def measured(case: dict[str, Any], model_folder: str) -> dict[str, Any]:
     inputs = batch(case)
     with measuring(torch.device("cpu")) as found:
         for _ in range(STEPS):
-            step_loss(model, dict(inputs)).backward()
+            model_loss(model, dict(inputs)).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
             optimiser.zero_grad()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.cli.main import main as inlay
-from inlay.run.config import load_config
+from inlay.tasks.config import load_config
 from inlay.train.run import train
 
 THREADS = 1

@@ -23,12 +23,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import inlay
 from benchmarks.lib.machine import REPORTS, write
+from inlay.data.text_reader import TextReader
+from inlay.data.tokens import encode
 from inlay.model.load.folder import located
 from inlay.model.load.tokenizer import read_tokenizer
-from inlay.run.config import RunConfig, load_config
-from inlay.train.collate import Concatenate
-from inlay.train.rows import encode_rows, rows_of_run
-from inlay.train.trainer import labels
+from inlay.run.config import RunConfig
+from inlay.tasks.config import load_config
+from inlay.train.collate import Concatenated, labels
+from inlay.train.rows import rows_of_run
 from inlay.train.trunk_cache import TrunkCache, cached_trunk
 
 THREADS = 2
@@ -95,12 +97,12 @@ def real_rows(count: int) -> list[Any]:
     run |= {"prompt": "Findings: {findings}\nImpression:", "completion": "impression"}
     config: RunConfig = load_config(None, {**run, "max_rows": 60})
     tokenizer = read_tokenizer(located("pocket", None), trust_remote_code=False)
-    return encode_rows(rows_of_run(config).train, tokenizer, 512)[:count]
+    return encode(rows_of_run(config).train, TextReader(tokenizer), 512)[:count]
 
 
 def batches(rows: list[Any]) -> list[dict[str, Tensor]]:
     """Return the microbatches, joined without padding."""
-    join = Concatenate(multiple=32)
+    join = Concatenated(multiple=32)
     made = [{"input_ids": list(row.input_ids), "labels": labels(row)} for row in rows]
     found = [join(made[i : i + BATCH]) for i in range(0, len(made), BATCH)]
     return [{name: x for name, x in batch.items() if name != "padding"} for batch in found]

@@ -14,7 +14,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ from vision_tiny import Tiny, make_digits, save_tiny, tokenizer_of
 
 import inlay
 from benchmarks.lib.machine import THREADS, spread, write
-from inlay.data.processor import image_reader
-from inlay.data.vision import ImageInputs, encode_images
+from inlay.data.image_inputs import ImageInputs
+from inlay.data.image_reader import image_reader
+from inlay.data.tokens import Encoded, encode
 from inlay.model.fast.padding import length_multiple
-from inlay.run.config import load_config
-from inlay.train.planning import step_loss
+from inlay.tasks.config import load_config
+from inlay.train.collate import Padded, WithImages, labels
+from inlay.train.planning import model_loss
 from inlay.train.rows import rows_of_run
-from inlay.train.vision import SideBySide
 from inlay.train.vision_cache import VisionCache, cached_vision
 
 BATCH, SCALE = 2, 4
@@ -84,14 +85,14 @@ def main() -> None:
         inlay.attach(model, inlay.LoRA(rank=16), targets="language")
         run = {"model": "unused", "data": str(data), "output": "unused", "split": [1.0, 0.0, 0.0]}
         reader = image_reader(folder / "model", None)
-        rows = encode_images(rows_of_run(load_config(None, run)).train, reader, 512)
+        rows = encode(rows_of_run(load_config(None, run)).train, reader, 512)
         began = time.perf_counter()
         cache = cached_vision(model, reader, rows, folder / "kept")
         filling = time.perf_counter() - began
         assert isinstance(cache, VisionCache), cache
         multiple = length_multiple(model)
-        seen = SideBySide(rows, ImageInputs(reader, model.dtype), multiple)
-        read = SideBySide(rows, cache, multiple)
+        seen = Seen(rows, ImageInputs(reader, model.dtype), multiple)
+        read = Seen(rows, cache, multiple)
         turns = list(alternations(model, cache, seen, read, given.alternations))
     losses = [epoch[1] for turn in turns for epoch in turn]
     seconds = list(zip(*([epoch[0] for epoch in turn] for turn in turns), strict=True))
@@ -118,12 +119,32 @@ def main() -> None:
     print(write("vision_cache", result))
 
 
+class Seen:
+    """Rows with images, batched as a supervised run does."""
+
+    def __init__(self, rows: list[Encoded], inputs: ImageInputs, multiple: int) -> None:
+        self.rows, self.inputs = rows, inputs
+        self.collate = WithImages(Padded(multiple), self.images)
+
+    def images(self, numbers: Sequence[int], batch: dict[str, Any]) -> dict[str, Any]:
+        """Return what the model sees of some rows."""
+        chosen = [self.rows[number] for number in numbers]
+        return self.inputs(chosen, width=batch["input_ids"].shape[1])
+
+    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """Return some rows as one batch."""
+        chosen = [(n, self.rows[n]) for n in numbers]
+        return self.collate(
+            [{"row": n, "input_ids": row.input_ids, "labels": labels(row)} for n, row in chosen]
+        )
+
+
 Epoch = tuple[float, list[float]]
 """The seconds of an epoch, and the loss of each step."""
 
 
 def alternations(
-    model: Any, cache: VisionCache, seen: SideBySide, read: SideBySide, count: int
+    model: Any, cache: VisionCache, seen: Seen, read: Seen, count: int
 ) -> Iterator[tuple[Epoch, Epoch, Epoch]]:
     """Yield epochs from pixels, from the cache, and from pixels again, after a warm-up."""
     start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -148,15 +169,15 @@ def set_back(model: Any, start: dict[str, torch.Tensor]) -> None:
                 parameter.copy_(start[name])
 
 
-def epoch(model: Any, rows: SideBySide) -> Epoch:
+def epoch(model: Any, rows: Seen) -> Epoch:
     """Train one epoch, an optimiser step after each batch; return its time and losses."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses: list[float] = []
     began = time.perf_counter()
     for first in range(0, len(rows.rows), BATCH):
-        batch = rows([{"row": n} for n in range(first, min(first + BATCH, len(rows.rows)))])
-        loss = step_loss(model, batch)
+        batch = rows.batch(range(first, min(first + BATCH, len(rows.rows))))
+        loss = model_loss(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

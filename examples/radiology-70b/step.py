@@ -28,7 +28,8 @@ from inlay.memory.probe import measuring
 from inlay.memory.skeleton import config_of
 from inlay.methods.catalog import build_method
 from inlay.model.stream.host import embedding_on_host
-from inlay.run.config import RunConfig, load_config
+from inlay.run.config import RunConfig
+from inlay.tasks.config import load_config
 from inlay.train.planning import assumed_rows, planned_step
 
 HERE = Path(__file__).parent

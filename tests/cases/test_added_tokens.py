@@ -19,7 +19,7 @@ import inlay.peft
 from inlay.memory.devices import Device
 from inlay.model.adapters.registry import adapter_places
 from inlay.model.adapters.tokens import ids_of
-from inlay.run.config import load_config
+from inlay.tasks.config import load_config
 from inlay.train.planning import built
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -14,7 +14,8 @@ import yaml
 from inlay.cli import main as door
 from inlay.cli.main import VERBS, main
 from inlay.cli.train import GROUPS
-from inlay.run.config import RunConfig, load_config
+from inlay.run.config import RunConfig
+from inlay.tasks.config import load_config
 
 HEAVY = ("torch", "transformers", "datasets", "trl", "numpy", "scipy")
 LIGHT_LINES = [

@@ -153,7 +153,7 @@ def test_a_merged_model_of_embeddings_is_a_sentence_transformer(
     from inlay.cli.rows import run_of
     from inlay.cli.tuned import find_tuned, load_tuned
     from inlay.data.inputs import encode_texts
-    from inlay.train.embedder import embedder
+    from inlay.tasks.embed.embedder import embedder
 
     tuned = find_tuned(str(run))
     model, tokenizer = load_tuned(tuned)

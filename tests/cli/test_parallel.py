@@ -16,7 +16,7 @@ from inlay.memory.devices import DEVICES
 from inlay.memory.parallel import Division, links_of, scaling, step_of
 from inlay.memory.plan import Plan
 from inlay.memory.simulate import Frozen
-from inlay.run.config import load_config
+from inlay.tasks.config import load_config
 from inlay.train.processes.launch import Launch, LaunchOptions
 
 TRAIN = ["train", "--model", "pocket", "--data", "reports", "--method", "lora"]

@@ -10,22 +10,16 @@ import pytest
 from PIL import Image
 from vision_tiny import ASSISTANT, END, FAMILIES, SIDE, USER, make_vision_model
 
-from inlay.data.image_answers import normalise_shown_labelled, normalise_shown_pairs
-from inlay.data.labelled import beside
-from inlay.data.preference import side_of
-from inlay.data.processor import ImageReader, Pictured, image_reader
+from inlay.data.image_inputs import ImageInputs, kinds_beside
+from inlay.data.image_reader import ImageReader, image_reader
+from inlay.data.preference import normalise_pairs, side_of
 from inlay.data.read import RawRow
 from inlay.data.rows import Rows
 from inlay.data.split import split
-from inlay.data.vision import (
-    ImageInputs,
-    encode_image_labelled,
-    encode_image_pairs,
-    encode_images,
-    kinds_beside,
-    shown,
-)
+from inlay.data.tokens import Encoded, encode
 from inlay.errors import DataError
+from inlay.tasks.dpo.pairs import encode_pairs
+from inlay.tasks.kto.rows import beside, encode_labelled, normalise_labelled
 
 PLACE = {"type": "image"}
 TEXT = {"type": "text", "text": "What is it?"}
@@ -64,7 +58,7 @@ def raw_rows(folder: Path, *rows: dict[str, Any]) -> list[RawRow]:
 
 
 def pairs_of(folder: Path, *rows: dict[str, Any], **named: Any) -> Rows:
-    return normalise_shown_pairs(raw_rows(folder, *rows), **named)
+    return normalise_pairs(raw_rows(folder, *rows), **named)
 
 
 @pytest.mark.parametrize(
@@ -194,18 +188,18 @@ def test_only_the_answers_count_and_the_prompt_is_one(
 ):
     reader = readers[family]
     rows = pairs_of(folder, {"images": ["a.png", "b.png"], **QUESTION})
-    (pair,) = encode_image_pairs(rows, reader, 512)
+    (pair,) = encode_pairs(rows, reader, 512)
     for side, answer in ((pair.chosen, "A box."), (pair.rejected, "A bag.")):
-        assert isinstance(side, Pictured)
+        assert isinstance(side, Encoded)
         assert reader.tokenizer.decode(side.input_ids[side.trained.index(True) :]) == answer + END
         assert side.input_ids[: pair.start] == pair.chosen.input_ids[: pair.start]
         assert side.ends
         seen = [token in reader.image_tokens for token in side.input_ids]
         assert any(seen)
         assert not any(seen[pair.start :])
-    (plain,) = encode_images(side_of(rows, "chosen"), reader, 512)
+    (plain,) = encode(side_of(rows, "chosen"), reader, 512)
     assert pair.chosen.input_ids == plain.input_ids
-    text = "".join(piece.text for piece in shown(pair.rejected, reader))
+    text = "".join(piece.text for piece in reader.pieces(pair.rejected))
     assert text.startswith(USER)
     assert text.endswith(f"What is it?{END}{ASSISTANT}A bag.{END}")
 
@@ -215,7 +209,7 @@ def test_the_answer_is_as_trl_has_it_behind_the_words_of_a_longer_conversation(
 ):
     before = [user(PLACE, TEXT), said("A box."), user({"type": "text", "text": "And in it?"})]
     row = {"image": "a.png", "prompt": before, "chosen": [said("Air")], "rejected": [said("Gold")]}
-    (pair,) = encode_image_pairs(pairs_of(folder, row), readers["llava"], 512)
+    (pair,) = encode_pairs(pairs_of(folder, row), readers["llava"], 512)
     decode = readers["llava"].tokenizer.decode
     assert decode(pair.chosen.input_ids[pair.start :]) == f"Air{END}"
     assert sum(pair.rejected.trained) == len(pair.rejected.input_ids) - pair.start
@@ -223,14 +217,14 @@ def test_the_answer_is_as_trl_has_it_behind_the_words_of_a_longer_conversation(
 
 def test_a_cut_never_goes_through_an_image(readers: dict[str, ImageReader], folder: Path):
     rows = pairs_of(folder, {"image": "a.png", **QUESTION})
-    (whole,) = encode_image_pairs(rows, readers["llava"], 512)
+    (whole,) = encode_pairs(rows, readers["llava"], 512)
     with pytest.raises(DataError, match=r"line 1: the row's images end at token \d+, and"):
-        encode_image_pairs(rows, readers["llava"], 12)
+        encode_pairs(rows, readers["llava"], 12)
     with pytest.raises(DataError, match=f"line 1: the prompt fills all {whole.start} tokens"):
-        encode_image_pairs(rows, readers["llava"], whole.start)
+        encode_pairs(rows, readers["llava"], whole.start)
     with pytest.raises(DataError, match="are the same; they differ from max_length"):
-        encode_image_pairs(rows, readers["llava"], whole.start + 1)
-    (cut,) = encode_image_pairs(rows, readers["llava"], whole.start + 4)
+        encode_pairs(rows, readers["llava"], whole.start + 1)
+    (cut,) = encode_pairs(rows, readers["llava"], whole.start + 4)
     assert cut.chosen.truncated
     assert not cut.chosen.ends
 
@@ -242,7 +236,7 @@ def test_images_are_prepared_once_for_both_answers(
     kind = type(reader.processor.image_processor)
     own = kind.__call__
     monkeypatch.setattr(kind, "__call__", lambda *a, **k: made.append(1) or own(*a, **k))
-    (pair,) = encode_image_pairs(pairs_of(folder, {"image": "a.png", **QUESTION}), reader, 512)
+    (pair,) = encode_pairs(pairs_of(folder, {"image": "a.png", **QUESTION}), reader, 512)
     assert len(made) == 1
     made.clear()
     inputs = ImageInputs(reader)([pair.chosen, pair.rejected], width=64)  # pyright: ignore
@@ -258,7 +252,7 @@ LABELLED = {"image": "a.png", "prompt": "What is it?", "completion": "A box.", "
 
 
 def labelled_of(folder: Path, *rows: dict[str, Any]) -> Rows:
-    return normalise_shown_labelled(raw_rows(folder, *rows))
+    return normalise_labelled(raw_rows(folder, *rows))
 
 
 def test_the_same_answer_to_another_image_may_have_another_label(
@@ -268,7 +262,7 @@ def test_the_same_answer_to_another_image_may_have_another_label(
     third = {**LABELLED, "image": "c.png", "completion": "A bag.", "label": True}
     rows = labelled_of(folder, LABELLED, other, third)
     assert (rows.kind, rows.pictured) == ("labelled", True)
-    found = encode_image_labelled(rows, readers["llava"], 512)
+    found = encode_labelled(rows, readers["llava"], 512)
     assert [row.desirable for row in found] == [True, False, True]
     assert found[0].answer.input_ids == found[1].answer.input_ids
     with pytest.raises(DataError, match=r"line 2: the same prompt and completion as in line 1"):
@@ -281,13 +275,13 @@ def test_a_prompt_keeps_its_image_before_another_rows_answer(
 ):
     reader = readers[family]
     other = {**LABELLED, "image": "b.png", "completion": "Not this one.", "label": False}
-    row, answer = encode_image_labelled(labelled_of(folder, LABELLED, other), reader, 512)
+    row, answer = encode_labelled(labelled_of(folder, LABELLED, other), reader, 512)
     mixed = beside(row, answer, 512)
-    assert isinstance(mixed, Pictured)
-    assert isinstance(row.answer, Pictured)
+    assert isinstance(mixed, Encoded)
+    assert isinstance(row.answer, Encoded)
     asked = {**LABELLED, "completion": "Not this one.", "label": False}
-    wanted = encode_image_labelled(labelled_of(folder, LABELLED, asked), reader, 512)[1].answer
-    assert isinstance(wanted, Pictured)
+    wanted = encode_labelled(labelled_of(folder, LABELLED, asked), reader, 512)[1].answer
+    assert isinstance(wanted, Encoded)
     assert (mixed.input_ids, mixed.trained) == (wanted.input_ids, wanted.trained)
     assert mixed.images == row.answer.images
     width = len(mixed.input_ids)

@@ -9,7 +9,14 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from inlay.data.labelled import (
+from inlay.data.read import read_rows
+from inlay.data.rows import Rows
+from inlay.data.split import split
+from inlay.data.text_reader import TextReader
+from inlay.errors import DataError
+from inlay.model.load.folder import EMBEDDED
+from inlay.tasks.kto.mismatched import mismatched, mismatched_in_batches
+from inlay.tasks.kto.rows import (
     Labelled,
     are_labelled,
     beside,
@@ -18,12 +25,6 @@ from inlay.data.labelled import (
     encode_labelled,
     normalise_labelled,
 )
-from inlay.data.read import read_rows
-from inlay.data.rows import Rows
-from inlay.data.split import split
-from inlay.errors import DataError
-from inlay.model.load.folder import EMBEDDED
-from inlay.train.mismatched import mismatched, mismatched_in_batches
 from inlay.train.order import kept_order
 
 GOOD = {"prompt": "Say a colour:", "completion": "red", "label": True}
@@ -190,7 +191,7 @@ def test_desirable_rows_are_supervised_ones(tmp_path: Path):
 
 
 def test_only_the_answer_counts(tmp_path: Path, tokenizer: PreTrainedTokenizerBase):
-    good, bad = encode_labelled(read(tmp_path, GOOD, BAD), tokenizer, 64)
+    good, bad = encode_labelled(read(tmp_path, GOOD, BAD), TextReader(tokenizer), 64)
     assert (trained(good, tokenizer), trained(bad, tokenizer)) == (" red<|end|>", " no<|end|>")
     assert (good.desirable, bad.desirable) == (True, False)
     assert str(tokenizer.decode(good.answer.input_ids[: good.start])) == GOOD["prompt"]
@@ -205,7 +206,7 @@ def test_of_a_conversation_only_the_last_answer_counts(
         {"prompt": turns, "completion": said(text), "label": label}
         for text, label in (("red", True), ("no", False))
     ]
-    good, bad = encode_labelled(read(tmp_path, *rows), tokenizer, 64)
+    good, bad = encode_labelled(read(tmp_path, *rows), TextReader(tokenizer), 64)
     assert (trained(good, tokenizer), trained(bad, tokenizer)) == ("red<|end|>", "no<|end|>")
 
 
@@ -214,7 +215,7 @@ def test_a_prompt_that_fills_the_row_is_a_sentence(
 ):
     rows = read(tmp_path, GOOD, {**BAD, "prompt": "Say a colour and then another colour:"})
     with pytest.raises(DataError, match=r"line 2: the prompt fills all 8 tokens.*max_length \d+"):
-        encode_labelled(rows, tokenizer, 8)
+        encode_labelled(rows, TextReader(tokenizer), 8)
 
 
 def test_answers_of_both_labels_that_are_cut_to_the_same_are_a_sentence(
@@ -222,10 +223,10 @@ def test_answers_of_both_labels_that_are_cut_to_the_same_are_a_sentence(
 ):
     both = [("a b c d e f", True), ("a b c d e g", False)]
     rows = read(tmp_path, *({"prompt": "q", "completion": c, "label": x} for c, x in both))
-    whole = len(encode_labelled(rows, tokenizer, 64)[0].answer.input_ids)
+    whole = len(encode_labelled(rows, TextReader(tokenizer), 64)[0].answer.input_ids)
     with pytest.raises(DataError, match=rf"line 2: cut at .* of line 1.* max_length {whole} keeps"):
-        encode_labelled(rows, tokenizer, whole - 2)
-    good, _ = encode_labelled(rows, tokenizer, whole - 1)
+        encode_labelled(rows, TextReader(tokenizer), whole - 2)
+    good, _ = encode_labelled(rows, TextReader(tokenizer), whole - 1)
     assert good.answer.truncated
     assert not good.answer.ends
 
@@ -237,7 +238,7 @@ def test_a_prompt_beside_another_answer_keeps_both_as_they_are(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ):
     rows = read(tmp_path, GOOD, {**BAD, "prompt": "Another, longer prompt:"})
-    good, bad = encode_labelled(rows, tokenizer, 64)
+    good, bad = encode_labelled(rows, TextReader(tokenizer), 64)
     found = Labelled(beside(bad, good, 64), True)
     assert trained(found, tokenizer) == " red<|end|>"
     assert found.start == bad.start
@@ -251,7 +252,7 @@ def test_mismatched_answers_come_from_the_same_batch_or_from_half_way(
 ):
     words = ["red", "green", "blue", "black", "white", "pink", "grey", "gold", "tan"]
     raw = [{"prompt": f"{i}:", "completion": w, "label": i % 2 == 0} for i, w in enumerate(words)]
-    rows = encode_labelled(read(tmp_path, *raw), tokenizer, 64)
+    rows = encode_labelled(read(tmp_path, *raw), TextReader(tokenizer), 64)
 
     def whose(found: Any) -> list[int]:
         texts = [trained(Labelled(row, True), tokenizer) for row in found]

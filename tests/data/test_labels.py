@@ -8,17 +8,17 @@ from heads_tiny import make_encoder, write
 from transformers import AutoTokenizer
 
 from inlay.data.inputs import encode_labels, encode_texts, longest_input
-from inlay.data.labels import (
+from inlay.data.read import read_rows
+from inlay.data.rows import Rows
+from inlay.errors import DataError
+from inlay.kernels.loss import IGNORED
+from inlay.tasks.classify.rows import (
     check_known,
     classes_of,
     contradicting,
     loose_tags,
     normalise_labels,
 )
-from inlay.data.read import read_rows
-from inlay.data.rows import Rows
-from inlay.errors import DataError
-from inlay.kernels.loss import IGNORED
 
 
 def read(folder: Path, rows: list[dict[str, Any]], **keys: Any) -> Rows:

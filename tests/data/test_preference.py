@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from inlay.data.preference import Pair, encode_pairs, normalise_pairs, side_of
+from inlay.data.preference import normalise_pairs, side_of
 from inlay.data.read import read_rows
 from inlay.data.rows import Rows
 from inlay.data.split import split
+from inlay.data.text_reader import TextReader
 from inlay.errors import DataError
 from inlay.model.load.folder import EMBEDDED
+from inlay.tasks.dpo.pairs import Pair, encode_pairs
 
 GOOD = {"prompt": "Say a colour:", "chosen": "red", "rejected": "blue and green"}
 ASKED = [{"role": "user", "content": "A colour?"}]
@@ -145,7 +147,7 @@ def test_a_group_column_may_stand_beside_the_three(tmp_path: Path):
 def test_only_the_answers_count_and_both_sides_share_the_prompt(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ):
-    (pair,) = encode_pairs(read(tmp_path, GOOD), tokenizer, 64)
+    (pair,) = encode_pairs(read(tmp_path, GOOD), TextReader(tokenizer), 64)
     assert trained(pair, tokenizer) == (" red<|end|>", " blue and green<|end|>")
     assert pair.chosen.input_ids[: pair.start] == pair.rejected.input_ids[: pair.start]
     assert str(tokenizer.decode(pair.chosen.input_ids[: pair.start])) == GOOD["prompt"]
@@ -158,7 +160,7 @@ def test_of_a_conversation_only_the_last_answer_counts(
 ):
     turns = [*ASKED, said("black"), {"role": "user", "content": "Another?"}]
     row = {"prompt": turns, "chosen": [said("red")], "rejected": [said("no")]}
-    (pair,) = encode_pairs(read(tmp_path, row), tokenizer, 64)
+    (pair,) = encode_pairs(read(tmp_path, row), TextReader(tokenizer), 64)
     assert trained(pair, tokenizer) == ("red<|end|>", "no<|end|>")
 
 
@@ -167,17 +169,17 @@ def test_a_prompt_that_fills_the_row_is_a_sentence(
 ):
     rows = read(tmp_path, GOOD, {**GOOD, "prompt": "Say a colour and then another colour:"})
     with pytest.raises(DataError, match=r"line 2: the prompt fills all 8 tokens.*max_length \d+"):
-        encode_pairs(rows, tokenizer, 8)
+        encode_pairs(rows, TextReader(tokenizer), 8)
 
 
 def test_answers_that_are_cut_to_the_same_are_a_sentence(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ):
     rows = read(tmp_path, {"prompt": "q", "chosen": "a b c d e f", "rejected": "a b c d e g"})
-    whole = encode_pairs(rows, tokenizer, 64)[0].chosen.input_ids
+    whole = encode_pairs(rows, TextReader(tokenizer), 64)[0].chosen.input_ids
     with pytest.raises(DataError, match=r"'chosen' and 'rejected' are the same; .* max_length"):
-        encode_pairs(rows, tokenizer, len(whole) - 2)
-    (pair,) = encode_pairs(rows, tokenizer, len(whole) - 1)
+        encode_pairs(rows, TextReader(tokenizer), len(whole) - 2)
+    (pair,) = encode_pairs(rows, TextReader(tokenizer), len(whole) - 1)
     assert not pair.chosen.ends
     assert pair.chosen.truncated
 

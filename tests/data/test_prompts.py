@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from inlay.data.prompts import are_prompts, encode_prompts, normalise_prompts
 from inlay.data.read import RawRow, read_rows
 from inlay.data.split import split
 from inlay.errors import DataError, ModelError
 from inlay.model.load.folder import located
 from inlay.model.load.tokenizer import read_tokenizer
+from inlay.tasks.grpo.rows import are_prompts, encode_prompts, normalise_prompts
 
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 3?"}]
 

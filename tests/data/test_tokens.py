@@ -11,7 +11,9 @@ from trl import SFTConfig, SFTTrainer
 
 from inlay.data.read import RawRow, read_rows
 from inlay.data.rows import Rows, normalise
-from inlay.data.tokens import Encoded, Lengths, encode, pieces, summarise
+from inlay.data.summary import Lengths, pieces, summarise
+from inlay.data.text_reader import TextReader
+from inlay.data.tokens import Encoded, encode
 from inlay.errors import DataError, ModelError
 
 PLAIN = (
@@ -110,7 +112,7 @@ def test_what_is_shown_is_what_trl_trains_on(
 ) -> None:
     if max_length == 24 and rows is MESSAGES:
         max_length = 60
-    ours = [(e.input_ids, e.trained) for e in encode(rows, tokenizer, max_length)]
+    ours = [(e.input_ids, e.trained) for e in encode(rows, TextReader(tokenizer), max_length)]
     assert ours == as_trl_prepares(rows, tokenizer, max_length, tmp_path)
 
 
@@ -121,7 +123,7 @@ def trained_text(row: Encoded, tokenizer: PreTrainedTokenizerFast) -> str:
 def test_a_completion_and_its_end_train_and_the_prompt_does_not(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    encoded = encode(PAIRS, tokenizer, 512)
+    encoded = encode(PAIRS, TextReader(tokenizer), 512)
     assert [trained_text(row, tokenizer) for row in encoded] == [
         " Normal.<|end|>",
         " Ümläut 心<|end|>",
@@ -131,35 +133,35 @@ def test_a_completion_and_its_end_train_and_the_prompt_does_not(
 
 
 def test_a_text_trains_from_start_to_one_end(tokenizer: PreTrainedTokenizerFast) -> None:
-    encoded = encode(TEXT, tokenizer, 512)
+    encoded = encode(TEXT, TextReader(tokenizer), 512)
     assert all(all(row.trained) for row in encoded)
     assert [row.input_ids.count(tokenizer.eos_token_id) for row in encoded] == [1, 1]
 
 
 @pytest.mark.parametrize("template", [MARKED, PLAIN], ids=["marked", "plain"])
 def test_only_the_assistants_turns_train(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
-    encoded = encode(MESSAGES, tokenizer, 512, chat_template=template)
+    encoded = encode(MESSAGES, TextReader(tokenizer, lambda _: template), 512)
     assert trained_text(encoded[0], tokenizer) == "No.<|end|>Yes, both lungs.<|end|>"
     assert all(row.ends for row in encoded)
-    assert encoded == encode(MESSAGES, tokenizer, 512)
+    assert encoded == encode(MESSAGES, TextReader(tokenizer), 512)
 
 
 def test_the_pieces_are_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = encode(PAIRS, tokenizer, 512)[1]
+    row = encode(PAIRS, TextReader(tokenizer), 512)[1]
     shown = pieces(row, tokenizer)
     assert "".join(piece.text for piece in shown) == "Ask: Ümläut 心<|end|>"
     assert all("\ufffd" not in piece.text for piece in shown)
 
 
 def test_the_summary_counts_by_hand(tokenizer: PreTrainedTokenizerFast) -> None:
-    whole = encode(PAIRS, tokenizer, 512)
+    whole = encode(PAIRS, TextReader(tokenizer), 512)
     counts = sorted(row.length for row in whole)
     found = summarise(whole, PAIRS)
     assert (found.rows, found.tokens) == (3, sum(counts))
     assert found.lengths == Lengths(counts[0], counts[1], counts[2], counts[2])
     assert found.trained_tokens == sum(sum(row.trained) for row in whole)
     assert (found.truncated, found.unended, found.ends_trained) == ([], [], 3)
-    cut = encode(PAIRS, tokenizer, counts[-1] - 1)
+    cut = encode(PAIRS, TextReader(tokenizer), counts[-1] - 1)
     longest = [
         line for line, row in zip(PAIRS.lines, whole, strict=True) if row.length == counts[2]
     ]
@@ -170,7 +172,7 @@ def test_the_summary_counts_by_hand(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_an_end_that_is_not_trained_is_listed(tokenizer: PreTrainedTokenizerFast) -> None:
     late = MARKED.replace("+ '<|end|>' }}{% endgeneration %}", "}}{% endgeneration %}<|end|>")
-    encoded = encode(MESSAGES, tokenizer, 512, chat_template=late)
+    encoded = encode(MESSAGES, TextReader(tokenizer, lambda _: late), 512)
     assert summarise(encoded, MESSAGES).unended == [1, 2]
 
 
@@ -178,32 +180,32 @@ def test_a_prompt_that_merges_with_its_completion_is_listed(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     merged = Rows("prompt_completion", [{"prompt": "the hea", "completion": "rt"}], [7], "d", "")
-    assert summarise(encode(merged, tokenizer, 99), merged).unlike_prompt == [7]
+    assert summarise(encode(merged, TextReader(tokenizer), 99), merged).unlike_prompt == [7]
 
 
 def test_rows_with_nothing_to_train_on_stop(tokenizer: PreTrainedTokenizerFast) -> None:
-    needed = max(row.length for row in encode(PAIRS, tokenizer, 512)[:1])
+    needed = max(row.length for row in encode(PAIRS, TextReader(tokenizer), 512)[:1])
     message = rf"^d\.jsonl, line 1: the prompt fills all 6 tokens.*max_length {needed} keeps"
     with pytest.raises(DataError, match=message):
-        encode(PAIRS.take([0, 1]), tokenizer, 6)
+        encode(PAIRS.take([0, 1]), TextReader(tokenizer), 6)
     with pytest.raises(DataError, match=r"line 1 and 2 more \(2, 3\): the prompt fills all 1 "):
-        encode(PAIRS, tokenizer, 1)
+        encode(PAIRS, TextReader(tokenizer), 1)
     nothing = MARKED.replace("+ '<|end|>' }}{% endgeneration %}", "}}{% endgeneration %}").replace(
         "{{ m['content'] }}", ""
     )
     nothing = nothing.replace("{% generation %}{{ m['content'] }}", "{% generation %}")
     with pytest.raises(DataError, match="no token is trained on"):
-        encode(MESSAGES, tokenizer, 512, chat_template=nothing)
+        encode(MESSAGES, TextReader(tokenizer, lambda _: nothing), 512)
 
 
 def test_a_tokenizer_that_cannot_do_it_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ModelError, match="no end token"):
-        encode(TEXT, bare, 512)
+        encode(TEXT, TextReader(bare), 512)
     with pytest.raises(ModelError, match="no chat template"):
-        encode(MESSAGES, bare, 512)
+        encode(MESSAGES, TextReader(bare), 512)
     with pytest.raises(ModelError, match="otherwise once more turns follow"):
-        encode(MESSAGES, tokenizer, 512, chat_template=KEEPS_LAST)
+        encode(MESSAGES, TextReader(tokenizer, lambda _: KEEPS_LAST), 512)
     refusing = "{{ raise_exception('no system') }}{% generation %}{% endgeneration %}"
     with pytest.raises(DataError, match=r"d\.jsonl, line 1: .*refuses the messages: no system"):
-        encode(MESSAGES, tokenizer, 512, chat_template=refusing)
+        encode(MESSAGES, TextReader(tokenizer, lambda _: refusing), 512)

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from inlay.train.pictured import NOT_HERE
+from inlay.train.images import NOT_HERE
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs"))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from page_blocks import hooks, pages
 
-from inlay.train.tasks import TASKS
+from inlay.tasks import TASKS
 
 PAGES = {path: text for path, text in pages().items() if path.startswith("tasks/")}
 PREFERRED, LABELLED = ("accuracy", "margin"), ("auc", "reward_margin")

@@ -13,13 +13,13 @@ from scipy import stats
 from torch.nn import functional
 
 from inlay.errors import DataError
-from inlay.evaluate.labelled import Judgements, LabelledLosses, Weights, check_both
 from inlay.evaluate.losses import RowLoss
-from inlay.evaluate.odds import OddsRatios, log1mexp, log_odds_ratio
-from inlay.evaluate.preference import LogProbs
 from inlay.evaluate.statistics import auc, compare_groups, difference_of_means, ranks
-from inlay.train.orpo_trainer import ORPOTrainer
-from inlay.train.weights import advised, weights_of
+from inlay.tasks.dpo.compare import LogProbs
+from inlay.tasks.kto.compare import Judgements, LabelledLosses, Weights, check_both
+from inlay.tasks.kto.weights import advised, weights_of
+from inlay.tasks.orpo.compare import OddsRatios, log1mexp, log_odds_ratio
+from inlay.tasks.orpo.trainer import ORPOTrainer
 
 
 def judgements(shift: float = 0.0) -> Judgements:

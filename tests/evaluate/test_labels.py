@@ -10,10 +10,10 @@ import torch
 from scipy import stats
 
 from inlay.data.inputs import InputRow
-from inlay.evaluate.entities import entities
-from inlay.evaluate.label_metrics import Labels, metrics
-from inlay.evaluate.labels import baseline_of, class_records, compare_labels
 from inlay.evaluate.record import compared_statistic
+from inlay.tasks.classify.compare import baseline_of, class_records, compare_labels
+from inlay.tasks.classify.entities import entities
+from inlay.tasks.classify.metrics import Labels, metrics
 
 sklearn_metrics: Any = pytest.importorskip("sklearn.metrics")
 

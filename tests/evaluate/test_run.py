@@ -19,7 +19,8 @@ from transformers import (
 
 from inlay.errors import DataError, ModelError
 from inlay.evaluate.losses import logits_at
-from inlay.evaluate.run import choose_samples, compare, evaluate, generate, losses
+from inlay.evaluate.samples import choose_samples
+from inlay.evaluate.supervised import compare, evaluate, generate, losses
 from inlay.methods.base import Params, PromptMethod
 from inlay.methods.lora import LoRA
 from inlay.model.adapters.attach import attach, use

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from inlay.cli.main import VERBS
 from inlay.methods.catalog import catalog
-from inlay.run.config import flags
 from inlay.run.flags import Flag
 from inlay.run.hyperparameters import method_flags
+from inlay.tasks.config import flags
 
 FROZEN = Path(__file__).with_name("command_options.txt")
 

@@ -17,7 +17,7 @@ from loss_cases import METHODS, cases, make_llama, make_text_data  # noqa: E402
 
 from inlay.methods.catalog import catalog  # noqa: E402
 from inlay.storage.registry import STORAGES  # noqa: E402
-from inlay.train.tasks import TASKS  # noqa: E402
+from inlay.tasks import TASKS  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 from vision_rows import MIXED, rows_of
-from vision_tiny import FAMILIES, make_vision_model
+from vision_tiny import FAMILIES, image_batch, make_vision_model
 
 import inlay
-from inlay.data.processor import ImageReader, Pictured, image_reader
-from inlay.data.vision import ImageInputs, encode_images
+from inlay.data.image_inputs import ImageInputs
+from inlay.data.image_reader import ImageReader, image_reader
+from inlay.data.tokens import Encoded, encode
 from inlay.kernels.switches import plain
 from inlay.model.adapters.registry import adapter_places
 from inlay.model.load.pretrained import load
-from inlay.train.planning import step_loss
-from inlay.train.vision import SideBySide
+from inlay.train.planning import model_loss
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, I
 
 
 def batch_of(reader: ImageReader, dtype: torch.dtype, multiple: int = 32) -> dict[str, Tensor]:
-    rows: list[Pictured] = encode_images(rows_of(*MIXED), reader, 512)
-    return SideBySide(rows, ImageInputs(reader, dtype), multiple)([{"row": n} for n in range(3)])
+    rows: list[Encoded] = encode(rows_of(*MIXED), reader, 512)
+    return image_batch(rows, ImageInputs(reader, dtype), multiple)
 
 
 def adapted(folder: Path, storage: str, dtype: str) -> Any:
@@ -46,7 +46,7 @@ def adapted(folder: Path, storage: str, dtype: str) -> Any:
 
 def gradients(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
-    loss = step_loss(model, dict(batch))
+    loss = model_loss(model, dict(batch))
     loss.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return float(loss.detach()), found
@@ -76,9 +76,9 @@ def test_the_adapted_loss_is_that_of_the_merged_weights(
     folder, reader = readers[family]
     model, batch = adapted(folder, "dense", "float64"), batch_of(reader, torch.float64)
     with torch.no_grad():
-        loss = float(step_loss(model, dict(batch)))
+        loss = float(model_loss(model, dict(batch)))
         inlay.merge(model.eval())
-        assert float(step_loss(model, dict(batch))) == pytest.approx(loss, rel=1e-6)
+        assert float(model_loss(model, dict(batch))) == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,7 +9,8 @@ from inlay.memory.devices import Device
 from inlay.memory.plan import Plan
 from inlay.methods.catalog import catalog
 from inlay.run.config import RunConfig
-from inlay.train.planning import assumed_rows, planned_step
+from inlay.tasks import TASKS
+from inlay.train.planning import planned_step
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -23,7 +24,7 @@ def planned(config: PreTrainedConfig, **settings: str) -> Plan:
         model="unused", data="reports", output="unused", max_length=32, batch_size=2, **settings
     )  # type: ignore[arg-type]
     device = Device("a CPU", "cpu", 1 << 36, 1e10, 1e11, 1e11)
-    return planned_step(config, run, assumed_rows(run).batch, device)
+    return planned_step(config, TASKS["sft"].run(run).assumed(), device)
 
 
 @pytest.mark.parametrize("method", sorted(catalog()))

@@ -11,8 +11,6 @@ from torch import Tensor
 from vision_rows import MIXED, picture, rows_of, turns
 from vision_tiny import FAMILIES, make_vision_model, make_vision_run
 
-from inlay.data.processor import ImageReader, image_reader
-from inlay.data.vision import encode_images
 from inlay.kernels.cost import planning_for
 from inlay.memory import ledger as ledgers
 from inlay.memory.devices import Device
@@ -25,8 +23,10 @@ from inlay.methods.catalog import build_method
 from inlay.model.adapters.attach import attach
 from inlay.model.load.pretrained import load
 from inlay.run.config import RunConfig
-from inlay.train.planning import built, step_loss
-from inlay.train.vision_planning import as_seen, rows_to_plan
+from inlay.tasks import TASKS
+from inlay.train.images import with_images
+from inlay.train.planning import built, largest_batch, model_loss
+from inlay.train.task_run import TaskRun
 
 CPU = Device("cpu", "cpu", 1 << 50, 1e10, 1e11, 1e11)
 
@@ -39,12 +39,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def run_of(folder: Path, tmp_path: Path, **changes: Any) -> RunConfig:
     run = make_vision_run(tmp_path, folder.name, **{"dropout": None, "batch_size": 3, **changes})
-    return as_seen(run.model_copy(update={"model": str(folder)}))
+    return with_images(run.model_copy(update={"model": str(folder)}))
 
 
-def batch_of(config: RunConfig, reader: ImageReader) -> dict[str, Tensor]:
-    rows = encode_images(rows_of(*MIXED), reader, 512)
-    return rows_to_plan(config, rows, reader, 32).batch
+def planning(config: RunConfig, *rows: Any) -> tuple[TaskRun[Any, Any], list[Any]]:
+    run = TASKS["sft"].run(config)
+    run.read_by(Path(config.model), pictured=True)
+    return run, run.encode(rows_of(*rows))
+
+
+def batch_of(config: RunConfig) -> dict[str, Tensor]:
+    run, encoded = planning(config, *MIXED)
+    return run.to_plan(encoded, CPU).batch
 
 
 def counted(
@@ -56,7 +62,7 @@ def counted(
     patch.setattr(ledgers, "followed", lambda func, args, kwargs: func(*args, **kwargs))
     ledger = Ledger()
     with planning_for("cpu"), applied(model.train(), policy), ledger:
-        return Step(ledger, model, step_loss, policy).result(dict(batch), adamw, 1)
+        return Step(ledger, model, model_loss, policy).result(dict(batch), adamw, 1)
 
 
 @pytest.mark.parametrize(
@@ -74,10 +80,10 @@ def test_what_is_planned_is_what_real_tensors_hold(
     policy: Policy,
 ) -> None:
     config = run_of(folders[family], tmp_path, targets=targets, storage=storage)
-    batch = batch_of(config, image_reader(folders[family], None))
+    batch = batch_of(config)
     shape, _ = config_of(config.model)
     planned = simulate(
-        lambda: built(shape, config, CPU), batch, step_loss, optimiser=adamw, policy=policy
+        lambda: built(shape, config, CPU), batch, model_loss, optimiser=adamw, policy=policy
     )
     real = counted(config, batch, policy, monkeypatch)
     assert planned.trained == real.trained
@@ -87,16 +93,16 @@ def test_what_is_planned_is_what_real_tensors_hold(
 
 def test_larger_images_are_planned_larger(folders: dict[str, Path], tmp_path: Path) -> None:
     config = run_of(folders["qwen2_5_vl"], tmp_path, targets="all-linear", batch_size=1)
-    reader = image_reader(folders["qwen2_5_vl"], None)
     shape, _ = config_of(config.model)
     kept: list[int] = []
     for side in (8, 32):
         row = {"images": [picture(1, (side, side))], "messages": turns("What?", "It.")}
-        found = rows_to_plan(config, encode_images(rows_of(row), reader, 512), reader, 32)
+        run, encoded = planning(config, row)
+        found = run.to_plan(encoded, CPU)
         pixels = found.batch["pixel_values"]
         assert pixels.shape[0] == (side // 2) ** 2
-        assert found.beside >= pixels.nbytes
-        step = simulate(lambda: built(shape, config, CPU), found.batch, step_loss, optimiser=adamw)
+        assert found.row_bytes >= pixels.nbytes
+        step = simulate(lambda: built(shape, config, CPU), found.batch, model_loss, optimiser=adamw)
         kept.append(step.kept)
     assert kept[1] > 3 * kept[0]
 
@@ -105,8 +111,9 @@ def test_the_largest_batch_is_the_one_with_the_most_tokens(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     config = run_of(folders["llava"], tmp_path, batch_size=1)
-    reader = image_reader(folders["llava"], None)
-    found = rows_to_plan(config, encode_images(rows_of(*MIXED), reader, 512), reader, 1)
+    run, encoded = planning(config, *MIXED)
+    found = run.to_plan(encoded, CPU)
     assert found.batch["pixel_values"].shape[0] == 2
     assert found.count == 3
-    assert torch.equal(found.batch["attention_mask"], torch.ones_like(found.batch["input_ids"]))
+    batch = run.batch_of(encoded, largest_batch(config, run.lengths(encoded), run.arrange), 1)
+    assert torch.equal(batch["attention_mask"], torch.ones_like(batch["input_ids"]))

@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 from vision_rows import MIXED, rows_of
-from vision_tiny import FAMILIES, make_vision_model
+from vision_tiny import FAMILIES, image_batch, make_vision_model
 
 import inlay
 from inlay.checkpoint.adapter import load_adapter, save_adapter
-from inlay.data.processor import image_reader
-from inlay.data.vision import ImageInputs, encode_images
+from inlay.data.image_inputs import ImageInputs
+from inlay.data.image_reader import image_reader
+from inlay.data.tokens import encode
 from inlay.model.adapters.registry import adapter_places
 from inlay.model.load.pretrained import load
-from inlay.train.vision import SideBySide
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft's own
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.filterwarnings(
 def test_loss_and_gradients_are_hf_pefts(tmp_path: Path, family: str):
     folder = make_vision_model(tmp_path / family, family)
     reader = image_reader(folder, None)
-    rows = encode_images(rows_of(*MIXED), reader, 512)
-    batch = SideBySide(rows, ImageInputs(reader), 1)([{"row": n} for n in range(3)])
+    rows = encode(rows_of(*MIXED), reader, 512)
+    batch = image_batch(rows, ImageInputs(reader), 1)
 
     model: Any = load(str(folder))[0]
     targets = ["language", "vision"] + ["projector"] * (family != "gemma3")
@@ -78,8 +78,8 @@ def test_an_adapter_of_hf_peft_is_read(tmp_path: Path):
     model: Any = load(str(folder))[0]
     load_adapter(model, tmp_path / "theirs")
     reader = image_reader(folder, None)
-    rows = encode_images(rows_of(*MIXED), reader, 512)
-    batch = SideBySide(rows, ImageInputs(reader), 1)([{"row": n} for n in range(3)])
+    rows = encode(rows_of(*MIXED), reader, 512)
+    batch = image_batch(rows, ImageInputs(reader), 1)
     with torch.no_grad():
         torch.testing.assert_close(
             model(**batch).logits, theirs(**batch).logits, rtol=1e-4, atol=1e-5

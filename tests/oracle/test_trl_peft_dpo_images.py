@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer
 from trl_peers import curve, of_config, own_curve
 from vision_tiny import make_vision_run
 
-from inlay.data.processor import image_reader
+from inlay.data.image_reader import image_reader
 from inlay.train.rows import rows_of_run
 from inlay.train.run import train
 

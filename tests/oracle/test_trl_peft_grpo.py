@@ -12,9 +12,9 @@ from demo_data.arithmetic import generate_problems
 from trl import GRPOConfig, GRPOTrainer
 from trl_peers import curve, of_config, own_curve, peers_model, run_file
 
-from inlay.data.prompts import encode_prompts
 from inlay.run.config import RunConfig
-from inlay.train.prompt_order import Group, PromptOrder
+from inlay.tasks.grpo.order import Group, PromptOrder
+from inlay.tasks.grpo.rows import encode_prompts
 from inlay.train.rows import rows_of_run
 from inlay.train.run import train
 

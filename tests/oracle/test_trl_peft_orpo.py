@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from trl_peers import STEPS, own_curve, pairs, peers_curve, run_file
 
-from inlay.train.orpo_trainer import ORPOConfig, ORPOTrainer
+from inlay.tasks.orpo.trainer import ORPOConfig, ORPOTrainer
 from inlay.train.rows import rows_of_run
 from inlay.train.run import train
 

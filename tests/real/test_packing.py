@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from real_data import REPORTS, needs_reports
 
-from inlay.run.config import load_config
+from inlay.tasks.config import load_config
 from inlay.train.output.recorder import read_metrics
 from inlay.train.run import train
 

@@ -34,7 +34,7 @@ resume: true
 
 PROGRAM = """
 import os, signal, sys
-from inlay.run.config import load_config
+from inlay.tasks.config import load_config
 from inlay.train.run import train
 
 kill_at = int(sys.argv[2])

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from inlay.errors import UsageError
 from inlay.methods.catalog import catalog
-from inlay.run.config import RunConfig, checked_config, flags, load_config
+from inlay.run.config import RunConfig
 from inlay.run.hyperparameters import method_flags
 from inlay.run.run_file import read_yaml
 from inlay.run.synonyms import SYNONYMS
+from inlay.tasks.config import checked_config, flags, load_config, run_keys
 
 NEEDED = {"model": "pocket", "data": "reports", "output": "out"}
 
@@ -186,7 +187,7 @@ def test_every_flag_is_described():
 
 
 def test_synonyms_lead_somewhere():
-    known = {*RunConfig.model_fields, *(f.key for n in catalog() for f in method_flags(n))}
+    known = {*run_keys(), *(f.key for n in catalog() for f in method_flags(n))}
     assert set(SYNONYMS.values()) <= known
     assert not set(SYNONYMS) & known
 

@@ -18,7 +18,7 @@ FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         "inlay.train.run",
-        "inlay.train.supervised",
+        "inlay.tasks.sft.run",
         "peft",
         "bitsandbytes",
         "trl.trainer.sft_trainer",

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from train_tiny import WORDS, make_model, make_run
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from inlay.run.config import RunConfig, load_config
+from inlay.run.config import RunConfig
+from inlay.tasks.config import load_config
 
 PLACES = ("heart", "lungs")
 """Words that the tags of `make_tagged` call a place."""

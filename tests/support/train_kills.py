@@ -26,8 +26,8 @@ from vision_tiny import make_vision_run
 
 from inlay.memory.probe import warm_up
 from inlay.run.config import RunConfig
+from inlay.tasks import TASKS
 from inlay.train.run import train
-from inlay.train.tasks import TASKS
 
 
 def child(work: Callable[[], None]) -> int:

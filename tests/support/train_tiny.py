@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,9 +17,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from inlay.errors import UsageError
+from inlay.methods.catalog import build_method
 from inlay.model.load.pretrained import load
-from inlay.run.config import RunConfig, load_config
+from inlay.run.config import RunConfig
+from inlay.tasks import TASKS
+from inlay.tasks.config import load_config
+from inlay.train.output.folder import RunFolder
+from inlay.train.processes.share import Share
 from inlay.train.run import TrainResult
+from inlay.train.stages import Stages
 
 WORDS = ["heart", "lungs", "clear", "normal", "large", "small", "effusion", "no", "seen", "left"]
 
@@ -240,3 +247,21 @@ def broken_at(
         return loss * what
 
     monkeypatch.setattr(trainer, "compute_loss", broken)
+
+
+def stages_of(config: RunConfig) -> Stages[Any]:
+    """Return the stages of a run, none of them gone through."""
+    method = build_method(config.method, config.hyperparameters)
+    share = Share(config.batch_size, config.gradient_accumulation)
+    return Stages(TASKS[config.task].run(config), method, RunFolder(Path(config.output)), share)
+
+
+def trainer_on(config: RunConfig, model: Any, tokenizer: Any) -> Any:
+    """Return a run's trainer on a model with an adapter; nothing is held out."""
+    stages = stages_of(config)
+    tokens, _ = stages.tokens()
+    tokens = replace(tokens, validation=[])
+    setup = stages.setup(model, tokenizer, tokens, {"learning_rate": {"value": 1e-3}})
+    stages.task.keep_features(setup)
+    with stages.task.reading():
+        return stages.task.trainer(setup)

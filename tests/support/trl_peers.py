@@ -13,7 +13,8 @@ from peft import PeftModel
 
 import inlay
 from inlay.model.load.heads import Head
-from inlay.run.config import RunConfig, load_config
+from inlay.run.config import RunConfig
+from inlay.tasks.config import load_config
 
 STEPS = 10
 

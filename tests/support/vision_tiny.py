@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,11 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from inlay.run.config import RunConfig, load_config
+from inlay.data.image_inputs import ImageInputs
+from inlay.data.tokens import Encoded
+from inlay.run.config import RunConfig
+from inlay.tasks.config import load_config
+from inlay.train.collate import Padded, WithImages, labels
 from inlay.train.output.events import Event
 from inlay.train.run import TrainResult, train
 
@@ -406,3 +410,13 @@ def check_kept_features(make: Callable[[str, Any], RunConfig], phrase: str) -> N
     for key, tensor in runs["seen"].items():
         torch.testing.assert_close(runs["kept"][key], tensor, rtol=1e-3, atol=1e-4)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def image_batch(rows: Sequence[Encoded], inputs: ImageInputs, multiple: int) -> dict[str, Any]:
+    """Return rows with images as one batch, as a supervised run has it."""
+    items = [{"row": n, "input_ids": r.input_ids, "labels": labels(r)} for n, r in enumerate(rows)]
+
+    def seen(numbers: Sequence[int], batch: dict[str, Any]) -> dict[str, Any]:
+        return inputs([rows[n] for n in numbers], width=batch["input_ids"].shape[1])
+
+    return WithImages(Padded(multiple), seen)(items)

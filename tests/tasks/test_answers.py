@@ -8,11 +8,11 @@ import pytest
 from train_tiny import adapter_hash, broken_at, losses_of, make_task, silence
 
 from inlay.errors import TrainingError
-from inlay.train.kto_trainer import LabelledTrainer
-from inlay.train.orpo_trainer import OddsTrainer
+from inlay.tasks.dpo.trainer import PreferenceTrainer
+from inlay.tasks.grpo.trainer import RewardTrainer
+from inlay.tasks.kto.trainer import LabelledTrainer
+from inlay.tasks.orpo.trainer import OddsTrainer
 from inlay.train.output import checkpoints
-from inlay.train.preference_trainer import PreferenceTrainer
-from inlay.train.reward_trainer import RewardTrainer
 from inlay.train.run import train
 
 TRAINERS = {

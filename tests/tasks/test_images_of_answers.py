@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from train_tiny import adapter_hash, broken_at, losses_of, one_model, what_is_left
+from train_tiny import adapter_hash, broken_at, losses_of, one_model, stages_of, what_is_left
 from trl.trainer import dpo_trainer
 from vision_tiny import FAMILIES, check_kept_features, make_vision_run, notes_of, silence_projector
 
-from inlay.data.processor import ImageReader
+from inlay.data.image_reader import ImageReader
 from inlay.errors import DataError, TrainingError, UsageError
-from inlay.methods.catalog import build_method
 from inlay.model.adapters.attach import disabled
 from inlay.model.adapters.registry import adapter_places
-from inlay.run.config import RunConfig, load_config
-from inlay.train.kto_trainer import LabelledTrainer
-from inlay.train.orpo_trainer import OddsTrainer
+from inlay.run.config import RunConfig
+from inlay.tasks.config import load_config
+from inlay.tasks.dpo.trainer import PreferenceTrainer
+from inlay.tasks.kto.trainer import LabelledTrainer
+from inlay.tasks.orpo.trainer import OddsTrainer
 from inlay.train.output import checkpoints
-from inlay.train.output.folder import RunFolder
-from inlay.train.preference_trainer import PreferenceTrainer
 from inlay.train.run import TrainResult, train
-from inlay.train.tasks import TASKS
 
 TRAINERS: dict[str, type[Any]] = {
     "dpo": PreferenceTrainer, "orpo": OddsTrainer, "kto": LabelledTrainer,
@@ -111,23 +108,23 @@ def test_loss_and_gradient_are_the_papers_written_out(tmp_path: Path, family: st
         tmp_path, family=family, count=8, many=10, beta=2.0, dropout=None, targets=targets,
         split=[1.0, 0.0, 0.0], cache_vision=kept,
     )  # fmt: skip
-    method = build_method(config.method, config.hyperparameters)
-    stages: Any = import_module(TASKS["dpo"].images).Stages(
-        config, method, RunFolder(Path(config.output)), lambda event: None
-    )
+    stages = stages_of(config)
     tokens, _ = stages.tokens()
     model, tokenizer = stages.built(None)
     torch.manual_seed(3)
     for _, params in adapter_places(model, "default"):
         for tensor in params.parameters():
             torch.nn.init.normal_(tensor, std=0.2)
-    trainer = stages.trainer(model, tokenizer, tokens, {"learning_rate": {"value": 1e-3}})
+    setup = stages.setup(model, tokenizer, tokens, {"learning_rate": {"value": 1e-3}})
+    stages.task.keep_features(setup)
+    with stages.task.reading():
+        trainer: Any = stages.task.trainer(setup)
     assert trainer.ref_model is None
     model.train()
-    with stages.reading():
+    with stages.task.reading():
         loss = trainer.compute_loss(model, trainer.batch_of([0, 1, 2, 3, 4]))
         found = gradients(model, loss)
-    wanted = by_hand(model, stages.images, tokens.train_rows.rows[:5], 2.0)
+    wanted = by_hand(model, stages.task.reader, tokens.train_rows.rows[:5], 2.0)
     assert wanted.item() != pytest.approx(math.log(2), rel=0.01)
     assert loss.item() == pytest.approx(wanted.item(), rel=2e-5)
     for name, gradient in gradients(model, wanted).items():
@@ -175,13 +172,13 @@ def test_other_families_take_a_step(tmp_path: Path, task: str, family: str):
 
 
 def test_image_tokens_are_not_counted_where_the_prompt_is(tmp_path: Path):
-    from inlay.data.processor import image_reader
-    from inlay.data.vision import encode_image_pairs
+    from inlay.data.image_reader import image_reader
+    from inlay.tasks.dpo.pairs import encode_pairs
     from inlay.train.rows import rows_of_run
 
     config = make_judged(tmp_path, "orpo", count=20)
     reader = image_reader(Path(config.model), None)
-    for pair in encode_image_pairs(rows_of_run(config).train, reader, 512):
+    for pair in encode_pairs(rows_of_run(config).train, reader, 512):
         ids, counted = pair.whole.input_ids, pair.whole.trained
         seen = [token in reader.image_tokens for token in ids]
         assert sum(seen) == 16

@@ -10,10 +10,10 @@ from heads_tiny import make_any
 from train_tiny import adapter_hash, broken_at, losses_of
 
 from inlay.errors import TrainingError
-from inlay.train.embed import EmbedTrainer
-from inlay.train.head_trainer import HeadTrainer
+from inlay.tasks.classify.trainer import HeadTrainer
+from inlay.tasks.embed.run import EmbedTrainer
+from inlay.tasks.reward.run import RewardLoop
 from inlay.train.output import checkpoints
-from inlay.train.reward import RewardLoop
 from inlay.train.run import train
 
 TASKS: list[tuple[type[Any], dict[str, Any]]] = [

@@ -17,7 +17,7 @@ from inlay.errors import CheckpointError, TrainingError
 from inlay.methods.lora import LoRA
 from inlay.model.adapters.attach import attach
 from inlay.model.adapters.registry import adapter_places
-from inlay.run.config import checked_config
+from inlay.tasks.config import checked_config
 from inlay.train.arguments import warmup_steps
 from inlay.train.guard import Guard, check_changed, check_gradients, fingerprints
 from inlay.train.order import order

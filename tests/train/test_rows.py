@@ -8,10 +8,14 @@ import pytest
 from train_tiny import make_data
 from transformers import AutoTokenizer
 
+from inlay.data.text_reader import TextReader
+from inlay.data.tokens import encode
 from inlay.errors import DataError
 from inlay.model.load.folder import EMBEDDED
-from inlay.run.config import RunConfig, load_config
-from inlay.train.rows import encode_rows, rows_of_run, sample, training_template
+from inlay.run.config import RunConfig
+from inlay.tasks.config import load_config
+from inlay.train.rows import rows_of_run, sample
+from inlay.train.trl import training_template
 
 
 def run(data: Path, **changes: object) -> RunConfig:
@@ -125,7 +129,7 @@ def test_a_template_that_trl_knows_is_replaced_by_one_that_marks_the_answer(
     row = {"messages": [{"role": role, "content": text} for role, text in turns]}
     data.write_text(json.dumps(row))
     rows = rows_of_run(run(data, split=[1.0, 0.0, 0.0])).train
-    (found,) = encode_rows(rows, tokenizer, 128)
+    (found,) = encode(rows, TextReader(tokenizer, training_template), 128)
     trained = [i for i, t in zip(found.input_ids, found.trained, strict=True) if t]
     text = tokenizer.decode(trained)
     assert "Yes." in text

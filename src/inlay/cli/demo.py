@@ -12,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from inlay.cli import show, summary
 from inlay.cli.options import Parser, checked, same
 from inlay.cli.progress import progress
-from inlay.run.config import Text, checked_config
+from inlay.run.config import Text
 from inlay.run.flags import flags_of
+from inlay.tasks import TASKS
+from inlay.tasks.config import checked_config
 
 if TYPE_CHECKING:
     from inlay.train.run import TrainResult
@@ -93,16 +95,17 @@ def command(keys: dict[str, Any]) -> str:
 
 def merge_report(result: TrainResult) -> dict[str, Any]:
     """Merge the tuned model in memory, check it on held-out rows, and return the report."""
-    from inlay.cli.merging import encoded_batches
+    from inlay.model.load.folder import located
     from inlay.model.merge.merge import merge
     from inlay.train.rows import rows_of_run, sample
 
     assert result.model is not None
-    assert result.tokenizer is not None
     config = checked_config(result.run["config"])
-    rows = sample(rows_of_run(config).test, MERGE_ROWS)
-    keys = {"max_length": config.max_length}
-    inputs = encoded_batches(result.model, rows, result.tokenizer, keys, config.model)
+    task = TASKS[config.task]
+    run = task.run(config)
+    rows = sample(run.answers(rows_of_run(config).test), MERGE_ROWS)
+    run.read_by(located(config.model, config.revision), rows.pictured)
+    inputs = run.merge_inputs(result.model, rows)
     return {**asdict(merge(result.model, inputs=inputs)), "rows": len(rows)}
 
 

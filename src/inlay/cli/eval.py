@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
@@ -16,11 +15,12 @@ from inlay.data.read import place
 from inlay.data.rows import Format
 from inlay.run.config import Text
 from inlay.run.flags import flags_of
-from inlay.train.tasks import TASKS, check_keys
+from inlay.tasks import check_keys
 
 if TYPE_CHECKING:
+    from inlay.cli.rows import Measured
     from inlay.cli.tuned import Tuned
-    from inlay.data.rows import Rows
+    from inlay.evaluate.comparison import Limits
     from inlay.evaluate.record import ComparisonRecord
 
 ABOUT = "Compare the base model and an adapter on the same rows; the folder says which base."
@@ -78,62 +78,44 @@ def run(given: dict[str, Any]) -> int:
     as_json = given.pop("json", False)
     options = checked(EvalOptions, given)
     tuned = find_tuned(options.adapter)
-    check_keys(tuned.task, options.model_dump(exclude_unset=True))
+    check_keys(tuned.task.name, options.model_dump(exclude_unset=True))
     set_threads(options.threads)
-    measured = measured_rows if TASKS[tuned.task].verbs else measured_answers
-    found, rows, trained_on = measured(options, tuned)
+    record, found = measured(options, tuned)
+    rows = found.rows
     if as_json:
         about: dict[str, Any] = {"base": tuned.base, "adapter": str(tuned.adapter)}
-        about |= {"data": options.data, "rows_held_out_by_the_run": trained_on}
+        about |= {"data": options.data, "rows_held_out_by_the_run": found.held_out}
         about |= {"skipped": rows.skipped}
-        show.as_json({**about, "data_sha256": rows.sha256, **found})
+        show.as_json({**about, "data_sha256": rows.sha256, **record})
         return 0
-    summary.comparison(found, "held-out rows" if trained_on else "rows")
-    summary.classes(found)
-    if trained_on:
+    summary.comparison(record, "held-out rows" if found.held_out else "rows")
+    summary.classes(record)
+    if found.held_out:
         print(f"  The run trained on {options.data} and held out these rows of {rows.source}.")
     elif rows.skipped:
         print(f"  left out for an empty field: {listed(rows.skipped)}")
-    for example in found["examples"][:1]:
+    for example in record["examples"][:1]:
         summary.example(example, place(rows.source, example["line"]))
     return 0
 
 
-def measured_answers(options: EvalOptions, tuned: Tuned) -> tuple[ComparisonRecord, Rows, bool]:
-    """Return the comparison of a language model on rows, and whether its run held them out."""
-    from inlay.cli.compared import Comparing
-    from inlay.cli.rows import keys_for, rows_or_held_out
+def measured(options: EvalOptions, tuned: Tuned) -> tuple[ComparisonRecord, Measured]:
+    """Return the comparison of base and tuned, and the rows that it is on."""
+    from inlay.cli.measuring import task_run_for
+    from inlay.cli.rows import rows_to_measure
     from inlay.cli.tuned import load_tuned
 
-    keys = keys_for(tuned.run, options.model_dump(exclude_unset=True))
-    rows, trained_on = rows_or_held_out(tuned, options.data, keys)
+    given = options.model_dump(exclude_unset=True)
+    asked = {key: value for key, value in given.items() if key not in OWN}
+    found = rows_to_measure(tuned, options.data, asked)
     with progress() as drawn:
         drawn.stage(f"loading {tuned.base} with {tuned.adapter}")
-        model, tokenizer = load_tuned(tuned)
-
-        limits: dict[str, Any] = {
-            "generate_rows": options.generate_rows,
-            "max_new_tokens": options.generate_tokens,
-            "batch_size": options.batch_size,
-            "on_progress": drawn.working,
-        }
-        longest = options.model_dump(exclude_unset=True).get("generate_tokens")
-        given = (keys["max_length"], limits, longest, keys["max_pixels"])
-        found = Comparing(tuned, model, tokenizer, rows, *given).record()
-    return found, rows, trained_on
-
-
-def measured_rows(options: EvalOptions, tuned: Tuned) -> tuple[ComparisonRecord, Rows, bool]:
-    """Return the comparison of a model with a head on rows, and whether its run held them out."""
-    from inlay.cli.rows import rows_for_task
-    from inlay.cli.tuned import load_tuned
-
-    given = options.model_dump(exclude_unset=True, exclude=OWN)
-    config, rows, trained_on = rows_for_task(tuned, options.data, given)
-    with progress() as drawn:
-        drawn.stage(f"loading {tuned.base} with {tuned.adapter}")
-        model, tokenizer = load_tuned(tuned)
-        measure = import_module(TASKS[tuned.task].verbs).measure
-        limits = {"batch_size": options.batch_size, "on_progress": drawn.working}
-        found = measure(model, tokenizer, rows, config, **limits)
-    return found, rows, trained_on
+        model, _ = load_tuned(tuned)
+        run = task_run_for(tuned, model, found)
+        if "generate_tokens" in given:
+            run.answer_at_most(options.generate_tokens)
+        limits: Limits = {"batch_size": options.batch_size, "on_progress": drawn.working}
+        if not found.task.has_head:
+            limits["generate_rows"] = options.generate_rows
+            limits["max_new_tokens"] = options.generate_tokens
+        return run.compare(model, found.rows, run.encode(found.rows), limits), found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,13 @@ from inlay.errors import UsageError
 from inlay.run.config import Text
 from inlay.run.flags import flags_of
 from inlay.storage.table import StorageName
-from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from inlay.cli.rows import Measured
     from inlay.cli.tuned import Tuned
-    from inlay.data.rows import Rows
-    from inlay.evaluate.generation import Fill
+    from inlay.train.language_run import Prompts
 
 ABOUT = "Generate the most likely continuation of a prompt, or of the prompts in a file."
 USAGE = """inlay generate --adapter DIR --prompt TEXT [flags]
@@ -77,13 +76,13 @@ def run(given: dict[str, Any]) -> int:
     tuned = find_tuned(options.adapter) if options.adapter else None
     if tuned is not None and tuned.head is not None:
         raise UsageError(
-            f"{options.adapter} was trained for the task {tuned.task!r}, and a model with such a "
-            "head writes no text; measure it with inlay eval"
+            f"{options.adapter} was trained for the task {tuned.task.name!r}, and a model with "
+            "such a head writes no text; measure it with inlay eval"
         )
-    rows = rows_to_continue(options, tuned)
+    found = rows_to_continue(options, tuned)
     set_threads(options.threads)
     model, tokenizer = loaded(options, tuned)
-    found = continued(options, model, tokenizer, rows, tuned)
+    found = continued(options, model, tokenizer, found, tuned)
     if as_json:
         show.as_json(found)
         return 0
@@ -97,20 +96,20 @@ def run(given: dict[str, Any]) -> int:
     return 0
 
 
-def rows_to_continue(options: GenerateOptions, tuned: Tuned | None) -> Rows | None:
+def rows_to_continue(options: GenerateOptions, tuned: Tuned | None) -> Measured | None:
     """Return the rows of the file, or None when the prompt is given as text.
 
-    Labelled ones are all read: the first of them may have one label, or be the undesirable ones.
+    All are read where only some have an answer: the first of them may have none.
     """
     if options.data is None:
         return None
-    from inlay.cli.rows import answers, at_most, keys_for, rows_of
+    from inlay.cli.rows import keys_for, rows_of
 
     given = options.model_dump(exclude_unset=True, exclude={"prompt", "image", "max_rows"})
     keys = keys_for(tuned.run if tuned else {}, given)
-    if tuned is None or TASKS[tuned.task].rows != "labelled":
+    if tuned is None or tuned.task.answers_all_rows:
         keys["max_rows"] = options.max_rows
-    return at_most(answers(rows_of(options.data, keys)), options.max_rows)
+    return rows_of(options.data, tuned, {**keys, "model": options.model} if options.model else keys)
 
 
 def loaded(
@@ -132,80 +131,77 @@ def continued(
     options: GenerateOptions,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Rows | None,
+    found: Measured | None,
     tuned: Tuned | None,
 ) -> list[dict[str, str]]:
     """Return each prompt with its continuation, the base's too when asked for."""
     from inlay.evaluate.generation import generate
     from inlay.model.adapters.attach import disabled
 
-    prompts, shown, fill = prompts_of(options, model, tokenizer, rows, tuned)
+    if found is None:
+        prompts = prompt_given(options, model, tuned)
+    else:
+        prompts = prompts_of(options, model, found, tuned)
 
     def texts() -> list[str]:
-        return generate(model, tokenizer, prompts, options.generate_tokens, fill=fill)
+        given, limit = prompts.tokens, options.generate_tokens
+        return generate(model, tokenizer, given, limit, fill=prompts.fill)
 
-    found = [{**row, "text": text} for row, text in zip(shown, texts(), strict=True)]
+    rows = [{**row, "text": text} for row, text in zip(prompts.shown, texts(), strict=True)]
     if options.base:
         with disabled(model):
-            found = [{**row, "base": text} for row, text in zip(found, texts(), strict=True)]
-    return found
+            rows = [{**row, "base": text} for row, text in zip(rows, texts(), strict=True)]
+    return rows
 
 
 def prompts_of(
-    options: GenerateOptions,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows | None,
-    tuned: Tuned | None,
-) -> tuple[list[Any], list[dict[str, str]], Fill | None]:
-    """Return the prompts, rows' as tokens just as in training, what to show, and their images."""
+    options: GenerateOptions, model: PreTrainedModel, found: Measured, tuned: Tuned | None
+) -> Prompts:
+    """Return the prompts of rows as tokens, just as in training.
+
+    Raises:
+        UsageError: the rows have no prompt.
+    """
+    from inlay.cli.measuring import reading
+    from inlay.cli.rows import at_most
+
+    revision = tuned.run.get("revision") if tuned else None
+    run = reading(found, base_of(options, tuned), revision)
+    if run.images is not None:
+        run.images.prepare_again(model)
+    prompts = run.prompts(at_most(run.answers(found.rows), options.max_rows))
+    if not prompts.tokens:
+        raise UsageError("the rows are plain text without a prompt; give --prompt instead")
+    return prompts
+
+
+def prompt_given(options: GenerateOptions, model: PreTrainedModel, tuned: Tuned | None) -> Prompts:
+    """Return the prompt given as text, with the images that it asks about."""
+    from inlay.data.image_inputs import ImageInputs
+    from inlay.data.image_reader import image_reader
+    from inlay.data.image_tokens import question
+    from inlay.data.picture import picture_at
+    from inlay.evaluate.images import Seeing
+    from inlay.evaluate.samples import Sample
+    from inlay.model.load.folder import located
+    from inlay.train.language_run import Prompts
+
+    assert options.prompt is not None
+    shown = [{"prompt": options.prompt}]
+    if not options.image:
+        return Prompts([options.prompt], shown)
     run = tuned.run if tuned else {}
+    pictures = [picture_at(file, f"--image {file}", Path.cwd()) for file in options.image]
+    folder = located(base_of(options, tuned), run.get("revision"))
+    reader = image_reader(folder, run.get("max_pixels"))
+    row = question(reader, options.prompt, pictures)
+    sample = Sample(0, 1, tuple(row.input_ids), "")
+    seeing = Seeing(ImageInputs(reader, model.dtype))
+    return Prompts([row.input_ids], shown, seeing.filling([row], [sample]))
+
+
+def base_of(options: GenerateOptions, tuned: Tuned | None) -> str:
+    """Return the model that writes."""
     base = tuned.base if tuned else options.model
     assert base is not None
-    if rows is None:
-        assert options.prompt is not None
-        shown = [{"prompt": options.prompt}]
-        if not options.image:
-            return [options.prompt], shown, None
-        ids, fill = asked(options.prompt, options.image, model, run, base)
-        return [ids], shown, fill
-    from inlay.cli.reading import read
-    from inlay.evaluate.run import choose_samples
-
-    keys = {"max_length": same("max_length").default, **run}
-    found = read(rows, model, tokenizer, keys, base, run.get("revision"))
-    encoded = found.encoded
-    if rows.kind == "prompt":
-        prompts = [row.input_ids for row in encoded]
-        texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-        lines = zip(rows.lines, texts, strict=True)
-        shown = [{"line": str(line), "prompt": text.strip()} for line, text in lines]
-        return prompts, shown, None
-    samples = choose_samples(rows, encoded, len(rows))
-    if not samples:
-        raise UsageError("the rows are plain text without a prompt; give --prompt instead")
-    decoded = tokenizer.batch_decode([list(s.prompt) for s in samples], skip_special_tokens=True)
-    shown = [
-        {"line": str(sample.line), "prompt": text.strip(), "expected": sample.reference}
-        for sample, text in zip(samples, decoded, strict=True)
-    ]
-    fill = None if found.seeing is None else found.seeing.filling(encoded, samples)
-    return [sample.prompt for sample in samples], shown, fill
-
-
-def asked(
-    prompt: str, files: Sequence[str], model: PreTrainedModel, run: Mapping[str, Any], base: str
-) -> tuple[list[int], Fill]:
-    """Return a question about images as tokens, and what gives the images."""
-    from inlay.cli.reading import seen_by
-    from inlay.data.picture import picture_at
-    from inlay.data.processor import image_reader
-    from inlay.data.vision import question
-    from inlay.evaluate.run import Sample
-    from inlay.model.load.folder import located
-
-    pictures = [picture_at(file, f"--image {file}", Path.cwd()) for file in files]
-    reader = image_reader(located(base, run.get("revision")), run.get("max_pixels"))
-    row = question(reader, prompt, pictures)
-    sample = Sample(0, 1, tuple(row.input_ids), "")
-    return row.input_ids, seen_by(model, reader).filling([row], [sample])
+    return base

@@ -14,15 +14,15 @@ from inlay.data.rows import Format
 from inlay.errors import DataError, UsageError
 from inlay.run.config import Text
 from inlay.run.flags import flags_of
-from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
+    from inlay.cli.rows import Measured
     from inlay.cli.tuned import Tuned
-    from inlay.data.rows import Rows
+    from inlay.train.task_run import TaskRun
 
 ABOUT = "Merge an adapter into its base, check the result on real rows, and save a plain model."
 USAGE = "inlay merge --adapter DIR --output DIR [flags]"
@@ -83,26 +83,30 @@ def parser(argv: Sequence[str]) -> Parser:
 
 def run(given: dict[str, Any]) -> int:
     """Merge, save, read back and check again."""
+    from inlay.cli.measuring import task_run_for
     from inlay.cli.tuned import find_tuned, load_tuned, set_threads
+    from inlay.train.rows import sample
 
     as_json = given.pop("json", False)
     options = checked(MergeOptions, given)
     output = Path(options.output)
     check_free(output, options.overwrite)
     tuned = find_tuned(options.adapter)
-    rows, keys = rows_to_check(options, tuned)
+    found = rows_to_check(options, tuned)
     set_threads(options.threads)
     model, tokenizer = load_tuned(tuned, dtype=None if options.dtype == "auto" else options.dtype)
 
-    from inlay.cli.merging import encoded_batches, merge_and_save
+    from inlay.cli.merging import merge_and_save
     from inlay.files import size_of
 
+    task = None if found is None else task_run_for(tuned, model, found)
     inputs = None
-    if rows is not None:
-        revision = tuned.run.get("revision")
-        inputs = encoded_batches(model, rows, tokenizer, keys, tuned.base, revision)
+    if task is not None and found is not None:
+        rows = sample(task.answers(found.rows), options.rows)
+        calls = task.merge_inputs(model, rows)
+        inputs = [{name: x.to(model.device) for name, x in call.items()} for call in calls]
     about = {"base": tuned.base, "adapter": str(tuned.adapter)}
-    finish = finishing(model, tokenizer, tuned)
+    finish = finishing(model, tuned, task)
     record = merge_and_save(
         model, tokenizer, output, inputs, options.storage, about, finish, options.accept_loss
     )
@@ -112,28 +116,26 @@ def run(given: dict[str, Any]) -> int:
     summary.merged(record)
     print(f"\nSaved in {output} ({show.size(size_of(output))}).")
     print(f"Load it with {reader(model, tuned)}({str(output)!r}).")
-    if tuned.task == "embed":
-        print(f"Or, with its pooling: SentenceTransformer({str(output)!r}).")
+    for sentence in tuned.task.merged_readers(str(output)):
+        print(sentence)
     return 0
 
 
 def finishing(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tuned: Tuned
+    model: PreTrainedModel, tuned: Tuned, task: TaskRun[Any, Any] | None
 ) -> Callable[[Path], None] | None:
-    """Return what a merged folder needs beside: sentence-transformers' files, or the processor."""
+    """Return what adds to a merged folder what it needs: a processor, or its task's own files."""
+    from inlay.cli.measuring import own_task_run
     from inlay.model.load.folder import located
     from inlay.model.load.vision import copy_processor, sees_images
 
     if sees_images(model.config):
         base = located(tuned.base, tuned.run.get("revision"))
         return lambda folder: copy_processor(base, folder)
-    if tuned.task != "embed":
+    if not tuned.task.has_head:
         return None
-    from inlay.cli.rows import run_of
-    from inlay.train.similar import finish_merged
-
-    config = run_of(tuned, {})
-    return lambda folder: finish_merged(model, tokenizer, folder, config)
+    run = task if task is not None else own_task_run(tuned)
+    return lambda folder: run.finish_merged(model, folder)
 
 
 def reader(model: PreTrainedModel, tuned: Tuned) -> str:
@@ -154,16 +156,21 @@ def check_free(output: Path, overwrite: bool) -> None:
         raise UsageError(f"{output} is a file; name a new folder")
 
 
-def rows_to_check(options: MergeOptions, tuned: Tuned) -> tuple[Rows | None, dict[str, Any]]:
-    """Return some of the rows named, else of those the run held out, and their keys.
+def rows_to_check(options: MergeOptions, tuned: Tuned) -> Measured | None:
+    """Return the rows named, else those the run held out.
 
     None where the run held none out, or there is no run: random tokens do then.
 
     Raises:
         DataError: the rows cannot be read.
     """
+    if options.data is None and not tuned.run:
+        return None
+    from inlay.cli.rows import rows_named
+
+    given = options.model_dump(exclude_unset=True, exclude=OWN)
     try:
-        return rows_named(options, tuned)
+        found = rows_named(tuned, options.data, given)
     except DataError as error:
         if options.data is not None:
             raise
@@ -171,24 +178,4 @@ def rows_to_check(options: MergeOptions, tuned: Tuned) -> tuple[Rows | None, dic
             f"the rows that the run held out cannot be read, to check the merge on them: {error} "
             "Bring them back, or name others with --data"
         ) from None
-
-
-def rows_named(options: MergeOptions, tuned: Tuned) -> tuple[Rows | None, dict[str, Any]]:
-    """Return the rows to check on, and their keys, as `rows_to_check` does."""
-    from inlay.cli.rows import answers, held_out, keys_for, rows_for_task, rows_of
-    from inlay.train.rows import sample
-
-    if TASKS[tuned.task].verbs:
-        if options.data is None and not tuned.run:
-            return None, {}
-        given = options.model_dump(exclude_unset=True, exclude=OWN)
-        config, rows, _ = rows_for_task(tuned, options.data, given)
-        return sample(rows, options.rows) if len(rows) else None, {"config": config}
-    keys = keys_for(tuned.run, options.model_dump(exclude_unset=True))
-    if options.data is not None:
-        rows = rows_of(options.data, keys)
-    elif tuned.run:
-        rows = held_out(tuned.run)
-    else:
-        return None, keys
-    return sample(answers(rows), options.rows) if len(rows) else None, keys
+    return found if len(found.rows) else None

@@ -4,45 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from inlay.cli.reading import read
-from inlay.data.rows import Rows
-from inlay.evaluate.losses import padded
 from inlay.files import share_as_usual, write_folder, write_json
 from inlay.model.load.libraries import quiet_transformers
 from inlay.model.merge.merge import inputs_for, merged
 from inlay.model.merge.save import check_written
 from inlay.train.output.saving import saving
-from inlay.train.tasks import TASKS
 
 REPORT = "merge.json"
 
 Batches = Sequence[Mapping[str, Tensor]]
-
-
-def encoded_batches(
-    model: PreTrainedModel,
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    keys: Mapping[str, Any],
-    base: str,
-    revision: str | None = None,
-) -> list[dict[str, Tensor]]:
-    """Return each row as a batch of its own, cut as training cuts it, with what the model sees."""
-    if "config" in keys:
-        inputs_of = import_module(TASKS[keys["config"].task].verbs).inputs_of
-        found = inputs_of(model, rows, tokenizer, keys["config"])
-        return [{name: x.to(model.device) for name, x in inputs.items()} for inputs in found]
-    found = read(rows, model, tokenizer, keys, base, revision)
-    join = padded if found.seeing is None else found.seeing.join
-    calls = (join([row], 1).call for row in found.encoded)
-    return [{name: value.to(model.device) for name, value in call.items()} for call in calls]
 
 
 def merge_and_save(

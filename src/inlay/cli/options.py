@@ -9,10 +9,10 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel
 
 from inlay.errors import UsageError, did_you_mean
-from inlay.run.config import RunConfig
 from inlay.run.flags import Flag, flags_of, from_text
 from inlay.run.sentences import validated
 from inlay.run.synonyms import SYNONYMS
+from inlay.tasks.config import run_keys
 
 Options = TypeVar("Options", bound=BaseModel)
 
@@ -149,7 +149,7 @@ def metavar(flag: Flag) -> str:
 
 def same(key: str) -> Any:
     """Return the field of a run, for a flag of another verb with the same meaning and default."""
-    return RunConfig.model_fields[key]
+    return run_keys()[key]
 
 
 def checked(definition: type[Options], given: Mapping[str, Any]) -> Options:

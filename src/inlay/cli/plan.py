@@ -15,13 +15,13 @@ from inlay.cli.show import seconds
 from inlay.cli.train import add_run, config_from
 from inlay.run.config import RunConfig
 from inlay.run.flags import flags_of
+from inlay.tasks import TASKS
 from inlay.train.processes.launch import LaunchOptions, check_options
-from inlay.train.tasks import TASKS
 
 if TYPE_CHECKING:
     from inlay.memory.devices import Device
     from inlay.memory.plan import Option, Plan
-    from inlay.train.planning import Rows
+    from inlay.train.planning import PlannedRows
 
 ABOUT = (
     "Compute from the model's configuration alone what a run needs: memory by purpose, time,\n"
@@ -74,12 +74,13 @@ def run(given: dict[str, Any]) -> int:
 
     from inlay.memory.devices import bytes_from, device_named
     from inlay.train import planning, proposal
+    from inlay.train.rows_to_plan import rows_to_plan
     from inlay.train.run import quiet_libraries
 
     memory = None if options.memory is None else bytes_from(options.memory)
     with quiet_libraries():
         device = device_named(options.device, memory)
-        read = planning.row_reader(config, device, has_data)
+        read = rows_to_plan(config, device, has_data)
         if not told:
             storages = (config.storage,) if "storage" in given else proposal.STORAGES
             found = proposal.proposal(config, read, device, storages)
@@ -88,7 +89,7 @@ def run(given: dict[str, Any]) -> int:
             config = many.config
             plan, why = many.planned(read(config), device), ()
         else:
-            plan, why = planning.planned_run(config, read(config), device), ()
+            plan, why = planning.planned_run(read(config), device), ()
         rows = read(config) if many is None else many.part_of(read(config))
     if as_json:
         show.as_json(as_record(config, rows, plan, why) | (many.as_record() if many else {}))
@@ -105,7 +106,7 @@ def divided(config: RunConfig, options: LaunchOptions) -> Processes:
     return Processes(config, options)
 
 
-def draw(config: RunConfig, rows: Rows, plan: Plan, why: Sequence[str]) -> None:
+def draw(config: RunConfig, rows: PlannedRows, plan: Plan, why: Sequence[str]) -> None:
     """Write the plan as tables."""
     batch, length = rows.batch["input_ids"].shape
     show.heading(f"{config.method} on {config.model}, weights in {held(config)}")
@@ -146,7 +147,7 @@ def cells(option: Option, plan: Plan) -> list[str]:
     return [option.policy, *sizes, seconds(option.seconds), fits]
 
 
-def remarks(config: RunConfig, rows: Rows, plan: Plan) -> Iterator[str]:
+def remarks(config: RunConfig, rows: PlannedRows, plan: Plan) -> Iterator[str]:
     """Yield the sentences below the tables."""
     from inlay.memory.skeleton import config_of
     from inlay.model.load.vision import sees_images
@@ -157,10 +158,10 @@ def remarks(config: RunConfig, rows: Rows, plan: Plan) -> Iterator[str]:
     if plan.chosen is None:
         yield f"nothing fits: {remedies(config)}"
     if rows.count:
-        long = show.duration(run_seconds(config, rows, best.seconds))
+        long = show.duration(run_seconds(rows, best.seconds))
         yield f"the whole run takes {'at most' if rows.assumed else 'about'} {long}"
     if rows.assumed:
-        every = "" if TASKS[config.task].verbs else ", every token trained"
+        every = "" if TASKS[config.task].has_head else ", every token trained"
         yield f"no rows were read: each row is assumed to fill max_length{every}"
         if sees_images(config_of(config.model, config.revision)[0]):
             yield "images are not counted: there were no rows to read"
@@ -177,7 +178,9 @@ def remarks(config: RunConfig, rows: Rows, plan: Plan) -> Iterator[str]:
         yield f"host memory: {show.size(best.host)}"
 
 
-def as_record(config: RunConfig, rows: Rows, plan: Plan, why: Sequence[str]) -> dict[str, Any]:
+def as_record(
+    config: RunConfig, rows: PlannedRows, plan: Plan, why: Sequence[str]
+) -> dict[str, Any]:
     """Return the plan for a machine."""
     from inlay.train.planning import run_seconds
 
@@ -197,7 +200,7 @@ def as_record(config: RunConfig, rows: Rows, plan: Plan, why: Sequence[str]) -> 
         "device": described(plan.device),
         "limit": plan.limit,
         "chosen": plan.chosen.policy if plan.chosen else None,
-        "run_seconds": run_seconds(config, rows, plan.best.seconds) if rows.count else None,
+        "run_seconds": run_seconds(rows, plan.best.seconds) if rows.count else None,
         "options": [asdict(option) for option in plan.options],
         "reasons": list(why),
     }

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from inlay.memory.devices import Device
     from inlay.memory.parallel import Division, Step
     from inlay.memory.plan import Plan
-    from inlay.train.planning import Rows
+    from inlay.train.planning import PlannedRows
 
 
 class Processes:
@@ -35,7 +35,7 @@ class Processes:
         self.config, self.share = divided(config, self.world)
         """The run of one process."""
 
-    def planned(self, rows: Rows, device: Device) -> Plan:
+    def planned(self, rows: PlannedRows, device: Device) -> Plan:
         """Plan the step of one process."""
         from functools import partial
 
@@ -43,7 +43,7 @@ class Processes:
         from inlay.train.planning import planned_run
         from inlay.train.processes.division import groups, planned_division
 
-        plan = partial(planned_run, self.config, rows)
+        plan = partial(planned_run, rows)
         choices = groups(self.asked, self.world)
         found, shards = planned_division(plan, device, choices, self.world)
         local, nodes = self.options.local, self.options.nodes
@@ -55,7 +55,7 @@ class Processes:
         self.scaling = list(scaling(self.division, found, seconds, self.links, passes))
         return found
 
-    def part_of(self, rows: Rows) -> Rows:
+    def part_of(self, rows: PlannedRows) -> PlannedRows:
         """Return the rows that one process trains on."""
         counts = {name: getattr(rows, name) for name in ("count", "tokens", "trained_tokens")}
         return replace(rows, **{n: ceil(count / self.world.size) for n, count in counts.items()})

@@ -3,71 +3,115 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-from inlay.data.images import normalise_shown
-from inlay.data.labelled import are_labelled, desirable_of
-from inlay.data.preference import are_pairs, side_of
-from inlay.data.prompts import are_prompts, normalise_prompts
-from inlay.data.read import RawRow, read_rows
+from inlay.cli.tuned import Tuned
+from inlay.data.read import read_rows
 from inlay.data.rows import Rows
 from inlay.errors import DataError, UsageError
-from inlay.run.config import RunConfig, checked_config
-from inlay.train.judge import judge_of
-from inlay.train.rows import NOT_SUPERVISED, check_unseen, read, rows_of_run
-from inlay.train.tasks import TASKS
-
-if TYPE_CHECKING:
-    from inlay.cli.tuned import Tuned
+from inlay.run.config import RunConfig
+from inlay.tasks import TASKS, Task, task_of_rows
+from inlay.tasks.config import checked_config, run_keys
+from inlay.train.rows import COLUMNS as WORDS
+from inlay.train.rows import check_no_images, read, rows_of_run
 
 COLUMNS = ("format", "prompt", "completion", "text")
 """The keys that say which columns of the data are used, and how."""
-KINDS = {
-    "single_label_classification": "single",
-    "multi_label_classification": "multi",
-    "regression": "regression",
-}
-"""What transformers calls a problem -> the kind of label."""
 DIVIDING = (*COLUMNS, "text_pair", "anchor")
 """The keys of columns whose content decides how rows are divided, where no other column does."""
 READING = ("max_length", "max_rows", "skip_empty", "max_pixels", "allow_urls")
 """The keys that say which rows are used, and how much of them."""
 
 
-def rows_of(source: str, keys: Mapping[str, Any]) -> Rows:
-    """Read and check the rows of a source as the keys ask for, or as their fields tell.
+@dataclass(frozen=True)
+class Measured:
+    """Rows to measure on, the task whose measures they are for, and the run that reads them."""
 
-    So are prompts, where the keys have rewards that judge the answers to them.
+    task: Task
+    config: RunConfig
+    rows: Rows
+    held_out: bool = False
+    """Whether the adapter's run held them out."""
+
+
+def rows_to_measure(tuned: Tuned, data: str, given: Mapping[str, Any]) -> Measured:
+    """Return the rows of data; of the data that an adapter's run trained on, those it held out.
+
+    Flags replace the run's keys.
+
+    Args:
+        tuned: the adapter and its run.
+        data: where the rows are.
+        given: the flags that say how rows are read.
+
+    Raises:
+        UsageError: as `check_divided_alike`.
+        DataError: the rows are not there or malformed, or the run held none out.
+    """
+    if tuned.task.has_head:
+        return rows_for_head(tuned, data, given)
+    keys, most = keys_for(tuned.run, given), tuned.run.get("max_rows")
+    found = rows_of(data, tuned, {**keys, "max_rows": most})
+    if found.rows.sha256 == tuned.trained_on:
+        asked = {key: keys[key] for key in COLUMNS}
+        check_divided_alike(tuned.run, asked, data)
+        return held_out(tuned, {**asked, "data": data}, keys["max_rows"])
+    return found if keys["max_rows"] == most else rows_of(data, tuned, keys)
+
+
+def rows_named(tuned: Tuned, data: str | None, given: Mapping[str, Any]) -> Measured:
+    """Return the rows of data, or those that an adapter's run held out; errors as above."""
+    if tuned.task.has_head:
+        return rows_for_head(tuned, data, given)
+    if data is None:
+        return held_out(tuned, {}, None)
+    return rows_of(data, tuned, keys_for(tuned.run, given))
+
+
+def rows_for_head(tuned: Tuned, data: str | None, given: Mapping[str, Any]) -> Measured:
+    """Return rows as a model with a head reads them; the run is the one that was trained on."""
+    asked = {key: value for key, value in given.items() if key != "max_rows"}
+    config, most, task = run_of(tuned, asked), given.get("max_rows"), tuned.task
+    own = config if data is None else config.model_copy(update={"data": data})
+    if data is None:
+        return Measured(task, own, at_most(rows_of_run(own).test, most), held_out=True)
+    if read(own, data).sha256 == tuned.trained_on:
+        check_divided_alike(tuned.run, asked, data)
+        kept = some_of(rows_of_run(own).test, most, data)
+        return Measured(task, own, kept, held_out=True)
+    limited = own.model_copy(update={"max_rows": most})
+    return Measured(task, config, read(limited, data))
+
+
+def rows_of(source: str, tuned: Tuned | None, keys: Mapping[str, Any]) -> Measured:
+    """Read and check the rows of a source as the keys ask for, or as their fields tell.
 
     Raises:
         DataError: the data are not there, malformed, empty, or a row lacks what it needs.
     """
+    raw = read_rows(source)[: keys.get("max_rows")]
+    own = TASKS["sft"] if tuned is None else tuned.task
     named = {key: keys[key] for key in COLUMNS if keys.get(key) is not None}
-    rows = read_rows(source)[: keys.get("max_rows")]
-    task, urls = keys.get("task", "sft"), bool(keys.get("allow_urls"))
-    check_unseen(task, rows, {**named, "group": keys.get("split_by")})
-    needed = judge_of(keys["rewards"]).needed if keys.get("rewards") else None
-    if needed is not None and are_prompts(rows[0], keys.get("prompt"), needed):
-        empty = keys.get("skip_empty", False)
-        return normalise_prompts(rows, prompt=keys.get("prompt"), needed=needed, skip_empty=empty)
-    check = None
-    if named.get("format", "auto") == "auto" and len(named) <= 1:
-        check = NOT_SUPERVISED.get(kind_of(rows[0], task))
-    if check is not None:
-        column = keys.get("split_by")
-        group = column if column in rows[0].values else None
-        empty = keys.get("skip_empty", False)
-        return check(rows, group=group, skip_empty=empty, allow_urls=urls)
-    named["skip_empty"] = keys.get("skip_empty", False)
-    return normalise_shown(rows, allow_urls=urls, **named)
+    words = {key: keys.get(key) for key in WORDS}
+    check_no_images(own, raw, words)
+    columns = named.get("format", "auto") != "auto" or len(named) > 1
+    prompts = bool(keys.get("rewards")) and own.fits(raw[0], keys)
+    task = TASKS["sft"] if columns and not prompts else task_of_rows(raw[0], own, keys)
+    config = run_to_measure(task, tuned, keys)
+    return Measured(task, config, task.read(raw, config, None))
 
 
-def kind_of(row: RawRow, task: str) -> str:
-    """Return what a row looks like; a label counts only where the run's task knows labels."""
-    if are_pairs(row):
-        return "preference"
-    labels = task in TASKS and TASKS[task].rows == "labelled"
-    return "labelled" if labels and are_labelled(row) else "supervised"
+def run_to_measure(task: Task, tuned: Tuned | None, keys: Mapping[str, Any]) -> RunConfig:
+    """Return a run of a task that reads rows as the keys ask for and measures as the run did."""
+    run: Mapping[str, Any] = tuned.run if tuned else {}
+    own = {k: run[k] for k in task.options.model_fields if k in run and k not in keys}
+    model = tuned.base if tuned else keys.get("model", "unused")
+    found = {**own, **keys, "model": model, "data": "unused", "output": "unused", "task": task.name}
+    foreign = task.fixed.keys() | (found.keys() - task.options.model_fields.keys())
+    method = {} if tuned is None else run.get("hyperparameters", {})
+    kept = {k: v for k, v in found.items() if k not in foreign and v is not None}
+    return checked_config({**kept, "hyperparameters": method}, source="run.json")
 
 
 def keys_for(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,44 +119,28 @@ def keys_for(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 
     A flag that names a column replaces all the columns of the run.
     """
-    defaults = {key: RunConfig.model_fields[key].get_default() for key in (*READING, *COLUMNS)}
-    kept = ["max_length", "skip_empty", "split_by", "task", "rewards", "max_pixels", "allow_urls"]
+    defaults = {key: run_keys()[key].get_default() for key in (*READING, *COLUMNS)}
+    kept = ["max_length", "skip_empty", "split_by", "rewards", "max_pixels", "allow_urls"]
     if not any(key in given for key in COLUMNS):
         kept += COLUMNS
     from_run = {key: run[key] for key in kept if key in run}
     return defaults | from_run | {key: given[key] for key in defaults if key in given}
 
 
-def answers(rows: Rows) -> Rows:
-    """Return rows with one answer each: the preferred one, or those labelled desirable."""
-    if rows.kind == "labelled":
-        return desirable_of(rows)
-    return side_of(rows, "chosen") if rows.kind == "preference" else rows
-
-
-def held_out(run: Mapping[str, Any]) -> Rows:
-    """Return the rows that a run kept aside for its last measurement."""
-    return rows_of_run(checked_config(run, source="run.json")).test
-
-
-def rows_or_held_out(tuned: Tuned, data: str, keys: Mapping[str, Any]) -> tuple[Rows, bool]:
-    """Return the rows of data, of the run's own those that it held out, and whether it is that.
+def held_out(tuned: Tuned, changed: Mapping[str, Any], most: int | None) -> Measured:
+    """Return the rows that a run kept aside for its last measurement.
 
     Raises:
-        UsageError: as `divided_alike`.
-        DataError: as `rows_of`, or the run held no row out.
+        DataError: there are none.
     """
-    most = tuned.run.get("max_rows")
-    rows = rows_of(data, {**keys, "max_rows": most})
-    if rows.sha256 == tuned.trained_on:
-        asked = {key: keys[key] for key in COLUMNS}
-        divided_alike(tuned.run, asked, data)
-        kept = held_out({**tuned.run, **asked, "data": data})
-        return some_of(kept, keys["max_rows"], data), True
-    return rows if keys["max_rows"] == most else rows_of(data, keys), False
+    config = checked_config({**tuned.run, **changed}, source="run.json")
+    rows = rows_of_run(config).test
+    if changed:
+        rows = some_of(rows, most, config.data)
+    return Measured(tuned.task, config, rows, held_out=True)
 
 
-def divided_alike(run: Mapping[str, Any], asked: Mapping[str, Any], data: str) -> None:
+def check_divided_alike(run: Mapping[str, Any], asked: Mapping[str, Any], data: str) -> None:
     """Raise where other columns would divide a run's data otherwise than the run did.
 
     Raises:
@@ -143,39 +171,8 @@ def at_most(rows: Rows, count: int | None) -> Rows:
     return rows if count is None else rows.take(range(min(count, len(rows))))
 
 
-def rows_for_task(
-    tuned: Tuned, data: str | None, given: Mapping[str, Any]
-) -> tuple[RunConfig, Rows, bool]:
-    """Return rows as a model with a head reads them, and whether its run held them out.
-
-    Flags replace the run's keys; without data, or with the run's own, its held-out rows are meant.
-    The run returned is the one whose data were trained on.
-
-    Raises:
-        UsageError: as `divided_alike`.
-        DataError: the rows are not there or malformed, or data are given and none was held out.
-    """
-    asked = {key: value for key, value in given.items() if key != "max_rows"}
-    config, most = run_of(tuned, asked), given.get("max_rows")
-    own = config if data is None else config.model_copy(update={"data": data})
-    if data is None:
-        return own, at_most(rows_of_run(own).test, most), True
-    if read(own, data, group=None).sha256 == tuned.trained_on:
-        divided_alike(tuned.run, asked, data)
-        return own, some_of(rows_of_run(own).test, most, data), True
-    return config, read(own.model_copy(update={"max_rows": most}), own.data, group=None), False
-
-
 def run_of(tuned: Tuned, given: Mapping[str, Any]) -> RunConfig:
     """Return the run an adapter came from, or one of its task where none lies beside it."""
-    bare = {"model": tuned.base, "task": tuned.task, "data": "unused", "output": "unused"}
-    trained = {"kind": label_kind(tuned.head)} if tuned.task == "classify" else {}
+    bare = {"model": tuned.base, "task": tuned.task.name, "data": "unused", "output": "unused"}
+    trained = tuned.task.keys_of_head(tuned.head or {})
     return checked_config({**(tuned.run or bare), **trained, **given}, source="run.json")
-
-
-def label_kind(head: Mapping[str, Any] | None) -> str:
-    """Return the kind of label that a head predicts."""
-    said = head or {}
-    if said.get("purpose") == "tokens":
-        return "tokens"
-    return KINDS.get(str(said.get("problem")), "auto")

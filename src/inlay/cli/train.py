@@ -15,9 +15,11 @@ from inlay.cli import show, summary
 from inlay.cli.options import Parser, checked
 from inlay.cli.progress import progress
 from inlay.methods.catalog import catalog
-from inlay.run.config import RunConfig, flags, load_config
+from inlay.run.config import RunConfig
 from inlay.run.flags import flags_of
 from inlay.run.hyperparameters import method_flags
+from inlay.tasks import TASKS
+from inlay.tasks.config import flags, load_config
 from inlay.train.processes.launch import (
     Launch,
     LaunchOptions,
@@ -25,7 +27,6 @@ from inlay.train.processes.launch import (
     check_options,
     follows,
 )
-from inlay.train.tasks import TASKS
 
 ABOUT = "Tune an adapter on a frozen model and measure it against the base on held-out rows."
 USAGE = """inlay train --model M --data D --output DIR [flags]
@@ -156,7 +157,7 @@ def next_steps(config: RunConfig) -> None:
     )
     show.heading("next")
     print(f"  inlay eval --adapter {where} --data MORE_ROWS")
-    if not TASKS[config.task].verbs:
+    if not TASKS[config.task].has_head:
         print(f"  inlay generate --adapter {where} --prompt TEXT")
     print(f"  inlay merge --adapter {where} --output {shlex.quote(config.output + '-merged')}")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from inlay.checkpoint.folder import CONFIG, read_folder
 from inlay.errors import CheckpointError, UsageError
+from inlay.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,15 +34,15 @@ class Tuned:
     """All that run.json says; empty for an adapter that no run lies beside."""
 
     @property
-    def task(self) -> str:
+    def task(self) -> Task:
         """What the adapter was trained for, as its run or its head says."""
         said = self.run.get("task")
-        if said is not None or self.head is None:
-            return str(said or "sft")
-        if self.head.get("purpose") == "embedding":
-            return "embed"
-        whole_rows = self.head.get("purpose") == "sequence"
-        return "reward" if whole_rows and self.head.get("problem") is None else "classify"
+        if said is not None:
+            return TASKS[said] if said in TASKS else TASKS["sft"]
+        head = self.head
+        if head is None:
+            return TASKS["sft"]
+        return next(task for task in TASKS.values() if task.trained(head))
 
 
 def find_tuned(directory: str) -> Tuned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from string import Formatter
 from typing import Any
 
@@ -111,3 +112,33 @@ def joined(prompt: str, completion: str) -> dict[str, Any]:
     if completion[0].isspace() or prompt.endswith(("\n", "\r")):
         return {"prompt": prompt, "completion": completion}
     return {"prompt": prompt.rstrip(" "), "completion": f" {completion}"}
+
+
+def number_field(row: RawRow, name: str) -> float:
+    """Return a finite number."""
+    value = present(row, name)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise EmptyFieldError(
+            f"{row.where}: {name!r} is empty; fill it in, or leave such rows out with skip_empty"
+        )
+    number = as_number(value)
+    if number is None:
+        raise DataError(f"{row.where}: {name!r} is {value!r}; kind: regression needs a number")
+    if not math.isfinite(number):
+        raise DataError(f"{row.where}: {name!r} is {number}; expected a finite number")
+    return number
+
+
+def as_number(value: Any) -> float | None:
+    """Return a value as a number, a table's text too; None for what is none."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def there(raw: Sequence[RawRow], column: str | None) -> str | None:
+    """Return a column's name if rows have it."""
+    return column if column in raw[0].values else None

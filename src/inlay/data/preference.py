@@ -4,52 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 from inlay.data.conversations import ROLES, turn, turn_list
 from inlay.data.fields import present, text_field
+from inlay.data.image_columns import hold_images
+from inlay.data.images import Placing, pictured, same_images, with_images, without_images
+from inlay.data.picture import Picture
 from inlay.data.read import RawRow
-from inlay.data.rows import Rows, Shape, group_of, shaped
-from inlay.data.tokens import Encoded, check_trained, common_prefix, cut_to, encode
+from inlay.data.rows import Kind, Rows, Shape, group_of, shaped
 from inlay.errors import DataError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = ["Pair", "Side", "are_pairs", "encode_pairs", "normalise_pairs", "side_of"]
+__all__ = ["Side", "are_pairs", "judged", "normalise_pairs", "side_of"]
 
 Side = Literal["chosen", "rejected"]
 SIDES: tuple[Side, Side] = ("chosen", "rejected")
 FIELDS = ("prompt", *SIDES)
-UNCUT = 1 << 60
-"""More tokens than a row has: the longer side is cut only once both are known."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A row as tokens: the same prompt before each answer, and only the answer counts."""
-
-    chosen: Encoded
-    rejected: Encoded
-
-    @property
-    def start(self) -> int:
-        """How many tokens the prompt has; the answers begin behind it."""
-        return self.chosen.trained.index(True)
-
-    @property
-    def whole(self) -> Encoded:
-        """The chosen side with its prompt counted, too."""
-        return self.chosen.everywhere()
-
-    @property
-    def length(self) -> int:
-        """How many tokens the longer side has, after cutting."""
-        return max(len(self.chosen.input_ids), len(self.rejected.input_ids))
-
-
-# Rows
 
 
 def are_pairs(row: RawRow) -> bool:
@@ -60,26 +31,86 @@ def are_pairs(row: RawRow) -> bool:
 
 
 def normalise_pairs(
-    raw: Sequence[RawRow], *, group: str | None = None, skip_empty: bool = False
+    raw: Sequence[RawRow],
+    *,
+    group: str | None = None,
+    skip_empty: bool = False,
+    allow_urls: bool = False,
 ) -> Rows:
     """Return rows of `prompt`, `chosen` and `rejected`, every one checked.
 
     The three are text; or `chosen` and `rejected` are lists of messages that end in one of the
     assistant, whole conversations or, beside a `prompt` of messages, that answer alone. Unless a
-    group says otherwise, rows of one prompt stay on one side of a split.
+    group says otherwise, rows of one prompt stay on one side of a split. Where the first row has
+    images, all may: see `judged`.
 
     Args:
         raw: the rows as read; at least one.
         group: a column whose equal values `split` keeps together, such as a patient's id.
         skip_empty: leave out rows with an empty field and list their lines in `skipped`.
+        allow_urls: fetch images named by an http(s) address.
 
     Raises:
         DataError: a field that is missing, empty, of another type than in the first row or
-            unknown, or two answers that are the same; names file and line.
+            unknown, two answers that are the same, or an image that `normalise_images` refuses;
+            names file and line.
+    """
+    return judged(raw, "preference", pair_shape, SIDES, group, skip_empty, allow_urls)
+
+
+def judged(
+    raw: Sequence[RawRow],
+    kind: Kind,
+    shape: Callable[[RawRow, str | None], Shape],
+    answers: Sequence[str],
+    group: str | None,
+    skip_empty: bool,
+    allow_urls: bool,
+) -> Rows:
+    """Return rows of judged answers to prompts, which may have images if the first row has some.
+
+    The prompts of rows with images are messages, whose parts are `{"type": "image" | "text"}`, and
+    rows of the same images stay on one side of a split.
+
+    Args:
+        raw: the rows as read; at least one.
+        kind: what the rows are.
+        shape: makes of the first row and the group's column what checks a row and shapes it.
+        answers: the names of the answers in a shaped row.
+        group: as in `normalise_pairs`, and so are skip_empty and allow_urls.
     """
     if not raw:
         raise DataError("there are no rows; training needs at least one")
-    return shaped(raw, "preference", pair_shape(raw[0], group), grouping(group), skip_empty)
+    if not hold_images(raw[0]):
+        return shaped(raw, kind, shape(raw[0], group), grouping(group), skip_empty)
+
+    def place(row: RawRow, found: dict[str, Any], pictures: list[Picture]) -> dict[str, Any]:
+        return about_images(row, found, pictures, answers)
+
+    def groups(row: RawRow, found: dict[str, Any]) -> str:
+        if group is not None:
+            return group_of(row, group)
+        return same_images(row, found) if found["images"] else same_prompt(row, found)
+
+    plain = shape(without_images(raw[0])[0], group)
+    return pictured(raw, kind, Placing(plain, place, allow_urls), groups, skip_empty)
+
+
+def about_images(
+    row: RawRow, found: dict[str, Any], pictures: list[Picture], answers: Sequence[str]
+) -> dict[str, Any]:
+    """Return a row whose prompt is messages with images, and whose answers are text.
+
+    A prompt of text becomes a user's message, and the space that its answers took is left out.
+
+    Raises:
+        DataError: there are more or fewer places than images, or one outside a user's message.
+    """
+    if isinstance(found["prompt"], str):
+        alone = {name: found[name].removeprefix(" ") for name in answers}
+        found = {**found, **alone, "prompt": [{"role": "user", "content": found["prompt"]}]}
+    shown = [with_images(row, [*found["prompt"], said(found[name])], pictures) for name in answers]
+    return {**found, "prompt": shown[0]["messages"][:-1], "images": pictures}
 
 
 def pair_shape(first: RawRow, group: str | None) -> Shape:
@@ -215,56 +246,6 @@ def parted(
     return chosen[:-1], chosen[-1:], rejected[-1:]
 
 
-# Tokens
-
-
-def encode_pairs(
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    *,
-    chat_template: str | None = None,
-) -> list[Pair]:
-    """Return the rows as tokens, each side cut at the end to `max_length`.
-
-    An answer begins where prompt and row differ on either side, as TRL's DPOTrainer has it.
-
-    Args:
-        rows: rows that `normalise_pairs` returned.
-        tokenizer: the model's tokenizer.
-        max_length: tokens that prompt and answer keep together.
-        chat_template: used instead of the tokenizer's own, for one that marks what is generated.
-
-    Raises:
-        DataError: a prompt leaves no token of an answer, or what is left of both is the same.
-        ModelError: the tokenizer has no end token, or no chat template that fits the messages.
-    """
-    sides = [
-        encode(side_of(rows, side), tokenizer, UNCUT, chat_template=chat_template) for side in SIDES
-    ]
-    return paired(rows, sides, max_length)
-
-
-def paired(rows: Rows, sides: Sequence[Sequence[Encoded]], max_length: int) -> list[Pair]:
-    """Return the pairs of uncut rows, chosen and rejected, each side cut to `max_length`.
-
-    Raises:
-        DataError: as `encode_pairs`.
-    """
-    whole = [joint(chosen, rejected) for chosen, rejected in zip(*sides, strict=True)]
-    for side in SIDES:
-        check_trained([side_tokens(pair, side) for pair in whole], rows, max_length)
-    cut = [Pair(shortened(p.chosen, max_length), shortened(p.rejected, max_length)) for p in whole]
-    for index, (pair, before) in enumerate(zip(cut, whole, strict=True)):
-        if pair.chosen.input_ids == pair.rejected.input_ids:
-            needed = 1 + common_prefix(before.chosen.input_ids, before.rejected.input_ids)
-            raise DataError(
-                f"{rows.where(index)}: cut at max_length {max_length}, 'chosen' and 'rejected' are "
-                f"the same; they differ from max_length {needed} on"
-            )
-    return cut
-
-
 def side_of(rows: Rows, side: Literal[Side, "completion"]) -> Rows:
     """Return the rows as supervised ones whose answer is the one of this name."""
     if rows.pictured:
@@ -290,42 +271,3 @@ def side_of(rows: Rows, side: Literal[Side, "completion"]) -> Rows:
 def said(content: Any) -> dict[str, Any]:
     """Return a message of the assistant's."""
     return {"role": "assistant", "content": content}
-
-
-def side_tokens(pair: Pair, side: Side) -> Encoded:
-    """Return one side of a pair."""
-    return pair.chosen if side == "chosen" else pair.rejected
-
-
-def joint(chosen: Encoded, rejected: Encoded) -> Pair:
-    """Return two sides with one prompt: the tokens before the first that either side trains."""
-    start = min(
-        answer_start(chosen),
-        answer_start(rejected),
-        common_prefix(chosen.input_ids, rejected.input_ids),
-    )
-    return Pair(answer_from(chosen, start), answer_from(rejected, start))
-
-
-def answer_start(row: Encoded) -> int:
-    """Return where the last stretch of trained tokens begins."""
-    before = reversed(range(answer_end(row)))
-    return next((i + 1 for i in before if not row.trained[i]), 0)
-
-
-def answer_end(row: Encoded) -> int:
-    """Return where the last trained token ends; a chat template may write more behind it."""
-    return max((i + 1 for i, trained in enumerate(row.trained) if trained), default=0)
-
-
-def answer_from(row: Encoded, start: int) -> Encoded:
-    """Return a row whose tokens from `start` on are the answer, and nothing behind it."""
-    end = answer_end(row)
-    trained = [False] * start + [True] * (end - start)
-    return replace(row, input_ids=row.input_ids[:end], trained=trained, length=end)
-
-
-def shortened(row: Encoded, max_length: int) -> Encoded:
-    """Return a row's first tokens; one that is cut no longer ends."""
-    found = cut_to(row, max_length)
-    return replace(found, ends=row.ends and not found.truncated)

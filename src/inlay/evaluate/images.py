@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from inlay.data.image_inputs import ImageInputs
 from inlay.data.picture import Picture
-from inlay.data.vision import ImageInputs
 from inlay.evaluate.generation import Fill
 from inlay.evaluate.losses import Batch, Join, padded
 

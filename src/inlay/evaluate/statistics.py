@@ -302,3 +302,17 @@ def in_batches(function: Callable[..., Floats], *resamples: NDArray[Any]) -> Flo
     starts = range(0, len(resamples[0]), BATCH)
     parts = [function(*(drawn[i : i + BATCH] for drawn in resamples)) for i in starts]
     return np.concatenate(parts, axis=-1)
+
+
+def pearson(rows: Floats) -> Floats:
+    """Return the correlation of expected and predicted; 0 where one of them does not vary."""
+    centred = rows - rows.mean(axis=-2, keepdims=True)
+    product = (centred[..., 0] * centred[..., 1]).sum(axis=-1)
+    spread, size = (np.sqrt((x**2).sum(axis=-2)) for x in (centred, rows))
+    varies = (spread > 1e-12 * size).all(axis=-1)
+    return np.where(varies, product / np.where(varies, spread.prod(axis=-1), 1.0), 0.0)
+
+
+def spearman(rows: Floats) -> Floats:
+    """Return the correlation of the ranks of expected and predicted."""
+    return pearson(stats.rankdata(rows, axis=-2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from inlay.data.tokens import Summary
+from inlay.data.summary import Summary
 from inlay.errors import DataError
 
 NoteLines = Callable[[Sequence[int], str], None]

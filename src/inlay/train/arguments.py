@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
-from trl.trainer.sft_config import SFTConfig
 
 from inlay.errors import UsageError
-from inlay.model.fast.padding import length_multiple
 from inlay.run.config import RunConfig
 
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -22,23 +20,6 @@ OPTIMIZERS = {
     "paged-adamw-8bit": "paged_adamw_8bit",
 }
 """Our optimisers -> the names transformers has for them."""
-
-
-def arguments(
-    config: RunConfig, model: PreTrainedModel, folder: Path, learning_rate: float
-) -> SFTConfig:
-    """Return TRL's arguments for a supervised run whose checkpoints go to `folder`."""
-    bins = config.packing == "bfd"
-    return SFTConfig(
-        **shared(SFTConfig, config, model, folder, learning_rate),
-        pad_to_multiple_of=None if bins else length_multiple(model),
-        max_length=config.max_length if bins else None,
-        packing=bins,
-        packing_strategy="bfd",
-        shuffle_dataset=False,
-        dataset_kwargs={"skip_prepare_dataset": not bins},
-        completion_only_loss=False,
-    )
 
 
 def shared(

@@ -1,27 +1,50 @@
-"""What `inlay data` shows of rows for a model with a head: counts, lengths, and some of them."""
+"""What `inlay data` shows of rows: counts, lengths, lines worth a look, and some rows in pieces."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from inlay.data.inputs import InputRow
 from inlay.data.rows import Rows
+from inlay.data.summary import Piece, Summary
 from inlay.train.rows import RunRows
 
-__all__ = ["Example", "Overview", "Part", "Reading", "example_of", "overview_of"]
+__all__ = ["Example", "LabelPart", "LabelledRows", "Overview", "TextRows", "label_part"]
 
 Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part of a split, as training will see it."""
+class TextRows:
+    """Rows that a language model is trained on."""
+
+    in_words: str
+    parts: Mapping[str, Summary]
+    """The part, with the side where rows have several -> its counts and lengths."""
+    shown: Sequence[RowShown]
+    cut: bool = True
+    """Whether longer rows are cut, and not refused."""
+    also: Sequence[str] = ()
+    """Further sentences, such as one a reward."""
+
+
+@dataclass(frozen=True)
+class RowShown:
+    """One row: where it stands, each side token by token, and its columns beside these."""
+
+    where: str
+    sides: Mapping[str, Sequence[Piece]]
+    columns: Mapping[str, object] = field(default_factory=dict[str, object])
+
+
+@dataclass(frozen=True)
+class LabelPart:
+    """One part of a split, as a model with a head reads it."""
 
     rows: int
     tokens: int
@@ -45,77 +68,41 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Overview:
-    """The rows of a run."""
+class LabelledRows:
+    """Rows that a model with a head is trained on."""
 
     kind: str
     longest: int
     """Tokens that a row may have."""
-    parts: dict[str, Part]
+    parts: dict[str, LabelPart]
     examples: list[Example]
 
 
-@dataclass(frozen=True)
-class Reading(Generic[Row]):
-    """How a task reads its rows."""
-
-    kind: str
-    """What the rows are."""
-    longest: int
-    """Tokens that a text may have."""
-    encode: Callable[[Rows], list[Row]]
-    """Makes tokens of a part's rows."""
-    texts: Callable[[Row], Sequence[InputRow]]
-    """Names the texts of a row."""
-    examples: Callable[[int, Row], Sequence[Example]]
-    """Shows a training row of this number."""
-    labels: Callable[[Rows], Iterable[str]] = lambda rows: ()
-    """Names a part's classes, as often as they come."""
+Overview = TextRows | LabelledRows
 
 
-def overview_of(reading: Reading[Row], rows: RunRows, show: int) -> Overview:
-    """Return counts and lengths of every part that has rows, and the first training rows."""
+def parts_of(rows: RunRows) -> dict[str, Rows]:
+    """Return the parts of a run's rows that have some, by name."""
     parts = {"train": rows.train, "validation": rows.validation, "test": rows.test}
-    encoded = {name: reading.encode(part) for name, part in parts.items() if len(part)}
-    summaries = {
-        name: part_of(
-            list(map(reading.texts, found)), parts[name].lines, reading.labels(parts[name])
-        )
-        for name, found in encoded.items()
-    }
-    first = enumerate(encoded["train"][:show])
-    shown = [each for i, row in first for each in reading.examples(i, row)]
-    return Overview(reading.kind, reading.longest, summaries, shown)
+    return {name: part for name, part in parts.items() if len(part)}
 
 
-def part_of(
-    encoded: Sequence[Sequence[InputRow]], lines: Sequence[int], labels: Iterable[str]
-) -> Part:
-    """Return the summary of rows, each of one text or several."""
-    lengths = [text.length for row in encoded for text in row]
-    cut = [
-        line
-        for row, line in zip(encoded, lines, strict=True)
-        if any(text.truncated for text in row)
-    ]
-    return Part(
+def label_part(
+    encoded: Sequence[Row],
+    lines: Sequence[int],
+    texts: Callable[[Row], Sequence[InputRow]],
+    labels: Iterable[str] = (),
+) -> LabelPart:
+    """Return the counts and lengths of rows, each of one text or several."""
+    every = [list(texts(row)) for row in encoded]
+    lengths = [text.length for row in every for text in row]
+    pairs = zip(every, lines, strict=True)
+    return LabelPart(
         rows=len(lines),
-        tokens=sum(len(text.input_ids) for row in encoded for text in row),
+        tokens=sum(len(text.input_ids) for row in every for text in row),
         median=int(np.median(lengths)),
         p95=int(np.quantile(lengths, 0.95)),
         longest=max(lengths),
-        cut=cut,
+        cut=[line for row, line in pairs if any(text.truncated for text in row)],
         labels=dict(Counter(labels).most_common()),
     )
-
-
-def example_of(
-    where: str,
-    text: InputRow,
-    tokenizer: PreTrainedTokenizerBase,
-    answer: str,
-    marked: Sequence[bool] | None = None,
-) -> Example:
-    """Return a text to look at, token by token; without marks, none is marked."""
-    pieces = [str(tokenizer.decode([token])) for token in text.input_ids]
-    return Example(where, pieces, list(marked or [False] * len(pieces)), answer)

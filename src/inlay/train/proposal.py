@@ -10,8 +10,8 @@ from inlay.errors import TrainingError
 from inlay.memory.devices import Device
 from inlay.memory.plan import Plan
 from inlay.run.config import RunConfig
-from inlay.train.planning import Rows, planned_run
-from inlay.train.tasks import TASKS
+from inlay.train.planning import PlannedRows, planned_run
+from inlay.train.task import TASKS
 
 STORAGES = ("dense", "nf4")
 """Storages that are proposed, the most exact first."""
@@ -30,7 +30,7 @@ class Proposal:
 
 def proposal(
     config: RunConfig,
-    rows_for: Callable[[RunConfig], Rows],
+    rows_for: Callable[[RunConfig], PlannedRows],
     device: Device,
     storages: Sequence[str] = STORAGES,
 ) -> Proposal:
@@ -54,7 +54,7 @@ def proposal(
             }
         )
         rows = rows_for(changed)
-        found = planned_run(changed, rows, device)
+        found = planned_run(rows, device)
         place = "" if stream == "off" else f", streamed from {stream}"
         what = f"{storage}{place}, {batch} rows a pass"
         if found.chosen is not None:
@@ -80,7 +80,7 @@ def candidates(
     return [*resident, *((storages[-1], size, far) for size in sizes)]
 
 
-def with_rank(config: RunConfig, found: Plan, rows: Rows) -> tuple[RunConfig, str]:
+def with_rank(config: RunConfig, found: Plan, rows: PlannedRows) -> tuple[RunConfig, str]:
     """Return the run with a rank whose parameters can hold what the trained tokens teach."""
     per_rank = found.trained / RANKS[0]
     rank = next((r for r in RANKS if r * per_rank >= rows.trained_tokens), RANKS[-1])

@@ -103,11 +103,9 @@ class AgainstBase(Telling):
 
     def by_base(self, model: Any, inputs: dict[str, Any], prefix: str = "") -> Tensor:
         """Return the log-probability of each answer (n,), by the model without its adapters."""
-        call = call_of(inputs, prefix)
-        answers = inputs[f"{prefix}completion_mask"]
-        labels = call["input_ids"].masked_fill(answers == 0, IGNORED)
+        call = labelled_inputs(inputs, prefix)
         with torch.no_grad(), disabled(self.adapted):
-            found = Scoring(model)(labels=labels, fused_lm_head=True, **call)
+            found = Scoring(model)(fused_lm_head=True, use_cache=False, **call)
         assert found.log_probs is not None
         return found.log_probs.sum(dim=1)
 
@@ -141,6 +139,14 @@ def call_of(inputs: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     own = {n.removeprefix(prefix): x for n, x in inputs.items() if prefix and n.startswith(prefix)}
     own.pop("completion_mask", None)
     return {**shared, **own, "use_cache": False}
+
+
+def labelled_inputs(batch: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Return what a model is called with on a batch of answers, and the answers as labels."""
+    call = call_of(batch, prefix)
+    call.pop("use_cache")
+    answers = batch[f"{prefix}completion_mask"]
+    return {**call, "labels": call["input_ids"].masked_fill(answers == 0, IGNORED)}
 
 
 @contextmanager

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from importlib import import_module
-from typing import Any
 
 import torch
 from datasets import disable_progress_bars
@@ -17,9 +15,9 @@ from inlay.train.output.events import Event, OnEvent
 from inlay.train.output.folder import open_folder
 from inlay.train.processes.division import divided
 from inlay.train.processes.world import joined
-from inlay.train.rows import have_images
-from inlay.train.running import Running, TrainResult
-from inlay.train.tasks import TASKS
+from inlay.train.stages import Stages, TrainResult
+from inlay.train.task import TASKS
+from inlay.train.task_run import ignore
 
 
 def train(config: RunConfig, *, on_event: OnEvent | None = None) -> TrainResult:
@@ -43,22 +41,12 @@ def train(config: RunConfig, *, on_event: OnEvent | None = None) -> TrainResult:
         own, share = divided(config, world)
         folder, state = world.from_leader(lambda: open_folder(config))
         if state == "finished":
-            tell(Event("note", f"the run in {folder.path} has ended already; nothing is to do"))
+            tell(Event("note", f"the run in {folder.path} is already finished"))
             return TrainResult(folder, folder.record(), None, None, world.leads)
         with quiet_libraries():
-            stages = import_module(loop_of(config)).Stages
-            running: Running[Any] = stages(own, method, folder, tell)
-            running.divide(config, share)
-            return running.result()
-
-
-def ignore(event: Event) -> None:
-    """Tell nobody."""
-
-
-def loop_of(config: RunConfig) -> str:
-    """Return the module with the stages of a run; rows with images have their own."""
-    return TASKS[config.task].images if have_images(config) else TASKS[config.task].loop
+            task = TASKS[config.task].run(own)
+            task.asked, task.share, task.tell = config, share, tell
+            return Stages(task, method, folder, share).result()
 
 
 @contextmanager

@@ -23,12 +23,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from inlay.checkpoint.adapter import save_adapter
-from inlay.evaluate.losses import EncodedRow
-from inlay.kernels.loss import IGNORED
 from inlay.memory.probe import measuring
 from inlay.train.arguments import warmup_steps
 from inlay.train.guard import DivergedError, Guard, check_gradients, check_same, fingerprints
@@ -279,37 +275,6 @@ class AdapterLoop(SharedSteps, ABC):
             restore_random_state(self.resumed["random"])
 
 
-class AdapterTrainer(AdapterLoop, SFTTrainer):
-    """Trains on rows that come tokenised and masked from the data room, as they were shown."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        rows: Sequence[EncodedRow],
-        args: SFTConfig,
-        **kept: Any,
-    ) -> None:
-        super().__init__(model, tokenizer, self.dataset_of(rows), args, **kept)
-
-    def dataset_of(self, rows: Sequence[EncodedRow]) -> Dataset:
-        """Return rows as TRL takes them."""
-        return dataset(rows)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return the loss of the trained tokens, the sum over their number in the whole batch."""
-        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        count = {"num_items_in_batch": num_items_in_batch} if counted else {}
-        outputs = model(**inputs, **count, use_cache=False)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-
 class Moments(TrainerCallback):
     """Measures the held-out loss before the first step, and after an epoch's last one."""
 
@@ -336,19 +301,6 @@ class Moments(TrainerCallback):
         """Take the request back: the epoch's last step has been measured."""
         del args, state, kwargs
         control.should_evaluate = False
-
-
-def dataset(rows: Sequence[EncodedRow]) -> Dataset:
-    """Return rows as TRL takes them when they are tokenised already."""
-    return Dataset.from_dict(
-        {"input_ids": [list(row.input_ids) for row in rows], "labels": [labels(r) for r in rows]}
-    )
-
-
-def labels(row: EncodedRow) -> list[int]:
-    """Return a row's labels: its tokens, those that are not trained on hidden."""
-    pairs = zip(row.input_ids, row.trained, strict=True)
-    return [token if trained else IGNORED for token, trained in pairs]
 
 
 def take_token_count(batch: dict[str, Tensor]) -> int:

@@ -11,6 +11,9 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from inlay.data.chat import own_template
 
 
 def score_by_fused_head(model: nn.Module, **asked: Any) -> None:
@@ -21,15 +24,23 @@ def score_by_fused_head(model: nn.Module, **asked: Any) -> None:
     add_fused_lm_head(given, **asked)
 
 
-def training_chat_template(tokenizer: Any) -> str | None:
-    """Return TRL's version of a chat template that marks the assistant's words.
+def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return TRL's version of the chat template that marks the assistant's words.
+
+    None when the tokenizer's own does, or when TRL does not know it; the assistant's words are
+    then found by what each turn adds.
 
     Raises:
-        ValueError: TRL does not know the template.
+        ModelError: the tokenizer has no chat template.
     """
     from trl.chat_template_utils import get_training_chat_template
 
-    return get_training_chat_template(tokenizer)
+    if own_template(tokenizer) != tokenizer.chat_template:
+        return None  # one of several, which TRL does not look among
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError:
+        return None
 
 
 @contextmanager

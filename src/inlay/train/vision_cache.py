@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from inlay.data.processor import ImageReader, Pictured
-from inlay.data.vision import ImageInputs
+from inlay.data.image_inputs import ImageInputs
+from inlay.data.image_reader import ImageReader
+from inlay.data.tokens import Encoded
 from inlay.errors import InlayError, ModelError
 from inlay.evaluate.images import Seeing
 from inlay.memory.devices import available_memory
@@ -60,7 +61,7 @@ class VisionCache(ImageInputs):
             f"they gave is read from now on: {self.room}"
         )
 
-    def fill(self, rows: Sequence[Pictured]) -> None:
+    def fill(self, rows: Sequence[Encoded]) -> None:
         """Run tower and projector once over the images of every row."""
         self.rows += len(rows)
         with evaluating(self.model), torch.no_grad():
@@ -70,7 +71,7 @@ class VisionCache(ImageInputs):
                 self.features.append(self.room.kept(self.seen(row, found)))
                 self.others.append({k: v for k, v in found.items() if k not in PIXELS})
 
-    def seen(self, row: Pictured, found: Mapping[str, Tensor]) -> Tree:
+    def seen(self, row: Encoded, found: Mapping[str, Tensor]) -> Tree:
         """Return what the tower and the projector make of one row's images."""
         if PIXELS[0] not in found:
             return None
@@ -93,7 +94,7 @@ class VisionCache(ImageInputs):
                 return without_unread(features[0])
         raise ModelError(f"{type(self.model).__name__} does not see by {FEATURES}")
 
-    def of(self, row: Pictured) -> dict[str, Tensor]:
+    def of(self, row: Encoded) -> dict[str, Tensor]:
         """Return the inputs of one row's images, their number in place of their pixels."""
         number = self.numbers[row.images]
         found = dict(self.others[number])
@@ -126,7 +127,7 @@ class VisionCache(ImageInputs):
             self.features.clear()
             self.path.unlink(missing_ok=True)
 
-    def differs(self, rows: Sequence[Pictured]) -> str | None:
+    def differs(self, rows: Sequence[Encoded]) -> str | None:
         """Return how far the logits from kept features are from the model's own, if too far."""
         multiple = length_multiple(self.model)
         plain = ImageInputs(self.reader, self.dtype)
@@ -272,7 +273,7 @@ def in_memory(tensor: Tensor | InFile) -> Tensor:
 
 
 def cached_vision(
-    model: PreTrainedModel, reader: ImageReader, rows: Sequence[Pictured], path: Path
+    model: PreTrainedModel, reader: ImageReader, rows: Sequence[Encoded], path: Path
 ) -> VisionCache | str:
     """Return the features of these rows, or why they cannot be kept.
 
@@ -294,7 +295,7 @@ def cached_vision(
         return str(error).splitlines()[0]
 
 
-def changes(cache: VisionCache, row: Pictured) -> str | None:
+def changes(cache: VisionCache, row: Encoded) -> str | None:
     """Return why a row's features are not the same each time it trains, or None if they are."""
     before = {module: module.training for module in cache.model.modules()}
     found = cache.reader.of(row)

@@ -16,9 +16,11 @@ from inlay.errors import DataError, TrainingError, UsageError
 from inlay.memory.devices import this_machine
 from inlay.model.load.heads import Head
 from inlay.model.load.pretrained import load
-from inlay.run.config import RunConfig, load_config
-from inlay.train.head_trainer import PadLabelled
-from inlay.train.planning import row_reader
+from inlay.run.config import RunConfig
+from inlay.tasks.classify.trainer import PadLabelled, columns
+from inlay.tasks.config import load_config
+from inlay.train.collate import items_of
+from inlay.train.rows_to_plan import rows_to_plan
 from inlay.train.run import TrainResult, train
 
 KINDS = ("single", "multi", "regression", "tokens")
@@ -115,7 +117,7 @@ def test_the_comparison_is_that_of_the_models_logits(runs: dict[str, TrainResult
     result = runs["single"]
     assert result.model is not None
     assert result.tokenizer is not None
-    from inlay.run.config import checked_config
+    from inlay.tasks.config import checked_config
     from inlay.train.rows import rows_of_run
 
     rows = rows_of_run(checked_config(result.run["config"])).test.rows
@@ -264,17 +266,17 @@ def without_dropout(config: RunConfig) -> None:
 
 def test_the_plan_is_made_of_the_tasks_own_step(tmp_path: Path):
     config = make_classify(tmp_path, kind="tokens")
-    planned = row_reader(config, this_machine(), has_data=True)(config)
+    planned = rows_to_plan(config, this_machine(), has_data=True)(config)
     assert planned.head is not None
     assert planned.head.labels == ("O", "B-place", "I-place")
     assert planned.batch["labels"].shape == planned.batch["input_ids"].shape
-    assumed = row_reader(config, this_machine(), has_data=False)(config)
+    assumed = rows_to_plan(config, this_machine(), has_data=False)(config)
     assert (assumed.assumed, assumed.batch["input_ids"].shape) == (True, (4, 64))
 
 
 def test_padding_is_no_input_and_has_no_label():
     rows = [InputRow([5, 6, 7], 3, [1, -100, 0]), InputRow([8], 1, [1])]
-    found = PadLabelled(9, 1, of_tokens=True)(rows)
+    found = PadLabelled(9, 1, of_tokens=True)(items_of(columns(rows)))
     assert found["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert found["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert found["labels"].tolist() == [[1, -100, 0], [1, -100, -100]]

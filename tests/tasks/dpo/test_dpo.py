@@ -14,21 +14,21 @@ from train_tiny import (
     losses_of,
     make_task,
     one_model,
+    trainer_on,
     what_is_left,
 )
 from trl.trainer import dpo_trainer
 
-from inlay.data.preference import encode_pairs
+from inlay.data.text_reader import TextReader
 from inlay.errors import DataError
-from inlay.evaluate.preference import log_probs
 from inlay.methods.lora import LoRA
 from inlay.model.adapters.attach import attach, disabled
 from inlay.model.adapters.registry import adapter_places
 from inlay.model.load.pretrained import load
-from inlay.run.config import RunConfig, load_config
-from inlay.train.dpo import Stages
-from inlay.train.output.folder import RunFolder
-from inlay.train.preference_trainer import PreferenceTrainer
+from inlay.run.config import RunConfig
+from inlay.tasks.config import load_config
+from inlay.tasks.dpo.compare import log_probs
+from inlay.tasks.dpo.pairs import encode_pairs
 from inlay.train.recipe import learning_rate
 from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
@@ -82,7 +82,7 @@ def test_the_comparison_is_that_of_the_models_probabilities(done: tuple[RunConfi
     config, result = done
     assert result.tokenizer is not None
     rows = rows_of_run(config).test
-    pairs = encode_pairs(rows, result.tokenizer, config.max_length)
+    pairs = encode_pairs(rows, TextReader(result.tokenizer), config.max_length)
     found = log_probs(result.model, pairs)
     by_hand = []
     for pair in pairs:
@@ -106,15 +106,6 @@ def test_the_same_run_gives_the_same_adapter(done: tuple[RunConfig, TrainResult]
     assert (adapter_hash(config.output), losses_of(config.output)) == (before, lines)
 
 
-def trainer_on(config: RunConfig, model: Any, tokenizer: Any) -> PreferenceTrainer:
-    stages = Stages(config, LoRA(rank=4), RunFolder(Path(config.output)), lambda event: None)
-    rows = rows_of_run(config)
-    encoded = stages.encode(rows.train, tokenizer)
-    return PreferenceTrainer(
-        model, tokenizer, encoded, stages.arguments(model, 1e-3), **stages.watched()
-    )
-
-
 def test_the_reference_is_the_base_even_under_a_trained_adapter(tmp_path: Path):
     config = make_dpo(tmp_path)
     model, tokenizer = load(config.model)
@@ -123,7 +114,7 @@ def test_the_reference_is_the_base_even_under_a_trained_adapter(tmp_path: Path):
         torch.nn.init.normal_(params.B, std=0.5)
     trainer = trainer_on(config, model, tokenizer)
     assert trainer.ref_model is None
-    pairs = encode_pairs(rows_of_run(config).train, tokenizer, config.max_length)
+    pairs = encode_pairs(rows_of_run(config).train, TextReader(tokenizer), config.max_length)
     active = [pair.chosen for pair in log_probs(model, pairs)]
     with disabled(model):
         base = log_probs(model, pairs)
@@ -167,7 +158,7 @@ def test_nothing_is_written_for_bad_data(tmp_path: Path):
         ({"format": "alpaca"}, "'format' does not apply to the task 'dpo'"),
         ({"task": "sft", "beta": 0.2}, "'beta' belongs to the task dpo and grpo and kto and orpo"),
         ({"task": "dop"}, "Did you mean 'dpo'?"),
-        ({"beta": 0}, "'beta' must be a number above 0 or nothing, not 0"),
+        ({"beta": 0}, "'beta' must be a number above 0, not 0"),
     ],
 )
 def test_a_key_the_task_does_not_know_is_refused_by_name(changes: dict[str, Any], sentence: str):

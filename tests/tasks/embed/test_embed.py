@@ -13,15 +13,15 @@ from train_tiny import losses_of
 from inlay.data.inputs import InputRow, encode_texts
 from inlay.data.read import read_rows
 from inlay.data.rows import Rows
-from inlay.data.similar import normalise_similar
 from inlay.errors import DataError, ModelError, TrainingError, UsageError
-from inlay.evaluate.similar import Candidates, compared_retrieval, compared_scores, ranks
 from inlay.model.load.heads import Head
 from inlay.model.load.pretrained import load
-from inlay.train.embed import SimilarityLoss
-from inlay.train.embedder import embedder, modules_in
+from inlay.tasks.embed.compare import Candidates, compared_retrieval, compared_scores, ranks
+from inlay.tasks.embed.embedder import embedder, modules_in
+from inlay.tasks.embed.rows import normalise_similar
+from inlay.tasks.embed.run import SimilarityLoss
+from inlay.tasks.embed.texts import PadSimilar, SimilarRow, same_texts
 from inlay.train.run import TrainResult, train
-from inlay.train.similar import PadSimilar, SimilarRow, same_texts
 
 pytest.importorskip("sentence_transformers")
 
@@ -107,7 +107,7 @@ def test_the_loss_is_sentence_transformers_own_where_no_text_comes_twice(tmp_pat
     batch = PadSimilar(0, 1)(rows)
     assert not bool(batch["same"].any())
     plain: Any = MultipleNegativesRankingLoss(loss.loss.model)
-    from inlay.train.similar import columns_in
+    from inlay.tasks.embed.texts import columns_in
 
     with torch.no_grad():
         assert float(loss(batch)) == pytest.approx(float(plain(columns_in(batch), None)))

@@ -19,6 +19,7 @@ from train_tiny import (
     make_task,
     one_model,
     silence,
+    trainer_on,
     what_is_left,
 )
 from trl.generation.vllm_generation import VLLMGeneration
@@ -26,20 +27,19 @@ from trl.trainer import grpo_trainer
 
 from inlay.errors import DataError, MergeError, TrainingError, UsageError
 from inlay.evaluate.generation import Answer, Sampling, continued, settings
-from inlay.evaluate.reward import Measured, divergence, reward_records
 from inlay.kernels.switches import plain
 from inlay.methods.base import evaluating
 from inlay.methods.lora import LoRA
 from inlay.model.adapters.attach import attach, disabled
 from inlay.model.adapters.registry import adapter_places
 from inlay.model.load.pretrained import load
-from inlay.run.config import RunConfig, load_config
-from inlay.train import grpo
-from inlay.train.grpo import Stages
-from inlay.train.output.folder import RunFolder
-from inlay.train.prompt_order import Group, PromptOrder
+from inlay.run.config import RunConfig
+from inlay.tasks.config import load_config
+from inlay.tasks.grpo import run as grpo
+from inlay.tasks.grpo.compare import Measured, divergence, reward_records
+from inlay.tasks.grpo.order import Group, PromptOrder
+from inlay.tasks.grpo.trainer import RewardTrainer
 from inlay.train.recipe import learning_rate
-from inlay.train.reward_trainer import RewardTrainer
 from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
 from inlay.train.trainer import left_as_it_was
@@ -141,21 +141,6 @@ def test_the_same_run_gives_the_same_adapter(done: tuple[RunConfig, TrainResult]
 
 
 # The trainer, and what it asks of the model.
-
-
-def trainer_on(config: RunConfig, model: Any, tokenizer: Any, **arguments: Any) -> RewardTrainer:
-    stages = Stages(config, LoRA(rank=4), RunFolder(Path(config.output)), lambda event: None)
-    rows = rows_of_run(config).train
-    return RewardTrainer(
-        model,
-        tokenizer,
-        rows,
-        stages.encode(rows, tokenizer),
-        stages.judge,
-        stages.arguments(model, 1e-3),
-        beta=0.1,
-        **stages.watched(),
-    )
 
 
 def adapted(config: RunConfig, **changes: Any) -> tuple[Any, Any]:

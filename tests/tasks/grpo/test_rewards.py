@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from inlay.errors import TrainingError, UsageError
-from inlay.train.judge import Answers, judge_of, reward_problems
-from inlay.train.rewards import BUILT_IN, final_number, json_valid, length, regex
+from inlay.tasks.grpo.judge import Answers, judge_of, reward_problems
+from inlay.tasks.grpo.rewards import BUILT_IN, final_number, json_valid, length, regex
 
 ROWS = [{"prompt": f"p{i}", "answer": f"#### {i}"} for i in range(3)]
 PLACES = [f"data.jsonl, line {i + 1}" for i in range(3)]

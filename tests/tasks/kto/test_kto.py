@@ -15,23 +15,25 @@ from train_tiny import (
     losses_of,
     make_task,
     one_model,
+    stages_of,
+    trainer_on,
     what_is_left,
 )
 from trl.trainer import kto_trainer
 
-from inlay.data.labelled import encode_labelled
+from inlay.data.text_reader import TextReader
 from inlay.errors import DataError
-from inlay.evaluate.labelled import labelled_losses
+from inlay.memory.devices import this_machine
 from inlay.methods.lora import LoRA
 from inlay.model.adapters.attach import attach, disabled
 from inlay.model.adapters.registry import adapter_places
 from inlay.model.load.pretrained import load
-from inlay.run.config import RunConfig, load_config
-from inlay.train import planning, proposal
-from inlay.train.kto import Stages
-from inlay.train.kto_trainer import LabelledTrainer
-from inlay.train.mismatched import mismatched, mismatched_in_batches
-from inlay.train.output.folder import RunFolder
+from inlay.run.config import RunConfig
+from inlay.tasks.config import load_config
+from inlay.tasks.kto.compare import labelled_losses
+from inlay.tasks.kto.mismatched import mismatched, mismatched_in_batches
+from inlay.tasks.kto.rows import encode_labelled
+from inlay.train import proposal
 from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
 
@@ -96,7 +98,7 @@ def test_the_comparison_is_that_of_the_models_probabilities(done: tuple[RunConfi
     config, result = done
     assert result.tokenizer is not None
     rows = rows_of_run(config).test
-    encoded = encode_labelled(rows, result.tokenizer, config.max_length)
+    encoded = encode_labelled(rows, TextReader(result.tokenizer), config.max_length)
 
     def by_hand() -> list[float]:
         found = []
@@ -125,16 +127,6 @@ def test_the_same_run_gives_the_same_adapter(done: tuple[RunConfig, TrainResult]
     assert (adapter_hash(config.output), losses_of(config.output)) == (before, lines)
 
 
-def trainer_on(config: RunConfig, model: Any, tokenizer: Any) -> LabelledTrainer:
-    stages = Stages(config, LoRA(rank=4), RunFolder(Path(config.output)), lambda event: None)
-    rows = rows_of_run(config).train
-    encoded = stages.encode(rows, tokenizer)
-    stages.check_rows(rows, encoded)
-    others = mismatched_in_batches(encoded, config.batch_size, config.seed, config.max_length)
-    args = stages.arguments(model, 1e-3)
-    return LabelledTrainer(model, tokenizer, encoded, others, args, **stages.watched())
-
-
 def test_the_reference_is_the_base_even_under_a_trained_adapter(tmp_path: Path):
     config = make_kto(tmp_path)
     model, tokenizer = load(config.model)
@@ -143,7 +135,7 @@ def test_the_reference_is_the_base_even_under_a_trained_adapter(tmp_path: Path):
         torch.nn.init.normal_(params.B, std=0.5)
     trainer = trainer_on(config, model, tokenizer)
     assert trainer.ref_model is None
-    rows = encode_labelled(rows_of_run(config).train, tokenizer, config.max_length)
+    rows = encode_labelled(rows_of_run(config).train, TextReader(tokenizer), config.max_length)
     others = mismatched_in_batches(rows, config.batch_size, config.seed, config.max_length)
     active = labelled_losses(model, rows, others)
     with disabled(model):
@@ -176,20 +168,18 @@ def test_batches_stay_together_and_their_answers_are_those_of_the_kl(tmp_path: P
 
 def test_the_plan_holds_both_passes(tmp_path: Path):
     config = make_kto(tmp_path, batch_size=4)
-    _, tokenizer = load(config.model)
-    rows = encode_labelled(rows_of_run(config).train, tokenizer, config.max_length)
-    planned = planning.labelled_to_plan(config, rows)
-    others = mismatched_in_batches(rows, 4, config.seed, config.max_length)
-    model, _ = load(config.model)
+    model, tokenizer = load(config.model)
     attach(model, LoRA(rank=4), name="default")
     trainer = trainer_on(config, model, tokenizer)
-    batches = [list(trainer._get_train_sampler())[i : i + 4] for i in range(0, len(rows), 4)]
-    sizes = [
-        max(len(batch) * max(len(part[i].input_ids) for i in batch) for batch in batches)
-        for part in ([row.answer for row in rows], others)
-    ]
-    found = [planned.batch[name].numel() for name in ("input_ids", "KL_input_ids")]
-    assert found == sizes
+    stages = stages_of(config)
+    rows = stages.tokens()[0].train
+    planned = stages.task.to_plan(rows, this_machine())
+    order = list(trainer._get_train_sampler())
+    batches = [order[i : i + 4] for i in range(0, len(rows), 4)]
+    size = {tuple(b): len(b) * max(len(rows[i].answer.input_ids) for i in b) for b in batches}
+    largest = trainer.batch_of(max(size, key=lambda batch: size[batch]))
+    for name in ("input_ids", "KL_input_ids", "attention_mask", "KL_attention_mask"):
+        assert torch.equal(planned.batch[name], largest[name]), name
 
 
 def test_no_run_of_single_rows_is_proposed(tmp_path: Path):
@@ -243,7 +233,7 @@ def test_nothing_is_written_for_bad_data(tmp_path: Path):
         ({"format": "alpaca"}, "'format' does not apply to the task 'kto'"),
         ({"task": "dpo", "desirable_weight": 2}, "'desirable_weight' belongs to the task kto"),
         ({"task": "sft", "undesirable_weight": "auto"}, "'undesirable_weight' belongs to the task"),
-        ({"beta": 0}, "'beta' must be a number above 0 or nothing, not 0"),
+        ({"beta": 0}, "'beta' must be a number above 0, not 0"),
         ({"desirable_weight": -1.0}, "'desirable_weight' must be 'auto' or a number above 0"),
         ({"batch_size": 1}, "'batch_size' must be at least 2 for the task 'kto': how far"),
     ],
@@ -276,7 +266,7 @@ def test_every_kind_of_run_learns(tmp_path: Path, changes: dict[str, Any]):
 def test_held_out_prompts_get_answers_of_other_prompts(tmp_path: Path):
     config = make_kto(tmp_path)
     _, tokenizer = load(config.model)
-    rows = encode_labelled(rows_of_run(config).test, tokenizer, config.max_length)
+    rows = encode_labelled(rows_of_run(config).test, TextReader(tokenizer), config.max_length)
     others = mismatched(rows, config.max_length)
     assert len(others) == len(rows)
     assert all(

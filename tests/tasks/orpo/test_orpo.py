@@ -10,11 +10,13 @@ import pytest
 import torch
 from train_tiny import KINDS, adapter_hash, check_refused, losses_of, make_task, what_is_left
 
-from inlay.data.preference import encode_pairs
-from inlay.evaluate.odds import odds_ratios
+from inlay.data.text_reader import TextReader
 from inlay.model.adapters.attach import disabled
 from inlay.model.load.pretrained import load
-from inlay.run.config import RunConfig, load_config
+from inlay.run.config import RunConfig
+from inlay.tasks.config import load_config
+from inlay.tasks.dpo.pairs import encode_pairs
+from inlay.tasks.orpo.compare import odds_ratios
 from inlay.train import planning
 from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
@@ -59,7 +61,7 @@ def test_base_and_tuned_are_compared_on_held_out_pairs(done: tuple[RunConfig, Tr
 def test_the_comparison_is_that_of_the_models_probabilities(done: tuple[RunConfig, TrainResult]):
     config, result = done
     assert result.tokenizer is not None
-    pairs = encode_pairs(rows_of_run(config).test, result.tokenizer, config.max_length)
+    pairs = encode_pairs(rows_of_run(config).test, TextReader(result.tokenizer), config.max_length)
 
     def by_hand() -> tuple[list[float], list[float]]:
         margins, losses = [], []
@@ -99,7 +101,7 @@ def test_the_same_run_gives_the_same_adapter(done: tuple[RunConfig, TrainResult]
 
 @pytest.mark.slow
 def test_importing_the_task_says_nothing_of_experiments():
-    line = "import warnings; warnings.simplefilter('error'); import inlay.train.orpo"
+    line = "import warnings; warnings.simplefilter('error'); import inlay.tasks.orpo.run"
     done = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", line],
         capture_output=True,
@@ -112,7 +114,7 @@ def test_importing_the_task_says_nothing_of_experiments():
 def test_the_plan_counts_the_preferred_rows_prompts(tmp_path: Path):
     config = make_orpo(tmp_path)
     _, tokenizer = load(config.model)
-    pairs = encode_pairs(rows_of_run(config).train, tokenizer, config.max_length)
+    pairs = encode_pairs(rows_of_run(config).train, TextReader(tokenizer), config.max_length)
     found = planning.pairs_to_plan(config, pairs).batch
     chosen, rejected = (part for part in found["labels"].chunk(2))
     ids = found["input_ids"].chunk(2)
@@ -131,7 +133,7 @@ def test_the_plan_counts_the_preferred_rows_prompts(tmp_path: Path):
         ({"eight_bits": True}, "'eight_bits' does not apply to the task 'orpo'"),
         ({"cache_trunk": True}, "'cache_trunk' does not apply to the task 'orpo'"),
         ({"desirable_weight": 2}, "'desirable_weight' belongs to the task kto, not to 'orpo'"),
-        ({"beta": 0}, "'beta' must be a number above 0 or nothing, not 0"),
+        ({"beta": 0}, "'beta' must be a number above 0, not 0"),
     ],
 )
 def test_a_key_the_task_does_not_know_is_refused_by_name(changes: dict[str, Any], sentence: str):

@@ -16,7 +16,8 @@ from inlay.data.read import read_rows
 from inlay.errors import DataError, ModelError, TrainingError
 from inlay.model.load.heads import Head
 from inlay.model.load.pretrained import load
-from inlay.train.reward_pairs import encode_reward_pairs, measure
+from inlay.tasks import TASKS
+from inlay.tasks.reward.pairs import encode_reward_pairs
 from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
 
@@ -45,7 +46,7 @@ def test_a_run_learns_which_answer_is_preferred(done: TrainResult):
 
 
 def test_the_comparison_is_that_of_the_models_rewards(done: TrainResult):
-    from inlay.run.config import checked_config
+    from inlay.tasks.config import checked_config
 
     assert done.model is not None
     assert done.tokenizer is not None
@@ -117,7 +118,7 @@ def test_conversations_need_a_chat_template(tmp_path: Path):
 
 def test_only_a_model_of_one_number_gives_rewards(tmp_path: Path):
     config = make_reward(tmp_path)
-    model, tokenizer = load(config.model, head=Head("sequence", ("a", "b")))
+    model, _ = load(config.model, head=Head("sequence", ("a", "b")))
     inlay.attach(model, inlay.LoRA(rank=2))
     with pytest.raises(ModelError, match="gives no reward, which is one number a row"):
-        measure(model, tokenizer, rows_of_run(config).test, config, batch_size=4)
+        TASKS["reward"].run(config).recall(model, rows_of_run(config).test, {})

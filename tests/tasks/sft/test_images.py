@@ -14,18 +14,19 @@ from PIL import Image
 from train_tiny import adapter_hash, broken_at, losses_of, make_model
 from vision_tiny import FAMILIES, check_kept_features, make_vision_run, notes_of, silence_projector
 
-from inlay.data.processor import image_reader
-from inlay.data.vision import ImageInputs, encode_images
+from inlay.data.image_inputs import ImageInputs
+from inlay.data.image_reader import image_reader
+from inlay.data.tokens import encode
 from inlay.errors import DataError, TrainingError, UsageError
 from inlay.evaluate.images import Seeing
 from inlay.model.adapters.attach import attach
 from inlay.model.load.pretrained import load
-from inlay.run.config import load_config
+from inlay.tasks.config import load_config
+from inlay.tasks.sft.trainer import SupervisedTrainer
 from inlay.train import vision_cache
 from inlay.train.output import checkpoints
 from inlay.train.rows import rows_of_run
 from inlay.train.run import train
-from inlay.train.vision import PicturedTrainer
 from inlay.train.vision_cache import VisionCache, cached_vision
 
 
@@ -103,7 +104,7 @@ def test_a_batch_of_kept_features_is_the_models_own(tmp_path: Path, family: str)
     config = make_vision_run(tmp_path, family)
     model: Any = load(config.model)[0]
     reader = image_reader(Path(config.model), None)
-    rows = encode_images(rows_of_run(config).train, reader, 512)[:5]
+    rows = encode(rows_of_run(config).train, reader, 512)[:5]
     cache = cached_vision(model, reader, rows, tmp_path / "kept.tmp")
     assert isinstance(cache, VisionCache), cache
     calls = [Seeing(inputs).join(rows, 32).call for inputs in (ImageInputs(reader), cache)]
@@ -118,7 +119,7 @@ def test_a_batch_of_kept_features_is_the_models_own(tmp_path: Path, family: str)
 def test_a_tower_that_trains_or_drops_is_not_kept(tmp_path: Path):
     config = make_vision_run(tmp_path)
     reader = image_reader(Path(config.model), None)
-    rows = encode_images(rows_of_run(config).train, reader, 512)[:2]
+    rows = encode(rows_of_run(config).train, reader, 512)[:2]
     model: Any = load(config.model)[0]
     for module in model.modules():
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
@@ -139,7 +140,7 @@ def test_a_tower_that_trains_or_drops_is_not_kept(tmp_path: Path):
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = make_vision_run(tmp_path, resume=True)
-    broken_at(monkeypatch, PicturedTrainer, 7, float("nan"))
+    broken_at(monkeypatch, SupervisedTrainer, 7, float("nan"))
     with pytest.raises(TrainingError, match="the loss became nan at step 7"):
         train(config)
     last = checkpoints.latest(tmp_path / "out" / "checkpoints")
@@ -155,7 +156,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 ):
     same = {"targets": targets, "log_every": 3, "evaluate": False}
     config = make_vision_run(tmp_path, resume=True, **same)
-    broken_at(monkeypatch, PicturedTrainer, 6, KeyboardInterrupt())
+    broken_at(monkeypatch, SupervisedTrainer, 6, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()
@@ -175,7 +176,7 @@ def test_an_adapter_without_gradient_stops_the_run(tmp_path: Path):
 
 def test_data_that_changed_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = make_vision_run(tmp_path, resume=True)
-    broken_at(monkeypatch, PicturedTrainer, 6, KeyboardInterrupt())
+    broken_at(monkeypatch, SupervisedTrainer, 6, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()

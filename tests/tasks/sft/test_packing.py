@@ -27,7 +27,7 @@ from inlay.methods.prefix import PrefixTuning
 from inlay.model.adapters.attach import attach
 from inlay.model.fast.packing import mixes_rows, positions, segments
 from inlay.train import arguments
-from inlay.train.collate import Concatenate
+from inlay.train.collate import Concatenated
 from inlay.train.output.events import Event
 from inlay.train.run import train
 
@@ -121,7 +121,7 @@ def test_what_leaks_a_little_is_found():
 
 def test_joined_rows():
     rows = [{"input_ids": [5, 6, 7], "labels": [5, -100, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = Concatenate(multiple=3)(rows)
+    batch = Concatenated(multiple=3)(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 7, -100, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]

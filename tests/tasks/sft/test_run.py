@@ -25,13 +25,14 @@ from inlay.errors import DataError, InlayError, TrainingError, UsageError
 from inlay.kernels.switches import plain
 from inlay.memory.plan import Plan
 from inlay.model.adapters.registry import adapter_places
-from inlay.run.config import RunConfig, load_config
+from inlay.run.config import RunConfig
+from inlay.tasks.config import load_config
+from inlay.tasks.sft.trainer import SupervisedTrainer
 from inlay.train import planning, trainer
 from inlay.train.output import checkpoints
 from inlay.train.output.events import Event
 from inlay.train.output.folder import RunFolder
 from inlay.train.run import TrainResult, train
-from inlay.train.trainer import AdapterTrainer
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def test_rows_longer_than_learned_positions_end_before_the_model_is_loaded(
 
 def test_changed_data_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = make_run(tmp_path, resume=True)
-    broken_at(monkeypatch, AdapterTrainer, 5, KeyboardInterrupt())
+    broken_at(monkeypatch, SupervisedTrainer, 5, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()
@@ -221,7 +222,7 @@ def finite(folder: Path) -> bool:
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = make_run(tmp_path, resume=True)
-    broken_at(monkeypatch, AdapterTrainer, 7, float("nan"))
+    broken_at(monkeypatch, SupervisedTrainer, 7, float("nan"))
     with pytest.raises(TrainingError, match="the loss became nan at step 7") as caught:
         train(config)
     last = checkpoints.latest(tmp_path / "out" / "checkpoints")
@@ -241,7 +242,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
 ):
     clip = trainer.SFTTrainer._clip_grad_norm
 
-    def infinite(self: AdapterTrainer, model: torch.nn.Module) -> Any:
+    def infinite(self: SupervisedTrainer, model: torch.nn.Module) -> Any:
         if self.state.global_step == 2:
             next(p for p in model.parameters() if p.requires_grad).grad.fill_(float("inf"))
         return clip(self, model)
@@ -258,12 +259,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
 def test_an_exploding_loss_stops_the_run_and_is_not_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    compute = AdapterTrainer.compute_loss
+    compute = SupervisedTrainer.compute_loss
 
-    def doubled(self: AdapterTrainer, *args: Any, **kwargs: Any) -> Any:
+    def doubled(self: SupervisedTrainer, *args: Any, **kwargs: Any) -> Any:
         return compute(self, *args, **kwargs) * (2 if self.state.global_step >= 5 else 1)
 
-    monkeypatch.setattr(AdapterTrainer, "compute_loss", doubled)
+    monkeypatch.setattr(SupervisedTrainer, "compute_loss", doubled)
     config = make_run(tmp_path, epochs=10.0, save_every=1)
     with pytest.raises(TrainingError, match=r"the loss exploded: .* at step 15") as caught:
         train(config)
@@ -331,7 +332,7 @@ def test_a_disk_that_is_really_full(small_disk: Path, tmp_path: Path):
 
 def test_a_damaged_checkpoint_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = make_run(tmp_path, resume=True)
-    broken_at(monkeypatch, AdapterTrainer, 6, KeyboardInterrupt())
+    broken_at(monkeypatch, SupervisedTrainer, 6, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()
@@ -390,7 +391,7 @@ def test_an_adapter_on_the_output_head_trains(tmp_path: Path):
 
 def test_our_loss_is_trls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     train(make_run(tmp_path, "ours", dropout=0.0, evaluate=False))
-    monkeypatch.delattr(AdapterTrainer, "compute_loss")
+    monkeypatch.delattr(SupervisedTrainer, "compute_loss")
     with plain("loss"):
         train(make_run(tmp_path, "trl", dropout=0.0, evaluate=False))
     ours, theirs = ([x.get("loss", 0) for x in losses_of(tmp_path / n)] for n in ("ours", "trl"))

@@ -10,11 +10,11 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from inlay.errors import TrainingError, UsageError
 from inlay.evaluate.generation import Sampling
+from inlay.tasks.grpo.shared_answers import SharedDraws
 from inlay.train.guard import check_same
 from inlay.train.order import order
 from inlay.train.processes.share import Share, SharedOrder, share_of
 from inlay.train.processes.world import World, place_in
-from inlay.train.shared_answers import SharedDraws
 
 PLACE = {
     "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",

@@ -16,6 +16,7 @@ from inlay.train.output.folder import RunFolder
 from inlay.train.output.recorder import Recorder
 from inlay.train.processes.share import Share, share_of
 from inlay.train.processes.world import World
+from inlay.train.task import TASKS
 
 
 @dataclass(frozen=True)
@@ -56,23 +57,18 @@ def divided(config: RunConfig, world: World) -> tuple[RunConfig, Share]:
         "cache_trunk": False,
         "cache_vision": False,
     }
-    return config.model_copy(update=own), share
+    known = {key: value for key, value in own.items() if hasattr(config, key)}
+    return config.model_copy(update=known), share
 
 
 def refused(config: RunConfig, share: Share) -> list[tuple[str, str]]:
     """Return the keys of a run that several processes cannot follow, and why."""
-    answers, group = share.pass_rows * share.passes, config.num_generations or 1
     sharded = config.parallel in ("fsdp", "hsdp")
     reasons = {
-        "num_generations": answers % group != 0
-        and f"the {group} answers to a prompt are compared in one process, and each gives "
-        f"{answers} of a step's {share.step_rows}; make that a multiple of {group}, by a larger "
-        "gradient_accumulation or fewer processes",
-        "generation": config.generation == "vllm"
-        and "vLLM was not tried beside several of them; leave generation at transformers",
+        **TASKS[config.task].undividable(config, share.pass_rows * share.passes, share.step_rows),
         "cache_trunk": config.cache_trunk is True
         and "each process would keep the frozen blocks' output of every row; leave it at auto",
-        "cache_vision": config.cache_vision is True
+        "cache_vision": getattr(config, "cache_vision", False) is True
         and "each process would keep the vision tower's output of every row; leave it at auto",
         "stream": sharded
         and config.stream != "off"

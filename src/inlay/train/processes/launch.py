@@ -275,7 +275,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 
 def work(config):
-    from inlay.run.config import load_config
+    from inlay.tasks.config import load_config
     from inlay.train.run import train
 
     train(load_config(config["run"]))

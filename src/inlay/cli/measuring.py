@@ -1,0 +1,41 @@
+"""A tuned model with the run of the task that its rows are measured by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from inlay.cli.rows import Measured, run_of
+from inlay.cli.tuned import Tuned
+from inlay.model.load.folder import located
+from inlay.model.load.libraries import quiet_transformers
+from inlay.train.task_run import TaskRun
+
+
+def reading(found: Measured, base: str, revision: str | None) -> Any:
+    """Return the run that reads rows by a base model's tokenizer, or by its processor."""
+    run = found.task.run(found.config)
+    with quiet_transformers():
+        run.read_by(located(base, revision), found.rows.pictured)
+    return run
+
+
+def task_run_for(tuned: Tuned, model: PreTrainedModel, found: Measured) -> TaskRun[Any, Any]:
+    """Return the run that reads and measures rows as the adapter's own run did.
+
+    Raises:
+        DataError: the rows are not what the model was trained for, or it sees no images.
+        ModelError: the model is not one of the task's.
+    """
+    run = reading(found, tuned.base, tuned.run.get("revision"))
+    run.recall(model, found.rows, tuned.record)
+    return run
+
+
+def own_task_run(tuned: Tuned) -> TaskRun[Any, Any]:
+    """Return the adapter's own run, no rows read."""
+    run = tuned.task.run(run_of(tuned, {}))
+    with quiet_transformers():
+        run.read_by(located(tuned.base, tuned.run.get("revision")), pictured=False)
+    return run

@@ -1,0 +1,185 @@
+"""A model's processor: what writes conversations as text, and text with images as tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from inlay.data.image_tokens import conversations, joined_pieces
+from inlay.data.picture import Picture
+from inlay.data.rows import Rows
+from inlay.data.summary import Piece
+from inlay.data.tokens import Encoded
+from inlay.errors import DataError, ModelError
+from inlay.model.load.libraries import failures_as_sentences, quiet_transformers
+from inlay.model.load.pretrained import read_config
+from inlay.model.load.vision import has_processor, read_processor, sees_images
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+__all__ = ["ImageReader", "image_reader"]
+
+LEAST_SIDE = 1
+
+
+class ImageReader:
+    """A model's processor: writes conversations as text, and text with images as tensors."""
+
+    def __init__(self, processor: ProcessorMixin, max_pixels: int | None = None) -> None:
+        self.processor: Any = processor
+        self.max_pixels = max_pixels
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer inside."""
+        return self.processor.tokenizer
+
+    def whole(self, sides: Sequence[Rows], max_length: int) -> list[list[Encoded]]:
+        """Return the conversations of every side as tokens, uncut.
+
+        Raises:
+            DataError: an image cannot be read, a cut to `max_length` would go through a row's
+                images, or the chat template refuses a row; names file and line.
+            ModelError: the processor has no chat template, or one that leaves images out.
+        """
+        return conversations(sides, self, max_length)
+
+    def pieces(self, row: Encoded) -> list[Piece]:
+        """Return a row's text token by token, its images' tokens as one with their count."""
+        return joined_pieces(row, self)
+
+    @property
+    def image_tokens(self) -> set[int]:
+        """The tokens that stand for images.
+
+        Raises:
+            ModelError: the processor names none.
+        """
+        found = {
+            getattr(held, name, None)
+            for held in (self.processor, self.tokenizer)
+            for name in ("image_token_id", "boi_token_id", "eoi_token_id")
+        }
+        found = {token for token in found if isinstance(token, int)}
+        if not found:
+            raise ModelError(
+                f"{type(self.processor).__name__} does not say which token stands for an image"
+            )
+        return found
+
+    def written(self, messages: Sequence[Mapping[str, Any]], *, generate: bool = False) -> str:
+        """Return a conversation as its chat template writes it.
+
+        Raises:
+            ModelError: there is no chat template.
+        """
+        if not self.processor.chat_template:
+            raise ModelError(
+                "the model's processor has no chat template, which rows with images need; give "
+                "the model's folder a chat_template.jinja"
+            )
+        text: str = self.processor.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=generate
+        )
+        return text
+
+    def inputs(self, text: str, images: Sequence[Image]) -> dict[str, Tensor]:
+        """Return what a model needs of one text with its images, each tensor (1, ...)."""
+        begins: Any = self.tokenizer.bos_token
+        found = self.processor(
+            text=[text],
+            images=[list(images)] if images else None,
+            return_tensors="pt",
+            add_special_tokens=not (begins and text.startswith(begins)),
+        )
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def opened(self, pictures: Sequence[Picture]) -> list[Image]:
+        """Return the images, each with at most `max_pixels`."""
+        return [self.limited(picture.open()) for picture in pictures]
+
+    def limited(self, image: Image) -> Image:
+        """Return an image with at most `max_pixels`, its shape kept."""
+        width, height = image.size
+        if self.max_pixels is None or width * height <= self.max_pixels:
+            return image
+        scale = math.sqrt(self.max_pixels / (width * height))
+        size = (max(int(width * scale), LEAST_SIDE), max(int(height * scale), LEAST_SIDE))
+        from PIL.Image import Resampling
+
+        return image.resize(size, Resampling.LANCZOS)
+
+    def of(self, row: Encoded) -> dict[str, Tensor]:
+        """Return what a model needs of one row's images: pixels, grids, sizes.
+
+        Raises:
+            DataError: an image cannot be read, or has changed since it was checked.
+        """
+        if not row.pictures:
+            return {}
+        found = self.inputs(row.text, self.opened(row.pictures))
+        return {n: value for n, value in found.items() if value.shape != found["input_ids"].shape}
+
+    @contextmanager
+    def remembering(self) -> Generator[None]:
+        """Prepare images of one row once, however often its text is written inside the block."""
+        before = self.processor.image_processor
+        self.processor.image_processor = Remembering(before)
+        try:
+            yield
+        finally:
+            self.processor.image_processor = before
+
+
+class Remembering:
+    """An image processor that prepares the same images once."""
+
+    def __init__(self, inner: Any) -> None:
+        self.__dict__["inner"], self.__dict__["last"] = inner, ((), None)
+
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what the processor inside makes of images."""
+        key = (identities(images), repr(args), repr(sorted(kwargs.items(), key=str)))
+        if self.last[0] != key:
+            self.__dict__["last"] = (key, self.inner(images, *args, **kwargs))
+        made = self.last[1]
+        return type(made)(dict(made)) if hasattr(made, "items") else made
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+
+def identities(images: Any) -> Any:
+    """Return what images are told apart by, in lists of any depth."""
+    if isinstance(images, list | tuple):
+        return tuple(identities(image) for image in images)
+    return id(images)
+
+
+def image_reader(folder: Path, max_pixels: int | None) -> ImageReader:
+    """Return the processor of a model that sees images.
+
+    Raises:
+        DataError: the model sees none.
+        ModelError: its processor cannot be read.
+    """
+    config = read_config(folder, trust_remote_code=False)
+    if not sees_images(config):
+        raise DataError(
+            f"the rows have images, and {folder.name} ({config.model_type}) is a model that sees "
+            "none; take another model, or the images' column out of the data"
+        )
+    if not has_processor(folder):
+        raise ModelError(
+            f"{folder} says nowhere how images are prepared: it has no preprocessor_config.json; "
+            "save the model's processor there with its save_pretrained"
+        )
+    with failures_as_sentences(folder, "processor"), quiet_transformers():
+        return ImageReader(read_processor(folder, config), max_pixels)

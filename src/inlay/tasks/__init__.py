@@ -1,0 +1,82 @@
+"""The tasks there are, one folder each, and what is wrong with a run's keys under one of them.
+
+Nothing here imports torch: a task's own modules are imported when a run of it begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from inlay.data.read import RawRow
+from inlay.errors import UsageError, did_you_mean
+from inlay.run.config import RunConfig
+from inlay.tasks.classify import Classify
+from inlay.tasks.dpo import Dpo
+from inlay.tasks.embed import Embed
+from inlay.tasks.grpo import Grpo
+from inlay.tasks.kto import Kto
+from inlay.tasks.orpo import Orpo
+from inlay.tasks.reward import Reward
+from inlay.tasks.sft import Sft
+from inlay.train.task import TASKS, Task, register
+
+__all__ = ["TASKS", "Task", "check_keys", "check_task", "register", "task_of_rows"]
+
+for each in (Sft(), Dpo(), Grpo(), Kto(), Orpo(), Classify(), Reward(), Embed()):
+    register(each)
+
+
+def no_such_task(name: str) -> str:
+    """Return the sentence for a name that no task has."""
+    return f"there is no task {name!r}; there are {', '.join(TASKS)}.{did_you_mean(name, TASKS)}"
+
+
+def check_task(config: RunConfig) -> dict[str, str]:
+    """Return a sentence for every key of a run whose value is wrong under its task."""
+    task = TASKS[config.task]
+    problems = task.problems(config)
+    for key, fixed in task.fixed.items():
+        if getattr(config, key) not in (fixed.value, "auto"):
+            problems[key] = (
+                f"{key!r} does not apply to the task {task.name!r} ({fixed.reason}); take it out"
+            )
+    if config.batch_size < task.least_batch:
+        problems["batch_size"] = (
+            f"'batch_size' must be at least {task.least_batch} for the task {task.name!r}: "
+            f"{task.why_least}"
+        )
+    return problems
+
+
+def check_keys(name: str, given: Mapping[str, Any]) -> None:
+    """Raise when a key that was given belongs to other tasks than this one.
+
+    Raises:
+        UsageError: naming the key and its tasks.
+    """
+    for key in given:
+        others = tasks_with(key)
+        if others and name not in others:
+            raise UsageError(owners(key, name))
+
+
+def owners(key: str, name: str) -> str:
+    """Return the sentence for a key that other tasks than the one of this name have."""
+    return f"{key!r} belongs to the task {' and '.join(tasks_with(key))}, not to {name!r}"
+
+
+def tasks_with(key: str) -> list[str]:
+    """Return the tasks that have a key of their own."""
+    common = RunConfig.model_fields
+    return [n for n, t in TASKS.items() if key in t.options.model_fields and key not in common]
+
+
+def task_of_rows(row: RawRow, own: Task, keys: Mapping[str, Any]) -> Task:
+    """Return the task whose measures rows are for: the adapter's own if they fit it.
+
+    Pairs are measured as preferences, all other rows as answers, whatever was trained for.
+    """
+    if own.fits(row, keys):
+        return own
+    return next(task for task in (TASKS["dpo"], TASKS["sft"]) if task.fits(row, keys))

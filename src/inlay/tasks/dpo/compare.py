@@ -1,0 +1,160 @@
+"""How often a model prefers the better answer: base against tuned on the same pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Unpack
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from inlay.data.rows import Rows
+from inlay.evaluate.comparison import Limits, softplus, with_records
+from inlay.evaluate.losses import EncodedRow, Join, RowLoss, losses
+from inlay.evaluate.record import ComparisonRecord, MetricComparison, compared_means
+from inlay.evaluate.supervised import both_losses, compare
+
+__all__ = ["BETA", "LogProbs", "PairLike", "Preferences", "compare_pairs", "log_probs"]
+
+
+BETA = 0.1
+"""How near a model is held to its base where nothing else is said, as in DPO's paper."""
+
+
+class PairLike(Protocol):
+    """A pair as tokens, as the data room encodes it."""
+
+    @property
+    def chosen(self) -> EncodedRow:
+        """The prompt and the preferred answer."""
+        ...
+
+    @property
+    def rejected(self) -> EncodedRow:
+        """The prompt and the other answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """The log-probability of each of two answers, in nats."""
+
+    chosen: float
+    rejected: float
+
+    @property
+    def margin(self) -> float:
+        """How much likelier the preferred answer is; below zero where it is not."""
+        return self.chosen - self.rejected
+
+
+def log_probs(
+    model: nn.Module,
+    pairs: Sequence[PairLike],
+    batch_size: int = 8,
+    *,
+    lines: Sequence[int] | None = None,
+    join: Join | None = None,
+) -> list[LogProbs]:
+    """Return what the model gives both answers of each pair; the errors are those of `losses`."""
+    rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    twice = None if lines is None else [*lines, *lines]
+    found = losses(model, rows, batch_size, lines=twice, join=join)
+    return joined(found[: len(pairs)], found[len(pairs) :])
+
+
+def joined(chosen: Sequence[RowLoss], rejected: Sequence[RowLoss]) -> list[LogProbs]:
+    """Return the two sides' losses as log-probabilities, pair by pair."""
+    return [LogProbs(-a.nll, -b.nll) for a, b in zip(chosen, rejected, strict=True)]
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """A model's log-probabilities on pairs, seen from a reference's."""
+
+    model: Sequence[LogProbs]
+    reference: Sequence[LogProbs]
+    beta: float
+
+    @property
+    def margins(self) -> list[float]:
+        """How much more than the reference the model prefers each better answer, in nats."""
+        pairs = zip(self.model, self.reference, strict=True)
+        return [own.margin - reference.margin for own, reference in pairs]
+
+    @property
+    def losses(self) -> list[float]:
+        """DPO's loss of each pair: -log sigmoid(beta * margin)."""
+        return [softplus(-self.beta * margin) for margin in self.margins]
+
+    def means(self) -> dict[str, float]:
+        """Return the loss, and the reward's accuracy and margin as TRL defines them."""
+        count = len(self.model)
+        return {
+            "loss": sum(self.losses) / count,
+            "reward_accuracy": sum(margin > 0 for margin in self.margins) / count,
+            "reward_margin": self.beta * sum(self.margins) / count,
+        }
+
+
+def compare_pairs(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: Rows,
+    pairs: Sequence[PairLike],
+    *,
+    beta: float,
+    **limits: Unpack[Limits],
+) -> ComparisonRecord:
+    """Measure the model with its active adapters, and without, on the same pairs.
+
+    `accuracy` is the share of pairs whose preferred answer is the likelier one, `margin` by how
+    many nats it is, `loss` DPO's with the base as its reference. Then, as of supervised rows, the
+    loss of the preferred answers, and the text that is generated against them.
+
+    Args:
+        model: a causal language model with an adapter on it.
+        tokenizer: the model's tokenizer.
+        chosen: the held-out rows with the preferred answer as their completion.
+        pairs: the same rows as tokens, one for one.
+        beta: how near the run held the model to the base.
+        limits: how much is generated, and at a time; as for `compare`.
+
+    Raises:
+        DataError: there are no rows, or one has no token to measure.
+        ModelError: a loss is not finite, or the model cannot generate text.
+    """
+    answers = compare(model, tokenizer, chosen, [pair.chosen for pair in pairs], **limits)
+    others = both_losses(model, [pair.rejected for pair in pairs], chosen.lines, limits)
+    base, tuned = (
+        joined(side.losses, other)
+        for side, other in zip((answers.base, answers.tuned), others, strict=True)
+    )
+    records = preference_records(Preferences(base, base, beta), Preferences(tuned, base, beta))
+    return with_records(records, answers.to_dict(), "chosen")
+
+
+class Judged(Protocol):
+    """Pairs by their log-probabilities, and the task's loss of each."""
+
+    @property
+    def model(self) -> Sequence[LogProbs]:
+        """The model's log-probabilities."""
+        ...
+
+    @property
+    def losses(self) -> Sequence[float]:
+        """The task's loss of each pair."""
+        ...
+
+
+def preference_records(base: Judged, tuned: Judged) -> list[MetricComparison]:
+    """Return accuracy, margin and loss of both, each with the paired test of the difference."""
+    accuracy = [[float(pair.margin > 0) for pair in side.model] for side in (base, tuned)]
+    margin = [[pair.margin for pair in side.model] for side in (base, tuned)]
+    return [
+        compared_means("accuracy", "higher", *accuracy),
+        compared_means("margin", "higher", *margin),
+        compared_means("loss", "lower", base.losses, tuned.losses),
+    ]
