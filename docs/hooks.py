@@ -18,7 +18,8 @@ from inlay.cli.main import VERBS
 from inlay.cli.options import shown
 from inlay.cli.train import GROUPS
 from inlay.methods.catalog import REQUIRED, MethodSpec, catalog
-from inlay.run.flags import Flag
+from inlay.run.config import RunConfig
+from inlay.run.flags import Flag, flags_of
 from inlay.tasks import TASKS
 from inlay.tasks.config import flags
 
@@ -78,9 +79,10 @@ def with_keys(markdown: str) -> str:
 def task_keys(name: str) -> str:
     """Return the keys that a task has for itself, and those that do not apply to it."""
     task = TASKS[name]
-    by_key = {flag.key: flag for flag in flags()}
     own = [
-        (f"`{key}`", default_cell(value), cell(by_key[key].help)) for key, value in task.own.items()
+        (f"`{f.key}`", default_cell(default_of(f)), cell(f.help))
+        for f in flags_of(task.options)
+        if f.key not in RunConfig.model_fields
     ]
     fixed = [(f"`{key}`", cell(fixed.reason)) for key, fixed in task.fixed.items()]
     parts = (
