@@ -68,8 +68,7 @@ def owners(key: str, name: str) -> str:
 
 def tasks_with(key: str) -> list[str]:
     """Return the tasks that have a key of their own."""
-    common = RunConfig.model_fields
-    return [n for n, t in TASKS.items() if key in t.options.model_fields and key not in common]
+    return [name for name, task in TASKS.items() if key in task.own]
 
 
 def task_of_rows(row: RawRow, own: Task, keys: Mapping[str, Any]) -> Task:

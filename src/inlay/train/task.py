@@ -57,6 +57,12 @@ class Task(ABC):
         """Whether its rows may have images."""
         return issubclass(self.options, RunWithImages)
 
+    @property
+    def own(self) -> dict[str, object]:
+        """The keys that this task has and other runs need not have, with their defaults."""
+        fields = self.options.model_fields
+        return {k: f.default for k, f in fields.items() if k not in RunConfig.model_fields}
+
     def settled(self) -> dict[str, object]:
         """Return the values of the keys that the task does not know."""
         return {key: fixed.value for key, fixed in self.fixed.items()}
