@@ -72,6 +72,12 @@ class TrainingError(InlayError):
     """Training stopped: the loss is not finite, explodes, or nothing learns."""
 
 
+def first_line(error: object) -> str:
+    """Return the first line of an error's message, or its class's name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'rank'?"` for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

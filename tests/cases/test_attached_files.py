@@ -26,7 +26,7 @@ from transformers import (
 import inlay
 from inlay.errors import AdapterError, CheckpointError
 from inlay.model.adapters.registry import adapter_places
-from inlay.model.seams.transformers import FOLLOWED, RESUMES, TAKES_BEST
+from inlay.model.seams.transformers import RESUMES, TAKES_BEST
 
 IDS = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(3))
 PREFIX = "base_model.model."
@@ -139,12 +139,14 @@ def test_trainer_takes_the_best_model(tmp_path: Path) -> None:
 
 
 def test_trainer_has_the_methods_that_are_followed() -> None:
-    made()
-    assert vars(Trainer)[FOLLOWED]
+    model = made()
+    for name in (RESUMES, TAKES_BEST):
+        assert inspect.unwrap(vars(Trainer)[name]) is not vars(Trainer)[name]
     assert [*inspect.signature(inspect.unwrap(vars(Trainer)[RESUMES])).parameters] == [
         "self", "resume_from_checkpoint", "model",
     ]  # fmt: skip
     assert [*inspect.signature(inspect.unwrap(vars(Trainer)[TAKES_BEST])).parameters] == ["self"]
+    inlay.detach(model)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch"])

@@ -77,7 +77,7 @@ def fast_kinds(model: nn.Module) -> set[str]:
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof, "verdicts", {})
-    monkeypatch.setattr(proof, "told", set())
+    monkeypatch.setattr(proof, "warned", set())
 
 
 def llama(**more: Any) -> LlamaForCausalLM:
@@ -302,11 +302,19 @@ def test_what_a_gate_is_made_of_is_packed_or_dense() -> None:
     assert "FastGate" in fast_kinds(model)
 
 
+def without_other_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no model of another test need a change of the process."""
+    fresh = {name: process.Change(change.make) for name, change in process.CHANGES.items()}
+    monkeypatch.setattr(process, "CHANGES", fresh)
+
+
 def test_the_process_has_its_settings_back_after_the_last_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     done: list[str] = []
-    monkeypatch.setattr(process, "settings", process.Settings())
+    monkeypatch.setattr(
+        process, "CHANGES", {n: process.Change(c.make) for n, c in process.CHANGES.items()}
+    )
     monkeypatch.setattr(process, "keep_memory", lambda: done.append("kept"))
     monkeypatch.setattr(process, "release_memory", lambda: done.append("released"))
     torch.backends.mha.set_fastpath_enabled(True)
@@ -326,7 +334,9 @@ def test_settings_come_back_with_the_last_model_that_is_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     done: list[str] = []
-    monkeypatch.setattr(process, "settings", process.Settings())
+    monkeypatch.setattr(
+        process, "CHANGES", {n: process.Change(c.make) for n, c in process.CHANGES.items()}
+    )
     monkeypatch.setattr(process, "keep_memory", lambda: None)
     monkeypatch.setattr(process, "release_memory", lambda: done.append("released"))
     model = inlay.attach(nn.Sequential(nn.Linear(4, 4)), inlay.LoRA(rank=2))

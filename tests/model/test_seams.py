@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,19 +15,25 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
     BertModel,
     Cache,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    ProcessorMixin,
+    Trainer,
     masking_utils,
     modeling_utils,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.quantizers import auto
+from transformers.quantizers.auto import AutoHfQuantizer
 
-from inlay.model.fast.attention import ATTENTION, attention, mask_of_layers
+from inlay.model.fast.attention import attention, mask_of_layers
 from inlay.model.seams import transformers as seam
+from inlay.model.seams.imports import when_imported
 
 SMALL = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -54,8 +63,15 @@ def test_masks_are_asked_for_by_these_names() -> None:
 
 
 def test_our_attention_is_found_by_its_name() -> None:
-    assert modeling_utils.ALL_ATTENTION_FUNCTIONS[ATTENTION] is attention
-    assert masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[ATTENTION] is mask_of_layers
+    undo = seam.register_attention("another", attention, mask_of_layers)
+    config = LlamaConfig(**SMALL)
+    seam.set_attention(config, "another")
+    assert modeling_utils.ALL_ATTENTION_FUNCTIONS["another"] is attention
+    assert masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["another"] is mask_of_layers
+    undo()
+    assert "another" not in modeling_utils.ALL_ATTENTION_FUNCTIONS
+    assert "another" not in masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    assert seam.attention_of(config) == seam.SDPA
 
 
 def test_a_mask_that_is_integers_is_passed_on_as_it_is() -> None:
@@ -181,3 +197,100 @@ def test_peft() -> None:
     assert "llama" in peft.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
     for status in (peft.TunerLayerStatus, peft.TunerModelStatus):
         assert {"enabled", "active_adapters", "requires_grad"} <= set(names(status))
+
+
+def test_a_quantizer_is_found_by_its_name_for_a_while() -> None:
+    undo = seam.register_quantizer("ours", seam.QuantizationConfigMixin, seam.HfQuantizer)
+    assert AutoHfQuantizer.supports_quant_method({"quant_method": "ours"})
+    assert auto.AUTO_QUANTIZER_MAPPING["ours"] is seam.HfQuantizer
+    undo()
+    assert not AutoHfQuantizer.supports_quant_method({"quant_method": "ours"})
+
+
+def test_ties_are_declared_by_class_or_module() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True))
+    ties = {"lm_head.weight": "model.embed_tokens.weight"}
+    assert seam.tied_weights(model) == seam.declared_ties(model, all_submodels=True) == ties
+    assert getattr(model, seam.TIES)
+    seam.declare_ties(model, {})
+    assert seam.declared_ties(model, all_submodels=False) == {}
+    assert seam.tied_weights(nn.Linear(2, 2)) == {}
+
+
+def test_a_function_runs_the_blocks_in_training() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL)).train()
+    calls: list[Any] = []
+
+    def run(function: Callable[..., Any], *inputs: Any) -> Any:
+        calls.append(function)
+        return function(*inputs)
+
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    seam.checkpoint_blocks(model, run)
+    assert vars(model.model)[seam.CHECKPOINTING]
+    model(input_ids=ids)
+    assert len(calls) == 1
+    seam.checkpoint_blocks(model, None)
+    model(input_ids=ids)
+    assert len(calls) == 1
+
+
+def test_the_embeddings_outputs_require_gradients_by_a_hook() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    assert not seam.input_gradients_required(model)
+    model.enable_input_require_grads()
+    assert seam.input_gradients_required(model)
+    model.disable_input_require_grads()
+    assert not seam.input_gradients_required(model)
+
+
+def test_an_auto_class_has_the_classes_of_a_configuration() -> None:
+    config = LlamaConfig(**SMALL)
+    assert seam.classes_of(AutoModelForCausalLM, config) is LlamaForCausalLM
+    assert seam.classes_of(LlamaForCausalLM, config) is None
+
+
+def test_a_processor_finds_no_video_class_for_a_while() -> None:
+    before = vars(ProcessorMixin)["get_possibly_dynamic_module"]
+    with seam.no_video_class():
+        found = ProcessorMixin.get_possibly_dynamic_module("SmolVLMVideoProcessor")
+        assert found is seam.NoVideos
+        assert ProcessorMixin.get_possibly_dynamic_module("ProcessorMixin") is ProcessorMixin
+    assert vars(ProcessorMixin)["get_possibly_dynamic_module"] is before
+
+
+def test_trainer_restores_by_our_function_for_a_while() -> None:
+    trainer: Any = vars(Trainer)
+    before = trainer[seam.RESUMES], trainer[seam.TAKES_BEST]
+    seen: list[Any] = []
+    undo = seam.restore_by(lambda model, folder: seen.append((model, folder)) is None)
+    model, state = nn.Linear(2, 2), SimpleNamespace(best_model_checkpoint="best")
+    trainer[seam.RESUMES](SimpleNamespace(model=model), "last")
+    trainer[seam.TAKES_BEST](SimpleNamespace(model=model, state=state))
+    assert seen == [(model, Path("last")), (model, Path("best"))]
+    undo()
+    assert (trainer[seam.RESUMES], trainer[seam.TAKES_BEST]) == before
+
+
+def test_a_module_is_acted_on_once_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("imported_late", "never_acted_on"):
+        (tmp_path / f"{name}.py").write_text("value = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen: list[int] = []
+    when_imported("imported_late", lambda module: seen.append(module.value))
+    stop = when_imported("never_acted_on", lambda module: seen.append(2))
+    stop()
+    for name in ("imported_late", "never_acted_on"):
+        importlib.import_module(name)
+    when_imported("imported_late", lambda module: seen.append(3))
+    assert seen == [1, 3]
+
+
+def test_names_that_weights_had_and_have() -> None:
+    assert seam.family_of_experts(SimpleNamespace(model_type="mixtral")) == "mixtral"
+    assert seam.family_of_experts(LlamaConfig(**SMALL)) is None
+    renamed = seam.renaming(LlamaForCausalLM(LlamaConfig(**SMALL)))
+    assert renamed is None or renamed("model.norm.weight") == "model.norm.weight"
+    assert seam.renaming(nn.Linear(2, 2)) is None

@@ -11,7 +11,8 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 from inlay.errors import InlayError, UsageError, did_you_mean
 
@@ -45,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    quiet_libraries()
+    with quiet_libraries():
+        return exit_code(words, debug)
+
+
+def exit_code(words: list[str], debug: bool) -> int:
+    """Run the command; turn an error into its sentence and exit code."""
     try:
         code = dispatch(words)
         sys.stdout.flush()
@@ -154,18 +160,41 @@ def is_out_of_gpu_memory(error: Exception) -> bool:
     return type(error).__name__ == "OutOfMemoryError"
 
 
-def quiet_libraries() -> None:
-    """Silence the output of libraries; each warning becomes one line."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, CACHED_PRODUCTS)
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": CACHED_PRODUCTS,
+    "LRU_CACHE_CAPACITY": CACHED_PRODUCTS,
+}
+"""What the libraries are told, unless the user has set it."""
+
+
+@contextmanager
+def quiet_libraries() -> Generator[None]:
+    """Hide the libraries' own messages and show each warning as one line, while a verb runs."""
+    own = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    logger, shown = logging.getLogger("bitsandbytes"), warnings.showwarning
+    level, torch, output = logger.level, sys.modules.get("torch"), sys.stdout
+    threads = None if torch is None else torch.get_num_threads()
+    os.environ.update(own)
+    logger.setLevel(logging.CRITICAL)
     warnings.showwarning = show_warning
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    errors = output.errors
+    if isinstance(output, io.TextIOWrapper):
+        output.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for name in own:
+            os.environ.pop(name, None)
+        logger.setLevel(level)
+        warnings.showwarning = shown
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors=errors)
+        if torch is not None:
+            torch.set_num_threads(threads)
 
 
 def show_warning(

@@ -35,6 +35,7 @@ from torch.utils.checkpoint import (
 from inlay.errors import ModelError
 from inlay.model.adapters.places import BLOCKS
 from inlay.model.adapters.targets import output_head
+from inlay.model.seams.transformers import checkpoint_blocks
 from inlay.storage.registry import frozen, kind
 
 Policy = Literal["keep-all", "keep-products", "recompute-mlp", "layer-inputs", "offload"]
@@ -82,20 +83,19 @@ def apply(
         ModelError: the model's blocks cannot be computed again, or `offload` on a CPU.
     """
     blocks: Any = model
+    recomputes = getattr(model, "supports_gradient_checkpointing", False)
     if policy == "keep-all":
-        if getattr(model, "supports_gradient_checkpointing", False):
-            blocks._set_gradient_checkpointing(enable=False)
+        if recomputes:
+            checkpoint_blocks(blocks, None)
         return
-    if not getattr(model, "supports_gradient_checkpointing", False):
+    if not recomputes:
         raise ModelError(
             f"the blocks of {type(model).__name__} cannot be computed again, so that only the "
             f"activation policy 'keep-all' is possible, not {policy!r}"
         )
     if policy == "offload" and to_host is None:
         check_on_gpu(model)
-    blocks._set_gradient_checkpointing(
-        enable=True, gradient_checkpointing_func=block_runner(model, policy, to_host, back)
-    )
+    checkpoint_blocks(blocks, block_runner(model, policy, to_host, back))
 
 
 def check_on_gpu(model: nn.Module) -> None:

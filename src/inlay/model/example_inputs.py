@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from inlay.errors import ModelError
+from inlay.errors import ModelError, first_line
 from inlay.methods.base import evaluating
-
-__all__ = ["example_inputs"]
 
 Batch = dict[str, Tensor]
 Maker = Callable[["Sizes"], Tensor | None]
@@ -73,12 +71,11 @@ def refused(model: nn.Module, batches: list[Batch]) -> str | None:
             for batch in batches:
                 model(**batch)
     except Exception as error:  # Whatever another library's forward raises on inputs it lacks.
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        return first_line(error)[:120]
     return None
 
 
 def split(batch: Batch) -> list[Batch]:
-    """Return every row as a batch of its own."""
     rows = next(iter(batch.values())).shape[0]
     return [{name: value[i : i + 1] for name, value in batch.items()} for i in range(rows)]
 
@@ -92,15 +89,15 @@ def candidates(
     mains = (main,) if isinstance(main, str) else tuple(main)
     decodes = "decoder_input_ids" in taken
     both = ("input_ids", "pixel_values")
-    wanted: dict[tuple[str, ...], None] = {}
+    combinations: dict[tuple[str, ...], None] = {}
     for first in (mains, ("input_ids",), both, ("pixel_values",), *((n,) for n in MAKERS)):
         names = tuple(n for n in first if n in taken and n in MAKERS)
         if names and decodes and "decoder_input_ids" not in names:
-            wanted[*names, "decoder_input_ids"] = None
+            combinations[*names, "decoder_input_ids"] = None
         if names:
-            wanted[names] = None
-            wanted[tuple(dict.fromkeys((*names, *(n for n in BESIDE if n in taken))))] = None
-    for names in wanted:
+            combinations[names] = None
+            combinations[tuple(dict.fromkeys((*names, *(n for n in EXTRA if n in taken))))] = None
+    for names in combinations:
         for side in SIDES if "pixel_values" in names and not Sizes.knows_side(config) else (None,):
             sizes = Sizes(model, config, rows, tokens, seed, side)
             made = {name: MAKERS[name](sizes) for name in names}
@@ -109,7 +106,7 @@ def candidates(
 
 
 class Sizes:
-    """The sizes that a configuration names, and seeded values of them where the model lies."""
+    """Makes seeded inputs on the model's device, in the sizes that its configuration names."""
 
     def __init__(
         self,
@@ -136,7 +133,7 @@ class Sizes:
         return max(min(found) - 2, 1) if found else None
 
     def find(self, *names: str) -> Any:
-        """Return the first of these that the configuration, or one inside it, names."""
+        """Return the first of these settings that the configuration, or one inside it, has."""
         for config in configs(self.config):
             for name in names:
                 value = vars(config).get(name)
@@ -146,15 +143,13 @@ class Sizes:
 
     @staticmethod
     def knows_side(config: PreTrainedConfig) -> bool:
-        """Say whether a configuration names its images' size."""
         return any(vars(c).get("image_size") is not None for c in configs(config))
 
     def normal(self, *shape: int) -> Tensor:
-        """Return normal values in the model's dtype."""
         return torch.randn(shape, generator=self.seed).to(self.device, self.dtype)
 
     def ids(self, length: int) -> Tensor | None:
-        """Return ids that are no special token's; None where there is no vocabulary."""
+        """Return ids of ordinary tokens; None without a vocabulary."""
         text: Any = self.config.get_text_config()
         decoder: Any = self.config.get_text_config(decoder=True)
         size = getattr(text, "vocab_size", None) or getattr(decoder, "vocab_size", None)
@@ -169,13 +164,12 @@ class Sizes:
 def configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     """Yield a configuration and those inside it."""
     yield config
-    for value in vars(config).values():
+    for value in list(vars(config).values()):
         if isinstance(value, PreTrainedConfig):
             yield from configs(value)
 
 
 def special_ids(config: PreTrainedConfig) -> Iterator[int]:
-    """Yield the ids that a configuration gives a meaning of their own."""
     for name, value in vars(config).items():
         if name.endswith(("_token_id", "_token_index", "_token_ids")):
             yield from (v for v in (value if isinstance(value, list) else [value])
@@ -191,12 +185,10 @@ def input_ids(sizes: Sizes) -> Tensor | None:
 
 
 def decoder_input_ids(sizes: Sizes) -> Tensor | None:
-    """An encoder-decoder's target."""
     return sizes.ids(min(TARGET_TOKENS, sizes.tokens))
 
 
 def pixel_values(sizes: Sizes) -> Tensor | None:
-    """An image a row."""
     side = sizes.side or sizes.find("image_size", "input_size")
     height, width = side if isinstance(side, list | tuple) else (side, side)
     channels = sizes.find("num_channels", "in_channels", "in_chans") or 3
@@ -206,7 +198,6 @@ def pixel_values(sizes: Sizes) -> Tensor | None:
 
 
 def pixel_values_videos(sizes: Sizes) -> Tensor | None:
-    """A short film a row."""
     image = pixel_values(sizes)
     frames = sizes.find("num_frames", "frames_per_clip") or 8
     return None if image is None else image[:, None].repeat(1, int(frames), 1, 1, 1)
@@ -232,7 +223,7 @@ def input_values(sizes: Sizes) -> Tensor | None:
 
 
 def bbox(sizes: Sizes) -> Tensor | None:
-    """Where on a page each token stands: the whole page."""
+    """One box for every token: a square of the page."""
     box = torch.tensor([0, 0, 100, 100], device=sizes.device)
     return box.expand(sizes.rows, sizes.tokens, 4).clone()
 
@@ -247,5 +238,5 @@ MAKERS: Mapping[str, Maker] = {
     "bbox": bbox,
 }
 """What a forward may take by name -> how it is made."""
-BESIDE = ("bbox", "decoder_input_ids")
+EXTRA = ("bbox", "decoder_input_ids")
 """What is tried beside the main inputs, where the forward knows it."""

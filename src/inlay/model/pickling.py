@@ -11,13 +11,13 @@ MADE_BY = "made_by"
 
 
 def reduced(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """Return what pickle and copy make the module again from; its class's `__reduce_ex__`."""
+    """`__reduce_ex__` of such a class: how pickle and copy rebuild the module."""
     _, _, *state = object.__reduce_ex__(module, protocol)  # pyright: ignore[reportGeneralTypeIssues]
     return (empty, (recipe(type(module)),), *state)
 
 
 def recipe(cls: type[nn.Module]) -> Any:
-    """Return how a class is made again: itself where its name finds it, else what made it."""
+    """Return how to rebuild a class: itself where its name finds it, else its maker."""
     made_by = vars(cls).get(MADE_BY)
     if made_by is None:
         return cls
@@ -26,7 +26,6 @@ def recipe(cls: type[nn.Module]) -> Any:
 
 
 def made(how: Any) -> type[nn.Module]:
-    """Return the class that a recipe makes."""
     if not isinstance(how, tuple):
         return how
     make, below, *rest = how
@@ -34,6 +33,5 @@ def made(how: Any) -> type[nn.Module]:
 
 
 def empty(how: Any) -> nn.Module:
-    """Return a module of a recipe's class, without its state yet."""
     cls = made(how)
     return cls.__new__(cls)

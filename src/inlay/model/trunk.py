@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import ModelError
-from inlay.model.seams.transformers import checkpointing_function
+from inlay.model.seams.transformers import checkpointing_function, input_gradients_required
 
 
 @dataclass(frozen=True)
 class Trunk:
-    """The first `depth` of a model's blocks; nothing in them trains."""
+    """The first `depth` blocks of a model, all frozen."""
 
     model: nn.Module
     blocks: nn.ModuleList
@@ -37,7 +37,7 @@ class Trunk:
         raise ModelError(f"{type(self.model).__name__} did not run its blocks")
 
     def replace(self, hidden: Tensor) -> Callable[[], None]:
-        """Let the trunk give `hidden` instead of running; return what undoes that."""
+        """Have the trunk return `hidden` without running; return the undo."""
         modules = self.blocks._modules
         before = {name: modules[name] for name in list(modules)[: self.depth]}
         for name, block in before.items():
@@ -47,14 +47,13 @@ class Trunk:
 
 
 class Reached(Exception):  # noqa: N818
-    """The pass has come as far as it needs to."""
+    """Ends a forward pass early, with the hidden states."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
 
 
 def stop(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """End the pass with a block's output."""
     del args
     if not isinstance(output, Tensor):
         raise ModelError(f"{type(block).__name__} gives more than its hidden states")
@@ -62,14 +61,13 @@ def stop(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 class PassThrough(nn.Module):
-    """Stands for a block without running it; its attributes are the block's."""
+    """Replaces a block without running it; its attributes are the block's."""
 
     def __init__(self, block: nn.Module, hidden: Tensor) -> None:
         super().__init__()
         self.__dict__["block"], self.hidden = block, hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the trunk's output, as its last block would."""
         del args, kwargs
         return self.hidden
 
@@ -78,7 +76,7 @@ class PassThrough(nn.Module):
 
 
 def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """Return the name and list of the model's Transformer blocks, if it has one such list."""
+    """Return name and list of the model's Transformer blocks, if there is one such list."""
     config: Any = getattr(model, "config", None)
     if config is None:
         return None
@@ -92,7 +90,7 @@ def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
 
 def trunk_of(model: nn.Module) -> Trunk | str:
-    """Return the blocks below the lowest one that trains, or why the model has none."""
+    """Return the blocks below the lowest trainable one, or why there are none."""
     found = block_list(model)
     if found is None:
         return f"{type(model).__name__} has not one list of blocks"
@@ -104,7 +102,7 @@ def trunk_of(model: nn.Module) -> Trunk | str:
 
 
 def changes(trunk: Trunk, call: dict[str, Tensor]) -> str | None:
-    """Return why the trunk's output is not the same each time it trains, or None if it is."""
+    """Return why the trunk's output is not the same at every step, or None if it is."""
     before = {module: module.training for module in trunk.model.modules()}
     trunk.model.train()
     try:
@@ -130,14 +128,14 @@ class InputGradients:
     def __call__(self) -> None:
         """Require gradients of the embeddings, unless non-reentrant checkpointing is on."""
         if needs_no_input_gradients(self.model):
-            if getattr(self.model, "_require_grads_hooks", None):
+            if input_gradients_required(self.model):
                 self.model.disable_input_require_grads()
             return
         type(self.model).enable_input_require_grads(self.model)
 
 
 def needs_no_input_gradients(model: nn.Module) -> bool:
-    """Say whether activations are recomputed, and nowhere by reentrant checkpointing."""
+    """Return whether gradient checkpointing is on, and nowhere reentrant."""
     found = (checkpointing_function(module) for module in model.modules())
     functions = [function for function in found if function is not None]
     reentrant = [getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions]

@@ -200,12 +200,12 @@ class Merging(nn.Module):
             self.merge_adapter(new, safe_merge)
         if self.merged is not None:
             self.check_final(self.merged)
-        ties.say()
-        otherwise = ties.said_otherwise()
+        ties.write_untied()
+        otherwise = ties.warning()
         self.merged, self.enabled = None, True
         self.take_all_off()
         describe_quantization(self.model)
-        for name in ties.part():
+        for name in ties.separate():
             warnings.warn(
                 otherwise
                 or "Setting tie_word_embeddings to False in the model's configuration: "
@@ -237,7 +237,7 @@ class Merging(nn.Module):
         raise MergeError(
             f"merging for good would keep only {share:.1%} of the update (at least {LEAST:.0%} was "
             "expected), and not its effect on the outputs: the rest is rounded away in the base's "
-            "dtype. Load the base in float32 and merge there, or keep the adapter apart"
+            "dtype. Load the base in float32 and merge there, or keep the adapter unmerged"
         )
 
     def effect_kept(self, merged: Merged) -> float | None:

@@ -7,6 +7,7 @@ on CPU they give wrong gradients after an evaluation, and wrong values for some 
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import torch
@@ -21,11 +22,16 @@ from inlay.storage.quantized import QuantizedLinear
 
 
 def matters(record: logging.LogRecord) -> bool:
-    """Return whether a warning of bitsandbytes matters here: a missing CPU product does not."""
-    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+    """Hide, once, the warning of bitsandbytes' import that its CPU product is missing."""
+    hidden = str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+    if hidden:
+        logger.removeFilter(matters)
+    return not hidden
 
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(matters)
+logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+if "bitsandbytes" not in sys.modules:
+    logger.addFilter(matters)
 
 COMPUTE_DTYPE = "computes_in"
 """The attribute of an 8-bit layer in which `tell_dtype` records its model's dtype."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 
-import torch
-from datasets import disable_progress_bars
+from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from inlay.methods.catalog import build_method
+from inlay.model.process import restored, threads
 from inlay.run.config import RunConfig
 from inlay.train.output.events import Event, OnEvent
 from inlay.train.output.folder import open_folder
@@ -34,10 +34,8 @@ def train(config: RunConfig, *, on_event: OnEvent | None = None) -> TrainResult:
         InlayError: anything that is the user's to mend, in a sentence.
     """
     method = build_method(config.method, config.hyperparameters)
-    with joined() as world:
+    with restored(), joined() as world, threads(config.threads):
         tell = on_event if on_event is not None and world.leads else ignore
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         own, share = divided(config, world)
         folder, state = world.from_leader(lambda: open_folder(config))
         if state == "finished":
@@ -52,10 +50,13 @@ def train(config: RunConfig, *, on_event: OnEvent | None = None) -> TrainResult:
 @contextmanager
 def quiet_libraries() -> Generator[None]:
     """Keep progress bars and chatter of the libraries off the terminal."""
-    level = transformers_logging.get_verbosity()
+    level, bars = transformers_logging.get_verbosity(), not are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
-    disable_progress_bars()
+    if bars:
+        disable_progress_bars()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
+        if bars:
+            enable_progress_bars()

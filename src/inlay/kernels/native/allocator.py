@@ -21,6 +21,8 @@ KEPT = {MMAP_THRESHOLD: LARGEST, TRIM_THRESHOLD: LARGEST, TOP_PAD: 64 << 20}
 DEFAULTS = {MMAP_THRESHOLD: 128 << 10, TRIM_THRESHOLD: 128 << 10, TOP_PAD: 128 << 10}
 RANGE = 4
 """Addresses reserved for the tensors' heap, in units of the machine's memory."""
+changed: set[str] = set()
+"""`glibc` while its options are not the defaults."""
 
 
 def keep_memory() -> str | None:
@@ -30,27 +32,35 @@ def keep_memory() -> str | None:
     """
     heap = tensor_heap()
     if heap is None:
-        return set_options(KEPT)
+        return keep_in_glibc()
     size = RANGE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     refused = heap.inlay_keep_tensors(ctypes.c_int64(size))
     if refused == 2:
         return "PyTorch's CPU tensors have another allocator already"
     if refused:
-        return set_options(KEPT)
+        return keep_in_glibc()
     trim()
     return None
+
+
+def keep_in_glibc() -> str | None:
+    changed.add("glibc")
+    return set_options(KEPT)
 
 
 def release_memory() -> str | None:
     """Return free memory to the kernel, now and from now on; None when done, or why not.
 
-    The one difference from a fresh process: the size from which a block is mapped by itself stays
-    at glibc's 128 KiB and grows no more.
+    PyTorch's tensors have their own allocator again. Tensors that live on stay where they are, and
+    each gives its memory to the kernel when it is freed; the reserved addresses, which hold no
+    memory, stay reserved. Where glibc's options were changed, one difference from a fresh process
+    is left: the size from which a block is mapped by itself stays at 128 KiB and grows no more.
     """
     heap = tensor_heap()
     if heap is not None:
         heap.inlay_release_tensors()
-    reason = set_options(DEFAULTS)
+    reason = set_options(DEFAULTS) if "glibc" in changed else None
+    changed.clear()
     return_free_memory()
     return reason
 
@@ -71,7 +81,7 @@ def trim() -> None:
 
 @cache
 def tensor_heap() -> ctypes.CDLL | None:
-    """Return the heap for PyTorch's CPU tensors; None off Linux, without a compiler or if off."""
+    """Return the heap for PyTorch's CPU tensors; None off Linux, without a compiler, or if off."""
     if platform.system() != "Linux" or os.environ.get(SWITCH, "").lower() in ("0", "off"):
         return None
     try:

@@ -67,7 +67,8 @@ class Heap {
     return begin_ + start;
   }
 
-  void free(void* p) {
+  // Frees a block; unless its memory is to be kept, it goes back to the kernel.
+  void free(void* p, bool keeps) {
     auto block = used_.find(static_cast<size_t>(static_cast<char*>(p) - begin_));
     size_t start = block->first, size = block->second;
     used_.erase(block);
@@ -87,10 +88,15 @@ class Heap {
       remove(start + size, length);
       size += length;
     }
-    if (start + size == top_)
-      top_ = start;
-    else
+    if (start + size != top_) {
       add(start, size);
+      if (!keeps) discard(start, start + size);
+      return;
+    }
+    top_ = start;
+    if (keeps) return;
+    discard(top_, touched_);
+    touched_ = top_;
   }
 
   void return_pages() {
@@ -131,6 +137,8 @@ Heap& heap() {
   return *one;
 }
 
+c10::Allocator* before = nullptr;  // read and written under the heap's lock
+
 void release(void* p) {
   if (!heap().owns(p)) {
     c10::GetDefaultCPUAllocator()->raw_deleter()(p);
@@ -138,7 +146,7 @@ void release(void* p) {
   }
   c10::profiledCPUMemoryReporter().Delete(p);
   std::lock_guard<std::mutex> lock(heap().mutex);
-  heap().free(p);
+  heap().free(p, before != nullptr);
 }
 
 struct KeptMemory final : c10::Allocator {
@@ -161,7 +169,6 @@ struct KeptMemory final : c10::Allocator {
 };
 
 KeptMemory kept;
-c10::Allocator* before = nullptr;
 
 }  // namespace
 
@@ -179,12 +186,14 @@ int inlay_keep_tensors(int64_t bytes) {
     pthread_atfork([] { heap().mutex.lock(); }, [] { heap().mutex.unlock(); },
                    [] { heap().mutex.unlock(); });
   }
+  std::lock_guard<std::mutex> lock(heap().mutex);
   before = present;
   c10::SetCPUAllocator(&kept);
   return 0;
 }
 
 void inlay_release_tensors() {
+  std::lock_guard<std::mutex> lock(heap().mutex);
   if (before) c10::SetCPUAllocator(before);
   before = nullptr;
 }

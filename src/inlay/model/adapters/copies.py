@@ -13,6 +13,7 @@ from inlay.model.adapters.entries import block_number, entries, in_layers, under
 from inlay.model.adapters.layer import copyable_buffers, own_modules
 from inlay.model.load.vision import PARTS, parts_of
 from inlay.model.seams.accelerate import brought_in
+from inlay.model.seams.transformers import declare_ties
 from inlay.storage.base import FrozenLinear
 
 
@@ -123,7 +124,7 @@ def mark_shared(tables: Iterable[Params]) -> None:
         own = {name: id(p) for name, p in params._parameters.items() if p is not None}
         again = [name for name, number in own.items() if number in seen]
         if again:
-            vars(params)["_tied_weights_keys"] = dict.fromkeys(again, "")
+            declare_ties(params, dict.fromkeys(again, ""))
         seen |= set(own.values())
 
 

@@ -22,7 +22,6 @@ from inlay.model.adapters.layer import AdaptedLayer, own_modules
 from inlay.model.adapters.registry import Registry, layers_inactive, override
 from inlay.model.adapters.wrappers import unwrapped
 from inlay.model.merge.untie import own_names
-from inlay.model.seams.transformers import follow_trainer
 from inlay.model.trunk import InputGradients
 
 TIES = "tie_weights"
@@ -47,7 +46,6 @@ def override_methods(model: nn.Module, registry: Registry) -> None:
         for name, function in FILE_METHODS.items():
             override(registry, model, name, partial(function, model))
         override(registry, model, "active_adapters", ActiveAdapters(model))
-        follow_trainer(restore)
 
 
 class Replacement:

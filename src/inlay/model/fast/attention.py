@@ -1,8 +1,8 @@
 """A decoder whose attention is given segments in place of a mask.
 
-Nothing that the decoder is called with is changed. While it runs, transformers asks for the masks
-of its layers (`mask_of_layers`); a mask that says no more than the segments of this call do is
-answered with them, and `attention` knows them again.
+The decoder's arguments are not changed. While it runs, transformers asks for the masks of its
+layers (`mask_of_layers`); where the call's segments replace a mask they are returned in its place,
+and `attention` recognises them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from inlay.model.fast.base import Fast, by_name
 from inlay.model.seams.transformers import (
     attention_of,
     cache_in,
-    register_attention,
     sdpa_attention_forward,
     sdpa_mask,
 )
@@ -31,20 +30,20 @@ from inlay.model.seams.transformers import (
 ATTENTION = "inlay"
 """The name under which transformers finds our attention."""
 BIASES = ("position_bias", "softcap")
-"""What an attention may add to its logits or do to them, which segments do not know."""
-WAYS = ("whole", "padded", "packed")
-"""What a call may say of its rows: nothing, which tokens are padding, where rows begin."""
+"""What an attention may do to its logits that segments cannot express."""
+CASES = ("whole", "padded", "packed")
+"""The rows of a call: without padding, with an attention mask, or packed with positions."""
 KNOWN = frozenset({
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "use_cache",
     "return_dict", "output_hidden_states", "scored", "logits_to_keep", "visual_pos_masks",
     "deepstack_visual_embeds", "per_layer_inputs",
 })  # fmt: skip
-"""The arguments of a decoder that say nothing more about who attends to whom."""
+"""The arguments of a decoder that do not change which tokens attend to which."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The segments of the call that runs, (n, 3)."""
+    """The segments of the present call, (n, 3)."""
 
     segments: Tensor
     shape: tuple[int, int]
@@ -54,8 +53,10 @@ class Rows:
     """Whether a row holds several segments. Such rows are divided only where transformers does so
     too: it does not where the call makes a cache, and then its mask may be left out."""
 
-    def say(self, rows: int, queries: int, keys: int, window: int | None, **more: Any) -> bool:
-        """Say whether a mask of this size and window holds no more than the segments do."""
+    def replace_mask(
+        self, rows: int, queries: int, keys: int, window: int | None, **more: Any
+    ) -> bool:
+        """Return whether the segments replace a mask of this size and window."""
         return (
             self.shape == (rows, queries)
             and keys == queries
@@ -69,7 +70,7 @@ class Rows:
 
 
 class Running(threading.local):
-    """The segments of the decoder's call that runs in this thread."""
+    """The segments of the decoder's present call in this thread."""
 
     rows: Rows | None = None
     whole: bool = False
@@ -81,7 +82,7 @@ running = Running()
 
 @contextmanager
 def given(rows: Rows | None) -> Generator[None]:
-    """Answer for masks with these segments inside the `with` block."""
+    """Use these segments as masks inside the `with` block."""
     before, running.rows = running.rows, rows
     try:
         yield
@@ -90,7 +91,7 @@ def given(rows: Rows | None) -> Generator[None]:
 
 
 def attending(call: dict[str, Any]) -> AbstractContextManager[None]:
-    """Return the block to run a call in: one where padding attends too if its labels score it."""
+    """Return a context for a call; in it padding attends too if the labels score it."""
     return padding_too() if labels_padding(call) else nullcontext()
 
 
@@ -105,13 +106,12 @@ def padding_too() -> Generator[None]:
 
 
 def labels_padding(call: dict[str, Any]) -> bool:
-    """Say whether a call has labels at padding."""
     mask = call.get("attention_mask")
     if torch.compiler.is_compiling() or not isinstance(mask, Tensor) or mask.device.type != "cpu":
         return False
     given = (call.get("labels"), call.get("shift_labels"))
-    wanted = [t for t in given if isinstance(t, Tensor) and t.shape == mask.shape]
-    return any(bool(((t != IGNORED) & (mask == 0)).any()) for t in wanted)
+    labels = [t for t in given if isinstance(t, Tensor) and t.shape == mask.shape]
+    return any(bool(((t != IGNORED) & (mask == 0)).any()) for t in labels)
 
 
 class Labelled(Fast):
@@ -129,32 +129,32 @@ class FastBackbone(Fast):
     config: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the decoder; segments are worked out once for all its layers."""
+        """Run the decoder; segments are computed once for all its layers."""
         if torch.compiler.is_compiling() or not self.training:
             return super().forward(*args, **kwargs)
         with given(self.rows(by_name(type(self).plain, args, kwargs))):
             return super().forward(*args, **kwargs)
 
     def rows(self, call: dict[str, Any]) -> Rows | None:
-        """Return the segments of a call's rows, or None where they do not say it all."""
+        """Return the segments of a call's rows, or None where they do not replace its mask."""
         tokens = call.get("input_ids")
         tokens = call.get("inputs_embeds") if tokens is None else tokens
         mask, positions = call.get("attention_mask"), call.get("position_ids")
-        way = "padded" if mask is not None else "whole" if positions is None else "packed"
+        case = "padded" if mask is not None else "whole" if positions is None else "packed"
         if (
             not is_on("attention")
             or attention_of(self.config) != ATTENTION
             or sees_both_ways(self.config)
             or not isinstance(tokens, Tensor)
-            or way not in self.proven
-            or (running.whole and way == "padded")
+            or case not in self.proven
+            or (running.whole and case == "padded")
             or says_more(call)
             or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
             or (mask is None and positions is not None and positions.ndim != 2)
         ):
             return None
         rows, length = tokens.shape[0], tokens.shape[1]
-        without_values = tokens.device.type == "meta" and way == "whole"
+        without_values = tokens.device.type == "meta" and case == "whole"
         readable = tokens.device.type == "cpu" or without_values
         found = segments_of(positions, mask, rows, length) if readable else None
         if found is None:
@@ -164,13 +164,13 @@ class FastBackbone(Fast):
 
 
 def says_more(call: dict[str, Any]) -> bool:
-    """Say whether a call holds a cache, or something that we do not know to be no mask."""
+    """Return whether a call holds a cache, or an argument that may act as a mask."""
     others = [v for name, v in call.items() if name not in KNOWN and v is not None]
     return cache_in(call.values()) is not None or any(v is not False for v in others)
 
 
 def sees_both_ways(config: Any) -> bool:
-    """Say whether a configuration turns a decoder into an encoder, whose tokens see later ones."""
+    """Return whether a configuration lets tokens see later ones, as in an encoder."""
     causal = getattr(config, "is_causal", True)
     return not causal or bool(getattr(config, "use_bidirectional_attention", None))
 
@@ -184,7 +184,11 @@ def mask_of_layers(
     """
     rows = None if torch.compiler.is_compiling() else running.rows
     window = more.get("local_size")
-    if rows is not None and not args and rows.say(batch_size, q_length, kv_length, window, **more):
+    if (
+        rows is not None
+        and not args
+        and rows.replace_mask(batch_size, q_length, kv_length, window, **more)
+    ):
         return rows.segments[None, None]
     return sdpa_mask(batch_size, q_length, kv_length, *args, **more)
 
@@ -199,7 +203,7 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend within segments where they were worked out, else by torch's own attention."""
+    """Attend within segments where there are any, else by torch's own attention."""
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -215,11 +219,8 @@ def attention(
 
 
 def dense_mask(segments: Tensor, rows: int, length: int) -> Tensor:
-    """Return the mask that says what segments say, (rows, 1, length, length)."""
+    """Return segments as a mask, (rows, 1, length, length)."""
     mask = torch.zeros(rows, 1, length, length, dtype=torch.bool)
     for row, start, stop in segments.tolist():
         mask[row, 0, start:stop, start:stop] = torch.ones(stop - start, stop - start).tril().bool()
     return mask | torch.eye(length, dtype=torch.bool)
-
-
-register_attention(ATTENTION, attention, mask_of_layers)

@@ -1,4 +1,4 @@
-"""Modules that change their class in place for a faster way to the same result."""
+"""Modules that change their class in place, to compute the same result faster."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from inlay.model.pickling import MADE_BY, reduced
 
 
 class Fast(nn.Module):
-    """A module in place, with a fast way to compute what its own class computes."""
+    """Base of the fast paths: computes what the module's own class computes."""
 
     plain: ClassVar[type[nn.Module]]
     proven: frozenset[str] = frozenset()
-    """In which ways it was found to compute that (`inlay.model.fast.proof`)."""
+    """The cases in which it was proven equal (`inlay.model.fast.proof`)."""
 
 
 def become_fast(module: nn.Module, fast: type[Fast], proven: frozenset[str]) -> None:
-    """Put a fast path on a module, in place, for these ways."""
+    """Put a fast path on a module, in place, for the cases that were proven."""
     change_class(module, class_in_place(type(module), fast))
     module.__dict__["proven"] = proven
 
 
 def become_plain(module: Fast) -> None:
-    """Take a fast path off a module."""
     change_class(module, type(module).plain)
     module.__dict__.pop("proven", None)
 
@@ -42,7 +41,6 @@ def parameters_of(plain: type[nn.Module]) -> tuple[str, ...]:
 def by_name(
     plain: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return a call's arguments by name."""
     return dict(zip(parameters_of(plain), args, strict=False)) | kwargs
 
 
@@ -64,7 +62,7 @@ def class_in_place(plain: type[nn.Module], top: type[nn.Module]) -> type[nn.Modu
 
 
 def with_signature(forward: Any, plain: type[nn.Module]) -> Any:
-    """Return a forward that shows the signature of the plain one, as Trainer and PEFT read it."""
+    """Return a forward with the signature of the plain one, which Trainer and PEFT read."""
 
     @functools.wraps(plain.forward)
     def fast_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -22,8 +22,8 @@ from inlay.model.fast.trl_head import acts_on, asked_for, mean_logits, reads_pas
 from inlay.model.seams.transformers import ForCausalLMLoss, ModelOutput, cache_field, cache_in
 from inlay.storage.registry import frozen, kind, layer_class
 
-NARROW_WAY = "few"
-"""The way in which the last block leaves unscored positions out."""
+FEW_SCORED = "few"
+"""The case in which the last block leaves unscored positions out."""
 KNOWN = frozenset({
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels",
     "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache", "output_hidden_states",
@@ -49,11 +49,10 @@ class ScoredOutput(ModelOutput):
 
 
 class LossOutput(CausalLMOutputWithPast):
-    """A training step's output: the loss now, the logits only if somebody asks for them."""
+    """A training step's output: the loss; the logits are computed when they are read."""
 
     @property
     def logits(self) -> Tensor | None:
-        """The logits of every position, computed when asked for."""
         compute: Callable[[], Tensor] | None = vars(self).get("compute_logits")
         return None if compute is None else compute()
 
@@ -64,7 +63,6 @@ class LossOutput(CausalLMOutputWithPast):
         assert value is None
 
     def __getitem__(self, k: Any) -> Any:
-        """Return a field by name or by place."""
         if k == "logits" or (isinstance(k, int) and k > 0):
             return (self["loss"], self.logits)[k] if isinstance(k, int) else self.logits
         return super().__getitem__(k)
@@ -76,13 +74,13 @@ class FastCausalLM(Fast):
     config: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model; TRL's request for per-token scores is answered without its own head."""
+        """Call the model; per-token scores that TRL asks for are computed here."""
         if not kwargs.get("fused_lm_head") or not self.answers_fused():
             return super().__call__(*args, **kwargs)
         kwargs.pop("fused_lm_head")
         before = vars(self).get("forward")
-        wanted = asked_for(before) or frozenset()
-        vars(self)["forward"] = functools.partial(self.scored, wanted, temperature_of(before))
+        fields = asked_for(before) or frozenset()
+        vars(self)["forward"] = functools.partial(self.scored, fields, temperature_of(before))
         try:
             return super().__call__(*args, **kwargs)
         finally:
@@ -91,13 +89,12 @@ class FastCausalLM(Fast):
                 vars(self)["forward"] = before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the model's output; with labels, in training, the loss comes in chunks."""
         call = by_name(type(self).plain, args, kwargs)
         with attending(call):
             return self.in_chunks(call)
 
     def in_chunks(self, call: dict[str, Any]) -> Any:
-        """Return the output with its loss in chunks where that can be, else the model's own."""
+        """Return the output with the loss computed in chunks if possible, else the model's own."""
         if call.get("labels") is None or not self.takes_chunks() or self.asks_for_more(call):
             return super().forward(**call)
         items = call.pop("num_items_in_batch", None)
@@ -109,14 +106,13 @@ class FastCausalLM(Fast):
         return result
 
     def logits_of(self, call: dict[str, Any], hidden: Tensor | None) -> Tensor:
-        """Return the logits of every position."""
         head = cast(Any, self).get_output_embeddings()
         if hidden is None:
             hidden = cast(Any, self).base_model(**call).last_hidden_state
         return head(hidden)
 
     def answers_fused(self) -> bool:
-        """Say whether per-token scores are computed here: plain ones, in training.
+        """Return whether per-token scores are computed here: plain ones, in training.
 
         In evaluation too where TRL's own head would read past an adapter.
         """
@@ -124,9 +120,9 @@ class FastCausalLM(Fast):
         return self.takes_chunks(always) and asked_for(vars(self).get("forward")) is not None
 
     def scored(
-        self, wanted: frozenset[str], temperature: float, *args: Any, **kwargs: Any
+        self, fields: frozenset[str], temperature: float, *args: Any, **kwargs: Any
     ) -> ScoredOutput:
-        """Return every position's scores for its next token, zero where it is not labelled."""
+        """Return each position's scores of its next token, zero without a label."""
         call = by_name(type(self).plain, args, kwargs)
         call["use_cache"] = False
         call.pop("num_items_in_batch", None)
@@ -141,7 +137,7 @@ class FastCausalLM(Fast):
         result = ScoredOutput(
             loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
         )
-        if "mean_logits" in wanted:
+        if "mean_logits" in fields:
             result.mean_logits = spread(mean_logits(cast(Any, self).get_output_embeddings(), rows))
         return result
 
@@ -155,8 +151,8 @@ class FastCausalLM(Fast):
         """
         labels, shifted = call.pop("labels"), call.pop("shift_labels", None)
         call.pop("logits_to_keep", None)
-        wanted = labels[:, 1:] if shifted is None else shifted
-        mask = wanted != IGNORED
+        targets = labels[:, 1:] if shifted is None else shifted
+        mask = targets != IGNORED
         positions = F.pad(mask, (0, labels.shape[1] - mask.shape[1])).flatten().nonzero().squeeze(1)
         decoder = cast(Any, self).base_model
         few = 0 < positions.numel() <= NARROW * labels.numel()
@@ -167,17 +163,16 @@ class FastCausalLM(Fast):
         hidden: Tensor = outputs.last_hidden_state
         narrowed = bool(here) and hidden.shape[:2] == (1, positions.numel())
         rows = hidden[0] if narrowed else hidden.flatten(0, 1).index_select(0, positions)
-        scores = self.score_rows(rows, wanted[mask], temperature)
+        scores = self.score_rows(rows, targets[mask], temperature)
         return scores, mask, outputs, None if narrowed else hidden, rows
 
     def narrows(self, decoder: nn.Module) -> bool:
-        """Say whether the last block can leave unscored positions out."""
         layers: Any = getattr(decoder, "layers", None)
-        proven = NARROW_WAY in self.proven and is_on("last_layer")
+        proven = FEW_SCORED in self.proven and is_on("last_layer")
         return proven and bool(layers) and isinstance(layers[-1], FastLastBlock)
 
     def score_rows(self, rows: Tensor, labels: Tensor, temperature: float) -> Scores:
-        """Score hidden states (n, d) by the output head, its logits divided by a temperature."""
+        """Score hidden states (n, d) by the output head at a temperature."""
         head = cast(Any, self).get_output_embeddings()
         packed = None if head_is_adapted(head) else frozen(head).packed()
         if packed is not None:
@@ -188,8 +183,8 @@ class FastCausalLM(Fast):
             return Scores(log_probs, entropy.detach(), is_top1)
         step = rows_at_once(len(rows), frozen(head).shape[0])
         found = [
-            Scores(*checkpoint(score_by, head, temperature, part, wanted, use_reentrant=False))
-            for part, wanted in zip(rows.split(step), labels.split(step), strict=True)
+            Scores(*checkpoint(score_by, head, temperature, part, targets, use_reentrant=False))
+            for part, targets in zip(rows.split(step), labels.split(step), strict=True)
         ]
         if not found:
             none = checkpoint(score_by, head, temperature, rows, labels, use_reentrant=False)
@@ -197,7 +192,7 @@ class FastCausalLM(Fast):
         return Scores(*(torch.cat(each) for each in zip(*found, strict=True)))
 
     def asks_for_more(self, call: dict[str, Any]) -> bool:
-        """Say whether a call wants more than the loss, or holds what we do not know."""
+        """Return whether a call asks for more than the loss, or has an unknown argument."""
         keep = call.get("logits_to_keep", 0)
         wants = any(call.get(n) for n in ("output_hidden_states", "output_attentions", "use_cache"))
         known = KNOWN.union(parameters_of(layer_class(cast(Any, self).base_model)))
@@ -206,7 +201,7 @@ class FastCausalLM(Fast):
         return more or isinstance(keep, Tensor) or keep != 0
 
     def takes_chunks(self, always: bool = False) -> bool:
-        """Say whether the loss may be computed in chunks now: in training, or `always`."""
+        """Return whether the loss may be computed in chunks: in training, or `always`."""
         own: Any = self
         head: nn.Module = own.get_output_embeddings()
         return (
@@ -220,7 +215,7 @@ class FastCausalLM(Fast):
 
 
 def score_by(head: nn.Module, temperature: float, rows: Tensor, labels: Tensor) -> Scores:
-    """Score hidden states by a head that trains; its logits are made again for the gradient."""
+    """Score hidden states by a trainable head, whose logits are recomputed for the gradient."""
     return scores_of(head(rows), labels, temperature)
 
 
@@ -237,5 +232,5 @@ def scores_of(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Score
 
 
 def head_is_adapted(head: nn.Module) -> bool:
-    """Say whether something at the output head acts or trains: it must be called as a layer."""
+    """Return whether the output head has an adapter or trains: it is called as a layer."""
     return acts_on(head) or any(p.requires_grad for p in head.parameters())

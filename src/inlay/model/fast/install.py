@@ -12,7 +12,7 @@ from torch import nn
 from inlay.model import process
 from inlay.model.fast.attention import ATTENTION, FastBackbone, Labelled
 from inlay.model.fast.base import Fast, become_fast, become_plain, parameters_of
-from inlay.model.fast.causal_lm import NARROW_WAY, FastCausalLM
+from inlay.model.fast.causal_lm import FEW_SCORED, FastCausalLM
 from inlay.model.fast.hints import (
     is_gate,
     is_norm,
@@ -31,8 +31,7 @@ from inlay.storage.registry import frozen, kind, layer_class
 def install(model: nn.Module) -> tuple[str, ...]:
     """Put the fast paths on a model's modules, in place; on a fast model nothing changes.
 
-    On a CPU the process keeps freed memory from now on, for the steps to come. Where the model has
-    torch's own encoder layers, the process calls such layers' modules one by one from now on.
+    What changes in the process for it, until `uninstall`, is in `inlay.model.process`.
 
     Returns:
         What is to be known of the paths that step aside.
@@ -53,17 +52,17 @@ def install(model: nn.Module) -> tuple[str, ...]:
 
 
 def put(module: nn.Module, fast: type[Fast], proven: frozenset[str]) -> None:
-    """Put a proven path on a module, with what belongs to it."""
     become_fast(module, fast, proven)
     own: Any = module
     if fast is FastBackbone:
+        process.lease(module, "attention")
         set_attention(own.config, ATTENTION)
-    if fast is FastCausalLM and NARROW_WAY in proven:
+    if fast is FastCausalLM and FEW_SCORED in proven:
         become_fast(own.base_model.layers[-1], FastLastBlock, proven)
 
 
 def watch_labels(model: nn.Module) -> None:
-    """Make every model that takes labels tell its fast decoder when they score padding."""
+    """Have models that take labels tell their fast decoder when labels score padding."""
     for module in model.modules():
         if isinstance(module, Fast) or "forward" in vars(module):
             continue
@@ -73,13 +72,14 @@ def watch_labels(model: nn.Module) -> None:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Take the fast paths off: every module is of its own class again."""
+    """Take the fast paths off: every module has its own class again."""
     for module in model.modules():
         if isinstance(module, FastBackbone):
             set_attention(module.config, SDPA)
+            process.end_lease(module)
         if isinstance(module, Fast):
             become_plain(module)
-    process.leave(model)
+    process.end_lease(model)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Candidate:
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Candidate]]:
-    """Every module whose class reads like what a fast path computes, with that path."""
+    """Yield every module whose source reads like a fast path, with that path."""
     attends_by_name = names_attention(model)
     where = device_of(model)
     for name, module in model.named_modules():
@@ -113,7 +113,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Candidate]]:
 
 
 def layer(module: nn.Module, fast: type[Fast], where: torch.device) -> Candidate:
-    """Return a fast path for one layer; what it does depends on its class, dtype and attributes."""
+    """Return a fast path for a layer; its verdict is for one class, dtype and attributes."""
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     linears = [m for m in module.modules() if kind(m) == "linear"]
     dtype = frozen(linears[0]).dtype if linears else dtype
@@ -122,7 +122,7 @@ def layer(module: nn.Module, fast: type[Fast], where: torch.device) -> Candidate
 
 
 def attributes(module: nn.Module) -> Iterator[str]:
-    """Yield what a layer's computation may depend on beside its class: flags, numbers, children."""
+    """Yield the flags, numbers and children that a layer's computation may depend on."""
     for name, value in vars(module).items():
         if isinstance(value, bool | float | str):
             yield f"{name}={value}"
@@ -135,7 +135,7 @@ def attributes(module: nn.Module) -> Iterator[str]:
 def whole_model(
     module: nn.Module, fast: type[Fast], tried: type[Any], where: torch.device
 ) -> Candidate:
-    """Return a fast path for a model or body; what it does depends on its configuration."""
+    """Return a fast path for a whole model; its verdict is for one configuration."""
     model: Any = module
 
     def settings() -> str:
@@ -149,7 +149,7 @@ def whole_model(
 
 
 def attends_by_sdpa(module: nn.Module) -> bool:
-    """Say whether a model's attention is torch's, which ours stands for.
+    """Return whether a model's attention is torch's, which ours stands for.
 
     It is ours already where another model has the same configuration object.
     """
@@ -158,6 +158,5 @@ def attends_by_sdpa(module: nn.Module) -> bool:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where to try things for this model: on its device, or on the CPU for none."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device

@@ -21,7 +21,6 @@ class FastLinear(Fast):
     """`nn.Linear` in the dtype that this machine multiplies fastest."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return `x @ W.T + bias`; called as nn.Linear is, by name too."""
         if not is_on("products"):
             return super().forward(input)
         return DenseLinear(self).linear(input)
@@ -34,7 +33,7 @@ class FastNorm(Fast):
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise; a weight that trains takes the module's own way."""
+        """Normalise; a trainable weight runs the module's own forward."""
         if not is_on("norms") or self.weight.requires_grad or not self.training:
             return super().forward(hidden_states)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)[0]
@@ -87,13 +86,12 @@ def made_again(product: Tensor, make: Callable[[], Tensor]) -> Generator[None]:
 
 
 def others_decide_what_is_kept() -> bool:
-    """Say whether hooks on saved tensors are in force already."""
     hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
     return hooks._top_saved_tensors_default_hooks(False) is not None
 
 
 def name_of_activation(act: nn.Module) -> str | None:
-    """Return the name that the gate kernel has for an activation, or None."""
+    """Return the gate kernel's name of an activation, or None."""
     if isinstance(act, nn.SiLU | SiLUActivation):
         return "silu"
     tanh = isinstance(act, nn.GELU) and act.approximate == "tanh"
@@ -101,7 +99,7 @@ def name_of_activation(act: nn.Module) -> str | None:
 
 
 class FastLastBlock(Fast):
-    """The last Transformer block: past attention, only positions that are scored go on."""
+    """The last Transformer block: behind attention it computes scored positions only."""
 
     input_layernorm: nn.Module
     post_attention_layernorm: nn.Module

@@ -1,4 +1,4 @@
-"""Several rows in one sequence without padding: positions restart at 0 where a row begins."""
+"""Several rows packed into one sequence: positions restart at 0 where a row begins."""
 
 from __future__ import annotations
 
@@ -71,12 +71,11 @@ def mixes_rows(model: nn.Module, rows: Sequence[Sequence[int]]) -> str | None:
 
 
 def furthest(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference as a share of the largest value."""
     return float((found - expected).abs().max() / expected.abs().max())
 
 
 def logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Return the logits (1, tokens, vocabulary) of rows in one sequence."""
+    """Return the logits (1, tokens, vocabulary) of rows packed into one sequence."""
     device = next(model.parameters()).device
     ids = torch.tensor([[token for row in rows for token in row]], device=device)
     where = positions([len(row) for row in rows]).to(device)

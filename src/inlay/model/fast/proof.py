@@ -1,18 +1,17 @@
-"""A fast path proves itself before its first use: it is tried beside what it stands for.
+"""A fast path is compared with the plain one before its first use.
 
-Tried is a small model, or module, of the same class and configuration with random weights
-(`inlay.model.fast.shrink`), so that the user's own model is not touched and its size does not
-count. It runs in a thread of its own, where no hook, mode or autocast of the caller's is in force,
-and draws no random number of theirs. A verdict holds for a class, its configuration and the
-libraries' versions, for as long as the process lives.
+The comparison runs on a small model or module of the same class and configuration with random
+weights (`inlay.model.fast.shrink`), so that the user's own model is not touched and its size does
+not count. It runs in its own thread, without the caller's hooks, modes, autocast and random state.
+A verdict holds for a class, its configuration and the libraries' versions, until the process ends.
 """
 
 from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,52 +19,54 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from inlay.errors import first_line
 from inlay.kernels import switches
 from inlay.model.load.libraries import quiet_transformers
+from inlay.model.process import threads
 from inlay.storage.registry import layer_class
 
 T = TypeVar("T")
 EXACT = 2e-4
-"""How far values and gradients in float32 may be apart, as a share of the largest: rounding."""
+"""Allowed difference of values and gradients in float32, relative to the largest: rounding."""
 ROUNDINGS = 4.0
-"""How many roundings of a narrower dtype, beside thrice those of the plain way."""
+"""Roundings allowed in half precision, besides three times the plain path's own error."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """In which ways a fast path computes what the plain one does, and what spoke against others."""
+    """The cases in which a fast path equals the plain one, and why not in others."""
 
     proven: frozenset[str]
     against: tuple[str, ...] = ()
 
 
 class Differs(Exception):  # noqa: N818
-    """The fast path computes something else; the message says what, and by how much."""
+    """The fast path computes something else; the message says what and by how much."""
 
 
 class Untried(Exception):  # noqa: N818
-    """The plain way raises on these inputs, so that nobody can mean to take them."""
+    """The plain path raises on these inputs, so that they are no case to prove."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Something to be tried in one way."""
+    """A comparison of the fast path with the plain one, in one case."""
 
-    way: str
-    """What is proven if it agrees; `always` stands for what every way needs."""
+    case: str
+    """What is proven if it agrees; `always`: needed for every case."""
     run: Callable[[], None]
     """Raises `Differs`, or whatever the fast path raises."""
 
 
-ALWAYS = "always"
+ALCASES = "always"
 verdicts: dict[Any, Verdict] = {}
-"""What was found in this process."""
-told: set[str] = set()
-"""What was warned of in this process."""
+"""The verdicts of this process."""
+warned: set[str] = set()
+"""What this process has warned of."""
 
 
 def verdict(key: Any, trials: Callable[[], Iterable[Trial]]) -> Verdict:
-    """Return what the trials say, from memory where they were run under this key before."""
+    """Return the verdict of the trials; they run once for each key."""
     whole = (key, transformers.__version__, torch.__version__)
     if whole not in verdicts:
         verdicts[whole] = in_clean_thread(lambda: judged(trials))
@@ -73,32 +74,32 @@ def verdict(key: Any, trials: Callable[[], Iterable[Trial]]) -> Verdict:
 
 
 def judged(trials: Callable[[], Iterable[Trial]]) -> Verdict:
-    """Run trials; a way is proven when all of its trials agree and all that every way needs."""
-    ways: set[str] = set()
+    """Run trials; a case is proven when its trials and those of `ALCASES` agree."""
+    cases: set[str] = set()
     failed: dict[str, str] = {}
-    untried = "its plain way does not run on what is tried"
+    untried = "the plain path does not run on the inputs of the trial"
     try:
         for trial in trials():
             try:
-                why = None if trial.way in failed else outcome_of(trial.run)
+                why = None if trial.case in failed else outcome_of(trial.run)
             except Untried as error:
-                untried = f"its plain way raises {said(error)}"
+                untried = f"the plain path raises {described(error)}"
                 continue
-            ways.add(trial.way)
+            cases.add(trial.case)
             if why is not None:
-                failed[trial.way] = why
+                failed[trial.case] = why
     except Exception as error:
-        return Verdict(frozenset(), (f"it cannot be tried: {said(error)}",))
-    if ALWAYS in failed:
-        return Verdict(frozenset(), (failed[ALWAYS],))
-    if not ways - {ALWAYS}:
+        return Verdict(frozenset(), (f"it cannot be tried: {described(error)}",))
+    if ALCASES in failed:
+        return Verdict(frozenset(), (failed[ALCASES],))
+    if not cases - {ALCASES}:
         return Verdict(frozenset(), (f"it cannot be tried: {untried}",))
-    against = tuple(f"for {way} rows, {why}" for way, why in failed.items())
-    return Verdict(frozenset(ways - set(failed) - {ALWAYS}), against)
+    against = tuple(f"for {case} rows, {why}" for case, why in failed.items())
+    return Verdict(frozenset(cases - set(failed) - {ALCASES}), against)
 
 
 def outcome_of(run: Callable[[], None]) -> str | None:
-    """Return what speaks against a fast path, or None; let `Untried` through."""
+    """Return why a fast path is refused, or None; let `Untried` through."""
     try:
         run()
     except Untried:
@@ -106,18 +107,17 @@ def outcome_of(run: Callable[[], None]) -> str | None:
     except Differs as differs:
         return str(differs)
     except Exception as error:
-        return f"it raises {said(error)}"
+        return f"it raises {described(error)}"
     return None
 
 
-def said(error: BaseException) -> str:
-    """Return an error as part of a sentence."""
-    line = (str(error).splitlines() or [""])[0][:200]
-    return line if isinstance(error, ValueError) and line else f"{type(error).__name__}: {line}"
+def described(error: BaseException) -> str:
+    line = first_line(error)[:200]
+    return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
 
 
 def in_clean_thread(work: Callable[[], T]) -> T:
-    """Do something where nothing of the caller's is in force but the process's settings."""
+    """Run in a new thread, without the caller's hooks, modes, autocast and random state."""
     found: list[T] = []
     raised: list[BaseException] = []
 
@@ -129,7 +129,7 @@ def in_clean_thread(work: Callable[[], T]) -> T:
                 stack.enter_context(quiet_transformers())
                 stack.enter_context(torch.random.fork_rng(devices=[]))
                 stack.enter_context(switches.as_the_process_began())
-                stack.enter_context(one_core())
+                stack.enter_context(threads(1))  # to share tiny tensors costs more than it saves
                 found.append(work())
         except BaseException as error:
             raised.append(error)
@@ -142,17 +142,6 @@ def in_clean_thread(work: Callable[[], T]) -> T:
     return found[0]
 
 
-@contextmanager
-def one_core() -> Generator[None]:
-    """Compute on one core, since to share tiny tensors costs more than it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def compare(
     fast: dict[str, Tensor],
     plain: dict[str, Tensor],
@@ -163,40 +152,39 @@ def compare(
 
     Args:
         fast: what the fast path computes, by name.
-        plain: what the plain way computes.
-        exact: what the plain way computes in float32, where both above are in a narrower dtype:
-            the fast path may then be off by what the plain way is off, a few times over.
+        plain: what the plain path computes.
+        exact: what the plain path computes in float32, where both above are in a narrower dtype:
+            the fast path may then be off by what the plain path is off, a few times over.
 
     Raises:
         Differs: naming what, and by how much.
     """
     largest: dict[str, float] = {}
-    for name, wanted in plain.items():
+    for name, expected in plain.items():
         group = name.split(" ", 1)[0]
-        largest[group] = max(largest.get(group, 0.0), length(wanted))
-    for name, wanted in plain.items():
+        largest[group] = max(largest.get(group, 0.0), length(expected))
+    for name, expected in plain.items():
         got = fast.get(name)
-        if got is None or got.shape != wanted.shape:
+        if got is None or got.shape != expected.shape:
             shape = None if got is None else tuple(got.shape)
-            raise Differs(f"{name} has shape {shape} in place of {tuple(wanted.shape)}")
-        scale = length(wanted) + 1e-2 * largest[name.split(" ", 1)[0]] + 1e-12
-        allowed, reference = EXACT, wanted
+            raise Differs(f"{name} has shape {shape} in place of {tuple(expected.shape)}")
+        scale = length(expected) + 1e-2 * largest[name.split(" ", 1)[0]] + 1e-12
+        allowed, reference = EXACT, expected
         if exact is not None:
             reference = exact[name]
-            off = length(wanted.float() - reference.float()) / scale
-            allowed = 3 * off + ROUNDINGS * torch.finfo(wanted.dtype).eps + spread
+            off = length(expected.float() - reference.float()) / scale
+            allowed = 3 * off + ROUNDINGS * torch.finfo(expected.dtype).eps + spread
         difference = length(got.float() - reference.float()) / scale
         if not difference <= allowed:
             raise Differs(f"{name} differs by {difference:.2g} of its size, {allowed:.1g} allowed")
 
 
 def length(x: Tensor) -> float:
-    """Return the Euclidean length of all the values."""
     return float(x.detach().float().norm())
 
 
 def note(name: str, module: nn.Module, fast: type[Any], found: Verdict) -> str | None:
-    """Return what is to be told of a path that steps aside, wholly or in part; None for nothing."""
+    """Return the note on a fast path that is not used, wholly or in part; else None."""
     if not found.against:
         return None
     where = f"{name} ({layer_class(module).__name__})" if name else layer_class(module).__name__
@@ -209,7 +197,6 @@ def note(name: str, module: nn.Module, fast: type[Any], found: Verdict) -> str |
 
 
 def tell(message: str, about: str) -> None:
-    """Warn once in this process."""
-    if about not in told:
-        told.add(about)
+    if about not in warned:
+        warned.add(about)
         warnings.warn(message, UserWarning, stacklevel=4)

@@ -1,8 +1,8 @@
-"""A model or module like another, but small and with weights of its own, to try things on.
+"""A small copy of a model or module with random weights, for trials.
 
-What is kept is the structure: class, flags, width of a head, kinds of layers. What is cut is what
-only costs time: layers of a kind that is there already, heads, feed-forward width, vocabulary,
-experts. Windows are cut, too, so that a few tokens reach beyond them.
+It keeps the structure: class, flags, head width, kinds of layers. It cuts what only costs time:
+further layers of one kind, heads, feed-forward width, vocabulary, experts. Windows are cut too, so
+that a few tokens reach beyond them.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from inlay.errors import first_line
+from inlay.model.example_inputs import configs
 from inlay.model.fast.attention import ATTENTION
+from inlay.model.seams.accelerate import HOOK, KEPT_FORWARDS
 from inlay.model.seams.transformers import (
     EAGER,
     SDPA,
     attention_of,
-    is_configuration,
     set_attention,
 )
 from inlay.storage.registry import frozen, kind, layer_class
@@ -44,19 +46,14 @@ NARROWER: tuple[tuple[str, int], ...] = (
 NOT_WIDTHS = re.compile(r"position|length|window|chunk|vocab|intermediate|token|layer|head|theta")
 STATE_HEADS = re.compile(r"(mamba|ssm).*heads$")
 """Heads of a state space, of which there are as many as the hidden size has room for."""
-OWN = frozenset({"forward", "_hf_hook", "_old_forward"})
+OWN = frozenset({"forward", HOOK, *KEPT_FORWARDS})
 """What others put on a module and what it computes does not depend on."""
 
 
 def small_model(model: PreTrainedModel, runs: Callable[[PreTrainedModel], Any]) -> PreTrainedModel:
-    """Return a small model of the same class and configuration, in fp32, in training.
+    """Return a small model of the same class and configuration, in fp32, in training mode.
 
-    Args:
-        model: the user's model, of which class, configuration and size are read.
-        runs: what a small model must be able to do.
-
-    Raises:
-        ValueError: none could be built, or none ran.
+    `runs` is called on it to show that it works. Raises ValueError if no such model works.
     """
     tried: list[str] = []
     large = sum(p.numel() for p in model.parameters()) > LARGEST
@@ -71,22 +68,22 @@ def small_model(model: PreTrainedModel, runs: Callable[[PreTrainedModel], Any]) 
             with torch.no_grad():
                 runs(found)
         except Exception as error:
-            tried.append(f"{type(error).__name__}: {first_line(error)}")
+            tried.append(f"{type(error).__name__}: {first_line(error)[:200]}")
         else:
             return found
     raise ValueError(f"no small model of its class could be built and run ({tried[0]})")
 
 
 def size_of(made_as: Any, config: Any) -> int:
-    """Return how many parameters a model of this class and configuration has, building none."""
+    """Count the parameters of a model of this class and configuration, on meta."""
     with torch.device("meta"):
         return sum(p.numel() for p in made_as(copy.deepcopy(config)).parameters())
 
 
 def small_configuration(config: Any, cut: frozenset[Cut] | None = None) -> Any:
-    """Return a copy of a configuration with small sizes: all that can be cut, by default."""
+    """Return a copy of a configuration with small sizes; by default with all cuts."""
     small = copy.deepcopy(config)
-    for part in parts_of(small):
+    for part in configs(small):
         vars(part).pop("quantization_config", None)
         for each in (cut_layers, cut_heads, cut_integers):
             if each in (WHOLLY if cut is None else cut):
@@ -96,17 +93,9 @@ def small_configuration(config: Any, cut: frozenset[Cut] | None = None) -> Any:
     return small
 
 
-def parts_of(config: Any) -> Iterator[Any]:
-    """Yield a configuration and those inside it."""
-    yield config
-    for value in list(vars(config).values()):
-        if is_configuration(value):
-            yield from parts_of(value)
-
-
 def cut_layers(config: Any) -> None:
-    """Leave two layers at least, one of each kind that the configuration lists, and the last."""
-    count = said(config, "num_hidden_layers")
+    """Keep at least two layers: one of each kind that the configuration lists, and the last."""
+    count = setting(config, "num_hidden_layers")
     if not isinstance(count, int) or count <= 2:
         return
     lists = {
@@ -126,12 +115,12 @@ def cut_layers(config: Any) -> None:
 
 
 def cut_heads(config: Any) -> None:
-    """Leave two or four heads of the width they have, and a hidden size to match."""
-    heads, hidden = said(config, "num_attention_heads"), said(config, "hidden_size")
+    """Keep two or four heads of the same width, and a hidden size to match."""
+    heads, hidden = setting(config, "num_attention_heads"), setting(config, "hidden_size")
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads <= 4:
         return
-    kept = said(config, "num_key_value_heads")
-    width = said(config, "head_dim") or hidden // heads
+    kept = setting(config, "num_key_value_heads")
+    width = setting(config, "head_dim") or hidden // heads
     shared = isinstance(kept, int) and 1 < kept < heads
     few = 4 if shared and width <= NARROW_HEAD else 2
     if isinstance(kept, int):
@@ -159,14 +148,14 @@ def cut_integers(config: Any) -> None:
                 if cut != value:
                     setattr(config, name, cut)
                 break
-    vocabulary = said(config, "vocab_size")
+    vocabulary = setting(config, "vocab_size")
     for name, value in list(vars(config).items()):
         if name.endswith("token_id") and isinstance(value, int) and isinstance(vocabulary, int):
             setattr(config, name, value if value < vocabulary else 0)
 
 
-def said(config: Any, name: str) -> Any:
-    """Return a configuration's value; None where it has none, or one for each layer."""
+def setting(config: Any, name: str) -> Any:
+    """Return a setting; None where there is none, or one for each layer."""
     try:
         return getattr(config, name, None)
     except Exception:
@@ -178,7 +167,7 @@ WHOLLY: frozenset[Cut] = frozenset({cut_layers, cut_heads, cut_integers})
 
 
 def no_more(value: Any, most: int) -> Any:
-    """Return an integer, or those of a list, cut to `most`; anything else as it is."""
+    """Limit an integer, or those of a list, to `most`; return anything else as it is."""
     if type(value) is int:
         return min(value, most)
     if isinstance(value, list | tuple):
@@ -217,7 +206,7 @@ def small_module(
 
 @torch.no_grad()
 def filled(module: nn.Module) -> nn.Module:
-    """Give a module's own parameters random values of which each one matters."""
+    """Fill a module's parameters with random values, none of them negligible."""
     generator = torch.Generator().manual_seed(0)
     for name, p in module.named_parameters():
         if p.is_floating_point():
@@ -229,10 +218,4 @@ def filled(module: nn.Module) -> nn.Module:
 
 
 def scaled(drawn: Tensor) -> Tensor:
-    """Return values whose products with a row of ones stay near one."""
     return 0.1 * drawn if drawn.ndim < 2 else drawn / math.sqrt(drawn.shape[-1])
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says."""
-    return (str(error).splitlines() or [""])[0][:200]

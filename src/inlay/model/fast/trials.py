@@ -1,4 +1,4 @@
-"""How each kind of fast path is tried: on which inputs, and what must agree."""
+"""The trials of each kind of fast path: its inputs, and the values that must agree."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from inlay.kernels.loss import IGNORED
 from inlay.kernels.scratch import HALVES
 from inlay.model.fast.attention import ATTENTION, FastBackbone
 from inlay.model.fast.base import Fast, become_fast, become_plain, parameters_of
-from inlay.model.fast.causal_lm import NARROW_WAY, FastCausalLM
+from inlay.model.fast.causal_lm import FEW_SCORED, FastCausalLM
 from inlay.model.fast.hints import can_be_last
 from inlay.model.fast.layers import FastLastBlock
-from inlay.model.fast.proof import ALWAYS, Trial, Untried, compare
+from inlay.model.fast.proof import ALCASES, Trial, Untried, compare
 from inlay.model.fast.shrink import small_model, small_module
+from inlay.model.process import end_lease, lease
 from inlay.model.seams.transformers import SDPA, cache_argument, cache_in, set_attention
 from inlay.storage.registry import layer_class
 
@@ -28,7 +29,7 @@ OTHER_EXPERTS = 0.2
 """How far results in a narrower dtype may be apart where tokens choose among experts."""
 FIRST = 3
 """The least token id that is tried; those below may be special."""
-ALL = frozenset({"whole", "padded", "packed", "loss", NARROW_WAY, "layer"})
+ALL = frozenset({"whole", "padded", "packed", "loss", FEW_SCORED, "layer"})
 
 Values = dict[str, Tensor]
 Call = dict[str, Any]
@@ -46,18 +47,18 @@ class Tried:
         """What runs gave plainly, in float32."""
 
     def against_plain(self, run: Callable[[], Values]) -> None:
-        """Compare what a run gives fast with what it gives plainly."""
+        """Compare the fast run with the plain one."""
         plain = self.exactly(run)
         compare(run(), plain)
 
     def exactly(self, run: Callable[[], Values]) -> Values:
-        """Return what a run gives plainly in float32, from memory where it is known."""
+        """Return the plain run's values in float32; each run is computed once."""
         if run not in self.found:
             self.found[run] = self.plainly(run)
         return self.found[run]
 
     def plainly(self, run: Callable[[], Values]) -> Values:
-        """Return what a run gives with no fast path on the twin."""
+        """Run with no fast path on the twin."""
         self.off()
         try:
             return run()
@@ -67,7 +68,7 @@ class Tried:
             self.on()
 
     def in_halves(self, run: Callable[[], Values]) -> None:
-        """Compare in the narrower dtype of the user's model; the twin stays in it."""
+        """Compare in the half precision of the user's model; the twin stays in it."""
         assert self.halves is not None
         exact = self.exactly(run)
         self.twin.to(self.halves)
@@ -75,7 +76,7 @@ class Tried:
         compare(run(), plain, exact, self.spread)
 
     def under_autocast(self, run: Callable[[], Values]) -> None:
-        """Compare under autocast, to what autocast itself is off."""
+        """Compare under autocast; its own error is allowed."""
         exact = self.exactly(run)
         with torch.autocast(self.device.type, torch.bfloat16):
             plain = self.plainly(run)
@@ -87,18 +88,16 @@ class Tried:
         """Put the fast path on the twin."""
 
     def off(self) -> None:
-        """Take it off again."""
         for module in self.fast:
             become_plain(module)
         self.fast = []
 
     def make(self, module: nn.Module, fast: type[Fast]) -> None:
-        """Put a fast path on one module of the twin."""
         become_fast(module, fast, ALL)
         self.fast.append(cast("Fast", module))
 
     def gradients(self, to: Tensor) -> Values:
-        """Return the gradients of a number to all of the twin's parameters that train."""
+        """Return the gradients of a scalar to the twin's trainable parameters."""
         trained = {n: p for n, p in self.twin.named_parameters() if p.requires_grad}
         found: Any = torch.autograd.grad(
             to, list(trained.values()), allow_unused=True, materialize_grads=True
@@ -107,13 +106,10 @@ class Tried:
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """Return random values from a seed of their own."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class LayerTried(Tried):
-    """A layer that is given one tensor."""
-
     def __init__(
         self, module: nn.Module, fast: type[Fast], device: torch.device, dtype: torch.dtype
     ) -> None:
@@ -126,7 +122,6 @@ class LayerTried(Tried):
         self.make(self.twin, self.kind)
 
     def run(self) -> Values:
-        """Return the layer's output and the gradient to its input."""
         dtype = next(self.twin.parameters()).dtype
         x = drawn(2, 3, self.width).to(self.device, dtype).requires_grad_()
         y = self.twin(x)
@@ -135,7 +130,6 @@ class LayerTried(Tried):
         return {"value of its output": y.detach(), "gradient to its input": back}
 
     def trials(self) -> Iterator[Trial]:
-        """Yield the trials: in float32, under autocast, in the model's own dtype."""
         self.on()
         yield Trial("layer", partial(self.against_plain, self.run))
         yield Trial("layer", partial(self.under_autocast, self.run))
@@ -144,14 +138,11 @@ class LayerTried(Tried):
 
 
 def width_of(twin: nn.Module) -> int:
-    """Return how wide a row must be that a small module takes."""
     linear = next((m for m in twin.modules() if isinstance(m, nn.Linear)), None)
     return next(twin.parameters()).shape[-1] if linear is None else linear.in_features
 
 
 class ModelTried(Tried):
-    """A small model that is given ids."""
-
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         super().__init__(small_model(model, runs_on_ids), device, model.dtype)
         self.model: Any = self.twin
@@ -167,7 +158,7 @@ class ModelTried(Tried):
         self.takes = frozenset(parameters_of(layer_class(self.twin)))
 
     def there(self, **call: Any) -> Call:
-        """Return a call's tensors on the device, and no cache unless it asks for one."""
+        """Move a call's tensors to the device; no cache unless the call asks for one."""
         if "use_cache" in self.takes:
             call = {"use_cache": False, **call}
         return {
@@ -176,12 +167,11 @@ class ModelTried(Tried):
         }
 
     def padded(self, on_left: bool = False) -> Call:
-        """Return two rows of which one is padded."""
         mask = self.mask.flip(1) if on_left else self.mask
         return self.there(input_ids=self.ids, attention_mask=mask)
 
     def brief(self, call: Call) -> Call:
-        """Return the middle of the rows, padding too, where tokens are slow to compute."""
+        """Return the middle of the rows, with some padding: half precision is slow here."""
         return {
             name: value[:, self.short // 2 : self.short + self.short // 2]
             if isinstance(value, Tensor) and value.ndim == 2
@@ -191,14 +181,13 @@ class ModelTried(Tried):
 
 
 def runs_on_ids(model: PreTrainedModel) -> None:
-    """Run a model on two rows of ids."""
     called: Any = model
     length = min(SHORT, longest(model.config.get_text_config()))
     called(input_ids=torch.full((2, length), FIRST))
 
 
 def longest(config: Any) -> int:
-    """Return how many tokens a row may have by a configuration, a few positions left free."""
+    """Return how many tokens a row may have, a few positions left free."""
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int):
         return LONG
@@ -206,23 +195,23 @@ def longest(config: Any) -> int:
 
 
 def has_experts(config: Any) -> bool:
-    """Say whether tokens choose among experts, where a rounding may choose others."""
+    """Return whether there are experts: rounding may choose other ones."""
     return any("experts" in name and bool(value) for name, value in vars(config).items())
 
 
 class BackboneTried(ModelTried):
-    """A decoder, whose hidden states are compared."""
-
     def on(self) -> None:
         self.make(self.twin, FastBackbone)
+        lease(self.twin, "attention")
         set_attention(self.model.config, ATTENTION)
 
     def off(self) -> None:
         super().off()
         set_attention(self.model.config, SDPA)
+        end_lease(self.twin)
 
     def run(self, call: Call, backward: bool = True) -> Values:
-        """Return the hidden states of the tokens that are not padding, and the gradients."""
+        """Return the hidden states of unpadded tokens, and the gradients."""
         with torch.set_grad_enabled(backward):
             hidden = self.model(**call)[0]
         if call.get("attention_mask") is not None:
@@ -245,7 +234,6 @@ class BackboneTried(ModelTried):
         return {"value of a second piece over a cache": hidden}
 
     def as_evaluated(self) -> Values:
-        """Return the hidden states in evaluation, padded on the left."""
         self.twin.eval()
         try:
             return self.run(self.padded(on_left=True), backward=False)
@@ -253,25 +241,25 @@ class BackboneTried(ModelTried):
             self.twin.train()
 
     def trials(self) -> Iterator[Trial]:
-        """Yield the trials of rows of each kind, and of what every kind needs."""
         whole = partial(self.run, self.there(input_ids=self.ids))
         if {"use_cache"} <= self.takes and cache_argument(layer_class(self.twin).forward):
-            yield Trial(ALWAYS, partial(self.against_plain, self.in_two_pieces))
-        yield Trial(ALWAYS, partial(self.against_plain, self.as_evaluated))
+            yield Trial(ALCASES, partial(self.against_plain, self.in_two_pieces))
+        yield Trial(ALCASES, partial(self.against_plain, self.as_evaluated))
         left = partial(self.run, self.padded(on_left=True), False)
-        yield Trial(ALWAYS, partial(self.against_plain, left))
+        yield Trial(ALCASES, partial(self.against_plain, left))
         yield Trial("whole", partial(self.against_plain, whole))
         padded = partial(self.run, self.padded())
         yield Trial("padded", partial(self.against_plain, padded))
         if "position_ids" in self.takes:
             yield Trial("packed", partial(self.against_plain, partial(self.run, self.packed())))
         brief = partial(self.run, self.brief(self.padded()))
-        yield Trial(ALWAYS, partial(self.under_autocast, brief))
+        yield Trial(ALCASES, partial(self.under_autocast, brief))
         if self.halves is not None:
-            yield Trial(ALWAYS, partial(self.in_halves, brief))
+            yield Trial(ALCASES, partial(self.in_halves, brief))
+        self.off()
 
     def packed(self) -> Call:
-        """Return two rows in one sequence, which positions tell apart."""
+        """Return two rows packed into one sequence; positions restart at the second."""
         ids = torch.cat([self.ids[0, : self.long - self.short], self.ids[1, : self.short]])[None]
         lengths = (self.long - self.short, self.short)
         positions = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -279,8 +267,6 @@ class BackboneTried(ModelTried):
 
 
 class HeadTried(ModelTried):
-    """A causal language model, whose loss is compared."""
-
     last: nn.Module | None = None
     """The last block, once it is tried too."""
 
@@ -290,7 +276,6 @@ class HeadTried(ModelTried):
             self.make(self.last, FastLastBlock)
 
     def run(self, call: Call, head_trains: bool = False) -> Values:
-        """Return loss, logits and gradients of a labelled batch."""
         self.twin.requires_grad_(True)
         if not head_trains:
             self.model.get_output_embeddings().requires_grad_(False)
@@ -303,7 +288,7 @@ class HeadTried(ModelTried):
         return values | {"logits": logits if real is None else logits[real.bool()]}
 
     def scores(self, call: Call) -> Values:
-        """Return the log-probabilities of the labels, by TRL's request or from the logits."""
+        """Return the labels' log-probabilities, as TRL asks for them or from the logits."""
         labels = call["labels"]
         if self.fast:
             with torch.no_grad():
@@ -311,14 +296,13 @@ class HeadTried(ModelTried):
         else:
             with torch.no_grad():
                 logits = self.model(**{k: v for k, v in call.items() if k != "labels"}).logits
-            wanted = labels[:, 1:]
+            targets = labels[:, 1:]
             log_all = logits[:, :-1].float().log_softmax(-1)
-            found = log_all.gather(-1, wanted.clamp(min=0)[..., None])[..., 0]
-            found = found * (wanted != IGNORED)
+            found = log_all.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+            found = found * (targets != IGNORED)
         return {"value of the scores": found.detach()}
 
     def trials(self) -> Iterator[Trial]:
-        """Yield the trials of the loss, and of the last block at few positions."""
         few = self.ids.where(self.mask == 1, IGNORED)
         few[:, ::3] = IGNORED
         some = self.padded() | self.there(labels=few)
@@ -335,6 +319,6 @@ class HeadTried(ModelTried):
             self.off()
             self.last = layers[-1]
             self.on()
-            yield Trial(NARROW_WAY, partial(self.against_plain, labelled))
+            yield Trial(FEW_SCORED, partial(self.against_plain, labelled))
         if self.halves is not None:
             yield Trial("loss", partial(self.in_halves, brief))

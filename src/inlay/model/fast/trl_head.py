@@ -36,17 +36,16 @@ def asked_for(forward: Callable[..., Any] | None) -> frozenset[str] | None:
     options = options_of(forward)
     if "outputs" not in options or any(options.get(k, v) != v for k, v in PLAIN.items()):
         return None
-    wanted = frozenset({"log_probs", *options["outputs"]})
-    return wanted if wanted <= ANSWERED else None
+    fields = frozenset({"log_probs", *options["outputs"]})
+    return fields if fields <= ANSWERED else None
 
 
 def temperature_of(forward: Callable[..., Any] | None) -> float:
-    """Return what TRL's forward divides the logits by."""
     return 1.0 if forward is None else float(options_of(forward).get("temperature", 1.0))
 
 
 def options_of(forward: Callable[..., Any]) -> dict[str, Any]:
-    """Return what TRL's forward was made with, also where accelerate wrapped it for autocast."""
+    """Return the options of TRL's forward, also inside accelerate's autocast wrapper."""
     function: Any = forward
     while function is not None:
         function = getattr(function, "__func__", function)
@@ -78,12 +77,12 @@ def mean_logits(head: nn.Module, rows: Tensor) -> Tensor:
 
 
 def acts_on(head: nn.Module) -> bool:
-    """Say whether an adapter acts at the head now, so that its weight alone is not its function."""
+    """Return whether an adapter is active at the head, so that its weight is not all."""
     return isinstance(head, AdaptedLayer) and bool(head.active_methods())
 
 
 def reads_past(head: nn.Module) -> bool:
-    """Say whether to read the head's `weight` would leave an active adapter out."""
+    """Return whether the head's `weight` alone would leave an active adapter out."""
     return isinstance(head, AdaptedLayer) and any(
         isinstance(method, WeightMethod) for method, _ in head.active_methods()
     )

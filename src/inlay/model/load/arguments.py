@@ -9,11 +9,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from inlay.errors import ModelError, did_you_mean
-from inlay.model.load.hf_quantizer import InlayQuantizationConfig
+from inlay.model.load.hf_quantizer import NAME, InlayQuantizationConfig
 
 
 def check_word(key: str, value: str, allowed: Any) -> None:
-    """Raise unless a value is one of those that a Literal allows."""
     if value not in get_args(allowed):
         raise ModelError(f"{key} must be one of {', '.join(get_args(allowed))}, not {value!r}")
 
@@ -42,7 +41,7 @@ def quantization_for(
             f"load it with storage='{packed_as}' or find the model it was made from"
         )
     config.quantization_config = {
-        "quant_method": "inlay",
+        "quant_method": NAME,
         "storage": packed_as,
         "double_quant": double_quant,
         "head_storage": head_storage,
@@ -51,16 +50,16 @@ def quantization_for(
 
 
 def packed_storage(quantization: Mapping[str, Any] | Any, model: str) -> str | None:
-    """Return the storage that a checkpoint's own quantisation is, or None for a dense one."""
+    """Return the storage of a quantised checkpoint, or None for a dense one."""
     if quantization is None:
         return None
-    said = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
-    if said.get("load_in_8bit"):
+    settings = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
+    if settings.get("load_in_8bit"):
         return "int8"
-    four_bit = said.get("bnb_4bit_quant_type", "fp4") if said.get("load_in_4bit") else None
+    four_bit = settings.get("bnb_4bit_quant_type", "fp4") if settings.get("load_in_4bit") else None
     if four_bit == "nf4":
         return "nf4"
-    kind = four_bit or said.get("quant_method") or "an unnamed method"
+    kind = four_bit or settings.get("quant_method") or "an unnamed method"
     raise ModelError(
         f"{model} is quantised with {kind}; of quantised models, those in bitsandbytes' nf4 "
         "and int8 can be loaded. Load the model it was made from, with storage='nf4'"
@@ -68,7 +67,6 @@ def packed_storage(quantization: Mapping[str, Any] | Any, model: str) -> str | N
 
 
 def checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """Return a floating-point dtype or `auto`; raise for anything else."""
     names = ("bfloat16", "float16", "float32", "float64")
     if dtype == "auto" or dtype in {getattr(torch, n) for n in names}:
         return dtype
@@ -80,7 +78,7 @@ def checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def checked_device(device: str | torch.device | None) -> torch.device:
-    """Return the device asked for, by default the first GPU; raise when there is none such."""
+    """Return the device asked for, by default the first GPU; raise if it is not there."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from inlay.errors import InlayError, ModelError
+from inlay.errors import InlayError, ModelError, first_line
 from inlay.methods.base import evaluating
 from inlay.model.load.pretrained import model_class
 from inlay.model.merge.fidelity import first_tensor
@@ -44,11 +44,7 @@ OTHERS: dict[str, tuple[str, str]] = {
 
 
 def check_writes(config: PreTrainedConfig) -> None:
-    """Raise unless the class that a configuration names continues text word by word.
-
-    Raises:
-        ModelError: it does something else; the sentence says what, and what to use.
-    """
+    """Raise unless the class that a configuration names is a causal language model."""
     made_as = model_class(config)
     if not (isinstance(made_as, type) and issubclass(made_as, PreTrainedModel)):
         return
@@ -68,11 +64,7 @@ def check_writes(config: PreTrainedConfig) -> None:
 
 
 def check_one_text(name: str, config: Any) -> None:
-    """Raise for an encoder-decoder, whose answer is no continuation of what it read.
-
-    Raises:
-        ModelError: naming the class and what to use.
-    """
+    """Raise for an encoder-decoder, whose answer does not continue its input."""
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"{name} is an encoder-decoder: a source goes into its encoder, and an answer comes "
@@ -82,7 +74,7 @@ def check_one_text(name: str, config: Any) -> None:
 
 
 def purpose_of(class_name: str) -> str:
-    """Return the first mapping of `OTHERS` that names a class; the last stands for all else."""
+    """Return the first mapping of `OTHERS` that names a class; the last one is the rest."""
     for mapping in OTHERS:
         names = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {})
         if class_name in names.values():
@@ -91,7 +83,7 @@ def purpose_of(class_name: str) -> str:
 
 
 def needs(made_as: type[PreTrainedModel]) -> list[str]:
-    """Return what a class's forward cannot do without beside token ids."""
+    """Return the arguments that a class's forward requires besides token ids."""
     given = inspect.signature(made_as.forward).parameters.values()
     return [
         p.name
@@ -103,12 +95,9 @@ def needs(made_as: type[PreTrainedModel]) -> list[str]:
 
 
 def check_continues(model: nn.Module) -> None:
-    """Raise unless a model takes a row of text, and no word of it sees those behind it.
+    """Raise unless a model takes text alone, and no token sees later ones.
 
-    A loss on the next word of a model that sees it would teach it to copy.
-
-    Raises:
-        ModelError: it cannot be run on text alone, or sees ahead.
+    Otherwise a loss on the next token would teach the model to copy.
     """
     config: Any = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
@@ -122,10 +111,9 @@ def check_continues(model: nn.Module) -> None:
     except InlayError:
         raise
     except Exception as error:
-        said = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
-            f"{name} cannot be run on a row of text alone ({type(error).__name__}: {said}); "
-            f"{CHOOSE}, or {PYTHON}"
+            f"{name} cannot be run on a row of text alone ({type(error).__name__}: "
+            f"{first_line(error)}); {CHOOSE}, or {PYTHON}"
         ) from error
     full = first.dtype in (torch.float32, torch.float64)
     moved = float((first - second)[:, :-1].abs().max() / first.abs().max().clamp_min(1e-6))

@@ -18,7 +18,7 @@ ACCEPTED = 0.005
 
 @dataclass(frozen=True)
 class Gate:
-    """The loss on the same rows with products as held, and in 8 bits."""
+    """The loss on the same rows with products in the weights' dtype, and in 8 bits."""
 
     loss: float
     loss_in_8_bits: float
@@ -64,7 +64,7 @@ def compute_in_8_bits(model: nn.Module, on: bool = True) -> nn.Module:
 
 @torch.no_grad()
 def gate(model: nn.Module, loss: Callable[[], float]) -> Gate:
-    """Measure a loss with products as they are held and in 8 bits; leave 8 bits on."""
+    """Measure a loss with and without 8-bit products; leave 8 bits on."""
     compute_in_8_bits(model, on=False)
     plain = loss()
     compute_in_8_bits(model)

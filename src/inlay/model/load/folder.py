@@ -22,11 +22,7 @@ FETCHED = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"
 
 
 def located(model: str, revision: str | None = None) -> Path:
-    """Return the folder of a model: embedded, local, or fetched from the hub.
-
-    Raises:
-        ModelError: it is not there, or its files are missing, damaged or not safetensors.
-    """
+    """Return the folder of a model: embedded, local, or downloaded; check its files."""
     folder = EMBEDDED[model] if model in EMBEDDED else Path(model).expanduser().resolve()
     if folder.exists() and not folder.is_dir():
         raise ModelError(f"{model} is a file; a model is a folder with config.json in it")
@@ -37,7 +33,7 @@ def located(model: str, revision: str | None = None) -> Path:
 
 
 def fetched(model: str, revision: str | None) -> Path:
-    """Fetch a hub model, or find it in the local cache; return its folder there."""
+    """Return the folder of a hub model in the local cache; download it if needed."""
     if not looks_like_hub_id(model):
         raise ModelError(f"there is no folder {model!r}.{did_you_mean(model, EMBEDDED)}")
     with quiet_hub():
@@ -52,7 +48,7 @@ def fetched(model: str, revision: str | None) -> Path:
 
 
 def looks_like_hub_id(model: str) -> bool:
-    """Say whether a name could be `owner/name` or `name` on the hub."""
+    """Return whether a name could be `owner/name` or `name` on the hub."""
     try:
         validate_repo_id(model)
     except HFValidationError:
@@ -61,11 +57,7 @@ def looks_like_hub_id(model: str) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise unless a folder holds a configuration and whole safetensors files.
-
-    Raises:
-        ModelError: what is missing or damaged, and where.
-    """
+    """Raise unless a folder has a configuration and complete safetensors files."""
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
         hint = " It holds an adapter; give the model it was trained on." if adapter else ""
@@ -84,7 +76,7 @@ def check_folder(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model; raise when its index names one that is not there."""
+    """Return a model's safetensors files; raise if one that its index names is missing."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     index = folder / INDEX

@@ -22,17 +22,6 @@ from inlay.errors import ModelError
 from inlay.kernels.loss import IGNORED
 from inlay.model.seams.transformers import initialise_weights, mark_initialised
 
-__all__ = [
-    "Head",
-    "head_from",
-    "head_loss",
-    "head_modules",
-    "head_of",
-    "not_adapted",
-    "pad_token",
-    "to_train",
-]
-
 Purpose = Literal["sequence", "tokens", "embedding"]
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
@@ -66,20 +55,16 @@ class Head:
     seed: int = 0
 
     def described(self) -> dict[str, object]:
-        """Return what an adapter's folder says of the head."""
+        """Return the head as an adapter's folder describes it."""
         labels = [] if self.purpose == "embedding" else list(self.labels)
         return {"purpose": self.purpose, "labels": labels, "problem": self.problem}
 
 
-def head_from(said: Mapping[str, Any], where: str) -> Head:
-    """Return the head that an adapter's folder describes.
-
-    Raises:
-        ModelError: it is damaged.
-    """
-    purpose: Any = said.get("purpose")
-    labels: Any = said.get("labels")
-    problem: Any = said.get("problem")
+def head_from(saved: Mapping[str, Any], where: str) -> Head:
+    """Return the head that an adapter's folder describes; raise if it is damaged."""
+    purpose: Any = saved.get("purpose")
+    labels: Any = saved.get("labels")
+    problem: Any = saved.get("problem")
     known = purpose in get_args(Purpose) and (problem is None or problem in get_args(Problem))
     if not known or not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
         raise ModelError(f"{where} does not describe a head of this version; it is damaged")
@@ -87,7 +72,7 @@ def head_from(said: Mapping[str, Any], where: str) -> Head:
 
 
 def head_of(model: nn.Module) -> Head | None:
-    """Return the head of a model of transformers; None for a language model, or none of theirs."""
+    """Return the head of a transformers model; None for a language model or another library's."""
     if not isinstance(model, PreTrainedModel):
         return None
     for purpose, mapping in MAPPINGS.items():
@@ -105,11 +90,7 @@ def labels_in(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 def class_with(config: PreTrainedConfig, head: Head) -> type[PreTrainedModel]:
-    """Return transformers' class of a model with this head.
-
-    Raises:
-        ModelError: this kind of model has no such class.
-    """
+    """Return transformers' class of a model with this head; raise if there is none."""
     cls = MAPPINGS[head.purpose].get(type(config), None)
     if cls is None:
         raise ModelError(
@@ -147,9 +128,9 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
 
 
 def to_train(model: nn.Module) -> tuple[str, ...]:
-    """Return the modules that train whole: the head, and what else the checkpoint did not hold."""
-    beside = () if head_modules(model) == () else model.__dict__.get(NEW, ())
-    return tuple(dict.fromkeys((*head_modules(model), *beside)))
+    """Return the modules that train whole: the head, and others that the checkpoint lacked."""
+    heads = head_modules(model)
+    return tuple(dict.fromkeys((*heads, *model.__dict__.get(NEW, ())))) if heads else ()
 
 
 def not_adapted(model: nn.Module) -> tuple[str, ...]:
@@ -167,17 +148,15 @@ def not_adapted(model: nn.Module) -> tuple[str, ...]:
 
 
 def owns(module: nn.Module) -> bool:
-    """Say whether a module has parameters of its own."""
     return any(True for _ in module.parameters(recurse=False))
 
 
 def check_head_complete(
     model: PreTrainedModel, folder: object, report: Mapping[str, Sequence[Any]]
 ) -> list[str]:
-    """Return the parameters that are new; raise unless only the head is new, only heads unread.
+    """Return the parameters that the checkpoint lacks.
 
-    Raises:
-        ModelError: the checkpoint lacks a weight of the model below its head, or holds one more.
+    Raises when one of them is below the head, or when the checkpoint has one too many there.
     """
     mismatched = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
     new = sorted({*report["missing_keys"], *mismatched})
@@ -201,7 +180,6 @@ def check_head_complete(
 
 
 def has_block(key: str) -> bool:
-    """Say whether a parameter is of a numbered block."""
     return any(part.isdigit() for part in key.split("."))
 
 
@@ -249,12 +227,9 @@ def head_loss(
 
 
 def pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have model and tokenizer agree on the token that fills short rows, by default the end token.
+    """Give model and tokenizer the same padding token, by default the end token.
 
     A causal model's row is read at its last token that is not this one.
-
-    Raises:
-        ModelError: the tokenizer has neither.
     """
     known: Any = tokenizer
     if known.pad_token_id is None:

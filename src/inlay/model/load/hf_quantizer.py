@@ -17,17 +17,20 @@ from transformers import PreTrainedModel
 
 from inlay.errors import InlayError, ModelError, StorageError
 from inlay.model.load.quantize import dense_view, separate_head, storages
+from inlay.model.process import Change
 from inlay.model.seams.transformers import (
     ConversionOps,
     HfQuantizer,
     QuantizationConfigMixin,
     mark_initialised,
-    register_quantization_config,
     register_quantizer,
     release_quantizer,
 )
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.registry import STORAGES, kind, storage_class
+
+NAME = "inlay"
+"""The name of the quantizer in transformers' tables, and in configurations while they load."""
 
 
 class Stopped(BaseException):
@@ -39,18 +42,17 @@ class Stopped(BaseException):
 
 
 def stopped_at(layer: str, error: StorageError) -> Stopped:
-    """Return what stops the loader at one layer."""
     return Stopped(StorageError(f"{layer}: {error}"))
 
 
 @dataclass(kw_only=True)
 class InlayQuantizationConfig(QuantizationConfigMixin):
-    """What `load` asks transformers' loader for."""
+    """The storages that `load` asks transformers' loader for."""
 
     storage: str = "nf4"
     double_quant: bool = True
     head_storage: str = "dense"
-    quant_method: Any = "inlay"
+    quant_method: Any = NAME
 
 
 class InlayQuantizer(HfQuantizer):
@@ -100,7 +102,7 @@ class InlayQuantizer(HfQuantizer):
         return {"deserialize": TakePacked}
 
     def replace(self, model: nn.Module, name: str, layer: QuantizedLinear) -> Tensor:
-        """Put a packed layer in an empty one's place, with its bias; return its weight."""
+        """Replace an empty layer by a packed one with the same bias; return the packed weight."""
         empty = model.get_submodule(name)
         layer._parameters["bias"] = empty._parameters["bias"]
         layer.stands_for = kind(empty) or "linear"
@@ -110,7 +112,7 @@ class InlayQuantizer(HfQuantizer):
         return layer.packed_weight
 
     def release(self, model: PreTrainedModel) -> None:
-        """Leave a plain model behind, which transformers saves, moves and trains like any other."""
+        """Detach from the model, which transformers then saves, moves and trains like any other."""
         release_quantizer(model, self, keep=lambda conversion: not takes_packed(conversion))
 
     def is_serializable(self) -> Any:
@@ -125,19 +127,15 @@ class InlayQuantizer(HfQuantizer):
         return True
 
 
-register_quantization_config("inlay")(InlayQuantizationConfig)
-register_quantizer("inlay")(InlayQuantizer)
+registered = Change(lambda: register_quantizer(NAME, InlayQuantizationConfig, InlayQuantizer))
+"""`with registered:` lets transformers' loader find the quantizer."""
 
 
-class LoaderOp(ConversionOps):
-    """One step of transformers' loader for one weight."""
+class QuantizeOne(ConversionOps):
+    """Quantise one dense weight that was just read."""
 
     def __init__(self, hf_quantizer: InlayQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
-
-
-class QuantizeOne(LoaderOp):
-    """Quantise one dense weight that was just read."""
 
     @torch.no_grad()
     def convert(
@@ -152,7 +150,7 @@ class QuantizeOne(LoaderOp):
         return {name: self.packed(kwargs["model"], name, w) for name, w in input_dict.items()}
 
     def packed(self, model: nn.Module, parameter: str, read: Tensor | list[Tensor]) -> Tensor:
-        """Quantise one weight and put its layer in the dense one's place."""
+        """Quantise one weight and replace its dense layer."""
         weight = read[0] if isinstance(read, list) else read
         name = parameter.removesuffix(".weight")
         empty = dense_view(model.get_submodule(name))
@@ -169,7 +167,7 @@ class QuantizeOne(LoaderOp):
 
 
 class TakePacked(QuantizeOne):
-    """Take in one weight that the checkpoint holds packed, as bitsandbytes wrote it."""
+    """Read one packed weight as bitsandbytes wrote it."""
 
     @torch.no_grad()
     def convert(
@@ -179,7 +177,7 @@ class TakePacked(QuantizeOne):
         target_patterns: list[str],
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return the packed weight; one that comes alone is dense and stays so, heads apart."""
+        """Return the packed weight; a weight without other tensors is dense and stays so."""
         del source_patterns, target_patterns
         model: PreTrainedModel = kwargs["model"]
         parameter: str = kwargs["full_layer_name"]
@@ -217,18 +215,16 @@ class TakePacked(QuantizeOne):
 
 
 def takes_packed(conversion: Any) -> bool:
-    """Say whether one of transformers' weight conversions is our reader, which has no inverse."""
+    """Return whether a weight conversion reads packed weights, which has no inverse."""
     operations = getattr(conversion, "operations", ())
     return any(isinstance(operation, TakePacked) for operation in operations)
 
 
 def as_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast floating-point weights to `dtype`; leave others as they are."""
     return weight.to(dtype) if weight.is_floating_point() else weight
 
 
 def check_shape(weight: Tensor, empty: Tensor) -> None:
-    """Raise unless the weight read has the shape that the model's skeleton expects."""
     if weight.shape != empty.shape:
         raise StorageError(
             f"the checkpoint holds a weight of shape {tuple(weight.shape)}, the model's "

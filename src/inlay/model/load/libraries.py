@@ -10,24 +10,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils.tqdm import progress_bar_states
 from transformers.utils import logging as transformers_logging
 
-from inlay.errors import ModelError
+from inlay.errors import ModelError, first_line
 from inlay.model.load.hf_quantizer import Stopped
 
 
 @contextmanager
 def failures_as_sentences(folder: Path, what: str) -> Generator[None]:
-    """Turn whatever transformers raises over these files into a sentence for the user."""
+    """Turn any error of transformers about these files into a ModelError."""
     try:
         yield
     except Stopped as stopped:
         raise stopped.error from None
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ModelError(
-            f"the {what} in {folder} cannot be used: {type(error).__name__}: {reason}"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"the {what} in {folder} cannot be used: {reason}") from error
 
 
 MODEL_CODE = re.compile(
@@ -37,7 +36,7 @@ MODEL_CODE = re.compile(
 
 
 def in_model_code(error: BaseException) -> bool:
-    """Say whether it was transformers' own code of a model that failed, or torch under it."""
+    """Return whether transformers' own model code failed, or torch called from it."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     own = [file for file in files if "/torch/" not in file.replace("\\", "/")]
     return bool(own) and MODEL_CODE.search(own[-1].replace("\\", "/")) is not None
@@ -45,7 +44,7 @@ def in_model_code(error: BaseException) -> bool:
 
 @contextmanager
 def quiet_hub() -> Generator[None]:
-    """Keep the hub client's warnings off the terminal; errors are ours to tell."""
+    """Hide the hub client's warnings: Inlay raises errors in words of its own."""
     level = hub_logging.get_verbosity()
     hub_logging.set_verbosity(logging.CRITICAL)
     try:
@@ -56,11 +55,9 @@ def quiet_hub() -> Generator[None]:
 
 @contextmanager
 def quiet_transformers() -> Generator[None]:
-    """Keep transformers' progress bars and reports off the terminal; errors are ours to tell."""
-    level, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
+    """Hide transformers' messages and progress bars, and with these the hub client's bars."""
+    level = transformers_logging.get_verbosity()
+    bars, hub_bars = transformers_logging.is_progress_bar_enabled(), dict(progress_bar_states)
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
@@ -69,3 +66,5 @@ def quiet_transformers() -> Generator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+        progress_bar_states.clear()
+        progress_bar_states.update(hub_bars)

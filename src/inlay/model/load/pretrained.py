@@ -35,7 +35,12 @@ from inlay.model.load.heads import (
     initialise,
     pad_token,
 )
-from inlay.model.load.hf_quantizer import InlayQuantizationConfig, InlayQuantizer, unread_tensors
+from inlay.model.load.hf_quantizer import (
+    InlayQuantizationConfig,
+    InlayQuantizer,
+    registered,
+    unread_tensors,
+)
 from inlay.model.load.libraries import failures_as_sentences, quiet_transformers
 from inlay.model.load.quantize import describe_quantization, separate_head, storages
 from inlay.model.load.tokenizer import read_reader
@@ -115,7 +120,7 @@ def load(
         reader = read_reader(folder, config, trust_remote_code)
     if head is not None:
         pad_token(loaded, tokenizer_in(reader))
-    loaded.config._name_or_path = str(folder) if Path(model).is_dir() else model
+    loaded.config.name_or_path = str(folder) if Path(model).is_dir() else model
     describe_quantization(loaded)
     if stream == "host":
         stream_from_host(loaded, where)
@@ -125,7 +130,6 @@ def load(
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """Read the model's configuration."""
     with failures_as_sentences(folder, "configuration"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
@@ -139,7 +143,7 @@ def read_model(
     trust_remote_code: bool,
     head: Head | None = None,
 ) -> PreTrainedModel:
-    """Read the weights; raise unless every one of them was found and used, heads apart."""
+    """Read the weights; raise unless every one outside the head was found and used."""
     read_as = model_class(config, head)
     packed = quantization is not None or "quantization_config" in vars(config)
     # transformers would map the files into memory; packed weights are better read piecemeal.
@@ -147,18 +151,19 @@ def read_model(
     if piecemeal and dtype == "auto":
         with failures_as_sentences(folder, "weights"):
             dtype = stored_dtype(folder, config)
-    model = with_weights(
-        read_as,
-        folder,
-        config,
-        head,
-        partial(unread_tensors, weight_files(folder)) if piecemeal else None,
-        quantization_config=quantization,
-        dtype=dtype,
-        device_map={"": where},
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-    )
+    with registered:
+        model = with_weights(
+            read_as,
+            folder,
+            config,
+            head,
+            partial(unread_tensors, weight_files(folder)) if piecemeal else None,
+            quantization_config=quantization,
+            dtype=dtype,
+            device_map={"": where},
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, InlayQuantizer):
         quantizer.release(model)
@@ -173,14 +178,14 @@ def read_streamed(
     device: torch.device,
     head: Head | None = None,
 ) -> PreTrainedModel:
-    """Read what is small; leave the large weights in the files, or in those of a packed copy."""
+    """Read the small weights; leave the large ones in the files, or in a packed copy."""
     read_as = model_class(config, head)
     if not reads_piecemeal(read_as):
         raise ModelError(
             f"{folder} is a model of its own code, which cannot be streamed; load it with "
             "stream='off', or stream='host'"
         )
-    said = vars(config).pop("quantization_config", None) or {}
+    packing = vars(config).pop("quantization_config", None) or {}
     compute = stored_dtype(folder, config) if isinstance(dtype, str) else dtype
     with failures_as_sentences(folder, "configuration"):
         skeleton = stream_files.skeleton(read_as, config, compute)
@@ -191,13 +196,15 @@ def read_streamed(
         )
         check_cached(folder)
     else:
-        stored_as = str(said.get("storage", "dense"))
+        stored_as = str(packing.get("storage", "dense"))
         packed_as = dict.fromkeys(stream_files.streamable(skeleton), stored_as)
     files = weight_files(folder)
     tensors = stream_files.opened_files(files)
     weights, left = stream_files.weights_in_files(skeleton, tensors, packed_as)
-    if said.get("head_storage", "dense") != "dense":
-        check_head_streams(folder, weights[separate_head(skeleton)].packing, said["head_storage"])
+    if packing.get("head_storage", "dense") != "dense":
+        check_head_streams(
+            folder, weights[separate_head(skeleton)].packing, packing["head_storage"]
+        )
     state = partial(stream_files.stand_ins, skeleton, files, left, weights)
     at = {"": "cpu"}
     model: Any = with_weights(read_as, folder, config, head, state, dtype=compute, device_map=at)
@@ -237,7 +244,6 @@ def with_weights(
 
 
 def check_head_streams(folder: Path, held: str, asked: str) -> None:
-    """Raise when a head that is streamed from a packed checkpoint's files is held otherwise."""
     if held != asked:
         raise ModelError(
             f"head_storage {asked!r} was asked for, but {folder} is packed already and streamed "
@@ -247,7 +253,6 @@ def check_head_streams(folder: Path, held: str, asked: str) -> None:
 
 
 def check_cached(folder: Path) -> None:
-    """Raise when a packed copy is damaged."""
     try:
         check_folder(folder)
     except ModelError as error:
@@ -259,9 +264,9 @@ def check_cached(folder: Path) -> None:
 
 def stored_dtype(folder: Path, config: PreTrainedConfig) -> torch.dtype:
     """Return the dtype a model was saved in: its configuration's, else its first weight's."""
-    said = getattr(config, "dtype", None)
-    if isinstance(said, torch.dtype):
-        return said
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        return dtype
     tensors = stream_files.opened_files(weight_files(folder)[:1]).values()
     return next((t.dtype for t in tensors if t.dtype.is_floating_point), torch.float32)
 
@@ -281,12 +286,11 @@ def model_class(config: PreTrainedConfig, head: Head | None = None) -> Any:
 
 
 def reads_piecemeal(read_as: type[Any]) -> bool:
-    """Say whether a class takes tensors in place of a folder, as the auto classes do not."""
+    """Return whether a class takes tensors in place of a folder; the Auto classes do not."""
     return issubclass(read_as, PreTrainedModel)
 
 
 def check_complete(folder: Path, report: Mapping[str, Any]) -> None:
-    """Raise unless every weight was found and every weight found was used."""
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:
         raise ModelError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,7 +14,11 @@ from inlay.model.adapters.targets import output_head
 from inlay.model.adapters.wrappers import looks_through
 from inlay.model.load.heads import head_modules
 from inlay.model.load.vision import parts_of
-from inlay.model.seams.transformers import get_keys_to_not_convert, kept_in_full
+from inlay.model.seams.transformers import (
+    get_keys_to_not_convert,
+    kept_in_full,
+    tied_weights,
+)
 from inlay.storage.dense import DenseView
 from inlay.storage.own import own_kind
 from inlay.storage.quantized import QuantizedLinear
@@ -88,7 +91,7 @@ def quantize(
 
 
 def own_forwards(model: nn.Module) -> Iterator[str]:
-    """Yield the class of every linear layer that computes in its own way, and so stays dense."""
+    """Yield the classes of the linear layers that stay dense as their forward is their own."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and kind(module) is None and own_kind(module):
             yield layer_class(module).__name__
@@ -97,7 +100,7 @@ def own_forwards(model: nn.Module) -> Iterator[str]:
 def replace(
     model: nn.Module, name: str, held_as: type[QuantizedLinear], double_quant: bool
 ) -> None:
-    """Hold one layer in another storage; its dense weight is free when this returns."""
+    """Hold one layer in another storage; its dense weight is freed."""
     view = dense_view(model.get_submodule(name))
     try:
         layer = held_as.quantized(view.matrix(), view.bias, double_quant=double_quant)
@@ -120,12 +123,7 @@ def check_not_adapted(model: nn.Module) -> None:
 def storages(
     model: nn.Module, storage: str, head_storage: str = "dense", skip: Sequence[str] | None = None
 ) -> dict[str, str]:
-    """Return the names of the dense layers to be packed, and in which storage.
-
-    Raises:
-        StorageError: there is no such storage.
-        ModelError: an entry of `skip` matches nothing, or the head cannot be held by itself.
-    """
+    """Return the dense layers to be packed -> their storage; raise for a wrong name."""
     for name in {storage, head_storage} - {"dense"}:
         storage_class(name)
     found = {} if storage == "dense" else dict.fromkeys(quantizable(model, skip), storage)
@@ -133,11 +131,7 @@ def storages(
 
 
 def separate_head(model: nn.Module) -> str:
-    """Return the name of a language model's output head, if it can be held by itself.
-
-    Raises:
-        ModelError: there is none, or its weight is the embedding's too.
-    """
+    """Return the name of a language model's output head; raise if it is tied or missing."""
     head = output_head(model)
     name = next((n for n, m in model.named_modules() if m is head), None)
     if head is None or name is None or kind(head) != "linear":
@@ -145,7 +139,7 @@ def separate_head(model: nn.Module) -> str:
             f"{type(model).__name__} has no output head that could be held by itself; leave "
             "head_storage at 'dense'"
         )
-    ties: Any = getattr(model, "all_tied_weights_keys", {})
+    ties = tied_weights(model)
     weight = f"{name}.weight"
     if weight in {*ties, *ties.values()} or id(head._parameters["weight"]) in shared_parameters(
         model
@@ -159,11 +153,7 @@ def separate_head(model: nn.Module) -> str:
 
 
 def quantizable(model: nn.Module, skip: Sequence[str] | None = None) -> list[str]:
-    """Return the names of the dense linear layers that `quantize` would replace.
-
-    Raises:
-        ModelError: an entry of `skip` matches no linear layer.
-    """
+    """Return the names of the dense linear layers that `quantize` would replace."""
     linear = [n for n, m in model.named_modules() if n and is_dense_linear(m)]
     skipped = kept_by_default(model) if skip is None else set(matching(linear, skip))
     shared = shared_parameters(model)
@@ -190,7 +180,7 @@ def kept_by_default(model: nn.Module) -> set[str]:
 
 
 def matching(names: Sequence[str], entries: Sequence[str]) -> Iterator[str]:
-    """Yield the names that are one of the entries or end in one; raise for an idle entry."""
+    """Yield the names that equal or end in an entry; raise for an entry without a match."""
     for entry in entries:
         found = [n for n in names if n == entry or n.endswith("." + entry)]
         if not found:
@@ -226,24 +216,22 @@ def describe_quantization(model: nn.Module) -> None:
 
 
 def others_than_first(model: nn.Module) -> list[str]:
-    """Return the packed layers that are held in another format than the first one is."""
+    """Return the packed layers whose format is not that of the first one."""
     packed = [(n, m.storage) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
     return [name for name, storage in packed if storage != packed[0][1]]
 
 
 def bitsandbytes_config(layer: QuantizedLinear, dense: list[str]) -> dict[str, object]:
-    """Return the configuration under which bitsandbytes reads layers like this one."""
+    """Return the configuration by which bitsandbytes reads layers like this one."""
     method = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": dense}
     return {**method, **layer.bitsandbytes_options()}
 
 
 def is_dense_linear(module: nn.Module) -> bool:
-    """Say whether a module is a dense linear layer or Conv1D."""
     return kind(module) in ("linear", "conv1d") and isinstance(frozen(module), DenseView)
 
 
 def dense_view(module: nn.Module) -> DenseView:
-    """Return the view of a dense layer."""
     view = frozen(module)
     assert isinstance(view, DenseView)
     return view

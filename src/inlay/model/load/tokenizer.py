@@ -14,12 +14,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Say whether a tokenizer lies in a folder."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Read the model's tokenizer."""
     if not has_tokenizer(folder):
         raise ModelError(
             f"{folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}; save it there "

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +21,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from inlay.model.seams.transformers import NoVideos, no_video_class
 from inlay.storage.registry import kind
 
 Part = Literal["language", "vision", "projector"]
@@ -33,31 +33,21 @@ OTHER_PROCESSOR_FILES = (
 )  # fmt: skip
 
 
-class NoVideos(dict[str, Any]):
-    """Stands where a processor has its video processor, which needs torchvision; images do not."""
-
-    model_input_names: tuple[str, ...] = ()
-    _auto_class = None
-    num_frames: int | None = None
-    fps: float | None = None
-    """As `num_frames`, asked for by SmolVLM's processor whether there is a video or not."""
-
-
 def sees_images(config: PreTrainedConfig) -> bool:
-    """Say whether models of this configuration take images beside text."""
+    """Return whether models of this configuration take images beside text."""
     classes: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return type(config) in classes.keys() and hasattr(config, "vision_config")  # noqa: SIM118
 
 
 def has_processor(folder: Path) -> bool:
-    """Say whether a model's folder says how images are to be prepared."""
+    """Return whether a model's folder has a processor."""
     return any((folder / name).is_file() for name in PROCESSOR_FILES)
 
 
 def read_processor(
     folder: Path, config: PreTrainedConfig, trust_remote_code: bool = False
 ) -> ProcessorMixin:
-    """Read a model's processor; without torchvision, one that takes videos takes images alone."""
+    """Read a model's processor; without torchvision it takes no videos."""
     classes: Any = PROCESSOR_MAPPING
     made_as: Any = classes.get(type(config), None)
     if made_as is None or not takes_videos(made_as) or find_spec("torchvision") is not None:
@@ -73,35 +63,17 @@ def read_processor(
 
 
 def takes_videos(processor: Any) -> bool:
-    """Say whether a processor's class has a video processor among its parts."""
     return "video_processor" in processor.get_attributes()
 
 
-@contextmanager
-def no_video_class() -> Generator[None]:
-    """Let a processor be built without its video processor, whose class torchvision is part of."""
-    mixin: Any = ProcessorMixin
-    before = mixin.get_possibly_dynamic_module
-
-    def found(name: str) -> Any:
-        return NoVideos if "VideoProcessor" in name else before(name)
-
-    mixin.get_possibly_dynamic_module = staticmethod(found)
-    try:
-        yield
-    finally:
-        mixin.get_possibly_dynamic_module = staticmethod(before)
-
-
 def copy_processor(base: Path, to: Path) -> None:
-    """Copy what a model's folder says of images, and its chat template, if it says it."""
+    """Copy the files of a model's processor and its chat template, if there are any."""
     for name in (*PROCESSOR_FILES, *OTHER_PROCESSOR_FILES):
         if has_processor(base) and (base / name).is_file():
             shutil.copyfile(base / name, to / name)
 
 
 def tokenizer_in(reader: Any) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a processor, or the tokenizer itself."""
     return reader.tokenizer if isinstance(reader, ProcessorMixin) else reader
 
 
@@ -136,12 +108,10 @@ def parts_of(model: nn.Module) -> dict[str, Part]:
 
 
 def is_tower(module: nn.Module, shape: PreTrainedConfig) -> bool:
-    """Say whether a module is the model of the vision configuration."""
     return isinstance(module, PreTrainedModel) and type(module.config) is type(shape)
 
 
 def decoder_name(model: PreTrainedModel) -> str | None:
-    """Return the name of the language model inside."""
     text = model.config.get_text_config()
     return next(
         (
@@ -161,7 +131,7 @@ def part_at(
     decoder: str,
     body: str,
 ) -> Part | None:
-    """Return the part of one module, or None for what holds the parts."""
+    """Return the part of one module, or None for a module that contains parts."""
     if any(is_within(name, tower) for tower in towers):
         return "vision"
     if is_within(name, decoder) or module is model.get_output_embeddings():
@@ -172,17 +142,15 @@ def part_at(
 
 
 def is_within(name: str, of: str) -> bool:
-    """Say whether a module's name is another's, or below it."""
     return name == of or name.startswith(of + ".")
 
 
 def within(names: dict[str, Part], of: str) -> list[str]:
-    """Return the names at or below one."""
     return [name for name in names if is_within(name, of)]
 
 
 def ends_of_towers(model: PreTrainedModel, towers: list[str]) -> Iterator[str]:
-    """Yield what stands in a tower beside its blocks and gives the language model's width."""
+    """Yield the modules of a tower, beside its blocks, that give the decoder's width."""
     width = model.config.get_text_config().hidden_size
     for tower in towers:
         for name, child in model.get_submodule(tower).named_children():
@@ -202,8 +170,8 @@ def unread_blocks(model: nn.Module) -> list[str]:
     if chosen is None:
         return []
     count = config.vision_config.num_hidden_layers
-    wanted = chosen if isinstance(chosen, list | tuple) else [chosen]
-    read = max(place if place >= 0 else count + 1 + place for place in wanted)
+    layers = chosen if isinstance(chosen, list | tuple) else [chosen]
+    read = max(place if place >= 0 else count + 1 + place for place in layers)
     parts = parts_of(model)
     return [
         f"{name}.{number}"
@@ -216,5 +184,4 @@ def unread_blocks(model: nn.Module) -> list[str]:
 
 
 def is_stack(module: nn.Module) -> bool:
-    """Say whether a module holds the tower's Transformer blocks: some attend."""
     return any("attn" in name or "attention" in name for name, _ in module.named_modules())

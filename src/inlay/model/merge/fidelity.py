@@ -47,7 +47,7 @@ class Fidelity:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, batches: Batches) -> list[Tensor]:
-    """Return the outputs of each batch in fp64, padding positions left out, in eval mode."""
+    """Return the outputs of each batch in fp64, without padding, in eval mode."""
     with evaluating(model):
         return [outputs(model, batch) for batch in batches]
 
@@ -63,7 +63,7 @@ def outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def first_tensor(result: Any) -> Tensor:
-    """Return a model output's logits, or the first of its tensors, such as hidden states."""
+    """Return a model output's logits, else its first tensor, such as hidden states."""
     if isinstance(result, Tensor):
         return result
     if "logits" in result and isinstance(result["logits"], Tensor):
@@ -78,7 +78,6 @@ def first_tensor(result: Any) -> Tensor:
 def compared(
     adapted: Sequence[Tensor], base: Sequence[Tensor], merged: Sequence[Tensor]
 ) -> Fidelity:
-    """Measure how far lists of logits lie apart."""
     x, y, z = (torch.cat(list(each)) for each in (adapted, merged, base))
     if not bool(torch.isfinite(x).all()):
         raise MergeError(
@@ -110,22 +109,22 @@ def effect_kept(adapted: Tensor, base: Tensor, merged: Tensor) -> float:
     if adapted.shape[-1] > 1:
         adapted, base, merged = (x.log_softmax(-1) for x in (adapted, base, merged))
         weights = adapted.exp()
-    wanted, got = (change - (weights * change).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
-                   if adapted.shape[-1] > 1 else change
-                   for change in (adapted - base, merged - base))  # fmt: skip
-    whole = float((weights * wanted * wanted).sum())
+    effect, left = adapted - base, merged - base
+    if adapted.shape[-1] > 1:
+        total = weights.sum(-1, keepdim=True)
+        effect, left = (x - (weights * x).sum(-1, keepdim=True) / total for x in (effect, left))
+    whole = float((weights * effect * effect).sum())
     if not 0 < whole < float("inf"):
         return 1.0
-    return float((weights * wanted * got).sum()) / whole
+    return float((weights * effect * left).sum()) / whole
 
 
 def explained(found: Fidelity, before: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Say whether rounding in this dtype explains how far the merged logits are off."""
+    """Return whether rounding in this dtype explains the merged logits' difference."""
     return found.max_logit_difference <= TOLERANCE.get(dtype, 0.1) * max(largest(before), 1.0)
 
 
 def check_fidelity(found: Fidelity, before: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Raise when the merged logits are further off than rounding in this dtype explains."""
     if explained(found, before, dtype):
         return
     accepted = TOLERANCE.get(dtype, 0.1) * max(largest(before), 1.0)
@@ -133,10 +132,9 @@ def check_fidelity(found: Fidelity, before: Sequence[Tensor], dtype: torch.dtype
         f"the merged model's logits differ from the adapted model's by up to "
         f"{found.max_logit_difference:.3g}, more than rounding in {dtype} explains "
         f"({accepted:.3g}); the model was left adapted. Merge in a wider dtype (load with "
-        "dtype='float32'), or keep the adapter apart"
+        "dtype='float32'), or keep the adapter unmerged"
     )
 
 
 def largest(logits: Sequence[Tensor]) -> float:
-    """Return the largest magnitude among logits."""
     return max((float(x.abs().max()) for x in logits), default=0.0)

@@ -92,8 +92,8 @@ def merge(
     if output is not None:
         check_place(model, Path(output))
     batches = inputs_for(model) if inputs is None else list(inputs)
-    said = "random" if inputs is None else "given"
-    report, adapted = merged(model, batches, said, storage, minimum_survival, accept_loss)
+    source = "random" if inputs is None else "given"
+    report, adapted = merged(model, batches, source, storage, minimum_survival, accept_loss)
     if output is None:
         return report
     found = write_whole(model, Path(output), lambda at: check_written(model, at, batches, adapted))
@@ -102,7 +102,7 @@ def merge(
 
 @looks_through
 def inputs_for(model: nn.Module) -> Batches:
-    """Return inputs of the model's family, once it can be merged at all."""
+    """Check that the model can be merged; return example inputs for it."""
     check_mergeable(model)
     try:
         return example_inputs(model)
@@ -136,23 +136,23 @@ def merged(
     try:
         plan.apply()
         plan.make_uniform(model)
-        ties.say()
+        ties.write_untied()
         with disabled(model):
             found = compared(before, base, logits_of(model, batches))
             if ties.set_false and not explained(found, before, plan.dtype):
-                ties.unsay()  # The family computes otherwise where the configuration says so.
+                ties.write_back()  # The family computes otherwise where the configuration says so.
                 found = compared(before, base, logits_of(model, batches))
         if low:
             check_kept(found, plan, storage, accept_loss)
         else:
             check_fidelity(found, before, plan.dtype)
     except BaseException:
-        ties.unsay()
+        ties.write_back()
         plan.undo()
         raise
     detach(model)
     describe_quantization(model)
-    for sentence in (lossy(found, plan) if low else None, ties.said_otherwise()):
+    for sentence in (lossy(found, plan) if low else None, ties.warning()):
         if sentence:
             warnings.warn(sentence, stacklevel=3)
     return MergeReport(
@@ -161,13 +161,12 @@ def merged(
         dtype=plan.dtype_name,
         layers=plan.layers,
         inputs=inputs,
-        untied=ties.part(),
+        untied=ties.separate(),
     ), before
 
 
 @looks_through
 def check_mergeable(model: nn.Module) -> None:
-    """Raise when nothing is active or an active method is not a map on weights."""
     names = active(model)
     reason = why_not_mergeable(model, names)
     if reason is not None:
@@ -178,7 +177,7 @@ def check_mergeable(model: nn.Module) -> None:
 
 @looks_through
 def why_not_mergeable(model: nn.Module, names: Sequence[str]) -> str | None:
-    """Return why these adapters cannot merge: the weights lie elsewhere, or a method is no map."""
+    """Return why these adapters cannot merge, or None."""
     if is_streamed(model):
         return (
             "a streamed model's weights stay where they are, and merging would hold all of them in "
@@ -195,7 +194,7 @@ def why_not_mergeable(model: nn.Module, names: Sequence[str]) -> str | None:
             f"the weight of {computed} is computed from other tensors whenever the layer runs "
             "(torch.nn.utils.weight_norm, spectral_norm, pruning), so that a merged one would be "
             "overwritten; make it a parameter first (remove_weight_norm, remove_spectral_norm, "
-            "prune.remove), or keep the adapter apart"
+            "prune.remove), or keep the adapter unmerged"
         )
     for name in names:
         method = adapters(model)[name].method
@@ -208,7 +207,7 @@ def why_not_mergeable(model: nn.Module, names: Sequence[str]) -> str | None:
 
 
 def computed_weights(model: nn.Module) -> Iterator[str]:
-    """Every adapted layer's name whose weight is no parameter, but computed by a hook."""
+    """Yield the adapted layers whose weight is no parameter but computed by a hook."""
     for name, layer in own_modules(model):
         adapted = isinstance(layer, AdaptedLayer) and layer.base is not None
         if adapted and isinstance(vars(layer).get("weight"), Tensor):
@@ -216,7 +215,7 @@ def computed_weights(model: nn.Module) -> Iterator[str]:
 
 
 def check_kept(found: Fidelity, plan: Plan, storage: str, accept_loss: bool) -> None:
-    """Raise when a merge takes most of what the adapter changes in the outputs."""
+    """Raise when a merge loses most of the adapter's effect on the outputs."""
     if found.effect_kept >= LEAST_EFFECT or accept_loss:
         return
     dense = (
@@ -227,13 +226,12 @@ def check_kept(found: Fidelity, plan: Plan, storage: str, accept_loss: bool) -> 
     raise MergeError(
         f"merging would keep only {max(found.effect_kept, 0):.1%} of what the adapter changes in "
         f"the model's outputs (at least {LEAST_EFFECT:.0%} was expected): {plan.lost()}. {dense}; "
-        "or keep the adapter apart; or accept it with accept_loss=True (--accept-loss). The model "
-        "was left adapted"
+        "or keep the adapter unmerged; or accept it with accept_loss=True (--accept-loss). The "
+        "model was left adapted"
     )
 
 
 def lossy(found: Fidelity, plan: Plan) -> str:
-    """Say what rounding took, and what is left of the adapter's effect."""
     return (
         f"the merge rounded part of the update away: {plan.lost()}. On the inputs compared the "
         f"merged model keeps {found.effect_kept:.1%} of what the adapter changes in the outputs; "

@@ -16,18 +16,19 @@ from inlay.model.load.quantize import others_than_first
 from inlay.model.merge.fidelity import TOLERANCE
 from inlay.model.merge.finite import check_merged_finite
 from inlay.model.seams.accelerate import carry_over
+from inlay.model.seams.transformers import INITIALISED
 from inlay.storage.base import FrozenLinear
 from inlay.storage.registry import frozen
 
 HELD = frozenset({
     "methods", "active", "base", "in_features", "out_features", "compute_dtype", "stands_for",
-    "computes_in_8_bits", "saved_dense", "_is_hf_initialized",
+    "computes_in_8_bits", "saved_dense", INITIALISED,
 })  # fmt: skip
 """What the storages and the adapters keep in a layer, which goes with them."""
 
 
 class Update:
-    """What a merge changes in the weights, and how much of that is left after rounding."""
+    """The change of the weights by a merge, and how much of it rounding leaves."""
 
     def __init__(self) -> None:
         self.kept = self.whole = 0.0
@@ -35,32 +36,32 @@ class Update:
 
     @property
     def surviving_fraction(self) -> float:
-        """Return the share of the update left after rounding; 1 when there was no update."""
+        """The share of the update left after rounding; 1 without an update."""
         return self.kept / self.whole if self.whole else 1.0
 
-    def account(self, before: Tensor, wanted: Tensor, got: Tensor) -> None:
+    def account(self, before: Tensor, exact: Tensor, rounded: Tensor) -> None:
         """Add one weight to the surviving fraction."""
-        delta = (wanted.double() - before.double()).flatten()
-        self.kept += float((got.double() - before.double()).flatten() @ delta)
+        delta = (exact.double() - before.double()).flatten()
+        self.kept += float((rounded.double() - before.double()).flatten() @ delta)
         self.whole += float(delta @ delta)
 
     def changes(self, layer: AdaptedLayer) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Every parameter of a layer that stays, with what it becomes: name, own, rounded."""
+        """Yield name, value and merged value of the parameters of a layer that stays."""
         changed: set[str] = set()
         if layer.keeps_class:
-            for before, wanted, parameters in layer.merged_parameters():
+            for before, exact, parameters in layer.merged_parameters():
                 for name, value in parameters.items():
                     own = layer._parameters[name]
                     assert own is not None
                     rounded = nn.Parameter(value.to(own.dtype, copy=True).contiguous(), False)
-                    if value is wanted:
-                        self.account(before, wanted, rounded)
+                    if value is exact:
+                        self.account(before, exact, rounded)
                     changed.add(name)
                     yield name, own, rounded
         yield from (each for each in self.copies(layer) if each[0] not in changed)
 
     def copies(self, layer: AdaptedLayer) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Every tensor of a layer with a trained copy: name, own, rounded; tied stay tied."""
+        """Yield name, value and merged value of tensors with a trained copy; ties are kept."""
         for name, own in layer._parameters.items():
             copy = trained_copy(layer, name)
             if own is None or copy is None:
@@ -79,7 +80,7 @@ class Update:
 
 
 class Plan(Update):
-    """The new layers and parameters of a merge, what they lose, and how to undo them."""
+    """The new layers and parameters of a merge, and those that were there before."""
 
     def __init__(self, storage: str) -> None:
         super().__init__()
@@ -92,7 +93,6 @@ class Plan(Update):
 
     @torch.no_grad()
     def layer(self, model: nn.Module, name: str, layer: AdaptedLayer) -> None:
-        """Plan one adapted layer."""
         self.layers += 1
         if layer.keeps_class or not layer.weight_methods():
             for parameter, own, rounded in self.changes(layer):
@@ -103,9 +103,9 @@ class Plan(Update):
         assert base is not None
         w, bias = layer.adapted_weight()
         new = held(base, w, bias, self.storage)
-        before, got = base.dequantize(), frozen(new).dequantize()
-        check_merged_finite(f"{name}.weight" if name else "weight", before, w, got)
-        self.account(before, w, got)
+        before, rounded = base.dequantize(), frozen(new).dequantize()
+        check_merged_finite(f"{name}.weight" if name else "weight", before, w, rounded)
+        self.account(before, w, rounded)
         self.note_dtype(base.dtype)
         if base.storage == "dense":
             self.keep_tied(layer, new)
@@ -122,7 +122,7 @@ class Plan(Update):
         self.places.append((model.get_submodule(parent), leaf, new))
 
     def keep_tied(self, layer: AdaptedLayer, new: nn.Module) -> None:
-        """Give tied layers one weight again where they have the same rows of tokens and no more."""
+        """Tie layers again that have the same trained token rows and nothing else."""
         own, merged = layer._parameters.get("weight"), new._parameters.get("weight")
         rows = [(m, p) for m, p in layer.weight_methods() if isinstance(m, TokenRows)]
         if own is None or merged is None or len(rows) < len(layer.weight_methods()):
@@ -132,7 +132,6 @@ class Plan(Update):
 
     @property
     def dtype_name(self) -> str:
-        """The dtype as users write it."""
         return str(self.dtype).removeprefix("torch.")
 
     def note_dtype(self, dtype: torch.dtype) -> None:
@@ -140,7 +139,6 @@ class Plan(Update):
         self.dtype = min(self.dtype, dtype, key=lambda d: -TOLERANCE.get(d, 0))
 
     def apply(self) -> None:
-        """Put the new layers and parameters in place."""
         for owner, name, new in self.places:
             self.before.append((owner, name, home_of(owner, name)[name]))
             put(owner, name, new)
@@ -158,25 +156,22 @@ class Plan(Update):
             put(owner, leaf, held(base, base.dequantize(), base.bias, "dense"))
 
     def lost(self) -> str:
-        """Say how much of the update is left after rounding."""
         return (
             f"{self.surviving_fraction:.1%} of the update is left in the weights after rounding "
             f"to {self.dtype_name}"
         )
 
     def undo(self) -> None:
-        """Put back what was there."""
         for owner, name, old in reversed(self.before):
             put(owner, name, old)
 
 
 def put(owner: nn.Module, name: str, value: nn.Module | Tensor) -> None:
-    """Set a child, a parameter or a buffer of a module under its name."""
     home_of(owner, name)[name] = value
 
 
 def home_of(owner: nn.Module, name: str) -> dict[str, Any]:
-    """Return where a module keeps what it has under a name."""
+    """Return the dict in which a module keeps this child, parameter or buffer."""
     homes: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, owner._modules)
     return next(home for home in homes if name in home)
 
@@ -191,7 +186,7 @@ def changed(
 
 
 def takes_over(new: nn.Module, old: nn.Module) -> None:
-    """Give a layer that comes in another's place its hooks, the very ones, and its own marks."""
+    """Give a new layer the hooks and the own attributes of the layer that it replaces."""
     hooks = {key for key in vars(nn.Module()) if "hooks" in key}
     vars(new).update({key: value for key, value in vars(old).items() if key in hooks})
     if isinstance(old, FrozenLinear):
@@ -206,7 +201,6 @@ def trained_copy(layer: AdaptedLayer, name: str) -> nn.Parameter | None:
 
 
 def held(base: FrozenLinear, w: Tensor, bias: Tensor | None, storage: str) -> nn.Module:
-    """Return a plain layer that holds the merged weight."""
     if storage == "keep" or base.storage == "dense" or base.layer_kind == "embedding":
         return base.requantized(w, bias)
     out, width = base.shape

@@ -19,6 +19,7 @@ from inlay.model.load.arguments import quantization_for
 from inlay.model.load.libraries import quiet_transformers
 from inlay.model.load.pretrained import read_config, read_model
 from inlay.model.merge.fidelity import TOLERANCE, Batches, largest, logits_of
+from inlay.model.seams.transformers import attention_of, classes_of
 from inlay.storage.quantized import QuantizedLinear
 
 AUTO = (
@@ -33,18 +34,12 @@ AUTO = (
 
 @dataclass(frozen=True)
 class Written:
-    """What a check of written files found."""
-
     checked: str
     reloaded_logit_difference: float
 
 
 def check_place(model: nn.Module, output: Path) -> None:
-    """Raise unless the model can be saved as a folder, and nothing lies there.
-
-    Raises:
-        MergeError: the model is none of transformers', or the folder is taken.
-    """
+    """Raise unless the model can be saved as a folder, and the folder is new or empty."""
     if not isinstance(model, PreTrainedModel):
         raise MergeError(
             f"a {type(model).__name__} has no save_pretrained, so output= cannot save it; merge "
@@ -55,11 +50,7 @@ def check_place(model: nn.Module, output: Path) -> None:
 
 
 def write_whole(model: nn.Module, output: Path, check: Callable[[Path], Written]) -> Written:
-    """Save a plain model in a new folder once what was written has been checked; else none of it.
-
-    Raises:
-        MergeError: the disk is full, or the check fails.
-    """
+    """Save a plain model in a new folder, if the check of the files passes; else write nothing."""
     assert isinstance(model, PreTrainedModel)
     found: list[Written] = []
 
@@ -81,26 +72,20 @@ def write_whole(model: nn.Module, output: Path, check: Callable[[Path], Written]
 def check_written(
     model: nn.Module, folder: Path, batches: Batches, adapted: Sequence[Tensor]
 ) -> Written:
-    """Read a merged model's folder back and compare it: every weight bit by bit, and the outputs.
+    """Read a merged model's folder back; compare every weight bit by bit, and the outputs.
 
-    Args:
-        model: the merged model in memory.
-        folder: what was written.
-        batches: the inputs that `adapted` was computed on.
-        adapted: the adapted model's outputs on them.
-
-    Raises:
-        MergeError: transformers cannot read it, or reads another model.
+    `adapted` are the adapted model's outputs on `batches`.
     """
     assert isinstance(model, PreTrainedModel)
     again, how = read_back(model, folder)
-    unlike = differing(model, again)
-    if unlike:
+    different = differing(model, again)
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise MergeError(
             f"the merged model, written and read back by {how}, has other values in "
-            f"{', '.join(unlike[:3])}{f' and {len(unlike) - 3} more' if len(unlike) > 3 else ''} "
+            f"{', '.join(different[:3])}{more} "
             "than the model in memory, so nothing was saved: a reader of the file would get "
-            "another model. Keep the adapter apart, or target no layer whose weight is tied"
+            "another model. Keep the adapter unmerged, or target no layer whose weight is tied"
         )
     now, after = logits_of(model, batches), logits_of(again, batches)
     off = max((float((x - y).abs().max()) for x, y in zip(now, after, strict=True)), default=0.0)
@@ -128,14 +113,14 @@ def rounding(model: nn.Module) -> float:
 
 
 def read_back(model: PreTrainedModel, folder: Path) -> tuple[nn.Module, str]:
-    """Read a folder as its reader will, where the model lies; return it and what read it."""
+    """Read a folder as its users will, on the model's device; return model and reader."""
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         config = read_config(folder, False)
         held = quantization_for(config, str(folder), "dense", True)
         with quiet_transformers():
             return read_model(folder, config, held, "auto", model.device, False), "inlay.load"
-    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    named = (said.get("architectures") or [""])[0]
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    named = (saved.get("architectures") or [""])[0]
     found: Any = getattr(transformers, named, None)
     cls = found if isinstance(found, type) else type(model)
     if not issubclass(type(model), cls) or cls.__name__ != named:
@@ -147,7 +132,7 @@ def read_back(model: PreTrainedModel, folder: Path) -> tuple[nn.Module, str]:
     with quiet_transformers():
         again, info = reader.from_pretrained(
             folder, dtype="auto", output_loading_info=True, local_files_only=True,
-            attn_implementation=model.config._attn_implementation,
+            attn_implementation=attention_of(model.config),
         )  # fmt: skip
     lacking = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     if lacking or info["mismatched_keys"]:
@@ -160,31 +145,26 @@ def read_back(model: PreTrainedModel, folder: Path) -> tuple[nn.Module, str]:
 
 
 def automatic(model: PreTrainedModel, cls: Any, folder: Path) -> Any:
-    """Return the automatic class that reads this folder as `cls`; `cls` itself where none does."""
-    config = transformers.AutoConfig.from_pretrained(folder) if known(model) else None
-    for name in AUTO if config is not None else ():
-        auto: Any = getattr(transformers, name, None)
-        mapping: Any = getattr(auto, "_model_mapping", {})
-        read_as = mapping.get(type(config), None)
+    """Return the Auto class that reads this folder as `cls`, else `cls` itself."""
+    if str(getattr(model.config, "model_type", "")) not in transformers.CONFIG_MAPPING:
+        return cls
+    config = transformers.AutoConfig.from_pretrained(folder)
+    for name in AUTO:
+        auto = getattr(transformers, name, None)
+        read_as = classes_of(auto, config)
         if read_as is cls or (isinstance(read_as, tuple) and cls is read_as[0]):
             return auto
     return cls
 
 
-def known(model: PreTrainedModel) -> bool:
-    """Say whether the automatic classes know this kind of model."""
-    return str(getattr(model.config, "model_type", "")) in transformers.CONFIG_MAPPING
-
-
 def differing(model: nn.Module, again: nn.Module) -> list[str]:
-    """Return the names of what is not the same, bit by bit, in what was read."""
+    """Return the names of the entries that are not equal bit by bit."""
     mine, theirs = model.state_dict(), again.state_dict()
     names = sorted({*mine, *theirs})
     return [n for n in names if n not in mine or n not in theirs or not same(mine[n], theirs[n])]
 
 
 def same(mine: Any, theirs: Any) -> bool:
-    """Say whether two entries of a state are equal, in the dtype that was read."""
     if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor):
         return mine == theirs
     return torch.equal(mine.to(theirs.device, theirs.dtype), theirs)

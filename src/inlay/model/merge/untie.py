@@ -1,4 +1,4 @@
-"""Tied weights that a merge parts: every member stands alone, is written, and is read back."""
+"""Tied weights that a merge unties: each gets its own tensor, is saved and is read back."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from inlay.model.example_inputs import configs
+from inlay.model.seams.transformers import (
+    TIES,
+    declare_ties,
+    declared_ties,
+)
 
-TIES = "tie_word_embeddings"
-KEYS = "_tied_weights_keys"
+TIED = "tie_word_embeddings"
 
 
 class Ties:
@@ -36,12 +40,12 @@ class Ties:
         here = ([n for n in names if n in now] for names in self.groups)
         return [names for names in here if len({id(now[n]) for n in names}) > 1]
 
-    def parted(self) -> tuple[str, ...]:
-        """Name the parameters that are no longer the first of their group."""
+    def untied(self) -> tuple[str, ...]:
+        """Return the parameters that are no longer the first of their group."""
         now = dict(self.model.named_parameters(remove_duplicate=False))
         return tuple(n for g in self.broken() for n in g[1:] if now[n] is not now[g[0]])
 
-    def say(self) -> None:
+    def write_untied(self) -> None:
         """Write into the configurations that those weights are not tied, where they keep it.
 
         Some families set it to True whenever they are built (T5). transformers 5 leaves members
@@ -50,50 +54,50 @@ class Ties:
         config: Any = getattr(self.model, "config", None)
         if not self.broken() or not isinstance(config, PreTrainedConfig):
             return
-        parted = {name for group in self.broken() for name in group}
-        owners = [owner for owner, keys in self.owners if keys & parted]
+        untied = {name for group in self.broken() for name in group}
+        owners = [owner for owner, keys in self.owners if keys & untied]
         wanted = {id(c): c for o in (*owners, config) for c in (o, o.get_text_config())}
-        self.set_false = [c for c in wanted.values() if getattr(c, TIES, False)]
+        self.set_false = [c for c in wanted.values() if getattr(c, TIED, False)]
         for each in self.set_false:
-            setattr(each, TIES, False)
+            setattr(each, TIED, False)
         if self.set_false and not stays(config):
-            self.unsay()
+            self.write_back()
 
-    def unsay(self) -> None:
+    def write_back(self) -> None:
         """Write the configurations back as they were."""
         for each in self.set_false:
-            setattr(each, TIES, True)
+            setattr(each, TIED, True)
         self.set_false = []
 
-    def said_otherwise(self) -> str | None:
-        """Return a sentence where the configuration goes on to say that parted weights are tied."""
+    def warning(self) -> str | None:
+        """Return a warning where the configuration still says that untied weights are tied."""
         config: Any = getattr(self.model, "config", None)
-        if self.set_false or not self.broken() or not getattr(config, TIES, False):
+        if self.set_false or not self.broken() or not getattr(config, TIED, False):
             return None
         return (
-            f"{', '.join(self.parted())} no longer equal what they were tied to, and a "
-            f"{type(config).__name__} says that they are tied, whatever is written into it. "
-            "transformers 5 reads the written file right, by its values; a reader that goes by the "
-            "configuration alone would tie them: keep the adapter apart for such a one"
+            f"{', '.join(self.untied())} no longer equal what they were tied to, and a "
+            f"{type(config).__name__} says that they are tied, and cannot say otherwise. "
+            "transformers 5 reads the file correctly, by its values; a reader that goes by the "
+            "configuration alone would tie them: keep the adapter unmerged for such a reader"
         )
 
-    def part(self) -> tuple[str, ...]:
-        """Give every member of the groups concerned a tensor of its own; name those parted."""
-        parted = self.parted()
-        if not parted or not isinstance(self.model, PreTrainedModel):
-            return parted
+    def separate(self) -> tuple[str, ...]:
+        """Give each member of the untied groups a tensor of its own; return the untied names."""
+        untied = self.untied()
+        if not untied or not isinstance(self.model, PreTrainedModel):
+            return untied
         declared = {name for _, keys in self.owners for name in keys}
         apart = [set(names) for names in self.broken()]
         for names in groups_of(self.model):
             if any(set(names) & group for group in apart) or (
                 self.set_false and set(names) & declared
             ):
-                separate(self.model, names)
+                give_own_tensors(self.model, names)
         if not self.set_false:
             forget(self.model, {name for group in apart for name in group})
         keys = tied_names(self.model, all_submodels=True)
         self.model.all_tied_weights_keys = keys
-        return parted
+        return untied
 
 
 def groups_of(model: nn.Module) -> list[list[str]]:
@@ -105,14 +109,14 @@ def groups_of(model: nn.Module) -> list[list[str]]:
 
 
 def tied_names(model: PreTrainedModel, *, all_submodels: bool = False) -> dict[str, str]:
-    """Return which parameter is tied to which, of the base's own: patterns may match adapters."""
+    """Return the ties among the base's parameters; patterns would match adapters too."""
     with own_names(model):
-        return model.get_expanded_tied_weights_keys(all_submodels=all_submodels)
+        return declared_ties(model, all_submodels)
 
 
 @contextmanager
 def own_names(model: nn.Module) -> Generator[None]:
-    """Let the models of transformers inside this one list no adapter's tensors."""
+    """Hide adapters' tensors from `named_parameters` and `named_buffers`."""
     inside = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     for module in inside:
         for listing in ("named_parameters", "named_buffers"):
@@ -125,12 +129,11 @@ def own_names(model: nn.Module) -> Generator[None]:
 
 
 def without_adapters(listing: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[Any]:
-    """Yield what a module lists, but for adapters' tensors."""
     return (pair for pair in listing(*args, **kwargs) if ".adapters." not in f".{pair[0]}")
 
 
 def tying(model: nn.Module) -> Iterator[tuple[PreTrainedModel, set[str]]]:
-    """Yield every model of transformers inside this one, with all names that its class ties."""
+    """Yield the transformers models inside this one, each with the names that its class ties."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PreTrainedModel):
             keys = tied_names(module)
@@ -139,13 +142,13 @@ def tying(model: nn.Module) -> Iterator[tuple[PreTrainedModel, set[str]]]:
 
 
 def stays(config: PreTrainedConfig) -> bool:
-    """Say whether a configuration, written and read, still says what it says of ties."""
+    """Return whether a configuration keeps its settings of ties when written and read."""
     again = type(config).from_dict(copy.deepcopy(config.to_dict()))
     pairs = zip(configs(config), configs(again), strict=False)
-    return all(getattr(a, TIES, None) == getattr(b, TIES, None) for a, b in pairs)
+    return all(getattr(a, TIED, None) == getattr(b, TIED, None) for a, b in pairs)
 
 
-def separate(model: nn.Module, names: list[str]) -> None:
+def give_own_tensors(model: nn.Module, names: list[str]) -> None:
     """Give each of these parameters a tensor of its own, in a module of its own."""
     seen: set[nn.Module] = set()
     for number, name in enumerate(names):
@@ -161,7 +164,7 @@ def separate(model: nn.Module, names: list[str]) -> None:
 
 
 def own_copy(model: nn.Module, path: str) -> nn.Module:
-    """Put a shallow copy in place of a module that stands at several places; return it."""
+    """Replace a module that stands at several places by a shallow copy; return the copy."""
     module = copy.copy(model.get_submodule(path))
     module._parameters = dict(module._parameters)
     parent, _, leaf = path.rpartition(".")
@@ -170,13 +173,13 @@ def own_copy(model: nn.Module, path: str) -> nn.Module:
 
 
 def forget(model: nn.Module, names: set[str]) -> None:
-    """Have `tie_weights` leave these alone on this model, whose class ties them come what may."""
+    """Have `tie_weights` leave these alone on this model, though its class ties them."""
     for prefix, module in model.named_modules(remove_duplicate=False):
-        keys: Any = getattr(module, KEYS, None)
+        keys: Any = getattr(module, TIES, None)
         if not isinstance(module, PreTrainedModel) or not keys:
             continue
         start = f"{prefix}." if prefix else ""
         left = tied_names(module)
         kept = {t: s for t, s in left.items() if not {start + t, start + s} & names}
         if kept != left:
-            vars(module)[KEYS] = kept
+            declare_ties(module, kept)

@@ -13,8 +13,6 @@ from inlay.model.merge.merge import check_mergeable
 from inlay.model.merge.plan import trained_copy
 from inlay.storage.base import FrozenLinear
 
-__all__ = ["merged_weights"]
-
 
 @looks_through
 @torch.no_grad()
@@ -56,7 +54,7 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def kept_weights(layer: AdaptedLayer) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of a layer that stays what it is, those that change as a merge would."""
+    """Yield the parameters of a layer that keeps its class, as a merge would leave them."""
     new = {n: t for _, _, found in layer.merged_parameters() for n, t in found.items()}
     for leaf, own in layer._parameters.items():
         if own is not None:
@@ -66,7 +64,6 @@ def kept_weights(layer: AdaptedLayer) -> Iterator[tuple[str, Tensor]]:
 
 
 def named(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-    """Yield a layer's weight, and its bias if it has one."""
     yield "weight", weight
     if bias is not None:
         yield "bias", bias.to(weight.dtype)

@@ -23,18 +23,17 @@ META = torch.device("meta")
 
 
 def hook_of(module: nn.Module) -> Any:
-    """Return the hook that accelerate put on a module, or None."""
     return vars(module).get(HOOK)
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Say whether a module's own weights are away until its hook brings them in."""
+    """Return whether a module's own weights are away until its hook loads them."""
     return hook_of(module) is not None and any(t.device == META for t in own_tensors(module))
 
 
 @contextmanager
 def brought_in(module: nn.Module) -> Generator[None]:
-    """Have a module's offloaded weights in place inside the `with` block."""
+    """Load a module's offloaded weights for the `with` block."""
     if not is_offloaded(module):
         yield
         return
@@ -47,12 +46,10 @@ def brought_in(module: nn.Module) -> Generator[None]:
 
 
 def own_tensors(module: nn.Module) -> list[Tensor]:
-    """Return the parameters and buffers that a module holds itself."""
     return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
 
 
 def carry_over(hooked: nn.Module, successor: nn.Module) -> None:
-    """Put a module's hook on the module that takes its place."""
     hook = hook_of(hooked)
     if hook is not None and hook_of(successor) is None:
         from accelerate.hooks import add_hook_to_module
@@ -75,7 +72,7 @@ class ResidentParams(Params):
 
 
 def undo(params: nn.Module, hook: Any) -> None:
-    """Bring back what a hook took away when it was put on, onto the device it computes on."""
+    """Take a hook off and load what it had offloaded, onto the device it computes on."""
     hook.detach_hook(params)
     device = execution_device(hook)
     if device is not None and device != META:
@@ -83,7 +80,6 @@ def undo(params: nn.Module, hook: Any) -> None:
 
 
 def execution_device(hook: Any) -> torch.device | None:
-    """Return the device that a hook has its module run on, or None where it does not say."""
     said = getattr(hook, "execution_device", None)
     if said is None:
         return None

@@ -1,25 +1,26 @@
-"""What we touch of transformers that it may rename or change: its hooks, in one place.
+"""Every private part of transformers that Inlay touches; transformers may rename or change them.
 
-`tests/model/test_seams.py` holds each hook to the signature that we expect.
+`tests/model/test_seams.py` checks that each one exists and behaves as expected here.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import wraps
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel, conversion_mapping
+from transformers import (
+    Cache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    conversion_mapping,
+)  # fmt: skip
 from transformers.activations import SiLUActivation
 from transformers.core_model_loading import ConversionOps
 from transformers.initialization import no_init_weights
@@ -29,42 +30,43 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.generic import ModelOutput
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from inlay.model.seams.imports import when_imported
+
 __all__ = [
-    "ConversionOps",
-    "ForCausalLMLoss",
-    "GradientCheckpointingLayer",
-    "HfQuantizer",
-    "LlamaDecoderLayer",
-    "LlamaMLP",
-    "LlamaRMSNorm",
-    "ModelOutput",
-    "QuantizationConfigMixin",
-    "SiLUActivation",
-    "cache_argument",
-    "cache_in",
-    "get_keys_to_not_convert",
-    "no_init_weights",
-    "register_attention",
-    "register_quantization_config",
-    "register_quantizer",
-    "release_quantizer",
-    "sdpa_attention_forward",
+    "ConversionOps", "ForCausalLMLoss", "GradientCheckpointingLayer", "HfQuantizer",
+    "LlamaDecoderLayer", "LlamaMLP", "LlamaRMSNorm", "ModelOutput", "QuantizationConfigMixin",
+    "SiLUActivation", "get_keys_to_not_convert", "no_init_weights", "sdpa_attention_forward",
     "sdpa_mask",
-]
+]  # fmt: skip
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What a forward calls its key-value cache where it does not say so by a type."""
 READS_CACHE = "_can_checkpoint_with_cache"
-"""A block's attribute: it only reads the key-value cache, so that computing it again is right."""
+"""A block's attribute: it only reads the key-value cache, so that it may be recomputed."""
 CHECKPOINTING = "gradient_checkpointing"
-"""A module's attribute: its activations are computed again in the backward pass."""
+"""A module's attribute: its activations are recomputed in the backward pass."""
+TIES = "_tied_weights_keys"
+"""Attribute of a class or module: tied parameter -> the parameter that it is tied to."""
+INITIALISED = "_is_hf_initialized"
+"""Attribute of a layer or parameter whose values the loader leaves alone."""
 SDPA, EAGER = "sdpa", "eager"
 """The names of torch's own attention, and of one that is written out."""
+TRAINER, RESUMES, TAKES_BEST = (
+    "transformers.trainer", "_load_from_checkpoint", "_load_best_model",
+)  # fmt: skip
+"""The module of Trainer, and its methods that put a checkpoint's values into the model."""
+
+Undo = Callable[[], None]
+Restore = Callable[[nn.Module, Path], bool]
+"""Put the adapters of a checkpoint into a model; False where it is none of this model's."""
+
+
+# Attention
 
 
 class MakesMask(Protocol):
@@ -73,10 +75,26 @@ class MakesMask(Protocol):
     def __call__(self, batch_size: int, q_length: int, kv_length: int, **more: Any) -> Any: ...
 
 
-def register_attention(name: str, attention: Callable[..., Any], mask: MakesMask) -> None:
-    """Let models whose configuration names this attention find it, and what makes its masks."""
+def register_attention(name: str, attention: Callable[..., Any], mask: MakesMask) -> Undo:
+    """Let models whose configuration names this attention find it, and what makes its masks.
+
+    Returns what undoes it; configurations that still name it then ask for torch's own attention.
+    """
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
+
+    def undo() -> None:
+        for config in naming.pop(name, WeakValueDictionary()).values():
+            if attention_of(config) == name:
+                set_attention(config, SDPA)
+        for table in (AttentionInterface, AttentionMaskInterface):
+            table._global_mapping.pop(name, None)  # pyright: ignore[reportPrivateUsage]
+
+    return undo
+
+
+naming: dict[str, WeakValueDictionary[int, Any]] = {}
+"""Name of a registered attention -> the configurations that were set to it, by id."""
 
 
 def attention_of(config: Any) -> str | None:
@@ -85,13 +103,13 @@ def attention_of(config: Any) -> str | None:
 
 
 def set_attention(config: Any, name: str) -> None:
-    """Let a configuration ask for another attention, the configurations inside it too."""
+    """Let a configuration, and those inside it, ask for another attention."""
     config._attn_implementation = name
+    if name not in (SDPA, EAGER):
+        naming.setdefault(name, WeakValueDictionary())[id(config)] = config
 
 
-def is_configuration(value: Any) -> bool:
-    """Say whether a value is a model's configuration."""
-    return isinstance(value, PreTrainedConfig)
+# The key-value cache
 
 
 def cache_argument(forward: Callable[..., Any]) -> str | None:
@@ -107,13 +125,7 @@ def cache_argument(forward: Callable[..., Any]) -> str | None:
     return next(iter([*typed, *named]), None)
 
 
-def takes(forward: Callable[..., Any], argument: str) -> bool:
-    """Say whether a forward has an argument of this name."""
-    return argument in inspect.signature(forward).parameters
-
-
 def cache_in(values: Iterable[Any]) -> Cache | None:
-    """Return the key-value cache among some values, or None."""
     return next((v for v in values if isinstance(v, Cache)), None)
 
 
@@ -129,10 +141,27 @@ def cache_field(output: type[Any]) -> str:
     return next((name for name in CACHE_NAMES if name in fields), CACHE_NAMES[0])
 
 
+# Loading
+
+
+def register_quantizer(
+    name: str, config: type[QuantizationConfigMixin], quantizer: type[HfQuantizer]
+) -> Undo:
+    """Let transformers' loader find a quantizer by its name; return what undoes it."""
+    configs: dict[str, Any] = AUTO_QUANTIZATION_CONFIG_MAPPING
+    quantizers: dict[str, Any] = AUTO_QUANTIZER_MAPPING
+    configs[name], quantizers[name] = config, quantizer
+
+    def undo() -> None:
+        del configs[name], quantizers[name]
+
+    return undo
+
+
 def release_quantizer(
     model: PreTrainedModel, quantizer: HfQuantizer, keep: Callable[[Any], bool]
 ) -> None:
-    """Take a loader's quantizer off a model; of its weight conversions leave those to `keep`."""
+    """Take a loader's quantizer off a model; keep those of its weight conversions that `keep`."""
     loaded: Any = model
     conversions = getattr(loaded, "_weight_conversions", None)
     quantizer.remove_quantization_config(model)
@@ -141,17 +170,14 @@ def release_quantizer(
 
 
 def mark_initialised(tensor_or_layer: Tensor | nn.Module, done: bool) -> None:
-    """Say whether transformers' loader is to leave a layer or parameter as it is."""
-    if done:
-        vars(tensor_or_layer)["_is_hf_initialized"] = True
-    else:
-        vars(tensor_or_layer).pop("_is_hf_initialized", None)
+    vars(tensor_or_layer).pop(INITIALISED, None)
+    vars(tensor_or_layer).update({INITIALISED: True} if done else {})
 
 
 def initialise_weights(model: PreTrainedModel, module: nn.Module) -> None:
     """Give a module of a model the initial values of its kind."""
-    own: Any = model
-    own._init_weights(module)
+    private: Any = model
+    private._init_weights(module)
 
 
 def kept_in_full(model: PreTrainedModel) -> tuple[str, ...]:
@@ -159,62 +185,14 @@ def kept_in_full(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
-def checkpointing_function(module: nn.Module) -> Any:
-    """Return what a module recomputes its activations with, or None where it keeps them."""
-    on = getattr(module, "gradient_checkpointing", False)
-    return getattr(module, "_gradient_checkpointing_func", None) if on else None
-
-
-@dataclass(frozen=True)
-class Recomputed:
-    """The modules of a model that gradient checkpointing is on for.
-
-    transformers computes its blocks again, and these drop the key-value cache unless they say that
-    they only read it; what is around them drops it where its own flag is set.
-    """
-
-    blocks: tuple[nn.Module, ...]
-    around: tuple[nn.Module, ...]
-
-    def read_cache(self, allowed: bool) -> None:
-        """Have the blocks keep the cache that they are given, or drop it again."""
-        for block in self.blocks:
-            vars(block).pop(READS_CACHE, None)
-            vars(block).update({READS_CACHE: True} if allowed else {})
-        for module in self.around:
-            vars(module)[CHECKPOINTING] = not allowed
-
-    @contextmanager
-    def off(self) -> Generator[None]:
-        """Compute nothing again inside the `with` block."""
-        before = [(module, vars(module)[CHECKPOINTING]) for module in (*self.blocks, *self.around)]
-        for module, _ in before:
-            vars(module)[CHECKPOINTING] = False
-        try:
-            yield
-        finally:
-            for module, was in before:
-                vars(module)[CHECKPOINTING] = was
-
-
-def recomputed(model: nn.Module) -> Recomputed | None:
-    """Return what gradient checkpointing is on for; None where no block of it can read a cache.
-
-    Autograd must see what a block reads beside its inputs, so reentrant checkpointing cannot.
-    """
-    on = [m for m in model.modules() if vars(m).get(CHECKPOINTING, False)]
-    blocks = [m for m in on if isinstance(m, GradientCheckpointingLayer)]
-    for module in on:
-        words = getattr(checkpointing_function(module), "keywords", {})
-        inside = any(isinstance(m, GradientCheckpointingLayer) for m in module.modules())
-        if not inside or words.get("use_reentrant"):
-            return None
-    return Recomputed(tuple(blocks), tuple(m for m in on if m not in blocks))
-
-
 def built_empty(made_as: Any, config: PreTrainedConfig, dtype: Any) -> PreTrainedModel:
     """Build a model of a class from its configuration, in a dtype."""
     return made_as._from_config(config, dtype=dtype)
+
+
+def classes_of(auto: Any, config: PreTrainedConfig) -> Any:
+    """Return the class or classes that an Auto class makes of a configuration, or None."""
+    return getattr(auto, "_model_mapping", {}).get(type(config), None)
 
 
 def family_of_experts(config: Any) -> str | None:
@@ -233,7 +211,7 @@ def family_of_experts(config: Any) -> str | None:
 
 
 def renaming(model: nn.Module) -> Callable[[str], str] | None:
-    """Return what brings an earlier name to the one that the model has; None where nothing does."""
+    """Return the function that maps a weight's earlier name to its present one; None for no map."""
     table: Any = getattr(conversion_mapping, "get_model_conversion_mapping", None)
     if not isinstance(model, PreTrainedModel) or table is None:
         return None
@@ -247,56 +225,96 @@ def renaming(model: nn.Module) -> Callable[[str], str] | None:
     return renamed if renames else None
 
 
-TRAINER = "transformers.trainer"
-RESUMES, TAKES_BEST = "_load_from_checkpoint", "_load_best_model"
-"""The methods of Trainer that put a checkpoint's values into the model."""
-FOLLOWED = "followed_by_inlay"
+class NoVideos(dict[str, Any]):
+    """Takes the place of a processor's video processor, which needs torchvision."""
 
-Restore = Callable[[nn.Module, Path], bool]
-"""Put the adapters of a checkpoint into a model; False where it is none of this model's."""
+    model_input_names: tuple[str, ...] = ()
+    _auto_class = None
+    num_frames: int | None = None
+    fps: float | None = None
+    """As `num_frames`, read by SmolVLM's processor whether there is a video or not."""
 
 
-def follow_trainer(restore: Restore) -> None:
-    """Have Trainer restore adapters by this function, now or as soon as it is imported.
+@contextmanager
+def no_video_class() -> Generator[None]:
+    """Let a processor be built without its video processor, whose class needs torchvision."""
+    mixin: Any = ProcessorMixin
+    before = vars(mixin)["get_possibly_dynamic_module"]
 
-    It is not imported for it: that would take as much memory as all of a small model's training.
+    def found(name: str) -> Any:
+        return NoVideos if "VideoProcessor" in name else before.__func__(name)
+
+    mixin.get_possibly_dynamic_module = staticmethod(found)
+    try:
+        yield
+    finally:
+        mixin.get_possibly_dynamic_module = before
+
+
+# Tied weights
+
+
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """Return the parameters of a loaded model that are tied, and what each is tied to."""
+    return getattr(model, "all_tied_weights_keys", {})
+
+
+def declared_ties(model: PreTrainedModel, all_submodels: bool) -> dict[str, str]:
+    """Return the ties that a model's class declares, its patterns expanded to parameters."""
+    return model.get_expanded_tied_weights_keys(all_submodels=all_submodels)
+
+
+def declare_ties(module: nn.Module, ties: dict[str, str]) -> None:
+    """Declare other ties for one module than its class does."""
+    vars(module)[TIES] = ties
+
+
+# Gradient checkpointing
+
+
+def checkpoint_blocks(model: PreTrainedModel, function: Callable[..., Any] | None) -> None:
+    """Have a function run the model's blocks in training; None: they run and keep everything."""
+    private: Any = model
+    if function is None:
+        private._set_gradient_checkpointing(enable=False)
+    else:
+        private._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
+
+
+def checkpointing_function(module: nn.Module) -> Any:
+    """Return what a module recomputes its activations with, or None where it keeps them."""
+    on = getattr(module, CHECKPOINTING, False)
+    return getattr(module, "_gradient_checkpointing_func", None) if on else None
+
+
+def input_gradients_required(model: nn.Module) -> bool:
+    """Return whether hooks have the embeddings' outputs require gradients."""
+    return bool(getattr(model, "_require_grads_hooks", None))
+
+
+# Trainer
+
+
+def restore_by(restore: Restore) -> Undo:
+    """Have Trainer restore adapters by this function; return what undoes it.
+
+    Trainer is not imported for it, which would take as much memory as all of a small model's
+    training: its methods are wrapped once somebody imports it.
     """
-    loaded = sys.modules.get(TRAINER)
-    if loaded is not None:
-        follow(loaded, restore)
-    elif not any(isinstance(finder, AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, AfterImport(restore))
+    wrapped: list[tuple[Any, str, Any, Any]] = []
+    stop = when_imported(TRAINER, lambda module: wrapped.extend(wrap(module.Trainer, restore)))
+
+    def undo() -> None:
+        stop()
+        for owner, name, theirs, ours in wrapped:
+            if vars(owner)[name] is ours:  # nobody has replaced it since
+                setattr(owner, name, theirs)
+
+    return undo
 
 
-class AfterImport(MetaPathFinder):
-    """Finds the one module as everybody does, and follows it once it is loaded."""
-
-    def __init__(self, restore: Restore) -> None:
-        self.restore = restore
-
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> Any:
-        """Return the module's own spec, with a loader that goes on to `follow`."""
-        del path, target
-        if fullname != TRAINER:
-            return None
-        sys.meta_path.remove(self)
-        spec: ModuleSpec | None = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            load: Any = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                load(module)
-                follow(module, self.restore)
-
-            setattr(spec.loader, "exec_module", exec_module)  # noqa: B010
-        return spec
-
-
-def follow(module: ModuleType, restore: Restore) -> None:
-    """Wrap the two methods of Trainer, once."""
-    trainer: Any = getattr(module, "Trainer", None)
-    if trainer is None or FOLLOWED in vars(trainer):
-        return
+def wrap(trainer: Any, restore: Restore) -> Iterator[tuple[Any, str, Any, Any]]:
+    """Wrap Trainer's two methods; yield class, name, what the method was, what it is."""
     resume, best = vars(trainer)[RESUMES], vars(trainer)[TAKES_BEST]
 
     @wraps(resume)
@@ -312,6 +330,6 @@ def follow(module: ModuleType, restore: Restore) -> None:
             return best(self)
         return None
 
-    setattr(trainer, RESUMES, resumed)
-    setattr(trainer, TAKES_BEST, took_best)
-    setattr(trainer, FOLLOWED, True)
+    for name, theirs, ours in ((RESUMES, resume, resumed), (TAKES_BEST, best, took_best)):
+        setattr(trainer, name, ours)
+        yield trainer, name, theirs, ours

@@ -25,6 +25,7 @@ from inlay.model.load.folder import INDEX
 from inlay.model.load.heads import head_modules
 from inlay.model.load.hf_quantizer import unread_tensors
 from inlay.model.load.quantize import bitsandbytes_config, dense_view, is_dense_linear
+from inlay.model.seams.transformers import tied_weights
 from inlay.model.stream.host import Weight, block_name, file_weights
 from inlay.storage.quantized import QuantizedLinear
 from inlay.storage.registry import storage_class
@@ -35,7 +36,7 @@ LAYOUT = 1
 
 
 def skeleton(read_as: Any, config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """Return the model without any weight."""
+    """Return the model on the meta device."""
     with torch.device("meta"):
         model: nn.Module = read_as(config)
     return model.to(dtype)
@@ -47,7 +48,7 @@ def keys_of(model: nn.Module, tensors: Mapping[str, object]) -> Callable[[str], 
     A checkpoint may lack the prefix of the base model, and the weights that are tied to others.
     """
     prefix = str(getattr(model, "base_model_prefix", "")) + "."
-    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    ties = tied_weights(model)
 
     def key_of(name: str) -> str:
         full = f"{name}.weight"
@@ -64,7 +65,7 @@ def keys_of(model: nn.Module, tensors: Mapping[str, object]) -> Callable[[str], 
 
 
 def streamable(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers of a skeleton whose weights can stay in files, by name; no task's head."""
+    """Return the layers, by name, whose weights can stay in files; not a task's head."""
     heads = head_modules(model)
     return {
         n: m
@@ -74,7 +75,7 @@ def streamable(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def opened_files(files: Sequence[Path]) -> dict[str, FileTensor]:
-    """Return every tensor of the files as where it lies."""
+    """Return the place of every tensor in the files."""
     return {name: t for file in files for name, t in WeightsFile(file).tensors().items()}
 
 
@@ -103,7 +104,6 @@ def weights_in_files(
 
 
 def check_fits(name: str, weight: Weight, layer: nn.Module) -> None:
-    """Raise unless a weight in a file has the shape that the configuration says."""
     if isinstance(layer, nn.Embedding):
         expected = (layer.num_embeddings, layer.embedding_dim)
     else:
@@ -140,12 +140,7 @@ def packed_copy(
 ) -> Path:
     """Return the folder of a packed copy of a dense checkpoint; make it when there is none.
 
-    Weights are packed one by one, those of these layers in these storages, and written block by
-    block.
-
-    Raises:
-        ModelError: the disk has no room for the copy.
-        StorageError: a weight cannot be packed.
+    Weights are packed one by one and written block by block.
     """
     dtype = next(model.parameters()).dtype
     said = f"{LAYOUT} {storages} {double_quant} {dtype} {fingerprint(folder, files)}"
@@ -192,7 +187,6 @@ class Copy:
         self.like: QuantizedLinear | None = None
 
     def write(self, config: PreTrainedConfig) -> None:
-        """Write every file of the checkpoint."""
         blocks: dict[str | None, list[str]] = {}
         for key in self.tensors:
             blocks.setdefault(block_name(key), []).append(key)
@@ -209,7 +203,7 @@ class Copy:
         self.write_config(config)
 
     def packed(self, key: str) -> dict[str, Tensor]:
-        """Return the tensors that hold one of the checkpoint's."""
+        """Return the packed tensors of one of the checkpoint's tensors."""
         tensor: Tensor = self.tensors[key][...]
         if tensor.is_floating_point():
             tensor = tensor.to(self.dtype)
@@ -228,7 +222,6 @@ class Copy:
         return {key.removesuffix("weight") + k: t for k, t in layer.serialized().items()}
 
     def write_config(self, config: PreTrainedConfig) -> None:
-        """Write the configuration, which says how the weights are packed."""
         assert self.like is not None
         packed = set(self.layers.values())
         dense = [n for n, m in self.model.named_modules() if is_dense_linear(m) and n not in packed]
@@ -238,7 +231,7 @@ class Copy:
 
 
 def fingerprint(folder: Path, files: Sequence[Path]) -> str:
-    """Return what changes when any of a checkpoint's files does."""
+    """Return a digest that changes with any of a checkpoint's files."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in files:
         found = file.stat()
@@ -247,7 +240,7 @@ def fingerprint(folder: Path, files: Sequence[Path]) -> str:
 
 
 def cache_folder() -> Path:
-    """Return where packed copies lie: $INLAY_CACHE, else inlay in the user's cache folder."""
+    """Return the folder of packed copies: $INLAY_CACHE, else inlay in the user's cache."""
     own = os.environ.get("INLAY_CACHE")
     if own:
         return Path(own)

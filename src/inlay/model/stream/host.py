@@ -62,12 +62,11 @@ def stream(
 
 
 def on_host(parts: Sequence[Tensor]) -> list[Tensor | Stored]:
-    """Return packed parts, the large ones as places in host memory."""
     return [HostTensor(p.detach()) if p.nbytes >= SMALL else p.detach() for p in parts]
 
 
 class Weight:
-    """One weight that is to be streamed: its format, shape (out, in) and packed parts."""
+    """A weight to be streamed: its format, shape (out, in) and packed parts."""
 
     def __init__(
         self, packing: str, shape: tuple[int, int], parts: Sequence[Tensor | Stored]
@@ -75,7 +74,6 @@ class Weight:
         self.packing, self.shape, self.parts = packing, shape, parts
 
     def laid_out(self, layout: Layout, name: str, device: torch.device) -> list[Segment]:
-        """Give the weight its place among the blocks."""
         block = block_name(name)
         first = self.parts[0]
         if self.packing == "dense" and not isinstance(first, Tensor):
@@ -87,7 +85,7 @@ class Weight:
 def connect(
     model: nn.Module, weights: Mapping[str, Weight], device: torch.device, buffers: int
 ) -> nn.Module:
-    """Put streamed layers in the place of those whose weights these are."""
+    """Replace the layers of these weights by streamed ones."""
     layout = Layout()
     segments: dict[str, list[Segment]] = {}
     for name, module in model.named_modules():
@@ -105,7 +103,6 @@ def connect(
 def streamed_layer(
     layer: nn.Module, weight: Weight, segments: list[Segment] | None, buffers: Buffers
 ) -> nn.Module:
-    """Return the streamed layer that takes a layer's place."""
     if segments is not None:
         source, held = Source(weight.packing, segments, buffers), frozen(layer)
         new = StreamedLinear(source, weight.shape, held.dtype, held.bias)
@@ -119,8 +116,7 @@ def streamed_layer(
 def embedding_on_host(model: Any, device: str | torch.device) -> nn.Module:
     """Leave the model's input embedding in host memory, in place; its rows go to `device`.
 
-    Raises:
-        ModelError: there is no such embedding, or the output head is the same weight.
+    Raises for an embedding of another class, or one that is tied to the output head.
     """
     layer = model.get_input_embeddings()
     name = next((n for n, m in model.named_modules() if m is layer), None)
@@ -143,16 +139,12 @@ def embedding_on_host(model: Any, device: str | torch.device) -> nn.Module:
 
 @looks_through
 def is_streamed(model: nn.Module) -> bool:
-    """Say whether the model's linear layers are streamed."""
+    """Return whether the model's linear layers are streamed."""
     return any(isinstance(m, StreamedLinear) for m in model.modules())
 
 
 def statistics(model: nn.Module) -> Statistics:
-    """Return what was brought in so far and how long products waited for it.
-
-    Raises:
-        ModelError: the model is not streamed.
-    """
+    """Return how much was streamed so far, and how long products waited for it."""
     for module in model.modules():
         if isinstance(module, StreamedLinear):
             return module.source.buffers.statistics
@@ -160,7 +152,7 @@ def statistics(model: nn.Module) -> Statistics:
 
 
 def block_name(name: str) -> str | None:
-    """Return a layer's Transformer block, the name up to its first number; None outside blocks."""
+    """Return a layer's Transformer block, its name up to the first number, or None."""
     found = re.match(r"(.*?\.)?\d+(?=\.|$)", name)
     return found[0] if found else None
 
@@ -177,10 +169,7 @@ def file_weights(
         modules: linear layers and embeddings by name.
         tensors: every tensor of the files.
         key_of: a layer's name -> its weight's name in the files.
-        storages: how packed weights are held, by layer name.
-
-    Raises:
-        StorageError: packed tensors do not fit together.
+        storages: the storage of packed weights, by layer name.
     """
     found: dict[str, Weight] = {}
     for name, module in modules.items():
@@ -200,7 +189,7 @@ def file_weights(
 
 
 def beside(key: str, tensors: Mapping[str, FileTensor]) -> dict[str, FileTensor]:
-    """Return int8's tensors that lie beside a weight."""
+    """Return int8's tensors that belong to a weight."""
     layer = key.removesuffix("weight")
     names = ("SCB", "weight_format")
     return {n: tensors[layer + n] for n in names if layer + n in tensors}

@@ -7,7 +7,6 @@ What trains stays whole in every process.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 
 from torch import nn
@@ -17,13 +16,12 @@ from torch.distributed.tensor import DTensor
 
 from inlay.errors import ModelError
 from inlay.model.adapters.layer import AdaptedLayer
+from inlay.model.process import lease
 from inlay.model.stream.host import is_streamed
 from inlay.storage.quantized import QuantizedLinear
 
 SMALL = 1 << 10
 """Bytes below which a packed part, such as a table of 256 values, stays whole everywhere."""
-
-warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -52,6 +50,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     whole = kept_whole(model)
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, ignored_params=whole)
+    lease(model, "view warnings")
     name = type(model).__name__
     fully_shard(model, mesh=mesh, ignored_params=whole)
     type(model).__name__ = name
@@ -76,7 +75,7 @@ def kept_whole(model: nn.Module) -> set[nn.Parameter]:
 
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the model's repeated blocks, those inside others left out."""
+    """Yield the model's repeated blocks, but none inside another."""
     inside: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and module not in inside:
@@ -85,7 +84,7 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def check_sharded(model: nn.Module, kept: set[nn.Parameter]) -> None:
-    """Raise unless every parameter but those kept is FSDP's, and the model one of its modules."""
+    """Raise unless FSDP divides every parameter that is not kept whole."""
     whole = [
         name for name, p in model.named_parameters() if p not in kept and not isinstance(p, DTensor)
     ]
@@ -97,18 +96,18 @@ def check_sharded(model: nn.Module, kept: set[nn.Parameter]) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Say whether the model's frozen weights are divided among processes."""
+    """Return whether the model's frozen weights are divided among processes."""
     return isinstance(model, FSDPModule)
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Return the bytes of the frozen weights that lie in this process between two passes."""
+    """Return the bytes of frozen weights in this process between two passes."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
     local = [p.to_local() if isinstance(p, DTensor) else p for p in frozen]
     return sum(t.nbytes for t in [*local, *model.buffers()])
 
 
 def let_go(model: nn.Module) -> None:
-    """Let go of what a pass without gradients leaves gathered: all that is outside the blocks."""
+    """Free what a no-grad pass leaves gathered: the weights outside the blocks."""
     if isinstance(model, FSDPModule):
         model.reshard()

@@ -234,8 +234,10 @@ class Launch:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
-        os.environ.update(self.environment())
+        elastic, before = logging.getLogger("torch.distributed.elastic"), dict(os.environ)
+        level, own = elastic.level, self.environment()
+        elastic.setLevel(logging.CRITICAL + 1)
+        os.environ.update(own)
         settings = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -253,6 +255,11 @@ class Launch:
             if not lost:
                 return told[0]
             raise TrainingError(self.what_ended(lost)) from None
+        finally:
+            elastic.setLevel(level)
+            for name in own:
+                os.environ.pop(name)
+            os.environ.update(before)
         return 0
 
     def what_ended(self, ended: Mapping[int, int]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from inlay.errors import AdapterError
 from inlay.methods.models import input_embedding
-from inlay.model.seams.transformers import Recomputed, recomputed
+from inlay.model.recomputed import Recomputed, recomputed
 from inlay.storage.registry import layer_class
 
 EMBEDDINGS = "inputs_embeds"

@@ -33,7 +33,8 @@ from inlay.model.adapters.prompts.call import (
     widen,
 )
 from inlay.model.adapters.prompts.trial import Takes
-from inlay.model.seams.transformers import Recomputed, cache_argument
+from inlay.model.recomputed import Recomputed
+from inlay.model.seams.transformers import cache_argument
 
 NewArguments = tuple[tuple[()], dict[str, Any]] | None
 """A call's new arguments; None leaves it as it is."""

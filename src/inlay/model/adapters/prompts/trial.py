@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from inlay.methods.models import attention_shape, encoder_of, input_embedding
 from inlay.model.adapters.prompts.call import EMBEDDINGS
 from inlay.model.fast.proof import in_clean_thread
 from inlay.model.fast.shrink import small_model
-from inlay.model.seams.transformers import cache_argument, cache_in, takes
+from inlay.model.seams.transformers import cache_argument, cache_in
 from inlay.storage.registry import layer_class
 
 NO_CACHE = "it takes no key-value cache"
@@ -91,7 +92,7 @@ def text_for(model: Any) -> dict[str, Tensor]:
     padding = getattr(model.config, "pad_token_id", None)
     drawn = torch.randint(3, 8, (1, 6), generator=torch.Generator().manual_seed(0))
     ids = drawn.where(drawn != (-1 if padding is None else padding), 9)
-    decoded = takes(model.forward, "decoder_input_ids")
+    decoded = "decoder_input_ids" in signature(model.forward).parameters
     return {"input_ids": ids, **({"decoder_input_ids": ids} if decoded else {})}
 
 
@@ -155,7 +156,7 @@ def taken_by_encoder(small: Any) -> Takes:
 
 def no_embeddings(small: Any, text: dict[str, Tensor]) -> str | None:
     """Say why a model does not read its tokens' embeddings as it reads the tokens, or None."""
-    if not takes(small.forward, EMBEDDINGS):
+    if EMBEDDINGS not in signature(small.forward).parameters:
         return f"it takes no {EMBEDDINGS}"
     try:
         table = input_embedding(small)
