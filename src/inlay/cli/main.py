@@ -181,7 +181,7 @@ def quiet_libraries() -> Generator[None]:
     os.environ.update(own)
     logger.setLevel(logging.CRITICAL)
     warnings.showwarning = show_warning
-    errors = output.errors
+    errors = output.errors if isinstance(output, io.TextIOWrapper) else None
     if isinstance(output, io.TextIOWrapper):
         output.reconfigure(errors="backslashreplace")
     try:

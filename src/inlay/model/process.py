@@ -30,7 +30,7 @@ Undo = Callable[[], object]
 
 def keep_freed_memory() -> Undo:
     """Keep freed CPU memory in the process, for the steps to come."""
-    return release_memory if keep_memory() is None else list[None]
+    return release_memory if keep_memory() is None else lambda: None
 
 
 def call_encoder_layers() -> Undo:
