@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-import weakref
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -227,21 +226,17 @@ class Watch:
 
 
 class GradientHook:
-    """The hook on an adapter's tensor; it is not saved with the tensor.
-
-    The reference is weak: autograd would keep the watch, and with it the model, for good.
-    """
+    """The hook on an adapter's tensor; it is not saved with the tensor."""
 
     __torch_unserializable__ = True
 
     def __init__(self, watch: Watch, name: str) -> None:
-        self.watch, self.name = weakref.ref(watch), name
+        self.watch, self.name = watch, name
 
     def __call__(self, gradient: Any) -> None:
         del gradient
-        watch = None if torch.compiler.is_compiling() else self.watch()
-        if watch is not None:
-            watch.on_gradient(self.name)
+        if not torch.compiler.is_compiling():
+            self.watch.on_gradient(self.name)
 
 
 def parent_of(model: nn.Module, name: str, parameter: str | None) -> nn.Module | None:
