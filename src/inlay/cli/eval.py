@@ -88,7 +88,8 @@ def run(given: dict[str, Any]) -> int:
         about |= {"skipped": rows.skipped}
         show.as_json({**about, "data_sha256": rows.sha256, **record})
         return 0
-    summary.comparison(record, "held-out rows" if found.held_out else "rows")
+    what = "held-out rows" if found.held_out else "rows"
+    summary.comparison(record, found.task.titles, what)
     summary.classes(record)
     if found.held_out:
         print(f"  The run trained on {options.data} and held out these rows of {rows.source}.")

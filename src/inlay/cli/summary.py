@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from inlay.cli import show
-from inlay.evaluate.titles import title, titles_of
+from inlay.evaluate.titles import ANSWERS, Titles
 from inlay.evaluate.units import duration, size
 
 if TYPE_CHECKING:
@@ -17,9 +17,10 @@ CONFUSION_SHOWN = 10
 ARROWS = {"lower": "↓", "higher": "↑"}
 
 
-def comparison(record: ComparisonRecord, what: str = "held-out rows") -> None:
+def comparison(
+    record: ComparisonRecord, titles: Titles = ANSWERS, what: str = "held-out rows"
+) -> None:
     """Write base against tuned, metric by metric, with intervals and p-values."""
-    titles = titles_of(record)
     show.heading(
         f"base against tuned: {record['rows']} {what}, {record['tokens']:,} tokens"
         + (f"; text generated for {record['generated_rows']}" if record["generated_rows"] else "")
@@ -58,10 +59,10 @@ def classes(record: ComparisonRecord) -> None:
         show.table(("", *names), cells)
 
 
-def metric_row(metric: MetricComparison, titles: Mapping[str, str]) -> list[str]:
+def metric_row(metric: MetricComparison, titles: Titles) -> list[str]:
     p = metric["p_value"]
     return [
-        f"{title(metric['name'], titles)} {ARROWS.get(metric['better'], '')}".strip(),
+        f"{titles(metric['name'])} {ARROWS.get(metric['better'], '')}".strip(),
         with_interval(metric["base"]),
         with_interval(metric["tuned"]),
         with_interval(metric["difference"], signed=True),

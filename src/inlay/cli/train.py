@@ -126,7 +126,7 @@ def run(given: dict[str, Any]) -> int:
         return 0
     summary.what_trained(result.run)
     if result.run["comparison"]:
-        summary.comparison(result.run["comparison"])
+        summary.comparison(result.run["comparison"], TASKS[config.task].titles)
         summary.classes(result.run["comparison"])
         for example in result.run["comparison"]["examples"][:1]:
             summary.example(example)

@@ -394,6 +394,12 @@ class Stages(Generic[Row]):
             return
         record |= ended_record(model, trainer, self.folder)
         metrics = cast("list[Step]", read_metrics(self.folder.metrics))
-        write_report(self.folder.report, cast("Run", record), metrics, record["comparison"])
+        write_report(
+            self.folder.report,
+            cast("Run", record),
+            metrics,
+            record["comparison"],
+            titles=self.task.task.titles,
+        )
         self.folder.write_record(record)
         self.stage(f"done: {self.folder.path}")

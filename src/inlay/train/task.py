@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from inlay.data.read import RawRow
 from inlay.data.rows import Rows
+from inlay.evaluate.titles import ANSWERS, Titles
 from inlay.run.config import RunConfig, RunWithImages
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class Task(ABC):
     """The keys of its runs, its own among them."""
     fixed: ClassVar[Mapping[str, Fixed]] = {}
     """The keys of every run that it does not know."""
-    titles: ClassVar[Mapping[str, str]] = {}
-    """A metric's name -> its words on the page and in the terminal, where they are its own."""
+    titles: ClassVar[Titles] = ANSWERS
+    """The words for its metrics, on the page and in the terminal."""
     learning_rate_factor: ClassVar[float] = 1.0
     """How the best learning rate stands to the one for supervised rows."""
     least_batch: ClassVar[int] = 1

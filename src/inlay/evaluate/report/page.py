@@ -18,6 +18,7 @@ from inlay.evaluate.report.sections import (
     examples_section,
     merge_section,
 )
+from inlay.evaluate.titles import ANSWERS, Titles
 from inlay.evaluate.units import duration, size
 from inlay.files import write_text
 
@@ -28,6 +29,7 @@ def write_report(
     metrics: Sequence[Step],
     comparison: ComparisonRecord | None = None,
     merge: Merge | None = None,
+    titles: Titles = ANSWERS,
 ) -> Path:
     """Write the page of a run, whole or not at all; what a record lacks is "not measured".
 
@@ -35,7 +37,7 @@ def write_report(
         InlayError: the file cannot be written.
     """
     path = Path(path)
-    page = report_page(run, metrics, comparison, merge)
+    page = report_page(run, metrics, comparison, merge, titles)
     try:
         write_text(path, page)
     except OSError as error:
@@ -51,6 +53,7 @@ def report_page(
     metrics: Sequence[Step],
     comparison: ComparisonRecord | None = None,
     merge: Merge | None = None,
+    titles: Titles = ANSWERS,
 ) -> str:
     """Return the page as HTML."""
     template = Template(files("inlay.evaluate.report").joinpath("report.html").read_text("utf-8"))
@@ -58,9 +61,9 @@ def report_page(
     body = [
         heading(title, run),
         tiles(run, comparison, merge),
-        comparison_section(comparison),
-        baseline_section(comparison),
-        curves_section(metrics, run.get("task", "sft")),
+        comparison_section(comparison, titles),
+        baseline_section(comparison, titles),
+        curves_section(metrics, titles),
         merge_section(merge),
         examples_section(comparison["examples"] if comparison else []),
         details(run),

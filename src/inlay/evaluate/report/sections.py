@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 
 from inlay.evaluate.record import ComparisonRecord, ExampleRecord, Merge, MetricComparison, Step
@@ -20,7 +20,7 @@ from inlay.evaluate.report.html import (
     table,
     text,
 )
-from inlay.evaluate.titles import CURVES, capitalised, title, titles_of
+from inlay.evaluate.titles import Titles, capitalised
 
 SIGNIFICANT = 0.05
 UNMEASURED = f'<p class="soft">{NOT_MEASURED}</p>'
@@ -28,7 +28,7 @@ UNMEASURED = f'<p class="soft">{NOT_MEASURED}</p>'
 Points = list[tuple[float, float]]
 
 
-def comparison_section(comparison: ComparisonRecord | None) -> str:
+def comparison_section(comparison: ComparisonRecord | None, titles: Titles) -> str:
     """Return the table of base against tuned."""
     if comparison is None:
         return section("Base against tuned", UNMEASURED)
@@ -44,16 +44,16 @@ def comparison_section(comparison: ComparisonRecord | None) -> str:
         f"Note: {comparison['note']}." if "note" in comparison else "",
     ]
     note = " ".join(filter(None, sentences))
-    found = metrics_table("Base", comparison["metrics"], titles_of(comparison))
+    found = metrics_table("Base", comparison["metrics"], titles)
     return section("Base against tuned", f'{found}<p class="note">{escape(note)}</p>')
 
 
-def baseline_section(comparison: ComparisonRecord | None) -> str:
+def baseline_section(comparison: ComparisonRecord | None, titles: Titles) -> str:
     """Return the tables of the baseline against tuned, and of each class."""
     if comparison is None or "baseline" not in comparison:
         return ""
     baseline = comparison["baseline"]
-    found = metrics_table("Baseline", baseline["metrics"], titles_of(comparison))
+    found = metrics_table("Baseline", baseline["metrics"], titles)
     note = escape(f"Baseline: {baseline['about']}.")
     content = f'{found}<p class="note">{note}</p>{class_table(comparison)}'
     return section("Baseline against tuned", content)
@@ -74,15 +74,13 @@ def class_table(comparison: ComparisonRecord) -> str:
     return table(("Class", "Rows", "Precision", "Recall", "F1"), rows)
 
 
-def metrics_table(
-    before: str, metrics: Sequence[MetricComparison], titles: Mapping[str, str]
-) -> str:
+def metrics_table(before: str, metrics: Sequence[MetricComparison], titles: Titles) -> str:
     """Return the table of the metrics of two models; `before` names the first."""
     rows = "".join(metric_row(before, metric, titles) for metric in metrics)
     return table(("Metric", before, "Tuned", "Change", "p"), rows)
 
 
-def metric_row(before: str, metric: MetricComparison, titles: Mapping[str, str]) -> str:
+def metric_row(before: str, metric: MetricComparison, titles: Titles) -> str:
     cells = (
         cell(before, interval(metric["base"])),
         cell("Tuned", interval(metric["tuned"])),
@@ -91,7 +89,7 @@ def metric_row(before: str, metric: MetricComparison, titles: Mapping[str, str])
     )
     better = metric["better"]
     wish = f"<small>{escape(better)} is better</small>" if better != "neither" else ""
-    name = escape(capitalised(title(metric["name"], titles)))
+    name = escape(capitalised(titles(metric["name"])))
     return f"<tr><th>{name}{wish}</th>{''.join(cells)}</tr>"
 
 
@@ -103,19 +101,19 @@ def verdict(metric: MetricComparison) -> str:
     return "good" if (change < 0) == (metric["better"] == "lower") else "bad"
 
 
-def curves_section(metrics: Sequence[Step], task: str = "sft") -> str:
+def curves_section(metrics: Sequence[Step], titles: Titles) -> str:
     """Return charts of the loss, the task's own metrics and the learning rate by step."""
-    loss = "Loss, nats per token" if task == "sft" else "Loss"
-    named = {"loss": loss} | {key: capitalised(words) for key, words in CURVES.items()}
     charts: list[str] = []
-    for key, words in named.items():
+    for key in ("loss", *titles.curves):
         trained, held = curve(metrics, key), curve(metrics, f"eval_{key}")
         if trained or held:
             lines = [
                 Line("training", "trained", trained),
                 Line("held out", "held", held, dots=True),
             ]
-            charts.append(f"<div><h3>{words}</h3>{line_chart(lines, 'step')}</div>")
+            charts.append(
+                f"<div><h3>{capitalised(titles(key))}</h3>{line_chart(lines, 'step')}</div>"
+            )
     rate = curve(metrics, "learning_rate")
     if rate:
         chart = line_chart([Line("learning rate", "trained", rate)], "step")

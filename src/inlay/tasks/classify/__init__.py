@@ -9,6 +9,7 @@ from pydantic import Field
 
 from inlay.data.read import RawRow
 from inlay.data.rows import Rows
+from inlay.evaluate.titles import Titles
 from inlay.run.config import RunConfig, Text
 from inlay.tasks.classify.rows import LABELLED, LabelKind, normalise_labels
 from inlay.train.task import HEADED, Task
@@ -45,6 +46,19 @@ class Classify(Task):
     about = "a class, several, a number, or a tag for each word, by a new head"
     options = ClassifyConfig
     fixed = HEADED
+    titles = Titles(
+        {
+            "exact_labels": "all labels right",
+            "macro_f1": "macro F1",
+            "micro_f1": "micro F1",
+            "rmse": "RMSE",
+            "mae": "MAE",
+            "pearson": "Pearson correlation",
+            "spearman": "Spearman correlation",
+            "entity_f1": "entity F1",
+        },
+        curves=("accuracy",),
+    )
     has_head = True
 
     def read(self, raw: Sequence[RawRow], config: ClassifyConfig, group: str | None) -> Rows:

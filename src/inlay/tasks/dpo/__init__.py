@@ -9,6 +9,7 @@ from inlay.data.fields import there
 from inlay.data.preference import are_pairs, normalise_pairs
 from inlay.data.read import RawRow
 from inlay.data.rows import Rows
+from inlay.evaluate.titles import ANSWERS
 from inlay.run.config import NotNegative, RunWithImages, beta
 from inlay.train.task import PREFERENCE, Task, positive
 
@@ -27,6 +28,17 @@ class Dpo(Task):
     about = "the preferred answer rather than the rejected one, by TRL's DPOTrainer"
     options = PreferenceConfig
     fixed = PREFERENCE
+    titles = ANSWERS.with_own(
+        {
+            "loss": "loss per pair",
+            "accuracy": "preferred answer more likely",
+            "margin": "margin, nats",
+            "chosen_loss": "loss of preferred answers, nats per token",
+            "chosen_perplexity": "perplexity of preferred answers",
+            "reward_accuracy": "reward accuracy",
+        },
+        curves=("reward_accuracy",),
+    )
     learning_rate_factor = 0.1
     rows_in_words = {"preference": "preferences"}
 

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from inlay.data.read import RawRow
 from inlay.data.rows import Rows
+from inlay.evaluate.titles import Titles
 from inlay.run.config import RunConfig, Text
 from inlay.tasks.embed.rows import normalise_similar
 from inlay.train.task import HEADED, Fixed, Task
@@ -51,6 +52,13 @@ class Embed(Task):
     about = "texts that belong together near each other, by sentence-transformers' losses"
     options = EmbedConfig
     fixed = HEADED | dict.fromkeys(("prompt", "completion", "text"), Fixed(None, NAMED))
+    titles = Titles(
+        {
+            "mrr": "mean reciprocal rank",
+            "pearson": "Pearson correlation",
+            "spearman": "Spearman correlation",
+        },
+    )
     learning_rate_factor = 0.5
     has_head = True
 

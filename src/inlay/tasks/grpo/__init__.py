@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt
 
 from inlay.data.read import RawRow
 from inlay.data.rows import Rows
+from inlay.evaluate.titles import ANSWERS
 from inlay.run.config import NotNegative, RunConfig, Text, beta
 from inlay.tasks.grpo.judge import judge_of, reward_problems
 from inlay.tasks.grpo.rows import are_prompts, normalise_prompts
@@ -64,6 +65,17 @@ class Grpo(Task):
         "generate_rows": Fixed(32, ANSWERED),
         "generate_tokens": Fixed(128, ANSWERED),
     }
+    titles = ANSWERS.with_own(
+        {
+            "loss": "loss",
+            "reward": "reward of greedy answers",
+            "sampled_reward": "reward of sampled answers",
+            "kl": "KL to the base, nats per token",
+            "answer_tokens": "tokens per answer",
+            "cut_off": "answers cut off",
+        },
+        curves=("kl", "reward"),
+    )
     learning_rate_factor = 0.1
     needs_answers = False
     rows_in_words = {"prompt": "prompts"}

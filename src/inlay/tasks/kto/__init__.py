@@ -10,6 +10,7 @@ from pydantic import Field
 from inlay.data.fields import there
 from inlay.data.read import RawRow
 from inlay.data.rows import Rows
+from inlay.evaluate.titles import ANSWERS
 from inlay.run.config import NotNegative, Positive, RunWithImages, beta
 from inlay.tasks.kto.rows import are_labelled, normalise_labelled
 from inlay.train.task import Task, not_supervised, positive
@@ -39,6 +40,21 @@ class Kto(Task):
     fixed = not_supervised(
         "prompt, completion and label",
         "a batch's answers are padded, and scored with two prompts each",
+    )
+    titles = ANSWERS.with_own(
+        {
+            "loss": "loss per row",
+            "auc": "desirable answer more likely (AUC)",
+            "reward_margin": "reward margin",
+            "desirable_reward": "reward of desirable answers",
+            "undesirable_reward": "reward of undesirable answers",
+            "reward_desirable": "reward of desirable answers",
+            "reward_undesirable": "reward of undesirable answers",
+            "desirable_loss": "loss of desirable answers, nats per token",
+            "desirable_perplexity": "perplexity of desirable answers",
+            "kl": "KL to the base, nats per token",
+        },
+        curves=("reward_desirable", "reward_undesirable", "kl"),
     )
     learning_rate_factor = 0.1
     least_batch = 2

@@ -9,6 +9,7 @@ from inlay.data.fields import there
 from inlay.data.preference import normalise_pairs
 from inlay.data.read import RawRow
 from inlay.data.rows import Rows
+from inlay.evaluate.titles import Titles
 from inlay.run.config import RunConfig
 from inlay.train.task import NEW_HEAD, PREFERENCE, Task
 
@@ -20,6 +21,12 @@ class Reward(Task):
     name = "reward"
     about = "a number for an answer, more for the preferred one, by TRL's RewardTrainer"
     fixed = PREFERENCE | NEW_HEAD
+    titles = Titles(
+        {
+            "reward_accuracy": "reward accuracy",
+        },
+        curves=("reward_accuracy",),
+    )
     learning_rate_factor = 0.1
     has_head = True
 
