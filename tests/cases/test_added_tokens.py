@@ -20,7 +20,7 @@ from inlay.memory.devices import Device
 from inlay.model.adapters.registry import adapter_places
 from inlay.model.adapters.tokens import ids_of
 from inlay.tasks.config import load_config
-from inlay.train.planning import built
+from inlay.train.adapted_model import built
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 IDS = torch.randint(1, 70, (2, 12), generator=torch.Generator().manual_seed(4))

@@ -24,8 +24,9 @@ from inlay.model.adapters.attach import attach
 from inlay.model.load.pretrained import load
 from inlay.run.config import RunConfig
 from inlay.tasks import TASKS
+from inlay.train.adapted_model import built
 from inlay.train.images import with_images
-from inlay.train.planning import built, largest_batch, model_loss
+from inlay.train.planning import largest_batch, model_loss
 from inlay.train.task_run import TaskRun
 
 CPU = Device("cpu", "cpu", 1 << 50, 1e10, 1e11, 1e11)

@@ -28,7 +28,7 @@ from inlay.model.load.pretrained import load
 from inlay.model.load.quantize import quantize
 from inlay.model.stream.shard import resident_bytes
 from inlay.storage.streamed import StreamedEmbedding
-from inlay.train.planning import built as planned_model
+from inlay.train.adapted_model import built as planned_model
 from inlay.train.run import train
 
 WIDTHS = {

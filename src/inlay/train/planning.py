@@ -17,13 +17,11 @@ from inlay.memory.optimisers import Optimiser, adamw, adamw_8bit
 from inlay.memory.plan import Plan, Product, Task, plan
 from inlay.memory.policy import POLICIES, Policy
 from inlay.memory.probe import runtime
-from inlay.memory.skeleton import computing_dtype, config_of, skeleton
-from inlay.methods.catalog import build_method
-from inlay.model.adapters.attach import attach
+from inlay.memory.skeleton import computing_dtype, config_of
 from inlay.model.fast.padding import length_multiple
-from inlay.model.load.eight_bits import compute_in_8_bits
-from inlay.model.load.heads import Head, not_adapted, to_train
+from inlay.model.load.heads import Head
 from inlay.run.config import RunConfig
+from inlay.train.adapted_model import built
 from inlay.train.order import Arrange
 
 EPOCHS_LOOKED_AT = 10
@@ -105,31 +103,6 @@ def model_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def held_by_process(row_bytes: int, products: frozenset[Product]) -> int:
     """Return what this process holds apart from the model: what a run imports, and its rows."""
     return runtime(products) + row_bytes
-
-
-def built(
-    shape: PreTrainedConfig, config: RunConfig, device: Device, head: Head | None = None
-) -> nn.Module:
-    """Build the run's model without values, adapted and ready to train."""
-    model = skeleton(
-        shape,
-        config.storage,
-        double_quant=config.double_quant,
-        dtype=config.dtype,
-        head=head,
-        head_storage=config.head_storage,
-        embedding_on_device=config.embedding_storage == "dense" or device.kind == "cpu",
-    )
-    attach(
-        model,
-        build_method(config.method, config.hyperparameters),
-        targets=config.targets,
-        exclude=[*config.exclude, *not_adapted(model)],
-        layers=config.layers,
-        modules_to_save=[*config.modules_to_save, *to_train(model)],
-        trainable_tokens=range(len(set(config.trainable_tokens))),  # which ones costs the same
-    )
-    return (compute_in_8_bits(model) if config.eight_bits else model).train()
 
 
 def policies_of(config: RunConfig) -> Sequence[Policy]:

@@ -150,17 +150,6 @@ def labelled_inputs(batch: Mapping[str, Any], prefix: str = "") -> dict[str, Ten
 
 
 @contextmanager
-def unhashed(module: Any) -> Generator[None]:
-    """Spare a trainer of TRL the hash of every weight: it names a file that we do not write."""
-    before = module.hash_module
-    module.hash_module = lambda model: ""
-    try:
-        yield
-    finally:
-        module.hash_module = before
-
-
-@contextmanager
 def training(model: PreTrainedModel) -> Generator[None]:
     """Let a model compute as it does in training, and then as it did before."""
     before = model.training

@@ -20,17 +20,13 @@ from inlay.memory.plan import Plan
 from inlay.memory.policy import applied
 from inlay.memory.skeleton import config_of
 from inlay.methods.base import Method
-from inlay.model.adapters.attach import attach
 from inlay.model.adapters.report import report
-from inlay.model.adapters.tokens import ids_of
 from inlay.model.load.causal import check_writes
 from inlay.model.load.folder import located
-from inlay.model.load.heads import not_adapted, to_train
 from inlay.model.load.libraries import in_model_code, quiet_transformers
-from inlay.model.load.pretrained import load
-from inlay.model.load.vision import tokenizer_in
 from inlay.model.stream.shard import let_go, resident_bytes, shard
 from inlay.run.config import RunConfig
+from inlay.train.adapted_model import load_adapted
 from inlay.train.arguments import check_optimizer
 from inlay.train.guard import Guard, check_changed, fingerprints
 from inlay.train.output import checkpoints, provenance
@@ -51,7 +47,8 @@ from inlay.train.proposal import check_fits
 from inlay.train.recipe import LearningRate, learning_rate
 from inlay.train.rows import RunRows, check_image_keys, rows_of_run, sample
 from inlay.train.task_run import Row, Setup, TaskRun, Tokens
-from inlay.train.trainer import AdapterLoop, left_as_it_was
+from inlay.train.trainer import AdapterLoop
+from inlay.train.trl import left_as_it_was
 
 TOLERATED = 0.05
 """How far the probed memory may be from the planned one without a word."""
@@ -183,39 +180,12 @@ class Stages(Generic[Row]):
         """Load the base, put the adapter on it and keep this process's part of the weights."""
         mesh = mesh_of(self.world, self.shards)
         if mesh is None:
-            return self.built(None)
+            return load_adapted(self.config, self.method, self.task.head)
         with self.world.in_turn():
-            model, tokenizer = self.built("cpu")
+            model, tokenizer = load_adapted(self.config, self.method, self.task.head, "cpu")
             keep_base_description(model)
             shard(model, mesh)
         return model, tokenizer
-
-    def built(self, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Load the base and put the adapter on it."""
-        config = self.config
-        model, reader = load(
-            config.model,
-            config.storage,
-            double_quant=config.double_quant,
-            head_storage=config.head_storage,
-            embedding_storage=config.embedding_storage,
-            dtype=config.dtype,
-            device=device,
-            stream=config.stream,
-            revision=config.revision,
-            head=self.task.head,
-        )
-        attach(
-            model,
-            self.method,
-            targets=config.targets,
-            exclude=[*config.exclude, *not_adapted(model)],
-            layers=config.layers,
-            modules_to_save=[*config.modules_to_save, *to_train(model)],
-            trainable_tokens=ids_of(config.trainable_tokens, tokenizer_in(reader)),
-            seed=config.seed,
-        )
-        return model, tokenizer_in(reader)
 
     def begin(self, model: PreTrainedModel, rows: RunRows) -> dict[str, Any]:
         """Write run.json before anything is trained; return its contents."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import (
-    GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -34,6 +31,7 @@ from inlay.train.output.recorder import Recorder
 from inlay.train.output.state import load_tree, random_state, restore_random_state, save_tree
 from inlay.train.processes.share import Share
 from inlay.train.processes.steps import SharedSteps
+from inlay.train.trl import as_trl_expects
 
 HeldOut = Callable[[], Mapping[str, float]]
 """Measures the held-out `loss`, if the task has one, and what else it measures by name."""
@@ -307,54 +305,3 @@ def take_token_count(batch: dict[str, Tensor]) -> int:
     """Count a batch's tokens, padding left out; take out what only counting needs."""
     mask, padding = batch.get("attention_mask"), batch.pop("padding", 0)
     return batch["input_ids"].numel() - int(padding) if mask is None else int(mask.sum())
-
-
-@contextmanager
-def as_trl_expects(model: PreTrainedModel) -> Generator[None]:
-    """Let TRL take a quantised model with adapters of ours, and leave their fp32 alone.
-
-    Trainer wants adapters of HF PEFT on a quantised model; TRL casts what trains there to bf16.
-    """
-    shown = {"_hf_peft_config_loaded": True, "is_loaded_in_4bit": False, "is_loaded_in_8bit": False}
-    before = {name: vars(model)[name] for name in shown if name in vars(model)}
-    vars(model).update(shown)
-    try:
-        yield
-    finally:
-        for name in shown:
-            del vars(model)[name]
-        vars(model).update(before)
-
-
-@contextmanager
-def left_as_it_was(model: PreTrainedModel) -> Generator[None]:
-    """Undo, after training, what the trainers change on the model beside the adapter.
-
-    Its configurations are whole again, too: a trainer may ask for router logits, which generation
-    cannot do with, or align special tokens.
-    """
-    forward, training = vars(model).get("forward"), model.training
-    said = [(part, dict(vars(part))) for part in configurations(model)]
-    dropouts = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}
-    try:
-        yield
-    finally:
-        vars(model).pop("forward", None)
-        if forward is not None:
-            vars(model)["forward"] = forward
-        for part, settings in said:
-            vars(part).clear()
-            vars(part).update(settings)
-        model.train(training)
-        for module, share in dropouts.items():
-            module.p = share
-
-
-def configurations(model: PreTrainedModel) -> Iterator[object]:
-    """Yield a model's configuration, those inside it, and how it generates."""
-    waiting: list[object] = [model.config, getattr(model, "generation_config", None)]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, PreTrainedConfig | GenerationConfig):
-            yield part
-            waiting.extend(vars(part).values())

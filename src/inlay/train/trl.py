@@ -6,12 +6,17 @@ imported where they are needed: a run of one task does not import the trainers o
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from inlay.data.chat import own_template
 
@@ -55,3 +60,65 @@ def checkpointing_left_on() -> Generator[None]:
         yield
     finally:
         trl.disable_gradient_checkpointing = before
+
+
+@contextmanager
+def unhashed(module: Any) -> Generator[None]:
+    """Spare a trainer of TRL the hash of every weight: it names a file that we do not write."""
+    before = module.hash_module
+    module.hash_module = lambda model: ""
+    try:
+        yield
+    finally:
+        module.hash_module = before
+
+
+@contextmanager
+def as_trl_expects(model: PreTrainedModel) -> Generator[None]:
+    """Let TRL take a quantised model with adapters of ours, and leave their fp32 alone.
+
+    Trainer wants adapters of HF PEFT on a quantised model; TRL casts what trains there to bf16.
+    """
+    shown = {"_hf_peft_config_loaded": True, "is_loaded_in_4bit": False, "is_loaded_in_8bit": False}
+    before = {name: vars(model)[name] for name in shown if name in vars(model)}
+    vars(model).update(shown)
+    try:
+        yield
+    finally:
+        for name in shown:
+            del vars(model)[name]
+        vars(model).update(before)
+
+
+@contextmanager
+def left_as_it_was(model: PreTrainedModel) -> Generator[None]:
+    """Undo, after training, what the trainers change on the model beside the adapter.
+
+    Its configurations are whole again, too: a trainer may ask for router logits, which generation
+    cannot do with, or align special tokens.
+    """
+    forward, training = vars(model).get("forward"), model.training
+    said = [(part, dict(vars(part))) for part in configurations(model)]
+    dropouts = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)
+        if forward is not None:
+            vars(model)["forward"] = forward
+        for part, settings in said:
+            vars(part).clear()
+            vars(part).update(settings)
+        model.train(training)
+        for module, share in dropouts.items():
+            module.p = share
+
+
+def configurations(model: PreTrainedModel) -> Iterator[object]:
+    """Yield a model's configuration, those inside it, and how it generates."""
+    waiting: list[object] = [model.config, getattr(model, "generation_config", None)]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, PreTrainedConfig | GenerationConfig):
+            yield part
+            waiting.extend(vars(part).values())

@@ -32,7 +32,7 @@ from inlay.tasks.dpo.pairs import encode_pairs
 from inlay.train.recipe import learning_rate
 from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
-from inlay.train.trainer import left_as_it_was
+from inlay.train.trl import left_as_it_was
 
 make_dpo = partial(make_task, "dpo")
 

@@ -42,7 +42,7 @@ from inlay.tasks.grpo.trainer import RewardTrainer
 from inlay.train.recipe import learning_rate
 from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
-from inlay.train.trainer import left_as_it_was
+from inlay.train.trl import left_as_it_was
 
 make_grpo = partial(make_task, "grpo")
 

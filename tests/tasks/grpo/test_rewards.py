@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from inlay.errors import TrainingError, UsageError
-from inlay.tasks.grpo.judge import Answers, judge_of, reward_problems
+from inlay.tasks.grpo.judge import Answers, judge_of
+from inlay.tasks.grpo.named_rewards import reward_problems
 from inlay.tasks.grpo.rewards import BUILT_IN, final_number, json_valid, length, regex
 
 ROWS = [{"prompt": f"p{i}", "answer": f"#### {i}"} for i in range(3)]

@@ -13,7 +13,8 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from inlay.tasks.dpo.pairs import Pair
-from inlay.train.reference import AgainstBase, unhashed
+from inlay.train.reference import AgainstBase
+from inlay.train.trl import unhashed
 
 
 class PreferenceTrainer(AgainstBase, DPOTrainer):

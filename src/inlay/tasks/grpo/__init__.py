@@ -11,7 +11,8 @@ from inlay.data.read import RawRow
 from inlay.data.rows import Rows
 from inlay.evaluate.titles import ANSWERS
 from inlay.run.config import NotNegative, RunConfig, Text, beta
-from inlay.tasks.grpo.judge import judge_of, reward_problems
+from inlay.tasks.grpo.judge import judge_of
+from inlay.tasks.grpo.named_rewards import reward_problems
 from inlay.tasks.grpo.rows import are_prompts, normalise_prompts
 from inlay.train.task import PADDED, Fixed, Task
 

@@ -24,10 +24,11 @@ from inlay.model.merge.merge import check_mergeable
 from inlay.tasks.grpo import GrpoConfig
 from inlay.tasks.grpo.compare import Prompts as JudgedPrompts
 from inlay.tasks.grpo.compare import answers_of, compare_rewards
+from inlay.tasks.grpo.guard import RewardGuard
 from inlay.tasks.grpo.judge import Judge, judge_of
 from inlay.tasks.grpo.judged_prompts import judging
 from inlay.tasks.grpo.rows import encode_prompts
-from inlay.tasks.grpo.trainer import RewardGuard, RewardTrainer
+from inlay.tasks.grpo.trainer import RewardTrainer
 from inlay.train.arguments import shared
 from inlay.train.collate import Collate, Padded, labels
 from inlay.train.language_run import LanguageRun, Prompts

@@ -24,10 +24,10 @@ from inlay.methods.base import evaluating
 from inlay.model.adapters.attach import disabled
 from inlay.model.fast.padding import length_multiple
 from inlay.model.merge.weights import merged_weights
+from inlay.tasks.grpo.guard import RewardGuard
 from inlay.tasks.grpo.judge import Answers, Judge
 from inlay.tasks.grpo.order import Group, PromptOrder
 from inlay.tasks.grpo.shared_answers import Stream, drawn_together
-from inlay.train.guard import Guard
 from inlay.train.processes.share import Part
 from inlay.train.processes.steps import SharedSteps
 from inlay.train.reference import Telling
@@ -44,25 +44,6 @@ SHOWN = {
     "entropy": "entropy",
 }
 """What the metrics of a step are called while it is taken, and what metrics.jsonl calls them."""
-
-
-class RewardGuard(Guard):
-    """Watches a loss that is near zero at every step and does not say how good the model is.
-
-    What is watched beside losses and gradients that are not finite: whether any step could teach.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.taught = 0
-        """The steps in which some answers to one prompt were worth more than others."""
-
-    def observe(self, loss: float, step: int) -> None:
-        """Take a step's loss as it is."""
-
-    def state(self) -> dict[str, object]:
-        """Return what a resumed run needs to know."""
-        return {"taught": self.taught}
 
 
 class RewardTrainer(Telling, GRPOTrainer):

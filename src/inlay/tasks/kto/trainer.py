@@ -16,7 +16,8 @@ from trl.trainer.kto_trainer import KTOTrainer
 from inlay.data.tokens import Encoded
 from inlay.tasks.kto.rows import Labelled
 from inlay.train.order import kept_order
-from inlay.train.reference import AgainstBase, unhashed
+from inlay.train.reference import AgainstBase
+from inlay.train.trl import unhashed
 
 
 class LabelledTrainer(AgainstBase, KTOTrainer):
