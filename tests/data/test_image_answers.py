@@ -13,7 +13,7 @@ from vision_tiny import ASSISTANT, END, FAMILIES, SIDE, USER, make_vision_model
 from inlay.data.image_inputs import ImageInputs, kinds_beside
 from inlay.data.image_reader import ImageReader, image_reader
 from inlay.data.preference import normalise_pairs, side_of
-from inlay.data.read import RawRow
+from inlay.data.raw import RawRow
 from inlay.data.rows import Rows
 from inlay.data.split import split
 from inlay.data.tokens import Encoded, encode

@@ -12,7 +12,8 @@ from PIL import Image
 
 from inlay.data.image_columns import hold_images
 from inlay.data.images import normalise_images, normalise_shown
-from inlay.data.read import RawRow, first_row, read_rows
+from inlay.data.raw import RawRow
+from inlay.data.read import first_row, read_rows
 from inlay.data.rows import Rows
 from inlay.data.split import split
 from inlay.errors import DataError

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from inlay.data.read import RawRow, read_rows
+from inlay.data.raw import RawRow
+from inlay.data.read import read_rows
 from inlay.data.split import split
 from inlay.errors import DataError, ModelError
 from inlay.model.load.folder import located

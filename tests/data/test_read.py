@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
-from inlay.data.read import RawRow, read_rows
+from inlay.data.raw import RawRow
+from inlay.data.read import read_rows
 from inlay.errors import DataError
 
 ROWS = [{"prompt": "Hé?", "completion": "a"}, {"prompt": "two\nlines", "completion": 'b, "c"'}]

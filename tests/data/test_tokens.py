@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from inlay.data.read import RawRow, read_rows
+from inlay.data.raw import RawRow
+from inlay.data.read import read_rows
 from inlay.data.rows import Rows, normalise
 from inlay.data.summary import Lengths, pieces, summarise
 from inlay.data.text_reader import TextReader

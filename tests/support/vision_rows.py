@@ -9,7 +9,7 @@ from PIL import Image
 from vision_tiny import SIDE
 
 from inlay.data.images import normalise_images
-from inlay.data.read import RawRow
+from inlay.data.raw import RawRow
 from inlay.data.rows import Rows
 
 

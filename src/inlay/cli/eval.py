@@ -11,7 +11,7 @@ from inlay.cli import show, summary
 from inlay.cli.data import listed
 from inlay.cli.options import Parser, checked, same
 from inlay.cli.progress import progress
-from inlay.data.read import place
+from inlay.data.raw import place
 from inlay.data.rows import Format
 from inlay.run.config import Text
 from inlay.run.flags import flags_of

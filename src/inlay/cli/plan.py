@@ -74,7 +74,7 @@ def run(given: dict[str, Any]) -> int:
 
     from inlay.memory.devices import bytes_from, device_named
     from inlay.train import planning, proposal
-    from inlay.train.rows_to_plan import rows_to_plan
+    from inlay.train.planning import rows_to_plan
     from inlay.train.run import quiet_libraries
 
     memory = None if options.memory is None else bytes_from(options.memory)

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from inlay.data.fields import EmptyFieldError, is_missing, present, text_field, text_in
-from inlay.data.read import RawRow
+from inlay.data.raw import RawRow
 from inlay.errors import DataError, did_you_mean
 
 ROLES = ("system", "user", "assistant")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from string import Formatter
 from typing import Any
 
-from inlay.data.read import RawRow
+from inlay.data.raw import RawRow
 from inlay.errors import DataError, did_you_mean
 
 

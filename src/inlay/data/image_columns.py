@@ -9,7 +9,7 @@ from typing import Any
 
 from inlay.data.fields import is_missing, template_parts
 from inlay.data.picture import WEB
-from inlay.data.read import RawRow
+from inlay.data.raw import RawRow
 from inlay.errors import DataError
 
 __all__ = ["COLUMNS", "hold_images", "is_image_part", "parts_in", "talks", "words_about_images"]

@@ -19,7 +19,7 @@ from inlay.data.image_columns import (
     words_about_images,
 )
 from inlay.data.picture import Picture, picture_at
-from inlay.data.read import RawRow
+from inlay.data.raw import RawRow
 from inlay.data.rows import Format, Kind, Rows, Shape, group_of, normalise, shape_of, shaped
 from inlay.errors import DataError
 

@@ -12,7 +12,7 @@ from inlay.data.fields import present, text_field
 from inlay.data.image_columns import hold_images
 from inlay.data.images import Placing, pictured, same_images, with_images, without_images
 from inlay.data.picture import Picture
-from inlay.data.read import RawRow
+from inlay.data.raw import RawRow
 from inlay.data.rows import Kind, Rows, Shape, group_of, shaped
 from inlay.errors import DataError
 

@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inlay.data.csv_rows import read_csv
+from inlay.data.raw import RawRow, decoded
 from inlay.errors import DataError, did_you_mean
 
-__all__ = ["BUILT_IN", "RawRow", "read_rows"]
+__all__ = ["BUILT_IN", "read_rows"]
 
 DEMO = Path(__file__).with_name("demo")
 BUILT_IN = {name: DEMO / f"{name}.jsonl.gz" for name in ("reports", "arithmetic")}
 """The data that comes with Inlay: radiology reports and arithmetic problems, both generated."""
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.\[\]%:+-]+))?")
 WHITESPACE = re.compile(r"[ \t\r\n]*")
-SEPARATOR = "sep="
-"""What Excel writes before the separator, above a table's header."""
-TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """One row as it was found: its columns, and where it stands."""
-
-    values: dict[str, Any]
-    source: str
-    line: int
-    """From 1: the line it starts on in a text file, else the row's number."""
-
-    @property
-    def where(self) -> str:
-        """`data.csv, line 3`, the start of every error about this row."""
-        return place(self.source, self.line)
-
-
-def place(source: str, line: int) -> str:
-    """Return `data.csv, line 3`, or `row 3` where the source has no lines."""
-    return f"{source}, {'line' if source.lower().endswith(TEXT_FORMATS) else 'row'} {line}"
 
 
 def read_rows(source: str | Path, *, split: str | None = None) -> list[RawRow]:
@@ -123,25 +97,6 @@ def nearest_file(path: Path) -> str:
     except OSError:
         return " Its folder is not there either, or cannot be read."
     return did_you_mean(path.name, names)
-
-
-def decoded(path: Path) -> str:
-    """Return a file's text without a byte order mark.
-
-    Raises:
-        DataError: it is not UTF-8; names line and byte.
-    """
-    content = path.read_bytes()
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{path} is UTF-16, not UTF-8; save it as UTF-8")
-    try:
-        return content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}, line {line}: byte 0x{content[error.start]:02x} (byte {error.start + 1} of "
-            "the file) is not UTF-8; save the file as UTF-8"
-        ) from error
 
 
 # JSON
@@ -240,67 +195,6 @@ def json_row(value: Any, path: Path, line: int) -> RawRow:
 
 
 # Tables
-
-
-def read_csv(path: Path) -> Iterator[RawRow]:
-    """Yield the rows below a header; a quoted field may span lines."""
-    csv.field_size_limit(sys.maxsize)
-    text = decoded(path)
-    delimiter = delimiter_of(path, text)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    start = 1
-    try:
-        for fields in lines:
-            if fields and header is None and fields[0].lower() != SEPARATOR:
-                header = checked_header(fields, path, start)
-            elif fields and header is not None:
-                yield csv_row(header, fields, path, start)
-            start = lines.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}, line {start}: malformed row: {error}") from error
-
-
-def delimiter_of(path: Path, text: str) -> str:
-    """Return what stands between a table's fields: as its header shows, or Excel's `sep=;` says."""
-    if path.suffix.lower() == ".tsv":
-        return "\t"
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    if first.lower().startswith(SEPARATOR) and len(first) == len(SEPARATOR) + 1:
-        return first[-1]
-    for delimiter in ",;\t":
-        with suppress(csv.Error):
-            if len(next(csv.reader([first], delimiter=delimiter, strict=True))) > 1:
-                return delimiter
-    return ","
-
-
-def checked_header(names: list[str], path: Path, line: int) -> list[str]:
-    """Return the column names.
-
-    Raises:
-        DataError: one is empty or stands twice.
-    """
-    for number, name in enumerate(names, start=1):
-        if not name.strip():
-            raise DataError(f"{path}, line {line}: column {number} of the header has no name")
-        if names.count(name) > 1:
-            raise DataError(f"{path}, line {line}: the column {name!r} stands twice in the header")
-    return names
-
-
-def csv_row(header: list[str], fields: list[str], path: Path, line: int) -> RawRow:
-    """Return a line's fields by column.
-
-    Raises:
-        DataError: there are more or fewer fields than columns.
-    """
-    if len(fields) != len(header):
-        raise DataError(
-            f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)} columns; "
-            "put quotes around a field that contains the separator"
-        )
-    return RawRow(dict(zip(header, fields, strict=True)), str(path), line)
 
 
 def read_parquet(path: Path) -> Iterator[RawRow]:

@@ -23,7 +23,7 @@ from inlay.data.fields import (
     present,
     text_field,
 )
-from inlay.data.read import RawRow, place
+from inlay.data.raw import RawRow, place
 from inlay.errors import DataError, did_you_mean
 
 __all__ = ["Format", "Kind", "Rows", "normalise"]

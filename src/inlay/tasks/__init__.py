@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from inlay.data.read import RawRow
+from inlay.data.raw import RawRow
 from inlay.errors import UsageError, did_you_mean
 from inlay.run.config import RunConfig
 from inlay.tasks.classify import Classify

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -19,10 +20,16 @@ from inlay.memory.policy import POLICIES, Policy
 from inlay.memory.probe import runtime
 from inlay.memory.skeleton import computing_dtype, config_of
 from inlay.model.fast.padding import length_multiple
+from inlay.model.load.causal import check_writes
+from inlay.model.load.folder import located
 from inlay.model.load.heads import Head
+from inlay.model.load.libraries import quiet_transformers
+from inlay.model.load.tokenizer import has_tokenizer
 from inlay.run.config import RunConfig
 from inlay.train.adapted_model import built
 from inlay.train.order import Arrange
+from inlay.train.rows import rows_of_run
+from inlay.train.task import TASKS
 
 EPOCHS_LOOKED_AT = 10
 
@@ -50,6 +57,27 @@ class PlannedRows:
     """The answers that a step generates in this process, if it does."""
     whole_steps: bool = False
     """Whether an epoch leaves out the rows that fill no step."""
+
+
+def rows_to_plan(
+    config: RunConfig, device: Device, has_data: bool
+) -> Callable[[RunConfig], PlannedRows]:
+    """Return what works out a run's largest batch, also of the run under other keys.
+
+    Without data, or without a tokenizer to encode them, rows are taken to be of full length.
+    """
+    task = TASKS[config.task]
+    shape, where = config_of(config.model, config.revision)
+    if not task.has_head:
+        check_writes(shape)
+    run, encoded = task.run(config), list[Any]()
+    if has_data and (not where.exists() or has_tokenizer(where)) and config.packing != "bfd":
+        rows = rows_of_run(config)
+        with quiet_transformers():
+            run.read_by(located(config.model, config.revision), rows.train.pictured)
+        run.learn(rows)
+        encoded = run.encode(rows.train)
+    return lambda changed: run.changed(changed).to_plan(encoded, device)
 
 
 def planned_run(rows: PlannedRows, device: Device, shards: int = 1) -> Plan:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inlay.data.image_columns import hold_images
-from inlay.data.read import RawRow, read_rows
+from inlay.data.raw import RawRow
+from inlay.data.read import read_rows
 from inlay.data.rows import Rows, first_lines
 from inlay.data.split import content, split
 from inlay.errors import DataError, UsageError

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any, Generic, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from inlay.checkpoint.adapter import keep_base_description, save_adapter
-from inlay.errors import ModelError, TrainingError
+from inlay.errors import ModelError
 from inlay.evaluate.record import ComparisonRecord, Run, Step
 from inlay.evaluate.report import write_report
 from inlay.memory.devices import this_machine
@@ -23,13 +22,14 @@ from inlay.methods.base import Method
 from inlay.model.adapters.report import report
 from inlay.model.load.causal import check_writes
 from inlay.model.load.folder import located
-from inlay.model.load.libraries import in_model_code, quiet_transformers
+from inlay.model.load.libraries import quiet_transformers
 from inlay.model.stream.shard import let_go, resident_bytes, shard
 from inlay.run.config import RunConfig
 from inlay.train.adapted_model import load_adapted
 from inlay.train.arguments import check_optimizer
 from inlay.train.guard import Guard, check_changed, fingerprints
 from inlay.train.output import checkpoints, provenance
+from inlay.train.output.failures import naming_the_model, stopping
 from inlay.train.output.folder import RunFolder, check_same_inputs
 from inlay.train.output.record import begun_record, ended_record, planned_record
 from inlay.train.output.recorder import Recorder, read_metrics
@@ -99,8 +99,8 @@ class Stages(Generic[Row]):
         check_optimizer(self.config.optimizer, model.device.type)
         setup = self.setup(model, tokenizer, tokens, record)
         with (
-            self.naming_the_model(),
-            self.stopping(record),
+            naming_the_model(self.config.model),
+            stopping(self.folder, record),
             self.world.together(),
             left_as_it_was(model),
             self.keeping(model, planned),
@@ -109,7 +109,7 @@ class Stages(Generic[Row]):
             with self.task.around(setup):
                 self.fit(trainer)
         self.save(model, trainer)
-        with self.naming_the_model():
+        with naming_the_model(self.config.model):
             record["comparison"] = self.compared(model, tokens)
         let_go(model)
         self.finish(model, trainer, record)
@@ -306,32 +306,6 @@ class Stages(Generic[Row]):
             trainer.restore(last)
         check_changed(before, trainer.adapted, trainer.adapter)
         trainer.check_agreement()
-
-    @contextmanager
-    def naming_the_model(self) -> Generator[None]:
-        """Say in a sentence where it is the model's own code that fails on the run's rows."""
-        try:
-            yield
-        except Exception as error:
-            if not in_model_code(error):
-                raise
-            said = (str(error).strip().splitlines() or [""])[0]
-            raise ModelError(
-                f"{self.config.model} cannot be trained on these rows: the model's own code ends "
-                f"in {type(error).__name__}: {said}. It may take other inputs than text, or miss "
-                "tokens that its tokenizer should add; choose another model or task"
-            ) from error
-
-    @contextmanager
-    def stopping(self, record: dict[str, Any]) -> Generator[None]:
-        """Write into run.json why a run stopped, and say where the last good state lies."""
-        try:
-            yield
-        except TrainingError as error:
-            last = checkpoints.latest(self.folder.checkpoints)
-            where = f"; the last good state is {last}" if last else ""
-            self.folder.write_record({**record, "stopped": str(error)})
-            raise TrainingError(f"{error}{where}") from None
 
     # Afterwards
 

@@ -20,7 +20,7 @@ from inlay.run.config import RunConfig
 from inlay.tasks.classify.trainer import PadLabelled, columns
 from inlay.tasks.config import load_config
 from inlay.train.collate import items_of
-from inlay.train.rows_to_plan import rows_to_plan
+from inlay.train.planning import rows_to_plan
 from inlay.train.run import TrainResult, train
 
 KINDS = ("single", "multi", "regression", "tokens")

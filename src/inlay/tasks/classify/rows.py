@@ -20,7 +20,7 @@ from inlay.data.fields import (
     present,
     text_in,
 )
-from inlay.data.read import RawRow
+from inlay.data.raw import RawRow
 from inlay.data.rows import Kind, Rows, group_of, shaped
 from inlay.errors import DataError, did_you_mean
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from inlay.data.fields import columns, filled, number_field
-from inlay.data.read import RawRow
+from inlay.data.raw import RawRow
 from inlay.data.rows import Kind, Rows, group_of, shaped
 from inlay.errors import DataError, did_you_mean
 

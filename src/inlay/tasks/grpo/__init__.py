@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from inlay.data.read import RawRow
+from inlay.data.raw import RawRow
 from inlay.data.rows import Rows
 from inlay.evaluate.titles import ANSWERS
 from inlay.run.config import NotNegative, RunConfig, Text, beta

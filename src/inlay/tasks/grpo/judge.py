@@ -21,6 +21,7 @@ from inlay.tasks.grpo.named_rewards import (
     reward_of,
     spec_of,
 )
+from inlay.tasks.grpo.rewards import Function
 
 __all__ = ["Answers", "Judge", "judge_of"]
 
@@ -102,8 +103,25 @@ class Judge:
         ]
         return [sum(v for v in each if not math.isnan(v)) for each in zip(*weighted, strict=True)]
 
+    # Calling a reward
 
-# Calling a reward
+    def apart(self) -> dict[str, str]:
+        """Return the metrics of each reward by itself, where there are several."""
+        names = [reward.shown for reward in self.rewards]
+        return {f"rewards/{n}/mean": f"reward_{n}" for n in names} if len(names) > 1 else {}
+
+    def as_functions(self) -> list[Function]:
+        """Return a function of each reward's name for TRL, which asks for some; none is called."""
+        return [named_function(reward.shown) for reward in self.rewards]
+
+
+def named_function(name: str) -> Any:
+
+    def judged(**columns: Any) -> list[float]:
+        raise AssertionError(f"{name} is called by the judge, not with {sorted(columns)}")
+
+    judged.__name__ = name
+    return judged
 
 
 def scores_of(reward: Reward, answers: Answers, when: str, also: Mapping[str, Any]) -> list[float]:

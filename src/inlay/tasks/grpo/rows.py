@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from inlay.data.chat import own_template
 from inlay.data.fields import EmptyFieldError, filled, is_missing, present, template_parts
 from inlay.data.preference import check_alike, messages
-from inlay.data.read import RawRow
+from inlay.data.raw import RawRow
 from inlay.data.rows import Rows, group_of, shaped
 from inlay.data.text_reader import token_ids
 from inlay.data.tokens import Encoded

@@ -91,7 +91,7 @@ class RewardTrainer(Telling, GRPOTrainer):
     def asks(self, collate: Any) -> dict[str, Any]:
         """Return the rewards; how a batch is made is TRL's own."""
         del collate
-        return {"reward_funcs": [named(reward.shown) for reward in self.judge.rewards]}
+        return {"reward_funcs": self.judge.as_functions()}
 
     @property
     def lengths(self) -> list[int]:
@@ -133,7 +133,7 @@ class RewardTrainer(Telling, GRPOTrainer):
     @property
     def names(self) -> dict[str, str]:
         """What the step's answers were worth, and how far the model is from its base."""
-        return SHOWN | rewards_apart(self.judge)
+        return SHOWN | self.judge.apart()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one forward and backward pass, the first of a step after its answers are drawn."""
@@ -338,22 +338,6 @@ def moved(x: Tensor, left: Tensor) -> Tensor:
     """Return rows (n, length) moved to the left, each by its own number; what falls off follows."""
     length = x.shape[1]
     return x.gather(1, (torch.arange(length, device=x.device) + left) % length)
-
-
-def named(name: str) -> Any:
-    """Return a function of this name for TRL, which asks for one; the judge is called instead."""
-
-    def judged(**columns: Any) -> list[float]:
-        raise AssertionError(f"{name} is called by the judge, not with {sorted(columns)}")
-
-    judged.__name__ = name
-    return judged
-
-
-def rewards_apart(judge: Judge) -> dict[str, str]:
-    """Return the metrics of each reward by itself, where there are several."""
-    names = [reward.shown for reward in judge.rewards]
-    return {f"rewards/{n}/mean": f"reward_{n}" for n in names} if len(names) > 1 else {}
 
 
 def dataset(rows: Rows) -> Dataset:

@@ -17,7 +17,7 @@ from inlay.data.preference import (
     messages,
     side_of,
 )
-from inlay.data.read import RawRow
+from inlay.data.raw import RawRow
 from inlay.data.rows import Rows, Shape
 from inlay.data.tokens import Encoded, Reader, check_trained, encode_whole, named
 from inlay.errors import DataError

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from inlay.data.images import normalise_shown
-from inlay.data.read import RawRow
+from inlay.data.raw import RawRow
 from inlay.data.rows import Rows
 from inlay.run.config import RunWithImages
 from inlay.train.task import Task
