@@ -21,9 +21,9 @@ def naming_the_model(name: str) -> Generator[None]:
         if not in_model_code(error):
             raise
         raise ModelError(
-            f"{name} cannot be trained on these rows: the model's own code ends "
-            f"in {type(error).__name__}: {first_line(error)}. It may take other inputs than text, or miss "
-            "tokens that its tokenizer should add; choose another model or task"
+            f"{name} cannot be trained on these rows: the model's own code ends in "
+            f"{type(error).__name__}: {first_line(error)}. It may take other inputs than text, or "
+            "miss tokens that its tokenizer should add; choose another model or task"
         ) from error
 
 
