@@ -61,9 +61,9 @@ def text(found: dict[str, Any]) -> str:
         "inlay train run.yaml --model pocket --data reports.csv --output runs/pocket",
         "```",
         "",
-        f"To the end on the {sum(rows.values()):,} usable ones of 3,351 real reports of Indiana "
-        f"University, {rows['train']:,} of them to train on, in {found['seconds'] / 60:.0f} "
-        f"minutes on a shared two-core CPU; {share['count']:,} parameters, "
+        f"The run took {found['seconds'] / 60:.0f} minutes on a shared two-core CPU, on the "
+        f"{sum(rows.values()):,} usable ones of 3,351 real reports of Indiana University, "
+        f"{rows['train']:,} of them to train on. It trains {share['count']:,} parameters, "
         f"{share['percent']:.2g}% of the model. Base and tuned on the same held-out reports, with "
         "95% intervals and a paired permutation test, from [pocket.json](pocket.json):",
         "",
