@@ -11,6 +11,8 @@ are counted. The speed is printed as B over A: above 1, B is faster. Exit code: 
 equal, 1 where anything differs.
 
 The results of a commit are kept in `--cache`, so that another comparison with it trains one side.
+A ratio of speed is of use only where both sides were trained in one call, on a machine that did
+nothing else: give a new folder as `--cache` for it.
 """
 
 from __future__ import annotations
