@@ -81,6 +81,13 @@ def test_forward_training_and_merge(method: str, dtype: torch.dtype, tmp_path: P
     assert far(logits(model), wanted) < ROUNDING[dtype]
 
 
+def test_detach_leaves_no_attribute(tmp_path: Path) -> None:
+    model = loaded(tmp_path, torch.float32)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    inlay.detach(inlay.attach(model, METHODS["lora"]))
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_merge_and_unload_as_peft_has_it(dtype: torch.dtype, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)

@@ -142,3 +142,9 @@ def tell_dtype(model: nn.Module) -> None:
     for layer in model.modules() if own else ():
         if is_foreign(layer) and "8bit" in type(layer).__name__:
             vars(layer)[COMPUTE_DTYPE] = own
+
+
+def forget_dtype(model: nn.Module) -> None:
+    """Remove what `tell_dtype` recorded."""
+    for layer in model.modules():
+        vars(layer).pop(COMPUTE_DTYPE, None)

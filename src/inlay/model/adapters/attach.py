@@ -38,7 +38,7 @@ from inlay.model.adapters.watch import Watch
 from inlay.model.adapters.wrappers import adds_tensors, looks_through, unwrapped
 from inlay.model.fast.install import install, uninstall
 from inlay.model.seams.accelerate import brought_in, keep_resident
-from inlay.storage.bitsandbytes import tell_dtype
+from inlay.storage.bitsandbytes import forget_dtype, tell_dtype
 from inlay.storage.parameters import Parameter
 from inlay.storage.registry import frozen, matrix_kind
 
@@ -280,6 +280,7 @@ def give_back(model: nn.Module, registry: Registry) -> None:
         registry.refusal.remove()
     release_statistics(model)
     uninstall(model)
+    forget_dtype(model)
     del vars(model)["inlay"]
 
 
