@@ -11,7 +11,8 @@ demo: .venv/.demo          ## the main job, offline, on the embedded model and d
 	$(BIN)/inlay demo --output demo
 
 test: .venv/.dev           ## every test
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not processes"
+	$(BIN)/pytest -n 2 --dist loadfile -m processes tests/train
 
 check: .venv/.dev          ## what CI runs: lint, types, import rules, the docs site, tests
 	$(BIN)/ruff check .

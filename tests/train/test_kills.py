@@ -31,6 +31,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("method", TRIED)
 def test_a_killed_run_resumes_to_the_same_adapter(
     ends: dict[str, list[dict[str, Any]]], method: str

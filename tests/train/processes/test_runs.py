@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from train_tiny import adapter_hash, losses_of, make_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
 WORKER = Path(__file__).parents[2] / "support" / "parallel_worker.py"
 SAME = {
     "dropout": 0.0, "log_every": 1, "batch_size": 2, "gradient_accumulation": 4, "epochs": 1.0,
