@@ -6,6 +6,8 @@ Nothing here imports torch: a task's own modules are imported when a run of it b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from inlay.data.raw import RawRow
@@ -25,6 +27,9 @@ __all__ = ["TASKS", "Task", "check_keys", "check_task", "register", "task_of_row
 
 for each in (Sft(), Dpo(), Grpo(), Kto(), Orpo(), Classify(), Reward(), Embed()):
     register(each)
+for folder in iter_modules(__path__):  # one that was added registers its own task
+    if folder.ispkg and folder.name not in TASKS:
+        import_module(f"{__name__}.{folder.name}")
 
 
 def no_such_task(name: str) -> str:

@@ -8,16 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from train_tiny import KINDS, adapter_hash, check_refused, losses_of, make_task, what_is_left
+from train_tiny import (
+    KINDS,
+    adapter_hash,
+    check_refused,
+    losses_of,
+    make_task,
+    stages_of,
+    what_is_left,
+)
 
 from inlay.data.text_reader import TextReader
+from inlay.memory.devices import this_machine
 from inlay.model.adapters.attach import disabled
-from inlay.model.load.pretrained import load
 from inlay.run.config import RunConfig
 from inlay.tasks.config import load_config
 from inlay.tasks.dpo.pairs import encode_pairs
 from inlay.tasks.orpo.compare import odds_ratios
-from inlay.train import planning
 from inlay.train.rows import rows_of_run
 from inlay.train.run import TrainResult, train
 
@@ -112,10 +119,8 @@ def test_importing_the_task_says_nothing_of_experiments():
 
 
 def test_the_plan_counts_the_preferred_rows_prompts(tmp_path: Path):
-    config = make_orpo(tmp_path)
-    _, tokenizer = load(config.model)
-    pairs = encode_pairs(rows_of_run(config).train, TextReader(tokenizer), config.max_length)
-    found = planning.pairs_to_plan(config, pairs).batch
+    stages = stages_of(make_orpo(tmp_path))
+    found = stages.task.to_plan(stages.tokens()[0].train, this_machine()).batch
     chosen, rejected = (part for part in found["labels"].chunk(2))
     ids = found["input_ids"].chunk(2)
     masks = found["attention_mask"].chunk(2)

@@ -212,7 +212,7 @@ def test_a_key_that_rows_with_images_do_not_know_is_refused(
         ),
         ({"task": "reward", "max_pixels": 9}, "'max_pixels' belongs to the task sft and dpo"),
         ({"max_pixels": 0}, "'max_pixels' must be a whole number above 0 or nothing, not 0"),
-        ({"cache_vision": "often"}, "'cache_vision' must be 'auto' or true or false or nothing"),
+        ({"cache_vision": "often"}, "'cache_vision' must be 'auto' or true or false"),
     ],
 )
 def test_keys_are_checked(changes: dict[str, Any], sentence: str):
