@@ -106,7 +106,7 @@ def validated_run(values: Mapping[str, Any]) -> tuple[RunConfig | None, dict[str
         problems["task"] = no_such_task(name)
     if known:
         problems |= {key: owners(key, name) for key in sorted(foreign)}
-    return config if isinstance(config, RunConfig) else None, problems
+    return config if known and isinstance(config, RunConfig) else None, problems
 
 
 def contradictions(config: RunConfig) -> dict[str, str]:
