@@ -134,7 +134,7 @@ def test_eval_measures_the_rows_the_run_held_out(
     line = ["eval", "--adapter", str(run / "run"), "--generate-rows", "0"]
     assert main([*line, "--data", str(run / "rows.jsonl")]) == 0
     out = capsys.readouterr().out
-    assert "loss (of rows)" in out
+    assert "loss per row" in out
     assert "desirable answer more likely (AUC)" in out
     assert main([*line, "--data", "reports", "--max-rows", "4", "--json"]) == 0
     assert "perplexity" in capsys.readouterr().out

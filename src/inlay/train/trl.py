@@ -20,6 +20,45 @@ from transformers import (
 
 from inlay.data.chat import own_template
 
+HOOKS: dict[str, dict[str, tuple[str, ...]]] = {
+    "Trainer": {
+        "_clip_grad_norm": ("model",),
+        "_evaluate": ("trial", "ignore_keys_for_eval", "skip_scheduler"),
+        "_get_train_sampler": ("train_dataset",),
+        "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+        "_load_optimizer_and_scheduler": ("checkpoint",),
+        "_load_rng_state": ("checkpoint",),
+        "_move_model_to_device": ("model", "device"),
+        "_save_checkpoint": ("model", "trial"),
+    },
+    "DPOTrainer": {
+        "_compute_loss": ("model", "inputs", "return_outputs"),
+        "_precompute_ref_logps": ("dataset", "name", "batch_size"),
+        "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
+    },
+    "KTOTrainer": {
+        "_compute_kl_logps": ("model", "batch"),
+        "_compute_loss": ("model", "inputs", "return_outputs"),
+        "_get_train_sampler": ("train_dataset",),
+        "_precompute_ref_logps": ("dataset", "name", "batch_size"),
+        "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
+    },
+    "GRPOTrainer": {
+        "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+        "_compute_loss": ("model", "inputs"),
+        "_generate_and_score_completions": ("inputs",),
+        "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields"),
+        "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask"),
+        "_get_train_sampler": ("dataset",),
+        "_load_optimizer_and_scheduler": ("checkpoint",),
+        "_tokenize_prompts": ("prompts",),
+    },
+}
+"""A trainer -> its private methods that Inlay's trainers override -> their first parameters.
+
+`_save_checkpoint`, which every trainer of TRL has for itself, stands once.
+"""
+
 
 def score_by_fused_head(model: nn.Module, **asked: Any) -> None:
     """Let TRL put its forward on a model that answers `fused_lm_head=True` with scores."""
