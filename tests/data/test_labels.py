@@ -7,7 +7,7 @@ import pytest
 from heads_tiny import make_encoder, write
 from transformers import AutoTokenizer
 
-from inlay.data.inputs import encode_labels, encode_texts, longest_input
+from inlay.data.inputs import encode_texts, longest_input
 from inlay.data.read import read_rows
 from inlay.data.rows import Rows
 from inlay.errors import DataError
@@ -19,6 +19,7 @@ from inlay.tasks.classify.rows import (
     loose_tags,
     normalise_labels,
 )
+from inlay.tasks.classify.tokens import encode_labels
 
 
 def read(folder: Path, rows: list[dict[str, Any]], **keys: Any) -> Rows:

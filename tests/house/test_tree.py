@@ -14,10 +14,7 @@ FILES_IN_TRAIN = 25
 
 LONGER: set[str] = set()
 """Files above 350 lines that are let be for now; empty it."""
-ALIKE: set[tuple[str, ...]] = {
-    ("cli", "merge", "merging"),
-    ("train/output", "record", "recorder"),
-}
+ALIKE: set[tuple[str, ...]] = set()
 """Names in one folder that differ by their ending alone and are let be for now; empty it."""
 CHOSEN_BY_NAME = {
     "__init__.py": 1,

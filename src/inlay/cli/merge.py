@@ -96,7 +96,7 @@ def run(given: dict[str, Any]) -> int:
     set_threads(options.threads)
     model, tokenizer = load_tuned(tuned, dtype=None if options.dtype == "auto" else options.dtype)
 
-    from inlay.cli.merging import merge_and_save
+    from inlay.cli.merged_folder import merge_and_save
     from inlay.files import size_of
 
     task = None if found is None else task_run_for(tuned, model, found)

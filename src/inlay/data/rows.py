@@ -28,10 +28,8 @@ from inlay.errors import DataError, did_you_mean
 
 __all__ = ["Format", "Kind", "Rows", "normalise"]
 
-Kind = Literal[
-    "text", "prompt_completion", "messages", "preference", "labelled", "prompt", "images",
-    "class", "classes", "number", "tags", "pairs", "triplets", "scored_pairs",
-]  # fmt: skip
+Kind = str
+"""What rows are: `text`, `prompt_completion`, `messages`, `images`, or a word of a task's own."""
 Format = Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"]
 Shape = Callable[[RawRow], dict[str, Any]]
 LINES_NAMED = 5

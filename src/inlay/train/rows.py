@@ -92,17 +92,19 @@ def check_no_images(task: Task, raw: Sequence[RawRow], columns: Mapping[str, Any
 
 
 def check_alike(train: Rows, held_out: Rows) -> None:
-    """Raise when only one of the rows to train on and the held-out ones have images, or scores."""
-    for what, one, other in (
-        ("images", train.pictured, held_out.pictured),
-        ("scores", *(rows.kind == "scored_pairs" for rows in (train, held_out))),
-    ):
-        if one != other:
-            has, lacks = (train, held_out) if one else (held_out, train)
-            raise DataError(
-                f"the rows of {has.source} have {what} and those of {lacks.source} have none; "
-                "both must be of one kind"
-            )
+    """Raise when only one of the rows to train on and the held-out ones have images."""
+    check_both("images", (train, train.pictured), (held_out, held_out.pictured))
+
+
+def check_both(what: str, *parts: tuple[Rows, bool]) -> None:
+    """Raise when only one of two parts has something."""
+    (train, one), (held_out, other) = parts
+    if one != other:
+        has, lacks = (train, held_out) if one else (held_out, train)
+        raise DataError(
+            f"the rows of {has.source} have {what} and those of {lacks.source} have none; "
+            "both must be of one kind"
+        )
 
 
 def check_image_keys(config: RunConfig) -> None:

@@ -31,8 +31,8 @@ from inlay.train.guard import Guard, check_changed, fingerprints
 from inlay.train.output import checkpoints, provenance
 from inlay.train.output.failures import naming_the_model, stopping
 from inlay.train.output.folder import RunFolder, check_same_inputs
-from inlay.train.output.record import begun_record, ended_record, planned_record
 from inlay.train.output.recorder import Recorder, read_metrics
+from inlay.train.output.run_json import begun_record, ended_record, planned_record
 from inlay.train.output.saving import saving
 from inlay.train.planning import largest_batch, planned_run
 from inlay.train.processes.division import (

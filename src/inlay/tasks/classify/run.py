@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from inlay.data.inputs import InputRow, encode_labels
+from inlay.data.inputs import InputRow
 from inlay.data.rows import Rows
 from inlay.errors import DataError
 from inlay.evaluate.comparison import Limits, pace
@@ -32,6 +32,7 @@ from inlay.tasks.classify.rows import (
     labels_of,
     loose_tags,
 )
+from inlay.tasks.classify.tokens import encode_labels
 from inlay.tasks.classify.trainer import HeadTrainer, PadLabelled, columns
 from inlay.train.arguments import shared
 from inlay.train.collate import Collate

@@ -12,6 +12,7 @@ from inlay.data.rows import Rows
 from inlay.evaluate.titles import Titles
 from inlay.run.config import RunConfig, Text
 from inlay.tasks.embed.rows import normalise_similar
+from inlay.train.rows import check_both
 from inlay.train.task import HEADED, Fixed, Task
 
 if TYPE_CHECKING:
@@ -72,6 +73,12 @@ class Embed(Task):
             group=group,
             skip_empty=config.skip_empty,
         )
+
+    def read_held_out(self, raw: Sequence[RawRow], config: EmbedConfig, train: Rows) -> Rows:
+        found = self.read(raw, config, None)
+        scored = [(rows, rows.kind == "scored_pairs") for rows in (train, found)]
+        check_both("scores", *scored)
+        return found
 
     def trained(self, head: Mapping[str, Any]) -> bool:
         return head.get("purpose") == "embedding"
