@@ -42,7 +42,6 @@ planned: DeviceKind = "cpu"
 
 @contextmanager
 def planning_for(kind: DeviceKind) -> Generator[None]:
-    """Count scratch memory as on this kind of device inside the `with` block."""
     global planned
     before, planned = planned, kind
     try:
@@ -56,7 +55,6 @@ def on_cpu() -> bool:
 
 
 def planned_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which the planned device multiplies x."""
     return product_dtype(x) if on_cpu() else x.dtype
 
 

@@ -99,7 +99,6 @@ class EightBitMatrix(Matrix):
         return tiles(self.rows, tile_rows(self.rows, self.columns, torch.int8, self.device))
 
     def int8_rows(self, part: slice) -> tuple[Tensor, Tensor]:
-        """Return rows in int8 and their scales, by the format's own function or from dense rows."""
         first, count = part.start, part.stop - part.start
         held = FORMATS[self.packing]
         found = held.int8_rows(self.parts, first, count, self.columns) if held.int8_rows else None

@@ -30,7 +30,6 @@ class Epilogue:
 
     @property
     def without_bias(self) -> Epilogue:
-        """The same without the bias, for a product that has added it."""
         return self if self.bias is None else Epilogue(self.dtype, self.term)
 
     def bias_in(self, dtype: torch.dtype) -> Tensor | None:

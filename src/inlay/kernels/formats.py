@@ -47,7 +47,6 @@ FEWEST_ROWS = 8
 
 
 def reads_on_cpu(packing: str, x: Tensor, columns: int) -> bool:
-    """Return whether a format's own product multiplies x on this CPU."""
     dtype = product_dtype(x)
     few = dtype != torch.float32 and x.numel() < FEWEST_ROWS * x.shape[-1]
     if few or not is_on("products") or not native.multiplies(dtype):
@@ -59,7 +58,6 @@ def reads_on_cpu(packing: str, x: Tensor, columns: int) -> bool:
 def dense(
     parts: Sequence[Tensor], packing: str, rows: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return the whole dense (rows, columns) matrix in `dtype`."""
     out = torch.empty(rows, columns, dtype=dtype, device=parts[0].device)
     FORMATS[packing].dequantize(parts, out, 0)
     return out

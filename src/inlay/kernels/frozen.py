@@ -51,7 +51,6 @@ def biased_linear(
 
 
 def resized(x: Tensor, width: int) -> Tensor:
-    """Return an empty tensor of x's shape with another last dimension."""
     return x.new_empty(*x.shape[:-1], width)
 
 
@@ -89,8 +88,6 @@ def keep_parts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def gradient_by(
     other: Callable[..., Tensor],
 ) -> Callable[[Any, Tensor], tuple[Tensor, list[None], None, None, None]]:
-    """Return the backward of one product: the other product, on the packed parts."""
-
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, list[None], None, None, None]:
         parts = list(ctx.saved_tensors)
         gradient = other(g, parts, ctx.packing, ctx.rows, ctx.columns)
@@ -104,7 +101,6 @@ frozen_linear_t.register_autograd(gradient_by(frozen_linear), setup_context=keep
 
 
 def keep_biased(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep the packed parts, and the dtype of the bias."""
     x, bias, *rest = inputs
     keep_parts(ctx, (x, *rest), output)
     ctx.bias_dtype = bias.dtype

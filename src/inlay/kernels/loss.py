@@ -45,7 +45,6 @@ class Scores(NamedTuple):
 
 
 def most_rows(vocabulary: int) -> int:
-    """Return how many rows of logits there is room for, in fp32."""
     return max(1, LOGIT_BYTES // (4 * vocabulary))
 
 
@@ -101,7 +100,6 @@ def linear_cross_entropy(
 
 
 def by_parts(h: Tensor, packing: str) -> bool:
-    """Return whether hidden states are scored by parts of the vocabulary."""
     return h.device.type == "cpu" and ":" not in packing and h.dtype != torch.float64
 
 

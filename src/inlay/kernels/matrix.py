@@ -115,7 +115,6 @@ class Matrix:
         return x
 
     def factor(self, x: Tensor) -> Tensor:
-        """Return a low-rank factor in the dtype in which a product reads it."""
         return cast(x, torch.float32 if self.reads else self.dtype)
 
     def narrow(self, x: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
@@ -136,7 +135,6 @@ MATRICES: dict[str, type[Matrix]] = {"": Matrix}
 def matrix_of(
     parts: Sequence[Tensor], packing: str, rows: int, columns: int, like: Tensor
 ) -> Matrix:
-    """Return the matrix that these parts hold, to be multiplied by tensors like `like`."""
     prefix, _, name = packing.rpartition(":")
     return MATRICES[prefix](parts, name, rows, columns, like)
 

@@ -33,8 +33,6 @@ disable_autocast: Any = hidden._DisableAutocast
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a function compute in the dtypes that it is given, under autocast too."""
-
     @functools.wraps(function)
     def as_written(*args: P.args, **kwargs: P.kwargs) -> R:
         if not torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
@@ -65,7 +63,6 @@ def lowered(x: Any) -> Any:
 
 
 def is_plain(arg: Any) -> bool:
-    """Return whether an argument is no tensor, a plain tensor with values, or a list of those."""
     kind = type(arg)
     if kind in PLAIN:
         return not arg.is_meta
@@ -106,7 +103,6 @@ class Operator(Generic[R]):
         return self.called(args)
 
     def cast(self, args: Sequence[Any]) -> R:
-        """Call the operator under autocast."""
         args = (*map(lowered, args[: self.lowers]), *args[self.lowers :])
         if torch.compiler.is_compiling():
             return self.called(args)
@@ -114,7 +110,6 @@ class Operator(Generic[R]):
             return self.called(args)
 
     def called(self, args: tuple[Any, ...]) -> R:
-        """Call the operator on inputs that are in their dtypes."""
         if traced(args):
             return self.plainly(*args) if transformed() else self.custom(*args)
         if torch.is_grad_enabled() and hidden._any_requires_grad(*args):
@@ -123,13 +118,11 @@ class Operator(Generic[R]):
             return self.body(*args)
 
     def register_transformed(self, plainly: Callable[..., R]) -> None:
-        """Give PyTorch's own operators to run under a function transform."""
         self.plainly = plainly
 
     def register_cost(
         self, scratch: Callable[..., Scratch], flops: Callable[..., int] | None = None
     ) -> None:
-        """Give the operator's scratch memory and arithmetic, as functions of its arguments."""
         SCRATCH[f"inlay.{self.name}"] = scratch
         if flops is not None:
             FLOPS[f"inlay.{self.name}"] = flops

@@ -100,5 +100,4 @@ def scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
 
 
 def tiles(rows: int, step: int) -> Iterator[slice]:
-    """Return the row ranges of a matrix, `step` rows each but the last."""
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

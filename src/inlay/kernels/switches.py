@@ -50,7 +50,6 @@ def named(names: tuple[str, ...]) -> frozenset[str]:
 
 
 def from_environment() -> frozenset[str]:
-    """Return the paths that INLAY_PLAIN turns off."""
     words = tuple(w.strip() for w in os.environ.get("INLAY_PLAIN", "").split(",") if w.strip())
     return named(words) if words else frozenset()
 

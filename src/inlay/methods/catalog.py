@@ -147,7 +147,6 @@ def spec_of_class(
 
 @cache
 def contracts() -> Mapping[str, ast.ClassDef]:
-    """Return the classes of the contract file by name."""
     tree = ast.parse((PACKAGE / "methods" / "base.py").read_text(encoding="utf-8"))
     return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
@@ -159,7 +158,6 @@ def contract_chain(node: ast.ClassDef) -> list[ast.ClassDef]:
 
 
 def fields_of(node: ast.ClassDef, constants: Mapping[str, Any]) -> Iterator[tuple[str, FieldSpec]]:
-    """Yield the dataclass fields of a class body: annotated names that are not ClassVar."""
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             annotation = ast.unparse(item.annotation)

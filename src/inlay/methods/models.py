@@ -82,7 +82,6 @@ def read_keys(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def encoder_of(model: Any) -> Any:
-    """Return the encoder of text inside an encoder-decoder, or None."""
     found = getattr(model, "get_encoder", lambda: None)()
     return found if isinstance(found, nn.Module) and found is not model else None
 

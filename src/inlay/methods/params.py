@@ -74,7 +74,6 @@ def kaiming_uniform(
 
 
 def zeros(base: FrozenLinear | Tensor, *shape: int) -> Tensor:
-    """Zeros where `base` lies, in the dtype adapters are stored in."""
     return stored(base, *shape).zero_()
 
 

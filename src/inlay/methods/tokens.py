@@ -61,7 +61,6 @@ class TokenRows(WeightMethod):
 
 
 def give_tokens(p: Params, rows: Rows, ids: Sequence[int]) -> None:
-    """Record the token of every row of an adapter's tensor."""
     vars(p).setdefault(TOKENS, {})[rows] = tuple(ids)
     vars(p)[PLACES] = {}
 

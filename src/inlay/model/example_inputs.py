@@ -65,7 +65,6 @@ def example_inputs(
 
 
 def refused(model: nn.Module, batches: list[Batch]) -> str | None:
-    """Run the model; return why it refuses these inputs, or None when it takes them."""
     try:
         with torch.no_grad(), evaluating(model):
             for batch in batches:
@@ -133,7 +132,6 @@ class Sizes:
         return max(min(found) - 2, 1) if found else None
 
     def find(self, *names: str) -> Any:
-        """Return the first of these settings that the configuration, or one inside it, has."""
         for config in configs(self.config):
             for name in names:
                 value = vars(config).get(name)
@@ -149,7 +147,6 @@ class Sizes:
         return torch.randn(shape, generator=self.seed).to(self.device, self.dtype)
 
     def ids(self, length: int) -> Tensor | None:
-        """Return ids of ordinary tokens; None without a vocabulary."""
         text: Any = self.config.get_text_config()
         decoder: Any = self.config.get_text_config(decoder=True)
         size = getattr(text, "vocab_size", None) or getattr(decoder, "vocab_size", None)
@@ -162,7 +159,6 @@ class Sizes:
 
 
 def configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Yield a configuration and those inside it."""
     yield config
     for value in list(vars(config).values()):
         if isinstance(value, PreTrainedConfig):

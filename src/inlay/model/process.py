@@ -29,7 +29,6 @@ Undo = Callable[[], object]
 
 
 def keep_freed_memory() -> Undo:
-    """Keep freed CPU memory in the process, for the steps to come."""
     return release_memory if keep_memory() is None else lambda: None
 
 
@@ -135,7 +134,6 @@ def leave(changes: Iterable[Change]) -> None:
 
 
 def lease(module: nn.Module, *names: str) -> None:
-    """Make changes for a module, beside those that it needs already."""
     before: Lease | None = vars(module).get(LEASE)
     held = before.names if before is not None else frozenset[str]()
     vars(module)[LEASE] = Lease(held.union(names))
@@ -151,7 +149,6 @@ def end_lease(module: nn.Module) -> None:
 
 
 def enter(model: nn.Module) -> None:
-    """Make the changes that a model needs while it carries adapters."""
     needed = {
         "memory": is_on("memory") and all(p.device.type == "cpu" for p in model.parameters()),
         "encoder": any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules()),

@@ -37,7 +37,6 @@ class Recomputed:
 
     @contextmanager
     def off(self) -> Generator[None]:
-        """Recompute nothing inside the `with` block."""
         before = [(module, vars(module)[CHECKPOINTING]) for module in (*self.blocks, *self.around)]
         for module, _ in before:
             vars(module)[CHECKPOINTING] = False

@@ -76,7 +76,6 @@ class PassThrough(nn.Module):
 
 
 def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """Return name and list of the model's Transformer blocks, if there is one such list."""
     config: Any = getattr(model, "config", None)
     if config is None:
         return None
@@ -135,7 +134,6 @@ class InputGradients:
 
 
 def needs_no_input_gradients(model: nn.Module) -> bool:
-    """Return whether gradient checkpointing is on, and nowhere reentrant."""
     found = (checkpointing_function(module) for module in model.modules())
     functions = [function for function in found if function is not None]
     reentrant = [getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions]

@@ -131,7 +131,6 @@ def held_int8(layer: Any) -> Int8Linear:
 
 
 def dtype_of(layer: nn.Module) -> torch.dtype:
-    """Return the dtype that an 8-bit layer computes in: its bias's, or that of its model."""
     bias = layer._parameters.get("bias")
     return vars(layer).get(COMPUTE_DTYPE, torch.float16) if bias is None else bias.dtype
 
@@ -145,6 +144,5 @@ def tell_dtype(model: nn.Module) -> None:
 
 
 def forget_dtype(model: nn.Module) -> None:
-    """Remove what `tell_dtype` recorded."""
     for layer in model.modules():
         vars(layer).pop(COMPUTE_DTYPE, None)

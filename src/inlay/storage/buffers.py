@@ -40,9 +40,7 @@ class Piece(Protocol):
         """Bring the bytes into a host buffer, (room,) uint8; raise StorageError when it cannot."""
         ...
 
-    def found_in(self, room: Tensor) -> Tensor:
-        """Return the part as a tensor in a filled buffer."""
-        ...
+    def found_in(self, room: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -114,7 +112,6 @@ class Shared:
         return list(dict.fromkeys([*self.waiting, *ahead]))[: len(self.slots)]
 
     def next_fill(self) -> tuple[Slot, int] | None:
-        """Return a block to bring in and the buffer for it, or None where nothing is to do."""
         to_hold = self.blocks_to_hold()
         missing = next((b for b in to_hold if self.slot_of(b) is None), None)
         free = next((s for s in self.slots if not s.uses and s.block not in to_hold), None)
@@ -248,7 +245,6 @@ class Buffers:
         return slot
 
     def check_alive(self) -> None:
-        """Raise when the thread has failed or ended."""
         failure = self.shared.failure
         if isinstance(failure, StorageError):
             raise StorageError(str(failure)) from failure
@@ -278,7 +274,6 @@ def keep_filled(shared: Shared) -> None:
 
 
 def next_work(shared: Shared) -> tuple[Slot, int] | None:
-    """Wait for a block to bring in; return it with its buffer, or None once all is closed."""
     with shared.changed:
         while not shared.closed:
             work = shared.next_fill()

@@ -33,7 +33,6 @@ class DenseView(FrozenLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The layer's weight as it lies in memory."""
         weight: Tensor = held(self.layer, "weight")
         return weight
 

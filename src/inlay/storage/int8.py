@@ -101,7 +101,6 @@ def dequantized(parts: Sequence[Tensor], out: Tensor, first: int) -> None:
 def int8_rows(
     parts: Sequence[Tensor], first: int, count: int, columns: int
 ) -> tuple[Tensor, Tensor]:
-    """Return rows and their scales as they are held."""
     del columns
     rows = slice(first, first + count)
     return parts[0][rows], parts[1][rows] / 127

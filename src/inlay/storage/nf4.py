@@ -56,7 +56,6 @@ class NF4Linear(QuantizedLinear):
 
     @property
     def double_quant(self) -> bool:
-        """Whether the blocks' absmax are quantised too."""
         return "nested_absmax" in self.held()
 
     @classmethod

@@ -55,7 +55,6 @@ class ByWeight(DenseView):
         return None if held is None or name is None else stored_parameter(self.layer, name)
 
     def as_stored(self, w: Tensor) -> Tensor:
-        """Convert a method's weight to the layout of the layer's parameter."""
         return self.turned(w)
 
     def packed(self) -> Packed | None:
@@ -123,7 +122,6 @@ def stored_parameter(layer: nn.Module, name: str) -> Tensor:
 
 
 def own_kind(module: nn.Module) -> Kind | None:
-    """Return the kind of a layer with a forward of its own; None where it holds no matrix."""
     if not holds_floats(module, "weight"):
         return None
     if isinstance(module, nn.Embedding):
@@ -134,7 +132,6 @@ def own_kind(module: nn.Module) -> Kind | None:
 
 
 def own_view(module: nn.Module) -> DenseView | None:
-    """Return the view of a layer with a forward of its own; None where it holds no matrix."""
     match own_kind(module):
         case "linear":
             return OwnLinear(module)
@@ -149,7 +146,6 @@ def own_view(module: nn.Module) -> DenseView | None:
 
 
 def holds_floats(module: nn.Module, name: str) -> bool:
-    """Return whether a module holds a plain floating-point parameter of this name itself."""
     held = module._parameters.get(name)
     return held is not None and type(held) in UNPACKED and held.dtype in FLOATS
 
@@ -206,7 +202,6 @@ def tried(module: nn.Module, cls: type[nn.Module], what: str, trial: Callable[..
 
 
 def state_of_buffers(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Return which tensors a module's buffers are, and how often each was written to."""
     buffers = [b for b in module._buffers.values() if b is not None]
     return tuple((id(b), 0 if b.is_inference() else b._version) for b in buffers)
 

@@ -67,7 +67,6 @@ def stored_shape(layer: nn.Module, parameter: str) -> torch.Size:
 
 
 def bias_of(layer: nn.Module, parameter: str) -> str | None:
-    """Return the name of the bias that is added to a parameter's product, where one is."""
     if isinstance(layer, nn.MultiheadAttention):
         return "in_proj_bias" if parameter == JOINED else None
     name = f"{parameter}_bias"
@@ -75,12 +74,10 @@ def bias_of(layer: nn.Module, parameter: str) -> str | None:
 
 
 def projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
-    """Return the parameters that hold an attention module's input projections."""
     held = (n for n in (JOINED, *APART) if holds_floats(attention, n))
     return tuple(held)
 
 
 def is_expert_stack(module: nn.Module, parameter: str) -> bool:
-    """Return whether a parameter is a stack of matrices that a mixture's experts are."""
     held: Any = module._parameters.get(parameter)
     return holds_floats(module, parameter) and held.ndim == 3 and min(held.shape) > 1

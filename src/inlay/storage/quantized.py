@@ -102,12 +102,10 @@ class QuantizedLinear(nn.Module, FrozenLinear):
         return {}
 
     def held(self) -> dict[str, Tensor]:
-        """Return the packed parts by attribute name."""
         own = {n: p for n, p in self._parameters.items() if n != "bias" and p is not None}
         return {**own, **cast(dict[str, Tensor], self._buffers)}
 
     def hold(self, parts: Mapping[str, Tensor]) -> None:
-        """Replace the packed parts."""
         self._buffers.clear()
         for name, part in parts.items():
             if name == "weight":
@@ -131,7 +129,6 @@ class QuantizedLinear(nn.Module, FrozenLinear):
 
     @property
     def packed_weight(self) -> nn.Parameter:
-        """The first of the packed parts."""
         packed = self._parameters["weight"]
         assert packed is not None
         return packed
@@ -302,7 +299,6 @@ def checked_matrix(w: Tensor, storage: str) -> Tensor:
 
 
 def checked_finite(largest: Tensor, storage: str) -> None:
-    """Raise when the largest magnitudes show a NaN or an infinity."""
     if not bool(torch.isfinite(largest).all()):
         raise StorageError(
             "the weight holds a NaN, an infinity or values too large, which the "
@@ -311,5 +307,4 @@ def checked_finite(largest: Tensor, storage: str) -> None:
 
 
 def chunk_size(device: torch.device) -> int:
-    """Return how many weights to quantise or dequantise at once on this device."""
     return CHUNK if device.type == "cpu" else CHUNK_ELSEWHERE

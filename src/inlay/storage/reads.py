@@ -102,5 +102,4 @@ ITEMS = ("__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itrued
 
 
 def writes(name: str) -> bool:
-    """Return whether an operation of this name changes its first argument."""
     return name in ITEMS or (name.endswith("_") and not name.endswith("__"))

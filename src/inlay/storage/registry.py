@@ -56,7 +56,6 @@ def kind(module: nn.Module) -> Kind | None:
 
 
 def matrix_kind(module: nn.Module) -> Kind | None:
-    """Return the kind of a layer to a method, whatever its forward; None without a matrix."""
     found = kind(module) or own_kind(module)
     return "linear" if found is None and is_convolution(module) else found
 

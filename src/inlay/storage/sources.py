@@ -123,7 +123,6 @@ def registered(source: Source | Rows) -> int:
 
 
 def found(number: Tensor) -> Source | Rows:
-    """Return the source with this number."""
     source = SOURCES.get(int(number))
     if source is None:
         raise StorageError("the streamed model that this computation belongs to was deleted")
@@ -159,7 +158,6 @@ FORMATS[STREAMED] = Format(dequantize_streamed)
 
 @operator("streamed_rows")
 def streamed_rows(ids: Tensor, number: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Return (*ids, width) rows of a streamed table."""
     source = found(number)
     assert isinstance(source, Rows)
     return source.take(ids).to(dtype)
@@ -185,7 +183,6 @@ class Layout:
         return [self.segment(self.block(name), 0, rows, parts)]
 
     def dense(self, name: str | None, weight: Stored) -> list[Segment]:
-        """Place a dense weight (out, in) in the block of this name, or in as many as it needs."""
         rows = weight.shape[0]
         step = rows if name else max(1, SEGMENT * rows // weight.nbytes)
         segments: list[Segment] = []
@@ -196,7 +193,6 @@ class Layout:
         return segments
 
     def block(self, name: str | None) -> int:
-        """Return the number of the block of this name; a new one for None."""
         if name is None or name not in self.names:
             self.names.append(name)
             self.blocks.append(Block())

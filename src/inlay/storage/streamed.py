@@ -89,7 +89,6 @@ class StreamedEmbedding(nn.Embedding, FrozenLinear):
     layer_kind = stands_for = "embedding"
 
     def __init__(self, source: Rows, like: nn.Embedding) -> None:
-        """Take the place of `like`."""
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = like.num_embeddings, like.embedding_dim
         self.padding_idx, self.compute_dtype = like.padding_idx, like.weight.dtype

@@ -180,7 +180,6 @@ class HostTensor:
         return HostTensor(self.tensor[first:last])
 
     def take(self, rows: Tensor) -> Tensor:
-        """Return those rows; rows: (n,) integers on the host."""
         return self.tensor[rows]
 
     def load(self) -> Tensor:

@@ -12,7 +12,6 @@ from inlay.kernels.switches import is_on
 
 @cache
 def has_triton() -> bool:
-    """Return whether Triton is installed; it comes with PyTorch for NVIDIA GPUs."""
     return find_spec("triton") is not None
 
 

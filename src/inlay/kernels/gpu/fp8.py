@@ -165,7 +165,6 @@ def weight(parts: Sequence[Tensor], quantiles: Tensor | None, out: Tensor) -> Te
 
 
 def multiplies(device: torch.device, rows: int, columns: int) -> bool:
-    """Return whether `times` and `times_t` take a (rows, columns) weight on this GPU."""
     newer = torch.cuda.get_device_capability(device) >= (8, 9)
     return newer and rows % 16 == 0 and columns % BLOCK == 0
 

@@ -32,7 +32,6 @@ def block_scales(
     absmax, nested_absmax, nested_map, offset, block, inside,
     NESTED: tl.constexpr,
 ):  # fmt: skip
-    """Return those blocks' scales, fp32."""
     if NESTED:
         code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
         nested = tl.load(nested_absmax + block // 256, mask=inside, other=0.0)

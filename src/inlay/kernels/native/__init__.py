@@ -204,7 +204,6 @@ def loss_part(logits: Tensor, labels: Tensor, first: int, sums: LossSums, out: T
 
 
 def check_labels(vocabulary: int, labels: Tensor) -> None:
-    """Raise unless every label is in the vocabulary."""
     wrong = labels[(labels < 0) | (labels >= vocabulary)]
     if wrong.numel():
         raise DataError(

@@ -66,7 +66,6 @@ def release_memory() -> str | None:
 
 
 def return_free_memory() -> None:
-    """Return to the kernel what is free now."""
     heap = tensor_heap()
     if heap is not None:
         heap.inlay_return_pages()
@@ -74,7 +73,6 @@ def return_free_memory() -> None:
 
 
 def trim() -> None:
-    """Return to the kernel what is free in glibc's own heap."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 

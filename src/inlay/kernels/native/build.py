@@ -96,13 +96,11 @@ def loaded() -> Loaded:
 
 
 def status() -> str:
-    """Say which instruction set is in use and from which file, or why there is none."""
     state = loaded()
     return f"{state.level}: {state.text}"
 
 
 def library() -> ctypes.CDLL | None:
-    """Return the library, or None where it is absent or off."""
     state = loaded()
     return state.library if state.level != "off" and is_on("native") else None
 
@@ -152,7 +150,6 @@ def built(recipe: Recipe) -> Path:
 
 
 def found_compiler(recipe: Recipe) -> list[str]:
-    """Return the command of the compiler that the environment names, or of the first there is."""
     variable, *names = recipe.compilers
     for name in (os.environ.get(variable, ""), *names):
         command = shlex.split(name)
@@ -180,7 +177,6 @@ def fingerprint(recipe: Recipe, compiler: list[str]) -> str:
 
 
 def hand_over_threads(library: ctypes.CDLL) -> str:
-    """Give the library torch's own OpenMP runtime; say where it comes from."""
     for name, runtime in openmp_runtimes():
         with contextlib.suppress(AttributeError):
             library.inlay_set_runtime(ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p))

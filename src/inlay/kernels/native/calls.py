@@ -68,7 +68,6 @@ def takes(dtypes: Sequence[torch.dtype], *tensors: Tensor) -> bool:
 
 
 def sized(size: int | torch.Size, *tensors: Tensor) -> bool:
-    """Return whether each tensor has this shape, or as a vector this length."""
     shape = (size,) if isinstance(size, int) else size
     return all(t.shape == shape for t in tensors)
 

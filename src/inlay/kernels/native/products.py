@@ -53,7 +53,6 @@ class ProductArguments(ctypes.Structure):
 
 
 def multiplies(dtype: torch.dtype = torch.float32) -> bool:
-    """Return whether the C library has products that multiply in a dtype."""
     if library() is None or dtype not in NEEDED:
         return False
     return LEVELS.index(loaded().level) >= LEVELS.index(NEEDED[dtype])
@@ -151,7 +150,6 @@ def multiplied(
 
 
 def add_term(a: ProductArguments, term: LowRank) -> bool:
-    """Write a low-rank term into the arguments; say whether C can read it."""
     right, transposed = as_stored(term.right, False)
     a.left, a.right, a.right_transposed = term.left.data_ptr(), right.data_ptr(), transposed
     a.scale, a.rank = term.scale, term.left.shape[1]

@@ -75,7 +75,6 @@ class AdaptedParameter(NamedTuple):
     pairs: Sequence[tuple[WeightMethod, Params]]
 
     def names(self) -> tuple[str, ...]:
-        """Return the names of the parameters that the methods change."""
         bias = self.view.bias_name
         return (self.view.parameter,) if bias is None else (self.view.parameter, bias)
 
@@ -105,13 +104,11 @@ class Recomputed:
         self.kept = self.given = 0
 
     def part(self, of: Tensor) -> Callable[[], Tensor]:
-        """Return the function that gives this view of the tensor back."""
         self.kept += 1
         shape, stride, start = of.shape, of.stride(), of.storage_offset()
         return lambda: self.whole().as_strided(shape, stride, start)
 
     def whole(self) -> Tensor:
-        """Return the tensor, computed once for all the views that a backward pass asks for."""
         if self.value is None:
             with torch.no_grad():
                 self.value = self.compute().detach()

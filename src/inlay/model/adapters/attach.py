@@ -123,14 +123,12 @@ def attach(
 
 
 def base_alone(model: nn.Module) -> AbstractContextManager[object]:
-    """Run the base model inside the `with` block, whether it has adapters or not."""
     return nullcontext() if registry_of(model) is None else disabled(model)
 
 
 def add_prompt(
     model: nn.Module, registry: Registry, name: str, method: PromptMethod, seed: int
 ) -> None:
-    """Create a prompt's tensors and put them on the model."""
     hook = registry.prompt or prompt_hook(model)
     hook.check(method)
     embedding = input_embeddings(model)
@@ -150,7 +148,6 @@ def prepare(model: nn.Module, registry: Registry) -> None:
 
 
 def put(module: nn.Module, place: Place, name: str) -> None:
-    """Put one adapter's tensors on one module."""
     base = frozen(module) if matrix_kind(module) else None
     layer = become_adapted(module, base)
     keep_resident(place.params)
@@ -190,7 +187,6 @@ def use(model: nn.Module, *names: str) -> nn.Module:
 
 
 def watch(model: nn.Module, registry: Registry) -> None:
-    """Watch the active adapters from their first passes on: whether each of them has an effect."""
     if registry.watch is not None:
         registry.watch.end()
     params: dict[str, list[Params]] = {}
@@ -255,7 +251,6 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 
 
 def remove(model: nn.Module, registry: Registry, name: str) -> None:
-    """Drop one adapter's tensors everywhere."""
     for layer in list(adapted_layers(model)):
         if name in layer.adapters:
             del layer.adapters[name]
@@ -270,7 +265,6 @@ def remove(model: nn.Module, registry: Registry, name: str) -> None:
 
 
 def give_back(model: nn.Module, registry: Registry) -> None:
-    """Make a model without adapters what it was before the first: the reverse of `prepare`."""
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(registry.required_grad.get(parameter_name, False))
     for module, cls in registry.classes:
@@ -285,7 +279,6 @@ def give_back(model: nn.Module, registry: Registry) -> None:
 
 
 def check_order(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Raise when a method that was computed from the base would act on another adapter's weight."""
     registry = required_registry(model)
     prompts = [n for n in names if isinstance(registry.adapters[n].method, PromptMethod)]
     if len(prompts) > 1:

@@ -56,7 +56,6 @@ def kept_forwards(module: nn.Module) -> Iterator[tuple[types.MethodType, Setter]
 def forwards_in(
     held: Any, put: Callable[[Any], None], module: nn.Module, depth: int
 ) -> Iterator[tuple[types.MethodType, Setter]]:
-    """Yield every bound forward of the module in a callable: itself, a partial's, a closure's."""
     if not depth or not callable(held):
         return
     if isinstance(held, types.MethodType):
@@ -74,7 +73,6 @@ def forwards_in(
 def forwards_in_function(
     function: types.FunctionType, module: nn.Module, depth: int
 ) -> Iterator[tuple[types.MethodType, Setter]]:
-    """Yield every bound forward of the module in a function's closure or default values."""
     for cell in function.__closure__ or ():
         try:
             content = cell.cell_contents
@@ -86,7 +84,6 @@ def forwards_in_function(
 
 
 def with_function(held: partial[Any], put: Setter, function: Any) -> None:
-    """Put a partial of another function in a partial's place, with the same attributes."""
     made = partial(function, *held.args, **held.keywords)
     made.__dict__.update(held.__dict__)
     put(made)  # pyright: ignore[reportArgumentType]

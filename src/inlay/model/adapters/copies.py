@@ -49,7 +49,6 @@ def selected_copies(
 
 
 def trained_modules(model: nn.Module, named: Sequence[str]) -> dict[str, Params]:
-    """Return trained copies of every parameter of the modules named, and of those below them."""
     if not named:
         return {}
     modules = dict(own_modules(model))
@@ -60,7 +59,6 @@ def trained_modules(model: nn.Module, named: Sequence[str]) -> dict[str, Params]
 
 
 def statistics(module: nn.Module) -> dict[str, Tensor]:
-    """Copy the buffers that are saved with a module, such as running statistics."""
     copyable, buffers = copyable_buffers(module), module._buffers.items()
     return {n: b.detach().clone() for n, b in buffers if b is not None and n in copyable}
 
@@ -87,7 +85,6 @@ class Copies:
             }
 
     def copy(self, module: nn.Module, name: str, p: nn.Parameter, where: str) -> nn.Parameter:
-        """Copy one parameter in the precision that adapters are stored in."""
         if not p.is_floating_point() or (isinstance(module, FrozenLinear) and name != "bias"):
             raise AdapterError(
                 f"{where}.{name} is quantised and cannot train; load the model with "
@@ -101,7 +98,6 @@ class Copies:
 
 
 def check_has_weight(module: nn.Module, where: str) -> None:
-    """Raise when a module's weight lies elsewhere, so that it has no parameter to train."""
     if isinstance(module, FrozenLinear) and "weight" not in module._parameters:
         raise AdapterError(
             f"{where}.weight is {module.storage} and cannot train; load the model without "
@@ -110,7 +106,6 @@ def check_has_weight(module: nn.Module, where: str) -> None:
 
 
 def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters a module holds itself."""
     return [(n, p) for n, p in module._parameters.items() if p is not None]
 
 
@@ -129,7 +124,6 @@ def mark_shared(tables: Iterable[Params]) -> None:
 
 
 def in_parts(model: nn.Module, names: Sequence[str], targets: str | Sequence[str]) -> Iterator[str]:
-    """Yield every name in a part of a model that sees images, or `under` another entry."""
     parts = parts_of(model)
     for entry in entries(targets):
         if entry in PARTS and parts:

@@ -45,7 +45,6 @@ class Place:
     """Parameter -> the method on it alone, whose tensors are a part of `params`."""
 
     def add(self, copies: Params) -> None:
-        """Add trained copies of the module's own parameters, and of its statistics."""
         for name, copy in copies.named_parameters():
             self.params.register_parameter(name, copy)
         for name, copy in copies.named_buffers():
@@ -94,7 +93,6 @@ def places_for(
 
 
 def extra_copies(model: nn.Module, extra: SelectMethod, found: Found) -> dict[str, Params]:
-    """Return trained copies of what is selected beside a method; warn where that is nothing."""
     try:
         return selected_copies(model, extra, found.names if extra.only_adapted else None)
     except TargetError:
@@ -108,7 +106,6 @@ def extra_copies(model: nn.Module, extra: SelectMethod, found: Found) -> dict[st
 
 
 def hidden_place(model: nn.Module, name: str, method: HiddenMethod, seed: torch.Generator) -> Place:
-    """Create the tensors behind one layer or block, with the hyperparameters that hold there."""
     here = method.for_layer(name)
     assert isinstance(here, HiddenMethod)
     block = unwrapped(model.get_submodule(name))
@@ -141,7 +138,6 @@ def add_weight_places(
 
 
 def initial(method: WeightMethod, at: Matrix, layer_kind: Kind, seed: torch.Generator) -> Params:
-    """Create the tensors for one matrix, or those for each of a stack, stacked."""
     if not isinstance(at.view, Parameter) or at.view.stack is None:
         return method.init(at.view, layer_kind, seed)
     each = [method.init(member, layer_kind, seed) for member in at.view.each()]
@@ -181,7 +177,6 @@ def check_not_shadowed(
 
 
 def shape_and_device(module: nn.Module) -> tuple[tuple[int, int], Tensor]:
-    """Return (out, in) of a layer or block, and an empty tensor of its dtype on its device."""
     layers = [
         m
         for m in module.modules()

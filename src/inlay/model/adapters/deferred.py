@@ -36,7 +36,6 @@ def defer(model: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def allocate(model: nn.Module, name: str) -> None:
-    """Allocate an adapter's meta tensors, without values, on the devices of their layers."""
     for place, params, tensor in list(deferred(model, name)):
         view, held = view_at(model, place), params._parameters[tensor]
         if held is not None and held.is_meta and view is not None:
@@ -58,7 +57,6 @@ def refuse(model: nn.Module, args: Any) -> None:
 
 
 def check_values(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise `AdapterError` where one of these adapters has no values yet."""
     refusal = required_registry(model).refusal
     empty = [name for name in names if lacks_values(model, name)] if refusal else []
     if empty:
@@ -69,7 +67,6 @@ def check_values(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def move(params: Params, tensor: str, device: torch.device) -> None:
-    """Replace a tensor by an uninitialised one on a device."""
     old = params._parameters[tensor]
     assert old is not None
     empty = torch.empty_like(old, device=device)

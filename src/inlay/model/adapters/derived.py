@@ -16,7 +16,6 @@ SEEN = "seen_base"
 
 
 def note(method: WeightMethod, params: Params, base: FrozenLinear) -> None:
-    """Note that a method's tensors were just computed from this weight."""
     if method.reads_base and is_concrete(params):
         vars(params)[SEEN] = base.state()
 

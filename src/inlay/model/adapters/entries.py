@@ -24,7 +24,6 @@ class Entry(str):
 
     @classmethod
     def exactly(cls, names: Iterable[str]) -> Entry:
-        """Return the entry that matches these whole names and no others."""
         return cls("|".join(map(re.escape, names)))
 
     def matches(self, name: str) -> bool:
@@ -38,18 +37,15 @@ class Entry(str):
             raise TargetError(problem) from None
 
     def spells(self, name: str) -> bool:
-        """Say whether the entry writes the name or a suffix of it out, as no true pattern does."""
         words = (re.sub(r"\\(.)", r"\1", word) for word in re.split(r"(?<!\\)\|", self))
         return any(is_suffix(word, name) for word in words)
 
 
 def is_suffix(word: str, name: str) -> bool:
-    """Say whether a word is a name or a dotted suffix of it."""
     return name == word or name.endswith("." + word)
 
 
 def entries(targets: str | Iterable[str]) -> tuple[Entry, ...]:
-    """Return the entries of a target specification."""
     return tuple(map(Entry, (targets,) if isinstance(targets, str) else targets))
 
 

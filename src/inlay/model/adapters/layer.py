@@ -82,7 +82,6 @@ class AdaptedLayer(Base):
         return h
 
     def adapted_parameters(self) -> list[AdaptedParameter]:
-        """Return the parameters that this layer's own forward is to read adapted."""
         found: list[AdaptedParameter] = []
         if isinstance(self.base, ByWeight):
             own = self.weight_methods()
@@ -97,7 +96,6 @@ class AdaptedLayer(Base):
     def on_weights(
         self, changed: list[AdaptedParameter], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run the layer's own forward on its adapted parameters."""
         if self.training and any(dropout_of(m) for each in changed for m, _ in each.pairs):
             return self.with_dropout(changed[0], input_of(args, kwargs))
         found = [(each, each.parameters()) for each in changed]
@@ -128,7 +126,6 @@ class AdaptedLayer(Base):
 
     @contextmanager
     def reading_as(self, held: dict[str, Tensor | None]) -> Generator[None]:
-        """Let the layer's parameters read as these inside the `with` block."""
         before, self.__dict__["reads_as"] = self.reads_as, held
         try:
             yield
@@ -148,7 +145,6 @@ class AdaptedLayer(Base):
         return own
 
     def composed(self, weights: list[tuple[WeightMethod, Params]]) -> FrozenLinear:
-        """Return the frozen weight with these methods applied, itself a frozen weight."""
         assert self.base is not None
         weight = self.base
         for method, params in weights:
@@ -167,17 +163,14 @@ class AdaptedLayer(Base):
             super().__setattr__(name, value)
 
     def update_derived(self, weights: list[tuple[WeightMethod, Params]]) -> None:
-        """Bring what these methods computed from the weight below them up to date with it."""
         for at, (method, params) in enumerate(weights):
             if method.reads_base and not vars(self).get("divided"):
                 follow(method, params, self.composed(weights[:at]))
 
     def weight_methods(self) -> list[tuple[WeightMethod, Params]]:
-        """Return the active weight methods here with their tensors, in order of activation."""
         return [(m, p) for m, p in self.active_methods() if isinstance(m, WeightMethod)]
 
     def active_methods(self) -> list[tuple[Method | None, Params]]:
-        """Return what the active adapters have at this layer, tokens' rows before the method."""
         found: list[tuple[Method | None, Params]] = []
         for name in self.active:
             if name in self.methods:
@@ -187,7 +180,6 @@ class AdaptedLayer(Base):
         return found
 
     def rows_in(self, params: Params) -> list[TokenRows]:
-        """Return what puts an adapter's rows of tokens in place of the layer's own."""
         if self.base is None or TOKENS not in vars(params):
             return []
         kinds = (self.base.layer_kind, self.base.stands_for)
@@ -218,7 +210,6 @@ class AdaptedLayer(Base):
         return found
 
     def params(self, name: str) -> Params:
-        """Return one adapter's tensors here."""
         params = self.adapters[name]
         assert isinstance(params, Params)
         return params
@@ -267,24 +258,20 @@ class AdaptedLayer(Base):
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return a layer's input, given by position or by name."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 def copyable_buffers(layer: nn.Module) -> frozenset[str]:
-    """Return the buffers of a layer that an adapter can have its own copy of."""
     if isinstance(layer, FrozenLinear):
         return frozenset()
     return frozenset(layer._buffers.keys() - layer._non_persistent_buffers_set)
 
 
 def dropout_of(method: WeightMethod) -> float:
-    """Return the share of its input that a method drops out in training."""
     return float(getattr(method, "dropout", 0.0))
 
 
 def note_use(layer: AdaptedLayer, read: bool = False) -> None:
-    """Tell the watch, while there is one, that the layer is called, or that its weight is read."""
     note = layer.__dict__.get("watch")
     if note is not None and not is_compiling():
         note(read)

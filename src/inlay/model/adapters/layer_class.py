@@ -29,7 +29,6 @@ STATE = ("methods", "active", "base", "part_methods", "part_views", "reads_as")
 def adapted_class(
     original: type[nn.Module], parameters: tuple[str, ...], buffers: frozenset[str] = frozenset()
 ) -> type[nn.Module]:
-    """Return the subclass of `original` that carries adapters; its name stays the same."""
     body: dict[str, Any] = {name: property(reader(name), refuser(name)) for name in parameters}
     body |= {name: property(buffer_reader(name)) for name in buffers}
     body |= {"original": original, "copyable": buffers, "__module__": original.__module__}
@@ -74,8 +73,6 @@ def refuser(name: str) -> Callable[[AdaptedLayer, object], None]:
 
 
 def buffer_reader(name: str) -> Callable[[AdaptedLayer], Tensor | None]:
-    """Return the getter of one buffer's property: an active adapter's own copy, or the layer's."""
-
     def read(layer: AdaptedLayer) -> Tensor | None:
         holder = layer.holder_of_buffers()
         own = None if holder is None else holder._buffers.get(name)
@@ -85,7 +82,6 @@ def buffer_reader(name: str) -> Callable[[AdaptedLayer], Tensor | None]:
 
 
 def check_names_free(layer: nn.Module, name: str) -> None:
-    """Raise when a layer has an attribute of its own under a name that an adapted one needs."""
     if isinstance(layer, AdaptedLayer):
         return
     own = {*vars(layer), *layer._modules, *layer._parameters, *layer._buffers}
@@ -99,7 +95,6 @@ def check_names_free(layer: nn.Module, name: str) -> None:
 
 
 def become_adapted(layer: nn.Module, base: FrozenLinear | None) -> AdaptedLayer:
-    """Turn a layer into an adapted one, in place; an adapted one stays as it is."""
     if isinstance(layer, AdaptedLayer):
         return layer
     layer.adapters = nn.ModuleDict()
@@ -113,7 +108,6 @@ def become_adapted(layer: nn.Module, base: FrozenLinear | None) -> AdaptedLayer:
 
 
 def become_original(layer: AdaptedLayer) -> None:
-    """Turn an adapted layer back into what it was."""
     change_class(layer, type(layer).original)
     del layer.adapters
     for name in STATE:

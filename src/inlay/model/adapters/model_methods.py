@@ -34,7 +34,6 @@ EMBEDDINGS = {
 
 
 def override_methods(model: nn.Module, registry: Registry) -> None:
-    """Override the methods of a model, and of the models inside it, until the last detach."""
     for _, module in list(own_modules(model)):
         for name in (TIES, *EMBEDDINGS):
             if callable(getattr(type(module), name, None)) and name not in vars(module):
@@ -55,7 +54,6 @@ class Replacement:
         self.owner, self.method = owner, method
 
     def own(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the class's own method."""
         return getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
 
 

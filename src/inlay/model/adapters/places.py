@@ -81,7 +81,6 @@ def module_at(model: nn.Module, place: str) -> tuple[nn.Module, str | None]:
 
 
 def view_at(model: nn.Module, place: str) -> FrozenLinear | None:
-    """Return the matrix at a place; None where it holds none."""
     module, parameter = module_at(model, place)
     if parameter is not None:
         return Parameter(module, parameter)
@@ -101,7 +100,6 @@ def loose_parameters(name: str, module: nn.Module) -> Iterator[str]:
 
 
 def expert_stacks(name: str, module: nn.Module) -> Iterator[str]:
-    """Yield the dotted names of a module's parameters that are stacks of a mixture's experts."""
     words = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
     if "expert" not in words and not hasattr(module, "is_transposed"):
         return
@@ -138,12 +136,10 @@ class Places:
         return found
 
     def everything(self) -> list[str]:
-        """Return every name that an entry can mean."""
         return [*self.modules, *self.experts, *self.loose, *self.aliases()]
 
 
 def places_in(model: nn.Module, kinds: Sequence[str]) -> Places:
-    """Return what a method that adapts these kinds finds in a model."""
     modules = dict(own_modules(model))
     labels = {n: label(n, m) for n, m in modules.items()}
     inside = {n for n in modules if labels.get(n.rpartition(".")[0]) == "attention"}
@@ -200,7 +196,6 @@ def passed_over(model: nn.Module, chosen: Collection[str]) -> Iterator[tuple[str
 
 
 def described(module: nn.Module) -> str | None:
-    """Say what a module with a matrix is; None when it holds none, or is a linear layer."""
     holds = isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS))
     if holds and is_parametrized(module, "weight"):
         return "weight that a parametrisation computes"

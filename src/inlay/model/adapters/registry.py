@@ -66,7 +66,6 @@ class Override:
 
 
 def override(registry: Registry, module: nn.Module, name: str, value: Any) -> None:
-    """Set an attribute of a module's instance until the last adapter is detached."""
     if any(each.module is module and each.name == name for each in registry.overridden):
         return
     before = (vars(module)[name],) if name in vars(module) else ()
@@ -90,7 +89,6 @@ def registry_of(model: nn.Module) -> Registry | None:
 
 @looks_through
 def required_registry(model: nn.Module) -> Registry:
-    """Return the model's registry, or raise `AdapterError` when the model has no adapter."""
     registry = registry_of(model)
     if registry is None:
         raise AdapterError(f"the {type(model).__name__} has no adapter; call inlay.attach first")
@@ -99,27 +97,23 @@ def required_registry(model: nn.Module) -> Registry:
 
 @looks_through
 def adapters(model: nn.Module) -> dict[str, Attached]:
-    """Return the adapters on a model by name; empty when there is none."""
     registry = registry_of(model)
     return dict(registry.adapters) if registry else {}
 
 
 @looks_through
 def active(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the active adapters, in order."""
     registry = registry_of(model)
     return registry.active if registry else ()
 
 
 @looks_through
 def notes(model: nn.Module) -> tuple[str, ...]:
-    """Return the sentences about fast paths that do not run on a model."""
     registry = registry_of(model)
     return registry.notes if registry else ()
 
 
 def check_new_name(name: str, registry: Registry) -> None:
-    """Raise unless the name is new and can name a module."""
     if name in registry.adapters:
         raise AdapterError(f"the model already has an adapter named {name!r}; choose another name")
     if not name or "." in name or name.strip() != name:
@@ -129,7 +123,6 @@ def check_new_name(name: str, registry: Registry) -> None:
 
 
 def check_known(name: str, registry: Registry) -> None:
-    """Raise unless the model has an adapter of this name."""
     if name not in registry.adapters:
         have = ", ".join(registry.adapters)
         hint = did_you_mean(name, registry.adapters)
@@ -142,7 +135,6 @@ def adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
 
 
 def activate(model: nn.Module, registry: Registry, names: tuple[str, ...]) -> None:
-    """Have exactly these adapters act, in this order, at every layer; nothing else changes."""
     for layer in adapted_layers(model):
         layer.active = tuple(n for n in names if n in layer.adapters)
     if registry.prompt:

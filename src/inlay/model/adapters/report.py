@@ -130,6 +130,5 @@ def base_size(model: nn.Module) -> int:
 
 
 def count_once(model: nn.Module, name: str) -> int:
-    """Count one adapter's parameters, tied ones once."""
     seen = {id(p): p.numel() for _, ps in adapter_places(model, name) for p in ps.parameters()}
     return sum(seen.values())

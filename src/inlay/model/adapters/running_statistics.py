@@ -71,7 +71,6 @@ NEVER_THE_SAME = itertools.count(-1, -1)
 
 
 def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every buffer that a module holds itself and that is saved with the model."""
     left_out = module._non_persistent_buffers_set
     return ((n, b) for n, b in module._buffers.items() if b is not None and n not in left_out)
 

@@ -55,7 +55,6 @@ class Found:
 
 
 def adaptable_kinds(method: WeightMethod | HiddenMethod) -> tuple[str, ...]:
-    """Return the kinds a method adapts: its own, and for one on weights whatever holds one."""
     beyond = BEYOND if isinstance(method, WeightMethod) and "linear" in method.kinds else ()
     return (*method.kinds, *beyond)
 
@@ -103,7 +102,6 @@ def find_targets(
 def named_places(
     model: nn.Module, targets: str | Sequence[str], places: Places, kinds: Sequence[str]
 ) -> set[str]:
-    """Return the places that `targets` means, before any is left out."""
     if targets == "all-linear":
         return {*all_linear(model, places), *places.experts}
     parts = parts_of(model)
@@ -152,7 +150,6 @@ def parameters_meant(entry: Entry, places: Places) -> list[str]:
 
 
 def names_owner(entry: str, name: str) -> bool:
-    """Say whether an entry is the module that holds a parameter."""
     return is_suffix(entry, name.rpartition(".")[0])
 
 
@@ -186,7 +183,6 @@ def all_linear(model: nn.Module, places: Places) -> Iterator[str]:
 
 
 def linear_in(part: str, parts: dict[str, Part], model: nn.Module, places: Places) -> list[str]:
-    """Return the linear layers of a part; raise when it has none that can be adapted."""
     found = [name for name in all_linear(model, places) if parts.get(name) == part]
     found += [name for name in places.experts if parts.get(name.rpartition(".")[0]) == part]
     if not found:
@@ -198,13 +194,11 @@ def linear_in(part: str, parts: dict[str, Part], model: nn.Module, places: Place
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Return a language model's output head, or None."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if getter else None
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:
-    """Return the language-model head, or a task head beside the base model."""
     head = output_head(model)
     if head is not None:
         return [head]

@@ -92,12 +92,10 @@ def check_ids(name: str, module: nn.Module, ids: Sequence[int]) -> None:
 
 
 def input_name(model: nn.Module) -> str | None:
-    """Return the name of the model's token embedding, if it says."""
     return name_of(model, input_embeddings(model))
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """Return the model's token embedding, or None where it does not say."""
     getter: Any = getattr(model, "get_input_embeddings", None)
     try:
         return getter() if getter else None
@@ -123,7 +121,6 @@ def tied_to(model: nn.Module, name: str) -> Iterator[str]:
 
 
 def row_count(module: nn.Module) -> int:
-    """Return the number of tokens that a layer has a row for."""
     matrix = frozen(module)
     return matrix.shape[1] if is_embedding(matrix) else matrix.shape[0]
 

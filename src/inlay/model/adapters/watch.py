@@ -64,7 +64,6 @@ class Watch:
         self.watch_layers()
 
     def watch_layers(self) -> None:
-        """Note every use of the places that are not proven, and of the modules that hold them."""
         names: dict[AdaptedLayer, list[str]] = {}
         for name, layer in self.layers.items():
             names.setdefault(layer, []).append(name)
@@ -75,7 +74,6 @@ class Watch:
         self.layer_handles = [p.register_forward_pre_hook(self.note_call) for p in parents]
 
     def unwatch_layers(self) -> None:
-        """Stop noting uses, until the next pass that can train."""
         for layer in self.layers.values():
             vars(layer).pop("watch", None)
         for handle in self.layer_handles:
@@ -83,7 +81,6 @@ class Watch:
         self.layer_handles = []
 
     def note(self, names: list[str], read: bool) -> None:
-        """Note that the layer of these places is called, or that its weight is read."""
         self.used.update(names)
         if self.trains and not read:
             self.trained.update(names)
@@ -94,7 +91,6 @@ class Watch:
             self.entered.add(module)
 
     def before_forward(self, *_: Any) -> None:
-        """Note whether the pass that begins can train."""
         if torch.compiler.is_compiling():
             return
         if self.in_parts and self.gradients_came:
@@ -108,7 +104,6 @@ class Watch:
             self.wait_for_gradients()
 
     def after_forward(self, model: nn.Module, _: Any, output: Any) -> None:
-        """Warn of places that the first pass passed by; check a loss that the model computed."""
         if torch.compiler.is_compiling() or not any(m.active for m in self.layers.values()):
             return
         if not self.seen_forward:
@@ -159,7 +154,6 @@ class Watch:
         return name in self.layers and self.parents[name] in self.entered
 
     def wait_for_gradients(self) -> None:
-        """Register hooks that note every place that a gradient reaches in the backward pass."""
         if len(self.handles) > 2:
             return
         proven = next((name for name in self.params if name in self.reached), None)
@@ -247,7 +241,6 @@ def parent_of(model: nn.Module, name: str, parameter: str | None) -> nn.Module |
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Say whether a part of the model is compiled, so that its calls are not seen."""
     return any(
         getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
         for m in model.modules()
@@ -255,7 +248,6 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Name places for a sentence, those of several blocks together."""
     shapes = grouped(names)
     shown = [f"{shape or 'the whole model'!r} ({n})" for shape, n in list(shapes.items())[:6]]
     more = f" and {len(shapes) - 6} more kinds" if len(shapes) > 6 else ""

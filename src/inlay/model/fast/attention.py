@@ -56,7 +56,6 @@ class Rows:
     def replace_mask(
         self, rows: int, queries: int, keys: int, window: int | None, **more: Any
     ) -> bool:
-        """Return whether the segments replace a mask of this size and window."""
         return (
             self.shape == (rows, queries)
             and keys == queries
@@ -82,7 +81,6 @@ running = Running()
 
 @contextmanager
 def given(rows: Rows | None) -> Generator[None]:
-    """Use these segments as masks inside the `with` block."""
     before, running.rows = running.rows, rows
     try:
         yield
@@ -118,7 +116,6 @@ class Labelled(Fast):
     """A model that is given labels, around a decoder whose attention is given segments."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; where labels score padding, padding attends too."""
         with attending(by_name(type(self).plain, args, kwargs)):
             return super().forward(*args, **kwargs)
 
@@ -129,7 +126,6 @@ class FastBackbone(Fast):
     config: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the decoder; segments are computed once for all its layers."""
         if torch.compiler.is_compiling() or not self.training:
             return super().forward(*args, **kwargs)
         with given(self.rows(by_name(type(self).plain, args, kwargs))):
@@ -170,7 +166,6 @@ def says_more(call: dict[str, Any]) -> bool:
 
 
 def sees_both_ways(config: Any) -> bool:
-    """Return whether a configuration lets tokens see later ones, as in an encoder."""
     causal = getattr(config, "is_causal", True)
     return not causal or bool(getattr(config, "use_bidirectional_attention", None))
 
@@ -203,7 +198,6 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend within segments where there are any, else by torch's own attention."""
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

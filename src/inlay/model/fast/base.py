@@ -22,7 +22,6 @@ class Fast(nn.Module):
 
 
 def become_fast(module: nn.Module, fast: type[Fast], proven: frozenset[str]) -> None:
-    """Put a fast path on a module, in place, for the cases that were proven."""
     change_class(module, class_in_place(type(module), fast))
     module.__dict__["proven"] = proven
 

@@ -192,7 +192,6 @@ class FastCausalLM(Fast):
         return Scores(*(torch.cat(each) for each in zip(*found, strict=True)))
 
     def asks_for_more(self, call: dict[str, Any]) -> bool:
-        """Return whether a call asks for more than the loss, or has an unknown argument."""
         keep = call.get("logits_to_keep", 0)
         wants = any(call.get(n) for n in ("output_hidden_states", "output_attentions", "use_cache"))
         known = KNOWN.union(parameters_of(layer_class(cast(Any, self).base_model)))

@@ -22,17 +22,14 @@ MAKES_MASKS = re.compile(r"\bcreate_(\w+_)?causal_mask\b")
 
 
 def is_norm(cls: type[nn.Module]) -> bool:
-    """Return whether a class reads like the RMS norm."""
     return computes_as(cls, LlamaRMSNorm)
 
 
 def is_gate(cls: type[nn.Module]) -> bool:
-    """Return whether a class reads like the gated feed-forward block."""
     return computes_as(cls, LlamaMLP)
 
 
 def can_be_last(block: nn.Module) -> bool:
-    """Return whether a block reads like one whose feed-forward part acts on each token alone."""
     return computes_as(layer_class(block), LlamaDecoderLayer)
 
 
@@ -116,7 +113,6 @@ def variables(cls: type[nn.Module]) -> frozenset[str]:
 
 @cache
 def assigned(cls: type[nn.Module], name: str) -> frozenset[str]:
-    """Return every expression that a class's `forward` assigns to a variable."""
     found: set[str] = set()
     for node in ast.walk(ast.Module(list(statements(cls)), [])):
         if isinstance(node, ast.Assign) and any(ast.unparse(t) == name for t in node.targets):

@@ -62,7 +62,6 @@ def put(module: nn.Module, fast: type[Fast], proven: frozenset[str]) -> None:
 
 
 def watch_labels(model: nn.Module) -> None:
-    """Have models that take labels tell their fast decoder when labels score padding."""
     for module in model.modules():
         if isinstance(module, Fast) or "forward" in vars(module):
             continue
@@ -72,7 +71,6 @@ def watch_labels(model: nn.Module) -> None:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Take the fast paths off: every module has its own class again."""
     for module in model.modules():
         if isinstance(module, FastBackbone):
             set_attention(module.config, SDPA)

@@ -33,7 +33,6 @@ class FastNorm(Fast):
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise; a trainable weight runs the module's own forward."""
         if not is_on("norms") or self.weight.requires_grad or not self.training:
             return super().forward(hidden_states)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)[0]
@@ -91,7 +90,6 @@ def others_decide_what_is_kept() -> bool:
 
 
 def name_of_activation(act: nn.Module) -> str | None:
-    """Return the gate kernel's name of an activation, or None."""
     if isinstance(act, nn.SiLU | SiLUActivation):
         return "silu"
     tanh = isinstance(act, nn.GELU) and act.approximate == "tanh"

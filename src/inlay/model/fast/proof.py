@@ -184,7 +184,6 @@ def length(x: Tensor) -> float:
 
 
 def note(name: str, module: nn.Module, fast: type[Any], found: Verdict) -> str | None:
-    """Return the note on a fast path that is not used, wholly or in part; else None."""
     if not found.against:
         return None
     where = f"{name} ({layer_class(module).__name__})" if name else layer_class(module).__name__

@@ -75,13 +75,11 @@ def small_model(model: PreTrainedModel, runs: Callable[[PreTrainedModel], Any]) 
 
 
 def size_of(made_as: Any, config: Any) -> int:
-    """Count the parameters of a model of this class and configuration, on meta."""
     with torch.device("meta"):
         return sum(p.numel() for p in made_as(copy.deepcopy(config)).parameters())
 
 
 def small_configuration(config: Any, cut: frozenset[Cut] | None = None) -> Any:
-    """Return a copy of a configuration with small sizes; by default with all cuts."""
     small = copy.deepcopy(config)
     for part in configs(small):
         vars(part).pop("quantization_config", None)
@@ -167,7 +165,6 @@ WHOLLY: frozenset[Cut] = frozenset({cut_layers, cut_heads, cut_integers})
 
 
 def no_more(value: Any, most: int) -> Any:
-    """Limit an integer, or those of a list, to `most`; return anything else as it is."""
     if type(value) is int:
         return min(value, most)
     if isinstance(value, list | tuple):
@@ -206,7 +203,6 @@ def small_module(
 
 @torch.no_grad()
 def filled(module: nn.Module) -> nn.Module:
-    """Fill a module's parameters with random values, none of them negligible."""
     generator = torch.Generator().manual_seed(0)
     for name, p in module.named_parameters():
         if p.is_floating_point():

@@ -47,7 +47,6 @@ class Tried:
         """What runs gave plainly, in float32."""
 
     def against_plain(self, run: Callable[[], Values]) -> None:
-        """Compare the fast run with the plain one."""
         plain = self.exactly(run)
         compare(run(), plain)
 
@@ -58,7 +57,6 @@ class Tried:
         return self.found[run]
 
     def plainly(self, run: Callable[[], Values]) -> Values:
-        """Run with no fast path on the twin."""
         self.off()
         try:
             return run()
@@ -97,7 +95,6 @@ class Tried:
         self.fast.append(cast("Fast", module))
 
     def gradients(self, to: Tensor) -> Values:
-        """Return the gradients of a scalar to the twin's trainable parameters."""
         trained = {n: p for n, p in self.twin.named_parameters() if p.requires_grad}
         found: Any = torch.autograd.grad(
             to, list(trained.values()), allow_unused=True, materialize_grads=True
@@ -195,7 +192,6 @@ def longest(config: Any) -> int:
 
 
 def has_experts(config: Any) -> bool:
-    """Return whether there are experts: rounding may choose other ones."""
     return any("experts" in name and bool(value) for name, value in vars(config).items())
 
 
@@ -211,7 +207,6 @@ class BackboneTried(ModelTried):
         end_lease(self.twin)
 
     def run(self, call: Call, backward: bool = True) -> Values:
-        """Return the hidden states of unpadded tokens, and the gradients."""
         with torch.set_grad_enabled(backward):
             hidden = self.model(**call)[0]
         if call.get("attention_mask") is not None:
@@ -223,7 +218,6 @@ class BackboneTried(ModelTried):
         return {"value of its hidden states": hidden.detach()} | self.gradients(loss)
 
     def in_two_pieces(self) -> Values:
-        """Return the hidden states of a second piece over the cache of the first."""
         name, cut = cache_argument(layer_class(self.twin).forward), self.short
         assert name is not None
         with torch.no_grad():
@@ -259,7 +253,6 @@ class BackboneTried(ModelTried):
         self.off()
 
     def packed(self) -> Call:
-        """Return two rows packed into one sequence; positions restart at the second."""
         ids = torch.cat([self.ids[0, : self.long - self.short], self.ids[1, : self.short]])[None]
         lengths = (self.long - self.short, self.short)
         positions = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -288,7 +281,6 @@ class HeadTried(ModelTried):
         return values | {"logits": logits if real is None else logits[real.bool()]}
 
     def scores(self, call: Call) -> Values:
-        """Return the labels' log-probabilities, as TRL asks for them or from the logits."""
         labels = call["labels"]
         if self.fast:
             with torch.no_grad():

@@ -45,7 +45,6 @@ def temperature_of(forward: Callable[..., Any] | None) -> float:
 
 
 def options_of(forward: Callable[..., Any]) -> dict[str, Any]:
-    """Return the options of TRL's forward, also inside accelerate's autocast wrapper."""
     function: Any = forward
     while function is not None:
         function = getattr(function, "__func__", function)

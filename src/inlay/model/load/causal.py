@@ -83,7 +83,6 @@ def purpose_of(class_name: str) -> str:
 
 
 def needs(made_as: type[PreTrainedModel]) -> list[str]:
-    """Return the arguments that a class's forward requires besides token ids."""
     given = inspect.signature(made_as.forward).parameters.values()
     return [
         p.name
@@ -127,7 +126,6 @@ def check_continues(model: nn.Module) -> None:
 
 
 def logits(model: Any, ids: Tensor) -> Tensor:
-    """Return a row's logits, in eval mode and without gradient."""
     with evaluating(model), torch.no_grad():
         device = next(model.parameters()).device
         return first_tensor(model(input_ids=ids[None].to(device), use_cache=False))

@@ -25,7 +25,6 @@ class Gate:
 
     @property
     def difference(self) -> float:
-        """The relative difference of the two losses."""
         return abs(self.loss_in_8_bits - self.loss) / abs(self.loss)
 
     @property

@@ -22,7 +22,6 @@ FETCHED = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"
 
 
 def located(model: str, revision: str | None = None) -> Path:
-    """Return the folder of a model: embedded, local, or downloaded; check its files."""
     folder = EMBEDDED[model] if model in EMBEDDED else Path(model).expanduser().resolve()
     if folder.exists() and not folder.is_dir():
         raise ModelError(f"{model} is a file; a model is a folder with config.json in it")
@@ -33,7 +32,6 @@ def located(model: str, revision: str | None = None) -> Path:
 
 
 def fetched(model: str, revision: str | None) -> Path:
-    """Return the folder of a hub model in the local cache; download it if needed."""
     if not looks_like_hub_id(model):
         raise ModelError(f"there is no folder {model!r}.{did_you_mean(model, EMBEDDED)}")
     with quiet_hub():
@@ -48,7 +46,6 @@ def fetched(model: str, revision: str | None) -> Path:
 
 
 def looks_like_hub_id(model: str) -> bool:
-    """Return whether a name could be `owner/name` or `name` on the hub."""
     try:
         validate_repo_id(model)
     except HFValidationError:
@@ -93,7 +90,6 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_safetensors(file: Path) -> None:
-    """Raise when a safetensors file is truncated or its header is damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             opened.keys()

@@ -61,7 +61,6 @@ class Head:
 
 
 def head_from(saved: Mapping[str, Any], where: str) -> Head:
-    """Return the head that an adapter's folder describes; raise if it is damaged."""
     purpose: Any = saved.get("purpose")
     labels: Any = saved.get("labels")
     problem: Any = saved.get("problem")
@@ -84,13 +83,11 @@ def head_of(model: nn.Module) -> Head | None:
 
 
 def labels_in(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the classes that a configuration names, in order."""
     names: Any = config.id2label or {}
     return tuple(str(names[number]) for number in sorted(names))
 
 
 def class_with(config: PreTrainedConfig, head: Head) -> type[PreTrainedModel]:
-    """Return transformers' class of a model with this head; raise if there is none."""
     cls = MAPPINGS[head.purpose].get(type(config), None)
     if cls is None:
         raise ModelError(
@@ -118,7 +115,6 @@ def configured(config: PreTrainedConfig, head: Head) -> bool:
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the modules that are a classifying model's head."""
     head = head_of(model)
     if head is None or head.purpose == "embedding":
         return ()

@@ -102,7 +102,6 @@ class InlayQuantizer(HfQuantizer):
         return {"deserialize": TakePacked}
 
     def replace(self, model: nn.Module, name: str, layer: QuantizedLinear) -> Tensor:
-        """Replace an empty layer by a packed one with the same bias; return the packed weight."""
         empty = model.get_submodule(name)
         layer._parameters["bias"] = empty._parameters["bias"]
         layer.stands_for = kind(empty) or "linear"
@@ -145,7 +144,6 @@ class QuantizeOne(ConversionOps):
         target_patterns: list[str],
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return the packed weight under the dense one's name."""
         del source_patterns, target_patterns
         return {name: self.packed(kwargs["model"], name, w) for name, w in input_dict.items()}
 

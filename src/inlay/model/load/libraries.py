@@ -19,7 +19,6 @@ from inlay.model.load.hf_quantizer import Stopped
 
 @contextmanager
 def failures_as_sentences(folder: Path, what: str) -> Generator[None]:
-    """Turn any error of transformers about these files into a ModelError."""
     try:
         yield
     except Stopped as stopped:
@@ -44,7 +43,6 @@ def in_model_code(error: BaseException) -> bool:
 
 @contextmanager
 def quiet_hub() -> Generator[None]:
-    """Hide the hub client's warnings: Inlay raises errors in words of its own."""
     level = hub_logging.get_verbosity()
     hub_logging.set_verbosity(logging.CRITICAL)
     try:
@@ -55,7 +53,6 @@ def quiet_hub() -> Generator[None]:
 
 @contextmanager
 def quiet_transformers() -> Generator[None]:
-    """Hide transformers' messages and progress bars, and with these the hub client's bars."""
     level = transformers_logging.get_verbosity()
     bars, hub_bars = transformers_logging.is_progress_bar_enabled(), dict(progress_bar_states)
     transformers_logging.set_verbosity(logging.CRITICAL)

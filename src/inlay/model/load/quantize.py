@@ -100,7 +100,6 @@ def own_forwards(model: nn.Module) -> Iterator[str]:
 def replace(
     model: nn.Module, name: str, held_as: type[QuantizedLinear], double_quant: bool
 ) -> None:
-    """Hold one layer in another storage; its dense weight is freed."""
     view = dense_view(model.get_submodule(name))
     try:
         layer = held_as.quantized(view.matrix(), view.bias, double_quant=double_quant)
@@ -111,7 +110,6 @@ def replace(
 
 
 def check_not_adapted(model: nn.Module) -> None:
-    """Raise when a layer carries adapters, which would be lost with it."""
     for name, module in model.named_modules():
         if layer_class(module) is not type(module):
             raise ModelError(
@@ -153,7 +151,6 @@ def separate_head(model: nn.Module) -> str:
 
 
 def quantizable(model: nn.Module, skip: Sequence[str] | None = None) -> list[str]:
-    """Return the names of the dense linear layers that `quantize` would replace."""
     linear = [n for n, m in model.named_modules() if n and is_dense_linear(m)]
     skipped = kept_by_default(model) if skip is None else set(matching(linear, skip))
     shared = shared_parameters(model)
@@ -190,7 +187,6 @@ def matching(names: Sequence[str], entries: Sequence[str]) -> Iterator[str]:
 
 
 def shared_parameters(model: nn.Module) -> set[int]:
-    """Return the ids of parameters that several modules hold."""
     every = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return {key for key, count in every.items() if count > 1}
 
@@ -216,13 +212,11 @@ def describe_quantization(model: nn.Module) -> None:
 
 
 def others_than_first(model: nn.Module) -> list[str]:
-    """Return the packed layers whose format is not that of the first one."""
     packed = [(n, m.storage) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
     return [name for name, storage in packed if storage != packed[0][1]]
 
 
 def bitsandbytes_config(layer: QuantizedLinear, dense: list[str]) -> dict[str, object]:
-    """Return the configuration by which bitsandbytes reads layers like this one."""
     method = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": dense}
     return {**method, **layer.bitsandbytes_options()}
 

@@ -34,13 +34,11 @@ OTHER_PROCESSOR_FILES = (
 
 
 def sees_images(config: PreTrainedConfig) -> bool:
-    """Return whether models of this configuration take images beside text."""
     classes: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return type(config) in classes.keys() and hasattr(config, "vision_config")  # noqa: SIM118
 
 
 def has_processor(folder: Path) -> bool:
-    """Return whether a model's folder has a processor."""
     return any((folder / name).is_file() for name in PROCESSOR_FILES)
 
 
@@ -67,7 +65,6 @@ def takes_videos(processor: Any) -> bool:
 
 
 def copy_processor(base: Path, to: Path) -> None:
-    """Copy the files of a model's processor and its chat template, if there are any."""
     for name in (*PROCESSOR_FILES, *OTHER_PROCESSOR_FILES):
         if has_processor(base) and (base / name).is_file():
             shutil.copyfile(base / name, to / name)
@@ -131,7 +128,6 @@ def part_at(
     decoder: str,
     body: str,
 ) -> Part | None:
-    """Return the part of one module, or None for a module that contains parts."""
     if any(is_within(name, tower) for tower in towers):
         return "vision"
     if is_within(name, decoder) or module is model.get_output_embeddings():

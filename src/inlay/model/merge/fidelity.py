@@ -120,7 +120,6 @@ def effect_kept(adapted: Tensor, base: Tensor, merged: Tensor) -> float:
 
 
 def explained(found: Fidelity, before: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Return whether rounding in this dtype explains the merged logits' difference."""
     return found.max_logit_difference <= TOLERANCE.get(dtype, 0.1) * max(largest(before), 1.0)
 
 

@@ -102,7 +102,6 @@ def merge(
 
 @looks_through
 def inputs_for(model: nn.Module) -> Batches:
-    """Check that the model can be merged; return example inputs for it."""
     check_mergeable(model)
     try:
         return example_inputs(model)

@@ -40,7 +40,6 @@ class Update:
         return self.kept / self.whole if self.whole else 1.0
 
     def account(self, before: Tensor, exact: Tensor, rounded: Tensor) -> None:
-        """Add one weight to the surviving fraction."""
         delta = (exact.double() - before.double()).flatten()
         self.kept += float((rounded.double() - before.double()).flatten() @ delta)
         self.whole += float(delta @ delta)
@@ -171,7 +170,6 @@ def put(owner: nn.Module, name: str, value: nn.Module | Tensor) -> None:
 
 
 def home_of(owner: nn.Module, name: str) -> dict[str, Any]:
-    """Return the dict in which a module keeps this child, parameter or buffer."""
     homes: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, owner._modules)
     return next(home for home in homes if name in home)
 
@@ -179,7 +177,6 @@ def home_of(owner: nn.Module, name: str) -> dict[str, Any]:
 def changed(
     layer: AdaptedLayer, new: nn.Module, bias: Tensor | None
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of a merged dense layer that are not the layer's own already."""
     for key, p in new._parameters.items():
         if p is not None and not (key == "bias" and layer._parameters.get("bias") is bias):
             yield key, p
@@ -195,7 +192,6 @@ def takes_over(new: nn.Module, old: nn.Module) -> None:
 
 
 def trained_copy(layer: AdaptedLayer, name: str) -> nn.Parameter | None:
-    """Return the last active adapter's trained copy of a parameter of this layer."""
     copies = [p._parameters.get(name) for _, p in layer.active_methods()]
     return next((c for c in reversed(copies) if c is not None), None)
 

@@ -39,7 +39,6 @@ class Written:
 
 
 def check_place(model: nn.Module, output: Path) -> None:
-    """Raise unless the model can be saved as a folder, and the folder is new or empty."""
     if not isinstance(model, PreTrainedModel):
         raise MergeError(
             f"a {type(model).__name__} has no save_pretrained, so output= cannot save it; merge "
@@ -158,7 +157,6 @@ def automatic(model: PreTrainedModel, cls: Any, folder: Path) -> Any:
 
 
 def differing(model: nn.Module, again: nn.Module) -> list[str]:
-    """Return the names of the entries that are not equal bit by bit."""
     mine, theirs = model.state_dict(), again.state_dict()
     names = sorted({*mine, *theirs})
     return [n for n in names if n not in mine or n not in theirs or not same(mine[n], theirs[n])]

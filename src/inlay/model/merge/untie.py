@@ -35,7 +35,6 @@ class Ties:
         self.set_false: list[PreTrainedConfig] = []
 
     def broken(self) -> list[list[str]]:
-        """Return the groups whose members are no longer one tensor."""
         now = dict(self.model.named_parameters(remove_duplicate=False))
         here = ([n for n in names if n in now] for names in self.groups)
         return [names for names in here if len({id(now[n]) for n in names}) > 1]
@@ -64,7 +63,6 @@ class Ties:
             self.write_back()
 
     def write_back(self) -> None:
-        """Write the configurations back as they were."""
         for each in self.set_false:
             setattr(each, TIED, True)
         self.set_false = []
@@ -101,7 +99,6 @@ class Ties:
 
 
 def groups_of(model: nn.Module) -> list[list[str]]:
-    """Return the names of the parameters that share one tensor, a list for each tensor."""
     found: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(p), []).append(name)
@@ -116,7 +113,6 @@ def tied_names(model: PreTrainedModel, *, all_submodels: bool = False) -> dict[s
 
 @contextmanager
 def own_names(model: nn.Module) -> Generator[None]:
-    """Hide adapters' tensors from `named_parameters` and `named_buffers`."""
     inside = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     for module in inside:
         for listing in ("named_parameters", "named_buffers"):

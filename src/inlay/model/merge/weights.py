@@ -54,7 +54,6 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def kept_weights(layer: AdaptedLayer) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of a layer that keeps its class, as a merge would leave them."""
     new = {n: t for _, _, found in layer.merged_parameters() for n, t in found.items()}
     for leaf, own in layer._parameters.items():
         if own is not None:

@@ -33,7 +33,6 @@ def is_offloaded(module: nn.Module) -> bool:
 
 @contextmanager
 def brought_in(module: nn.Module) -> Generator[None]:
-    """Load a module's offloaded weights for the `with` block."""
     if not is_offloaded(module):
         yield
         return
@@ -87,7 +86,6 @@ def execution_device(hook: Any) -> torch.device | None:
 
 
 def keep_resident(params: Params) -> None:
-    """Keep an adapter's tensors in place under any hook."""
     for each in params.modules():
         if type(each) is Params:
             each.__class__ = ResidentParams

@@ -98,12 +98,10 @@ naming: dict[str, WeakValueDictionary[int, Any]] = {}
 
 
 def attention_of(config: Any) -> str | None:
-    """Return the name of the attention that a configuration asks for."""
     return getattr(config, "_attn_implementation", None)
 
 
 def set_attention(config: Any, name: str) -> None:
-    """Let a configuration, and those inside it, ask for another attention."""
     config._attn_implementation = name
     if name not in (SDPA, EAGER):
         naming.setdefault(name, WeakValueDictionary())[id(config)] = config
@@ -130,13 +128,11 @@ def cache_in(values: Iterable[Any]) -> Cache | None:
 
 
 def has_cache(call: Mapping[str, Any]) -> bool:
-    """Return whether a call brings a cache: a `Cache`, or anything under a cache's name."""
     named = any(call.get(name) is not None for name in CACHE_NAMES)
     return named or cache_in(call.values()) is not None
 
 
 def cache_field(output: type[Any]) -> str:
-    """Return what a class of outputs calls the key-value cache."""
     fields = inspect.signature(output).parameters
     return next((name for name in CACHE_NAMES if name in fields), CACHE_NAMES[0])
 
@@ -147,7 +143,6 @@ def cache_field(output: type[Any]) -> str:
 def register_quantizer(
     name: str, config: type[QuantizationConfigMixin], quantizer: type[HfQuantizer]
 ) -> Undo:
-    """Let transformers' loader find a quantizer by its name; return what undoes it."""
     configs: dict[str, Any] = AUTO_QUANTIZATION_CONFIG_MAPPING
     quantizers: dict[str, Any] = AUTO_QUANTIZER_MAPPING
     configs[name], quantizers[name] = config, quantizer
@@ -175,7 +170,6 @@ def mark_initialised(tensor_or_layer: Tensor | nn.Module, done: bool) -> None:
 
 
 def initialise_weights(model: PreTrainedModel, module: nn.Module) -> None:
-    """Give a module of a model the initial values of its kind."""
     private: Any = model
     private._init_weights(module)
 
@@ -186,12 +180,10 @@ def kept_in_full(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def built_empty(made_as: Any, config: PreTrainedConfig, dtype: Any) -> PreTrainedModel:
-    """Build a model of a class from its configuration, in a dtype."""
     return made_as._from_config(config, dtype=dtype)
 
 
 def classes_of(auto: Any, config: PreTrainedConfig) -> Any:
-    """Return the class or classes that an Auto class makes of a configuration, or None."""
     return getattr(auto, "_model_mapping", {}).get(type(config), None)
 
 
@@ -260,12 +252,10 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
 
 
 def declared_ties(model: PreTrainedModel, all_submodels: bool) -> dict[str, str]:
-    """Return the ties that a model's class declares, its patterns expanded to parameters."""
     return model.get_expanded_tied_weights_keys(all_submodels=all_submodels)
 
 
 def declare_ties(module: nn.Module, ties: dict[str, str]) -> None:
-    """Declare other ties for one module than its class does."""
     vars(module)[TIES] = ties
 
 
@@ -282,13 +272,11 @@ def checkpoint_blocks(model: PreTrainedModel, function: Callable[..., Any] | Non
 
 
 def checkpointing_function(module: nn.Module) -> Any:
-    """Return what a module recomputes its activations with, or None where it keeps them."""
     on = getattr(module, CHECKPOINTING, False)
     return getattr(module, "_gradient_checkpointing_func", None) if on else None
 
 
 def input_gradients_required(model: nn.Module) -> bool:
-    """Return whether hooks have the embeddings' outputs require gradients."""
     return bool(getattr(model, "_require_grads_hooks", None))
 
 

@@ -75,7 +75,6 @@ def streamable(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def opened_files(files: Sequence[Path]) -> dict[str, FileTensor]:
-    """Return the place of every tensor in the files."""
     return {name: t for file in files for name, t in WeightsFile(file).tensors().items()}
 
 
@@ -231,7 +230,6 @@ class Copy:
 
 
 def fingerprint(folder: Path, files: Sequence[Path]) -> str:
-    """Return a digest that changes with any of a checkpoint's files."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in files:
         found = file.stat()

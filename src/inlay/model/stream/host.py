@@ -85,7 +85,6 @@ class Weight:
 def connect(
     model: nn.Module, weights: Mapping[str, Weight], device: torch.device, buffers: int
 ) -> nn.Module:
-    """Replace the layers of these weights by streamed ones."""
     layout = Layout()
     segments: dict[str, list[Segment]] = {}
     for name, module in model.named_modules():
@@ -139,12 +138,10 @@ def embedding_on_host(model: Any, device: str | torch.device) -> nn.Module:
 
 @looks_through
 def is_streamed(model: nn.Module) -> bool:
-    """Return whether the model's linear layers are streamed."""
     return any(isinstance(m, StreamedLinear) for m in model.modules())
 
 
 def statistics(model: nn.Module) -> Statistics:
-    """Return how much was streamed so far, and how long products waited for it."""
     for module in model.modules():
         if isinstance(module, StreamedLinear):
             return module.source.buffers.statistics

@@ -84,7 +84,6 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def check_sharded(model: nn.Module, kept: set[nn.Parameter]) -> None:
-    """Raise unless FSDP divides every parameter that is not kept whole."""
     whole = [
         name for name, p in model.named_parameters() if p not in kept and not isinstance(p, DTensor)
     ]
@@ -96,7 +95,6 @@ def check_sharded(model: nn.Module, kept: set[nn.Parameter]) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether the model's frozen weights are divided among processes."""
     return isinstance(model, FSDPModule)
 
 

@@ -74,7 +74,6 @@ def taken_out(call: dict[str, Any], name: str) -> Any:
 
 
 def check_same_prompt(cache: Any, adapter: str | None) -> None:
-    """Raise unless a cache that holds text begins with the prompt that acts now."""
     own = decoders_part(cache)
     by = own.adapter if isinstance(own, BehindPrompt) else None
     known = isinstance(own, BehindPrompt) or type(own) is DynamicCache
@@ -86,7 +85,6 @@ def check_same_prompt(cache: Any, adapter: str | None) -> None:
 
 
 def check_no_prompt(*given: Any) -> None:
-    """Raise where an argument of a call without a prompt is a cache that begins with one."""
     for value in given:
         check_same_prompt(value, None)
 
@@ -115,7 +113,6 @@ def check_continues(cache: Cache, call: dict[str, Any], tokens: int) -> None:
 
 
 def wants_cache(model: Any, call: dict[str, Any]) -> bool:
-    """Say whether a call, or else the model's config, asks for a key-value cache."""
     asked = call.get("use_cache")
     if asked is not None:
         return bool(asked)
@@ -125,7 +122,6 @@ def wants_cache(model: Any, call: dict[str, Any]) -> bool:
 
 
 def without_cache(output: Any) -> Any:
-    """Return an output without its key-value cache."""
     if isinstance(output, ModelOutput):
         for name in [name for name, value in output.items() if isinstance(value, Cache)]:
             output[name] = None

@@ -24,7 +24,6 @@ def own_forward(module: nn.Module) -> Any:
 
 
 def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a call's arguments by their names."""
     bound = inspect.signature(own_forward(module)).bind_partial(*args, **kwargs).arguments
     call: dict[str, Any] = {**bound, **bound.get("kwargs", {})}
     call.pop("kwargs", None)
@@ -53,7 +52,6 @@ def decoder_batch_size(call: dict[str, Any]) -> int:
 
 
 def embedded(call: dict[str, Any], module: Any) -> torch.Size:
-    """Replace a call's ids by the embeddings of its text; return (batch, tokens)."""
     ids = call.pop("input_ids", None)
     if call.get(EMBEDDINGS) is None:
         if ids is None:

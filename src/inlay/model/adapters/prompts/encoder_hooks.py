@@ -35,7 +35,6 @@ class EncoderPrompts(PromptHook):
     """
 
     def register(self) -> list[RemovableHandle]:
-        """Register the hooks: keys and values are given to the module that has the cache."""
         body: Any = self.model
         reads = self.model if cache_argument(own_forward(body)) else body.base_model
         return [
@@ -68,7 +67,6 @@ class EncoderPrompts(PromptHook):
         return (), call
 
     def shorten(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Leave the virtual tokens' positions out of an output."""
         del model, args
         method, read = self.acting(embeddings=True), self.running.read
         self.running.read = None
@@ -83,7 +81,6 @@ class EncoderPrompts(PromptHook):
     def before_body(
         self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> NewArguments:
-        """Change one call's arguments so that keys and values stand before the text."""
         method = self.acting(embeddings=False)
         return method and self.with_keys(body, args, kwargs, method.tokens)
 
@@ -96,7 +93,6 @@ class EncoderDecoderPrompts(PromptHook):
     """
 
     def register(self) -> list[RemovableHandle]:
-        """Register the hooks on the model and on its encoder, which generation calls alone."""
         encoder: nn.Module = encoder_of(self.model)
         return [
             *super().register(),
@@ -127,7 +123,6 @@ class EncoderDecoderPrompts(PromptHook):
     def before_encoder(
         self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> NewArguments:
-        """Change one call's arguments so that embeddings stand before the encoder's text."""
         method = self.acting(embeddings=True)
         if method is None:
             return None
@@ -140,7 +135,6 @@ class EncoderDecoderPrompts(PromptHook):
         return (), call
 
     def filled(self, cache: Any, batch: int) -> Cache:
-        """Return a cache whose part for the decoder's own tokens holds the virtual ones."""
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if cache is None else cache
         found = self.keys_values()
         pairs = [found[2 * layer % len(found)] for layer in range(len(found))]

@@ -77,7 +77,6 @@ class PromptHook:
 
     @property
     def acting_name(self) -> str | None:
-        """The active adapter's name, unless the model runs without it now."""
         return None if self.running.base_runs else self.active
 
     def acting(self, embeddings: bool | None = None) -> PromptMethod | None:
@@ -88,7 +87,6 @@ class PromptHook:
         return method if embeddings in (None, method.has_embeddings) else None
 
     def check(self, method: PromptMethod) -> None:
-        """Raise unless the model takes this method's virtual tokens."""
         why = self.takes.no_embeddings if method.has_embeddings else self.takes.no_keys
         if why is not None:
             raise AdapterError(
@@ -98,11 +96,9 @@ class PromptHook:
             )
 
     def register(self) -> list[RemovableHandle]:
-        """Register the hooks that change the calls of the model and of its parts."""
         return [self.model.register_forward_pre_hook(self.before_forward, with_kwargs=True)]
 
     def add(self, name: str, method: PromptMethod, params: Params) -> None:
-        """Add one adapter, not yet active; the hooks are registered with the first."""
         if not self.methods:
             self.model.adapters = nn.ModuleDict()
             after = self.model.register_forward_hook(self.after_forward, always_call=True)
@@ -138,7 +134,6 @@ class PromptHook:
     def before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> NewArguments:
-        """Change one call's arguments so that attention sees the virtual tokens."""
         method = self.acting()
         if method is None:
             check_no_prompt(*args, *kwargs.values())
@@ -192,7 +187,6 @@ class PromptHook:
         return without_cache(output) if drops else None
 
     def filled(self, cache: Any, batch: int) -> Cache:
-        """Return the cache, or a new one, with the virtual tokens' keys and values."""
         cache = DynamicCache() if cache is None else cache
         self.fill(cache, batch, self.keys_values())
         return cache
@@ -213,7 +207,6 @@ class PromptHook:
         return cache
 
     def keys_values(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the keys and values of the active method, by layer."""
         assert self.acting_name is not None
         method, params = self.methods[self.acting_name], self.params(self.acting_name)
         self.running.base_runs = True
@@ -224,7 +217,6 @@ class PromptHook:
             self.running.base_runs = False
 
     def prepend(self, call: dict[str, Any], method: PromptMethod) -> None:
-        """Put the active method's embeddings before those of a call's text."""
         assert self.acting_name is not None
         text: Tensor = call[EMBEDDINGS]
         rows = method.embeddings(self.params(self.acting_name))[: method.tokens].to(text.dtype)

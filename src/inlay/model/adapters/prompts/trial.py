@@ -73,7 +73,6 @@ def untried(model: Any) -> Takes:
 
 
 def tried(model: PreTrainedModel) -> Takes:
-    """Return what a small model of this class takes."""
     try:
         small: Any = small_model(model, lambda built: built(**text_for(built))).eval()
     except ValueError:
@@ -97,7 +96,6 @@ def text_for(model: Any) -> dict[str, Tensor]:
 
 
 def near(one: Tensor, other: Tensor) -> bool:
-    """Say whether two results are equal up to rounding."""
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
