@@ -184,7 +184,6 @@ def put_adapter(model: nn.Module, directory: str | Path, name: str, seed: int = 
 
 
 def reload_adapter(model: nn.Module, directory: str | Path, name: str) -> AdapterFile:
-    """Put a folder's values into an adapter that is on the model."""
     file, attached = read_adapter(directory), known(model, name)
     check_same(file, attached, directory)
     about = f"the adapter in {directory} does not fit adapter {name!r} of this {described(model)}"
@@ -195,7 +194,6 @@ def reload_adapter(model: nn.Module, directory: str | Path, name: str) -> Adapte
 
 
 def attach_from(model: nn.Module, file: AdapterFile, name: str, seed: int) -> None:
-    """Attach the method to exactly the modules that the folder names."""
     where = str(file.folder.path / CONFIG)
     try:
         placement = recorded_placement(model, file) or peft_placement_in(model, file, where)
@@ -247,7 +245,6 @@ def recorded_placement(model: nn.Module, file: AdapterFile) -> dict[str, Any] | 
 
 
 def recorded_targets(model: nn.Module, targets: Any, modules: Any) -> dict[str, Any]:
-    """Return the targets that mean the recorded modules alone, if the model has all of them."""
     names = place_names(model)
     if not targets or not isinstance(modules, list) or not set(names).issuperset(modules):
         return {}

@@ -50,7 +50,6 @@ class AdapterFile:
 
 
 def check_same(file: AdapterFile, attached: Attached, directory: str | Path) -> None:
-    """Raise unless a folder's adapter is of the same method and tensors as the model's."""
     here, there = attached.method, file.method
     same = there.to_peft() == here.to_peft()
     if not same or there.peft_tensors("linear") != here.peft_tensors("linear"):
@@ -99,7 +98,6 @@ def check_size(model: nn.Module, file: AdapterFile, placement: Mapping[str, Any]
 def counts(
     model: nn.Module, method: WeightMethod | HiddenMethod, placement: Mapping[str, Any]
 ) -> Iterator[int]:
-    """Yield the number of values that each place of a method would train."""
     targets = method.default_targets if placement["targets"] is None else placement["targets"]
     rest = {key: placement[key] for key in ("exclude", "layers") if key in placement}
     found = find_targets(model, targets, kinds=adaptable_kinds(method), **rest)
@@ -116,7 +114,6 @@ def counts(
 
 
 def check_recorded(model: nn.Module, attached: Attached, folder: AdapterFolder) -> None:
-    """Raise where the configuration or the base is not the one that the adapter was saved with."""
     now = adapter_config(model, attached, None)
     for key in sorted(set(now) - WITHOUT_EFFECT):
         theirs = now[key]
@@ -150,7 +147,6 @@ def check_base(model: nn.Module, attached: Attached, folder: AdapterFolder) -> N
 
 
 def made_for(folder: AdapterFolder) -> str:
-    """Return the base that an adapter was made for, as far as its folder names it."""
     base = (folder.extras or {}).get("base")
     architecture = base.get("architecture") if isinstance(base, dict) else None
     known = [str(word) for word in (architecture, folder.base_model) if word]

@@ -70,7 +70,6 @@ def resized_from(model: nn.Module) -> int | None:
 
 
 def stored_size(config: PreTrainedConfig, path: str) -> int | None:
-    """Return the vocabulary's size in the checkpoint's configuration, if that is on this disk."""
     folder = EMBEDDED.get(path, path)
     if not path or not (Path(folder).is_dir() or looks_like_hub_id(path)):
         return None

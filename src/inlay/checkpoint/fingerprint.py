@@ -68,7 +68,6 @@ def description(model: nn.Module, replaced: Mapping[str, set[int] | None]) -> di
 
 
 def base_name(model: nn.Module) -> str | None:
-    """Return the name the model was loaded under: an embedded base, a folder or a hub id."""
     path = getattr(model, "name_or_path", None) or None
     return next((name for name, folder in EMBEDDED.items() if str(folder) == path), path)
 
@@ -129,7 +128,6 @@ def values_digest(model: nn.Module, replaced: Mapping[str, set[int] | None]) -> 
 def sampled(
     name: str, module: nn.Module, replaced: Mapping[str, set[int] | None]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and the sampled values of every parameter of one module that is sampled."""
     for parameter, value in own_parameters(module):
         full = f"{name}.{parameter}"
         rows = replaced.get(full, set())
@@ -146,13 +144,11 @@ def sampled(
 
 
 def sampled_rows(count: int, without: Collection[int]) -> Tensor:
-    """Return the numbers of evenly spaced rows of a matrix of `count` rows, without some."""
     numbers = torch.linspace(0, count - 1, min(SAMPLED_ROWS, count)).long()
     return torch.tensor([n for n in numbers.tolist() if n not in without], dtype=torch.long)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that FSDP2 divides among processes; any other as it is."""
     full = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
 

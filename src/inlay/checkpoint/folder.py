@@ -167,7 +167,6 @@ def check_no_pickle(path: Path) -> None:
 
 
 def check_extras(path: Path, extras: Mapping[str, Any]) -> None:
-    """Raise unless inlay.json is of a known format and describes the tensors in the folder."""
     if extras.get("format") != FORMAT:
         raise CheckpointError(
             f"{path / EXTRAS} has format {extras.get('format')!r}, this version of inlay reads "

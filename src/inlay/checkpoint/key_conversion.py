@@ -77,7 +77,6 @@ def other_names(model: nn.Module) -> Iterator[Rename]:
 
 
 def endings_of(method: Method) -> set[str]:
-    """Return how the keys of a method's tensors end, after the module's name."""
     kinds: tuple[Kind, ...] = ("linear", "conv1d", "embedding")
     return {key for kind in kinds for key in method.peft_tensors(kind).values()}
 
@@ -112,7 +111,6 @@ class Places:
 
 
 def converted(folder: AdapterFolder, keys: Mapping[str, str], method: Method) -> AdapterFolder:
-    """Return the folder with converted keys, and its targets taken from them."""
     old = next((key for key, new in keys.items() if key != new), None)
     if old is None:
         return folder

@@ -34,7 +34,6 @@ TWICE = Layout(lambda t: t / 2, lambda t: t * 2)
 
 
 def layout_of(view: FrozenLinear | None, key: str, shape: torch.Size) -> Layout:
-    """Return the layout of a tensor by the matrix that it is for and HF PEFT's name of it."""
     if isinstance(view, Convolution):
         return of_convolution(view, key, shape)
     if isinstance(view, Parameter) and view.stack is not None:

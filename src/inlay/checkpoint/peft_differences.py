@@ -22,7 +22,6 @@ from inlay.storage.registry import layer_class
 
 
 def warn_where_peft_differs(model: nn.Module, attached: Attached, about: str) -> list[str]:
-    """Warn of every kind of place that HF PEFT computes otherwise; return one place of each."""
     found = dict[str, str]()
     for place, reason in differences(model, attached):
         found.setdefault(reason, place)
@@ -38,7 +37,6 @@ def warn_where_peft_differs(model: nn.Module, attached: Attached, about: str) ->
 
 
 def differences(model: nn.Module, attached: Attached) -> Iterator[tuple[str, str]]:
-    """Yield every place that HF PEFT computes otherwise, with the reason."""
     method = attached.method
     if method.peft_type is None:
         return
@@ -67,7 +65,6 @@ def differences(model: nn.Module, attached: Attached) -> Iterator[tuple[str, str
 
 
 def is_renamed(convert: Callable[[str], str], name: str) -> bool:
-    """Say whether HF PEFT renames a layer's tensors when it reads them."""
     keys = [f"{prefix}{name}.lora_A.weight" for prefix in ("base_model.model.", "")]
     return any(not key.endswith(convert(key)) for key in keys)
 

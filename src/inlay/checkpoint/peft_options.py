@@ -148,7 +148,6 @@ def method_in(config: Mapping[str, Any], where: str, remedy: str | None = None) 
 
 
 def spec_for(config: Mapping[str, Any], where: str) -> MethodSpec:
-    """Return the method of an HF PEFT type, chosen by the options fixed for each method."""
     kind = config.get("peft_type")
     known = sorted({s.peft_type for s in catalog().values() if s.peft_type})
     if not isinstance(kind, str) or kind not in known:
@@ -193,7 +192,6 @@ def refuse_unknown(
 
 
 def checked(spec: MethodSpec, mine: str, theirs: str, value: Any, where: str) -> Any:
-    """Return a value in the type of the method's hyperparameter."""
     try:
         adapter = TypeAdapter(spec.fields[mine].type)
         typed = adapter.validate_json(json.dumps(value), strict=True)
@@ -229,7 +227,6 @@ def words(config: Mapping[str, Any], key: str, where: str) -> str | list[str]:
 
 @contextmanager
 def values_of(where: str) -> Generator[None]:
-    """Name the file in the error about a value that a method refuses."""
     try:
         yield
     except CheckpointError:

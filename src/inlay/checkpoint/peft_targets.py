@@ -80,7 +80,6 @@ def modules_or_warning(
 
 
 def parameter_places(model: nn.Module, config: Mapping[str, Any], where: str) -> list[str]:
-    """Return the places that `target_parameters` means, by HF PEFT's own rules."""
     targets = words(config, "target_parameters", where)
     if isinstance(targets, str):
         raise CheckpointError(f"{where}: target_parameters must be a list, not {targets!r}")
@@ -107,7 +106,6 @@ def parameter_places(model: nn.Module, config: Mapping[str, Any], where: str) ->
 def warn_of_unmatched(
     model: nn.Module, config: Mapping[str, Any], targets: Sequence[str], where: str
 ) -> None:
-    """Warn that `target_parameters` means no parameter; raise where nothing else is targeted."""
     if config.get("target_modules"):
         warnings.warn(
             f"target_parameters={list(targets)} were set but no parameter was matched. The "
@@ -144,7 +142,6 @@ def stacks_in(model: nn.Module) -> bool:
 
 
 def tokens_in(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return `attach`'s argument for the tokens whose rows train; nothing when there are none."""
     value = config.get("trainable_token_indices")
     if not value:
         return {}
@@ -158,7 +155,6 @@ def tokens_in(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def peft_targets(config: Mapping[str, Any], names: Sequence[str], where: str) -> list[str]:
-    """Return the modules that an HF PEFT configuration targets, by its own rules."""
     target = words(config, "target_modules", where)
     exclude = words(config, "exclude_modules", where)
     saved = saved_modules(config, names, where)
@@ -187,7 +183,6 @@ def why_none(
     config: Mapping[str, Any],
     names: Sequence[str],
 ) -> str:
-    """Say why a configuration targets no module, in HF PEFT's words where it has some."""
     hit = [name for name in names if meant(target, name) and not under_any(name, saved)]
     left_out = [name for name in hit if exclude and meant(exclude, name)]
     one_by_one = [target] if isinstance(target, str) else [[entry] for entry in target]
@@ -243,7 +238,6 @@ def saved_modules(config: Mapping[str, Any], names: Sequence[str], where: str) -
 
 
 def with_tied(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return these modules and those that share a parameter with one of them."""
     own = {name: own_parameters(module) for name, module in own_modules(model)}
     shared = {id(p) for name in names for _, p in own[name]}
     return [n for n, ps in own.items() if n in names or any(id(p) in shared for _, p in ps)]

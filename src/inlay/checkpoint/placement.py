@@ -56,7 +56,6 @@ def suffixes(names: Sequence[str], everything: Iterable[str]) -> list[str] | str
 
 
 def exact_targets(names: Sequence[str], everything: Iterable[str]) -> str | tuple[str, ...]:
-    """Return the targets that mean exactly these modules, as `attach` takes them."""
     found = suffixes(names, everything)
     return found if isinstance(found, str) else tuple(found)
 
@@ -93,7 +92,6 @@ def under_any(name: str, roots: Collection[str]) -> bool:
 
 
 def saved_roots(model: nn.Module, attached: Attached) -> tuple[str, ...]:
-    """Return the full names of the modules that an adapter trains whole beside its method."""
     names = names_of(model)
     return tuple(n for n in names if any(e.matches(n) for e in entries(attached.modules_to_save)))
 
@@ -101,7 +99,6 @@ def saved_roots(model: nn.Module, attached: Attached) -> tuple[str, ...]:
 def peft_placement(
     model: nn.Module, method: Method, targets: Sequence[str], saved: Sequence[str]
 ) -> dict[str, Any]:
-    """Return HF PEFT's options for an adapter's places on this model."""
     if isinstance(method, PromptMethod):
         return prompt_dimensions(model, method)
     modules, parameters = modules_and_parameters(model, method, targets)
@@ -143,7 +140,6 @@ def named_by_weight(model: nn.Module, method: Method, name: str) -> bool:
 
 
 def prompt_dimensions(model: nn.Module, method: PromptMethod) -> dict[str, Any]:
-    """Return the sizes of the model that HF PEFT records for a prompt."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not hasattr(text, "num_attention_heads"):
@@ -176,6 +172,5 @@ def submodules_of(config: Any, method: PromptMethod) -> int:
 
 
 def described(model: nn.Module) -> str:
-    """Return a model's class and the name it was loaded under."""
     name = base_name(model)
     return type(model).__name__ + (f" ({name})" if name else "")

@@ -162,7 +162,6 @@ def computed(
 
 
 def gathered(model: nn.Module, found: list[Slot], state: Mapping[str, Tensor] | None) -> list[Slot]:
-    """Return the slots with the values of a model's gathered state, where it has theirs."""
     if not state:
         return found
     names = {id(m): name for name, m in model.named_modules() if isinstance(m, Params)}

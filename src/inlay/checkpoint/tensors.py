@@ -35,7 +35,6 @@ COMPUTED = "unlike what its others give"
 def write_tensors(
     path: Path, found: list[Slot], more: Mapping[str, Tensor], *, shared_once: bool
 ) -> None:
-    """Write an adapter's tensors and `more`; `shared_once` writes shared ones only once."""
     kept = first_of_shared(found) if shared_once else without_tied_rows(found)
     tensors = {s.key: s.written for s in kept} | dict(more)
     nowhere = sorted(key for key, value in tensors.items() if value.is_meta)
@@ -57,7 +56,6 @@ def write_tensors(
 
 
 def check_written(path: Path, values: Mapping[str, Tensor]) -> None:
-    """Read back what was written, and raise unless it is the same, bit by bit."""
     with safe_open(path, framework="pt") as file:
         read: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     wrong = sorted(k for k in {*read, *values} if not same_bits(read.get(k), values.get(k)))
@@ -181,7 +179,6 @@ def unlike(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iter
 
 
 def misfit(key: str, entry: Entry, tensor: Tensor, is_copy: bool) -> Iterator[str]:
-    """Say how one tensor of the file differs in shape or dtype from what the model needs."""
     if entry.shape != tuple(tensor.shape):
         expected = f"expected {list(tensor.shape)}"
         if is_copy and entry.shape[1:] == tuple(tensor.shape[1:]):

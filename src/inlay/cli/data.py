@@ -49,7 +49,6 @@ class DataOptions(BaseModel):
 
 
 def parser(argv: Sequence[str]) -> Parser:
-    """Return the verb's flags."""
     found = Parser("data", USAGE, ABOUT, EXAMPLES)
     add_run(found, argv, shown=("model", "data"))
     found.add_flags("rows to show", flags_of(DataOptions))
@@ -58,7 +57,6 @@ def parser(argv: Sequence[str]) -> Parser:
 
 
 def run(given: dict[str, Any]) -> int:
-    """Read, check, divide and encode the rows as training would, and show them."""
     as_json = given.pop("json", False)
     options = checked(DataOptions, {key: given.pop(key) for key in ("show",) if key in given})
     data_named(given)
@@ -91,7 +89,6 @@ def run(given: dict[str, Any]) -> int:
 
 
 def as_record(config: RunConfig, rows: RunRows, found: Overview) -> dict[str, Any]:
-    """Return what is to be known of the rows for a machine."""
     from inlay.train.overview import TextRows
 
     about: dict[str, Any] = {"data": config.data, "model": config.model}
@@ -103,7 +100,6 @@ def as_record(config: RunConfig, rows: RunRows, found: Overview) -> dict[str, An
 
 
 def draw_text_rows(config: RunConfig, rows: RunRows, found: TextRows) -> None:
-    """Write counts and lengths, then what a user should know before training."""
     limit = "cut at" if found.cut else "of at most"
     show.heading(f"{config.data}: rows of {found.in_words}, {limit} {config.max_length} tokens")
     columns = ("part", "rows", "tokens", "trained on", "median", "95%", "longest", "cut")
@@ -117,7 +113,6 @@ def draw_text_rows(config: RunConfig, rows: RunRows, found: TextRows) -> None:
 
 
 def draw_labelled_rows(config: RunConfig, rows: RunRows, found: LabelledRows) -> None:
-    """Write counts, lengths and labels of rows for a model with a head, and some of the rows."""
     show.heading(f"{config.data}: rows of kind {found.kind}, cut at {found.longest} tokens")
     columns = ("part", "rows", "tokens", "median", "95%", "longest", "cut")
     counts = {n: (p.rows, p.tokens, p.median, p.p95, p.longest) for n, p in found.parts.items()}
@@ -143,7 +138,6 @@ def draw_labelled_rows(config: RunConfig, rows: RunRows, found: LabelledRows) ->
 
 
 def draw_row(row: RowShown, marks: bool) -> None:
-    """Write each side of a row token by token, and the columns that go with them."""
     show.heading(row.where + (f", {legend()}" if marks else ""))
     for side, pieces in row.sides.items():
         if side:
@@ -170,7 +164,6 @@ def data_named(given: dict[str, Any]) -> None:
 
 
 def tell_notes(rows: RunRows) -> None:
-    """Write what is worth knowing of how the rows were read, and which were left out."""
     for note in rows.train.notes:
         print(f"  {note}")
     if rows.train.skipped:
@@ -178,7 +171,6 @@ def tell_notes(rows: RunRows) -> None:
 
 
 def cells(name: str, found: Summary) -> list[str]:
-    """Return the table's cells for one part of the rows."""
     share = f"{found.trained_tokens:,} ({found.trained_tokens / found.tokens:.0%})"
     share = share if found.trained_tokens else "none"
     lengths = (found.lengths.median, found.lengths.p95, found.lengths.max, len(found.truncated))
@@ -187,7 +179,6 @@ def cells(name: str, found: Summary) -> list[str]:
 
 
 def remarks(found: Summary) -> Iterator[str]:
-    """Yield a sentence for everything that is worth a look."""
     if found.truncated:
         yield f"rows cut, their end is not seen: {listed(found.truncated)}"
     if found.unended and found.trained_tokens:
@@ -197,12 +188,10 @@ def remarks(found: Summary) -> Iterator[str]:
 
 
 def listed(lines: Sequence[int]) -> str:
-    """Return how many lines, and the first of them."""
     from inlay.data.rows import first_lines
 
     return f"{len(lines):,} (line {first_lines(lines)})"
 
 
 def legend() -> str:
-    """Return what the marks mean."""
     return "trained tokens in green" if show.on_terminal() else "trained tokens in [brackets]"

@@ -62,7 +62,6 @@ def parser(argv: Sequence[str]) -> Parser:
 
 
 def run(given: dict[str, Any]) -> int:
-    """Train, compare, merge, and show the results."""
     options = checked(DemoOptions, given)
     config = checked_config(RUN | options.model_dump() | {"overwrite": True})
     print("Same as: " + command(RUN | {"output": options.output}))
@@ -88,13 +87,11 @@ def run(given: dict[str, Any]) -> int:
 
 
 def command(keys: dict[str, Any]) -> str:
-    """Return the equivalent `inlay train` command."""
     flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in keys.items())
     return f"inlay train {flags}"
 
 
 def merge_report(result: TrainResult) -> dict[str, Any]:
-    """Merge the tuned model in memory, check it on held-out rows, and return the report."""
     from inlay.model.load.folder import located
     from inlay.model.merge.merge import merge
     from inlay.train.rows import rows_of_run, sample
@@ -110,7 +107,6 @@ def merge_report(result: TrainResult) -> dict[str, Any]:
 
 
 def write_page(result: TrainResult, merge: dict[str, Any]) -> None:
-    """Write report.html again, now with the merge."""
     from inlay.evaluate.record import Merge, Run, Step
     from inlay.evaluate.report import write_report
     from inlay.train.output.recorder import read_metrics

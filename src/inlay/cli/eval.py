@@ -63,7 +63,6 @@ class EvalOptions(BaseModel):
 
 
 def parser(argv: Sequence[str]) -> Parser:
-    """Return the verb's flags."""
     del argv
     found = Parser("eval", USAGE, ABOUT, EXAMPLES)
     found.add_flags("flags", flags_of(EvalOptions))
@@ -72,7 +71,6 @@ def parser(argv: Sequence[str]) -> Parser:
 
 
 def run(given: dict[str, Any]) -> int:
-    """Measure base and tuned, and show or write the comparison."""
     from inlay.cli.tuned import find_tuned, set_threads
 
     as_json = given.pop("json", False)
@@ -101,7 +99,6 @@ def run(given: dict[str, Any]) -> int:
 
 
 def measured(options: EvalOptions, tuned: Tuned) -> tuple[ComparisonRecord, Measured]:
-    """Return the comparison of base and tuned, and the rows that it is on."""
     from inlay.cli.measuring import task_run_for
     from inlay.cli.rows import rows_to_measure
     from inlay.cli.tuned import load_tuned

@@ -53,7 +53,6 @@ class GenerateOptions(BaseModel):
 
 
 def parser(argv: Sequence[str]) -> Parser:
-    """Return the verb's flags."""
     del argv
     found = Parser("generate", USAGE, ABOUT, EXAMPLES)
     found.add_flags("flags", flags_of(GenerateOptions))
@@ -62,7 +61,6 @@ def parser(argv: Sequence[str]) -> Parser:
 
 
 def run(given: dict[str, Any]) -> int:
-    """Write what the model says."""
     from inlay.cli.tuned import exactly_one, find_tuned, set_threads
 
     as_json = given.pop("json", False)
@@ -115,7 +113,6 @@ def rows_to_continue(options: GenerateOptions, tuned: Tuned | None) -> Measured 
 def loaded(
     options: GenerateOptions, tuned: Tuned | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the tuned model, or the plain one."""
     from inlay.cli.tuned import load_tuned
     from inlay.model.load.pretrained import load
     from inlay.model.load.vision import tokenizer_in
@@ -134,7 +131,6 @@ def continued(
     found: Measured | None,
     tuned: Tuned | None,
 ) -> list[dict[str, str]]:
-    """Return each prompt with its continuation, the base's too when asked for."""
     from inlay.evaluate.generation import generate
     from inlay.model.adapters.attach import disabled
 
@@ -176,7 +172,6 @@ def prompts_of(
 
 
 def prompt_given(options: GenerateOptions, model: PreTrainedModel, tuned: Tuned | None) -> Prompts:
-    """Return the prompt given as text, with the images that it asks about."""
     from inlay.data.image_inputs import ImageInputs
     from inlay.data.image_reader import image_reader
     from inlay.data.image_tokens import question
@@ -201,7 +196,6 @@ def prompt_given(options: GenerateOptions, model: PreTrainedModel, tuned: Tuned 
 
 
 def base_of(options: GenerateOptions, tuned: Tuned | None) -> str:
-    """Return the model that writes."""
     base = tuned.base if tuned else options.model
     assert base is not None
     return base

@@ -51,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_code(words: list[str], debug: bool) -> int:
-    """Run the command; turn an error into its sentence and exit code."""
     try:
         code = dispatch(words)
         sys.stdout.flush()
@@ -125,13 +124,11 @@ def finished(text: str) -> str:
 
 
 def complain(text: str) -> None:
-    """Write an error to stderr, each line after the command's name."""
     for line in text.splitlines():
         print(f"inlay: {line}", file=sys.stderr)
 
 
 def sentence_for(error: OSError) -> str:
-    """Return the operating system's error and the file it is about."""
     reason = (error.strerror or str(error) or type(error).__name__).lower()
     where = f": {error.filename}" if error.filename else ""
     advice = "; free some space and run the same command again" if "space" in reason else ""
@@ -139,7 +136,6 @@ def sentence_for(error: OSError) -> str:
 
 
 def report_bug(error: Exception, words: Sequence[str], debug: bool) -> int:
-    """Report a bug and the file of its traceback; with --debug, show the traceback."""
     trace = "".join(traceback.format_exception(error))
     if debug:
         print(trace, file=sys.stderr, end="")
@@ -173,7 +169,6 @@ ENVIRONMENT = {
 
 @contextmanager
 def quiet_libraries() -> Generator[None]:
-    """Hide the libraries' own messages and show each warning as one line, while a verb runs."""
     own = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     logger, shown = logging.getLogger("bitsandbytes"), warnings.showwarning
     level, torch, output = logger.level, sys.modules.get("torch"), sys.stdout

@@ -14,7 +14,6 @@ from inlay.train.task_run import TaskRun
 
 
 def reading(found: Measured, base: str, revision: str | None) -> Any:
-    """Return the run that reads rows by a base model's tokenizer, or by its processor."""
     run = found.task.run(found.config)
     with quiet_transformers():
         run.read_by(located(base, revision), found.rows.pictured)
@@ -34,7 +33,6 @@ def task_run_for(tuned: Tuned, model: PreTrainedModel, found: Measured) -> TaskR
 
 
 def own_task_run(tuned: Tuned) -> TaskRun[Any, Any]:
-    """Return the adapter's own run, no rows read."""
     run = tuned.task.run(run_of(tuned, {}))
     with quiet_transformers():
         run.read_by(located(tuned.base, tuned.run.get("revision")), pictured=False)

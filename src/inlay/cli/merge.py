@@ -73,7 +73,6 @@ class MergeOptions(BaseModel):
 
 
 def parser(argv: Sequence[str]) -> Parser:
-    """Return the verb's flags."""
     del argv
     found = Parser("merge", USAGE, ABOUT, EXAMPLES)
     found.add_flags("flags", flags_of(MergeOptions))
@@ -82,7 +81,6 @@ def parser(argv: Sequence[str]) -> Parser:
 
 
 def run(given: dict[str, Any]) -> int:
-    """Merge, save, read back and check again."""
     from inlay.cli.measuring import task_run_for
     from inlay.cli.tuned import find_tuned, load_tuned, set_threads
     from inlay.train.rows import sample
@@ -124,7 +122,6 @@ def run(given: dict[str, Any]) -> int:
 def finishing(
     model: PreTrainedModel, tuned: Tuned, task: TaskRun[Any, Any] | None
 ) -> Callable[[Path], None] | None:
-    """Return what adds to a merged folder what it needs: a processor, or its task's own files."""
     from inlay.cli.measuring import own_task_run
     from inlay.model.load.folder import located
     from inlay.model.load.vision import copy_processor, sees_images
@@ -139,7 +136,6 @@ def finishing(
 
 
 def reader(model: PreTrainedModel, tuned: Tuned) -> str:
-    """Return what reads the merged model."""
     from inlay.model.load.vision import sees_images
 
     if sees_images(model.config) and tuned.head is None:
@@ -149,7 +145,6 @@ def reader(model: PreTrainedModel, tuned: Tuned) -> str:
 
 
 def check_free(output: Path, overwrite: bool) -> None:
-    """Raise when something lies where the merged model would go."""
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise UsageError(f"{output} is not empty; name a new folder, or give --overwrite")
     if output.exists() and not output.is_dir():

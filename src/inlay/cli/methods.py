@@ -59,7 +59,6 @@ def page(spec: MethodSpec) -> None:
 
 
 def described(field: FieldSpec, expected: str) -> str:
-    """Return the values that a hyperparameter takes, and its default."""
     return expected + ("; required" if field.default is ... else f"; default {field.default!r}")
 
 

@@ -54,7 +54,6 @@ class Parser(argparse.ArgumentParser):
             self.add_flag(group, flag, help_of(flag))
 
     def add_hidden(self, flags: Iterable[Flag]) -> None:
-        """Add flags that the help leaves out, such as other methods' hyperparameters."""
         for flag in flags:
             if flag.option not in self._option_string_actions:
                 self.add_flag(self, flag, argparse.SUPPRESS)
@@ -71,7 +70,6 @@ class Parser(argparse.ArgumentParser):
         to.add_argument(flag.option, **how)
 
     def add_switches(self, **switches: str) -> None:
-        """Add the last group: plain switches such as `--json`, then `--help` and `--debug`."""
         group = self.add_argument_group("other")
         every = switches | {
             "help": "show this help and exit",
@@ -82,7 +80,6 @@ class Parser(argparse.ArgumentParser):
             group.add_argument(option, action="store_true", default=None, help=text)
 
     def add_word(self, name: str, shown_as: str, text: str) -> None:
-        """Add the positional argument."""
         group = self.add_argument_group("argument")
         group.add_argument(name, nargs="?", metavar=shown_as, help=text)
 
@@ -98,7 +95,6 @@ class Parser(argparse.ArgumentParser):
         return {key: value for key, value in vars(namespace).items() if value is not None}
 
     def unknown(self, rest: Sequence[str]) -> str:
-        """Return the error for unrecognised arguments."""
         flag = next((word.partition("=")[0] for word in rest if word.startswith("-")), None)
         if flag is None:
             return f"unexpected argument {rest[0]!r}."
@@ -109,7 +105,6 @@ class Parser(argparse.ArgumentParser):
         return f"there is no flag {flag!r}.{hint}"
 
     def error(self, message: str) -> NoReturn:
-        """Raise argparse's error as one sentence."""
         subject, _, problem = message.removeprefix("argument ").partition(": ")
         words = {
             "expected one argument": "needs a value",
@@ -130,7 +125,6 @@ def help_of(flag: Flag) -> str:
 
 
 def shown(default: object) -> str:
-    """Return a default as a user would type it."""
     if isinstance(default, bool):
         return "on" if default else "off"
     if isinstance(default, list | tuple):
@@ -139,7 +133,6 @@ def shown(default: object) -> str:
 
 
 def metavar(flag: Flag) -> str:
-    """Return the placeholder of a flag's value in the help."""
     if flag.choices:
         return "|".join(flag.choices)
     if flag.kind == "pairs":

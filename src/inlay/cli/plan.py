@@ -52,7 +52,6 @@ class PlanOptions(BaseModel):
 
 
 def parser(argv: Sequence[str]) -> Parser:
-    """Return the verb's flags."""
     found = Parser("plan", USAGE, ABOUT, EXAMPLES)
     found.add_flags("where", flags_of(PlanOptions))
     found.add_flags("several processes", flags_of(LaunchOptions))
@@ -62,7 +61,6 @@ def parser(argv: Sequence[str]) -> Parser:
 
 
 def run(given: dict[str, Any]) -> int:
-    """Plan the run, or propose one, and show it."""
     as_json = given.pop("json", False)
     own = {key: given.pop(key) for key in ("device", "memory") if key in given}
     options = checked(PlanOptions, own)
@@ -101,13 +99,11 @@ def run(given: dict[str, Any]) -> int:
 
 
 def divided(config: RunConfig, options: LaunchOptions) -> Processes:
-    """Return the run on several processes."""
     check_options(options)
     return Processes(config, options)
 
 
 def draw(config: RunConfig, rows: PlannedRows, plan: Plan, why: Sequence[str]) -> None:
-    """Write the plan as tables."""
     batch, length = rows.batch["input_ids"].shape
     show.heading(f"{config.method} on {config.model}, weights in {held(config)}")
     show.facts(
@@ -131,7 +127,6 @@ def draw(config: RunConfig, rows: PlannedRows, plan: Plan, why: Sequence[str]) -
 
 
 def held(config: RunConfig) -> str:
-    """Return the storage formats in words."""
     words = [config.storage]
     if config.head_storage != "dense":
         words.append(f"its output head in {config.head_storage}")
@@ -141,14 +136,12 @@ def held(config: RunConfig) -> str:
 
 
 def cells(option: Option, plan: Plan) -> list[str]:
-    """Return the table's cells for one activation policy."""
     fits = "yes" if option.total <= plan.limit else "no"
     sizes = (show.size(option.total), show.size(option.kept))
     return [option.policy, *sizes, seconds(option.seconds), fits]
 
 
 def remarks(config: RunConfig, rows: PlannedRows, plan: Plan) -> Iterator[str]:
-    """Yield the sentences below the tables."""
     from inlay.memory.skeleton import config_of
     from inlay.model.load.vision import sees_images
     from inlay.train.planning import run_seconds
@@ -181,7 +174,6 @@ def remarks(config: RunConfig, rows: PlannedRows, plan: Plan) -> Iterator[str]:
 def as_record(
     config: RunConfig, rows: PlannedRows, plan: Plan, why: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the plan for a machine."""
     from inlay.train.planning import run_seconds
 
     batch, length = rows.batch["input_ids"].shape

@@ -36,7 +36,6 @@ class Processes:
         """The run of one process."""
 
     def planned(self, rows: PlannedRows, device: Device) -> Plan:
-        """Plan the step of one process."""
         from functools import partial
 
         from inlay.memory.parallel import Division, links_of, pass_seconds, scaling, step_of
@@ -56,12 +55,10 @@ class Processes:
         return found
 
     def part_of(self, rows: PlannedRows) -> PlannedRows:
-        """Return the rows that one process trains on."""
         counts = {name: getattr(rows, name) for name in ("count", "tokens", "trained_tokens")}
         return replace(rows, **{n: ceil(count / self.world.size) for n, count in counts.items()})
 
     def draw(self) -> None:
-        """Write the memory, communication and time per process, and the predicted scaling."""
         division, step = self.division, self.step
         shards = division.shards
         held = "all in each process" if shards == 1 else f"sharded over {shards} processes"
@@ -87,7 +84,6 @@ class Processes:
             print(f"  {sentence}")
 
     def assumptions(self) -> list[str]:
-        """Return the assumptions of the prediction."""
         overlap = (
             "weight gathers overlap with computation, gradient reduction does not"
             if self.links.overlaps
@@ -102,7 +98,6 @@ class Processes:
         ]
 
     def as_record(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
         return {
             "processes": asdict(self.division),
             "step": asdict(self.step),

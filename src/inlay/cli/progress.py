@@ -48,7 +48,6 @@ class PlainProgress:
             self.stage("  ".join([place(event), *(f"{k} {v}" for k, v in figures(event).items())]))
 
     def stage(self, text: str) -> None:
-        """Write one line at once."""
         print(text, file=self.stream, flush=True)
 
     def due(self, event: Event) -> bool:
@@ -57,7 +56,6 @@ class PlainProgress:
         return waited or event.step == event.total_steps
 
     def working(self, what: str, done: int, total: int) -> None:
-        """Write a line when a measurement is done; not before."""
         if done == total:
             self.stage(f"{what}: {total} rows")
 
@@ -135,7 +133,6 @@ def place(event: Event) -> str:
 
 
 def figures(event: Event) -> dict[str, str]:
-    """Return the known figures of a step as text: loss, learning rate, memory, time left."""
     known = {
         "loss": (event.loss, "{:.4f}".format),
         "reward": (event.reward, "{:.4f}".format),
@@ -148,7 +145,6 @@ def figures(event: Event) -> dict[str, str]:
 
 
 def sparkline(values: list[float], width: int = 60) -> str:
-    """Return the latest values as a line of block characters."""
     latest = values[-width:]
     if len(latest) < 2:
         return ""

@@ -61,7 +61,6 @@ def rows_to_measure(tuned: Tuned, data: str, given: Mapping[str, Any]) -> Measur
 
 
 def rows_named(tuned: Tuned, data: str | None, given: Mapping[str, Any]) -> Measured:
-    """Return the rows of data, or those that an adapter's run held out; errors as above."""
     if tuned.task.has_head:
         return rows_for_head(tuned, data, given)
     if data is None:
@@ -70,7 +69,6 @@ def rows_named(tuned: Tuned, data: str | None, given: Mapping[str, Any]) -> Meas
 
 
 def rows_for_head(tuned: Tuned, data: str | None, given: Mapping[str, Any]) -> Measured:
-    """Return rows as a model with a head reads them; the run is the one that was trained on."""
     asked = {key: value for key, value in given.items() if key != "max_rows"}
     config, most, task = run_of(tuned, asked), given.get("max_rows"), tuned.task
     own = config if data is None else config.model_copy(update={"data": data})
@@ -103,7 +101,6 @@ def rows_of(source: str, tuned: Tuned | None, keys: Mapping[str, Any]) -> Measur
 
 
 def run_to_measure(task: Task, tuned: Tuned | None, keys: Mapping[str, Any]) -> RunConfig:
-    """Return a run of a task that reads rows as the keys ask for and measures as the run did."""
     run: Mapping[str, Any] = tuned.run if tuned else {}
     own = {k: run[k] for k in task.options.model_fields if k in run and k not in keys}
     model = tuned.base if tuned else keys.get("model", "unused")
@@ -167,7 +164,6 @@ def some_of(kept: Rows, count: int | None, data: str) -> Rows:
 
 
 def at_most(rows: Rows, count: int | None) -> Rows:
-    """Return the first rows, or all of them without a count."""
     return rows if count is None else rows.take(range(min(count, len(rows))))
 
 

@@ -47,7 +47,6 @@ def facts(pairs: Iterable[tuple[str, object]]) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table; the first column is aligned left, the others right."""
     if on_terminal():
         rich_table(columns, rows)
         return
@@ -80,7 +79,6 @@ def rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def listing(columns: tuple[str, str], rows: Iterable[tuple[str, str]]) -> None:
-    """Write two columns of text, both aligned left."""
     pairs = [columns, *rows]
     width = max(len(name) for name, _ in pairs)
     for name, text in pairs:
@@ -109,12 +107,10 @@ def bracketed(pieces: Sequence[str], trained: Sequence[bool]) -> str:
 
 
 def as_json(value: object) -> None:
-    """Write a value as JSON and nothing else."""
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def number(value: float, digits: int = 4) -> str:
-    """Return a number to some significant digits; whole numbers in full."""
     if isinstance(value, int) or float(value).is_integer():
         return f"{int(value):,}"
     return f"{value:.{digits}g}"

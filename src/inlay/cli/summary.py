@@ -20,7 +20,6 @@ ARROWS = {"lower": "↓", "higher": "↑"}
 def comparison(
     record: ComparisonRecord, titles: Titles = ANSWERS, what: str = "held-out rows"
 ) -> None:
-    """Write base against tuned, metric by metric, with intervals and p-values."""
     show.heading(
         f"base against tuned: {record['rows']} {what}, {record['tokens']:,} tokens"
         + (f"; text generated for {record['generated_rows']}" if record["generated_rows"] else "")
@@ -40,7 +39,6 @@ def comparison(
 
 
 def classes(record: ComparisonRecord) -> None:
-    """Write the tuned model's precision, recall and F1 of each class, and its confusion matrix."""
     found = record.get("classes", [])
     if not found:
         return
@@ -80,7 +78,6 @@ def with_interval(score: Score, signed: bool = False) -> str:
 
 
 def example(found: ExampleRecord, where: str = "a held-out row") -> None:
-    """Write the prompt and the reference of a row, and the answers of base and tuned."""
     show.heading(f"{where}, before and after")
     show.facts(
         [
@@ -93,13 +90,11 @@ def example(found: ExampleRecord, where: str = "a held-out row") -> None:
 
 
 def one_line(text: str, width: int = 300) -> str:
-    """Return text on one line, cut to a width."""
     flat = " ".join(text.split())
     return flat if len(flat) <= width else flat[: width - 1] + "…"
 
 
 def what_trained(run: Mapping[str, Any]) -> None:
-    """Write the sizes, the memory and the time of a run, from its run.json."""
     trainable = run["trainable"]
     share = f"{trainable['count']:,} of {trainable['total']:,} parameters"
     show.heading("what was trained")
@@ -115,7 +110,6 @@ def what_trained(run: Mapping[str, Any]) -> None:
 
 
 def merged(report: Mapping[str, Any]) -> None:
-    """Write how near the merged model is to the adapted model."""
     inputs = "the given rows" if report["inputs"] == "given" else "random inputs"
     written = report.get("reloaded_logit_difference")
     difference = report["max_logit_difference"] if written is None else written

@@ -69,7 +69,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def parser(argv: Sequence[str]) -> Parser:
-    """Return the verb's flags: those of a run, and those of the method given in `argv`."""
     found = Parser("train", USAGE, ABOUT, EXAMPLES)
     add_run(found, argv)
     found.add_flags("several processes", flags_of(LaunchOptions))
@@ -78,7 +77,6 @@ def parser(argv: Sequence[str]) -> Parser:
 
 
 def add_run(to: Parser, argv: Sequence[str], shown: Sequence[str] = tuple(GROUPS)) -> None:
-    """Add the run file and a flag for every key of a run; the help shows only some groups."""
     to.add_word("run_file", "RUN.yaml", "keys and values of a run; flags override them")
     method = method_named(argv)
     by_key = {flag.key: flag for flag in flags()}
@@ -105,7 +103,6 @@ def config_from(given: dict[str, Any]) -> RunConfig:
 
 
 def run(given: dict[str, Any]) -> int:
-    """Train, or print the resolved run."""
     only_print = given.pop("print_config", False)
     launch = {key: given.pop(key) for key in LaunchOptions.model_fields if key in given}
     config = config_from(given)
@@ -135,7 +132,6 @@ def run(given: dict[str, Any]) -> int:
 
 
 def launched(config: RunConfig, options: LaunchOptions) -> int:
-    """Write the launch files into the run folder; start the run if this machine can."""
     check_options(options)
     check_divisible(config.batch_size, config.gradient_accumulation, options.size)
     launch = Launch(config, options)
@@ -144,7 +140,6 @@ def launched(config: RunConfig, options: LaunchOptions) -> int:
 
 
 def next_steps(config: RunConfig) -> None:
-    """Write the files of the run and the commands that may follow."""
     where = shlex.quote(config.output)
     show.heading("in " + config.output)
     show.facts(
@@ -163,7 +158,6 @@ def next_steps(config: RunConfig) -> None:
 
 
 def as_yaml(config: RunConfig) -> str:
-    """Return a run as a run file with every default."""
     values = config.model_dump()
     spec = catalog()[config.method]
     defaults = {name: field.default for name, field in spec.fields.items()}

@@ -35,7 +35,6 @@ class Tuned:
 
     @property
     def task(self) -> Task:
-        """What the adapter was trained for, as its run or its head says."""
         said = self.run.get("task")
         if said is not None:
             return TASKS[said] if said in TASKS else TASKS["sft"]
@@ -71,7 +70,6 @@ def find_tuned(directory: str) -> Tuned:
 
 
 def run_record(folder: Path) -> Mapping[str, Any]:
-    """Return what a folder's run.json holds, or nothing when there is none."""
     path = folder / "run.json"
     if not path.is_file():
         return {}
@@ -88,7 +86,6 @@ def run_record(folder: Path) -> Mapping[str, Any]:
 def load_tuned(
     tuned: Tuned, storage: str | None = None, dtype: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the base in the storage it was trained in, with the adapter on it, active."""
     from inlay.checkpoint.adapter import load_adapter
     from inlay.model.load.heads import head_from
     from inlay.model.load.pretrained import load
@@ -110,7 +107,6 @@ def load_tuned(
 
 
 def set_threads(threads: int | None) -> None:
-    """Let torch use this many CPU threads, if the user says how many."""
     if threads is not None:
         import torch
 
@@ -118,7 +114,6 @@ def set_threads(threads: int | None) -> None:
 
 
 def exactly_one(given: Mapping[str, object | None]) -> None:
-    """Raise unless exactly one of these flags is given."""
     named = [f"--{name}" for name, value in given.items() if value is not None]
     if len(named) != 1:
         wanted = " or ".join(f"--{name}" for name in given)

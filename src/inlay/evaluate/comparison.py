@@ -34,19 +34,16 @@ class Limits(TypedDict, total=False):
 
 
 def pace(limits: Limits) -> Told:
-    """Return how many rows are measured at a time, and what is told as the work goes on."""
     return {"batch_size": limits.get("batch_size", 8), "on_progress": limits.get("on_progress")}
 
 
 def staged(what: str, on_progress: Stage | None) -> Progress | None:
-    """Say what the rows are being counted for."""
     if on_progress is None:
         return None
     return lambda done, total: on_progress(what, done, total)
 
 
 def named(who: str, on_progress: Stage | None) -> Stage | None:
-    """Say which model a stage is about."""
     if on_progress is None:
         return None
     return lambda what, done, total: on_progress(f"{who}: {what}", done, total)
@@ -63,17 +60,14 @@ def exponential(value: float) -> float:
 def with_records(
     records: Sequence[MetricComparison], answers: ComparisonRecord, prefix: str
 ) -> ComparisonRecord:
-    """Return a task's own metrics before those of its answers as supervised rows."""
     metrics = [*records, *(renamed(metric, prefix) for metric in answers["metrics"])]
     return {**answers, "metrics": metrics}
 
 
 def renamed(metric: MetricComparison, prefix: str) -> MetricComparison:
-    """Return a metric of the answers by a name that is not the task's own loss."""
     mine = metric["name"] in ("loss", "perplexity")
     return {**metric, "name": f"{prefix}_{metric['name']}"} if mine else metric
 
 
 def softplus(x: float) -> float:
-    """Return log(1 + exp(x)) without overflow."""
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))

@@ -118,7 +118,6 @@ def answer(
 
 @contextmanager
 def drawing(model: nn.Module, sampling: Sampling | None) -> Generator[None]:
-    """Seed torch for sampling; restore its random state at exit."""
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if sampling is not None:
@@ -138,7 +137,6 @@ def batches(
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the end-of-sequence tokens of the model and of the tokenizer."""
     own: int | list[int] | None = model.generation_config.eos_token_id
     found = set(own if isinstance(own, list) else [] if own is None else [own])
     if isinstance(tokenizer.eos_token_id, int):
@@ -160,7 +158,6 @@ def context_length(model: Any) -> int | None:
 
 
 def check_room(tokens: Sequence[Sequence[int]], room: int | None) -> None:
-    """Raise where a prompt is empty or fills the context."""
     for number, prompt in enumerate(tokens, start=1):
         if not prompt:
             raise DataError(f"prompt {number} is empty; give it at least one token")
@@ -233,6 +230,5 @@ def without_router_logits(model: Any) -> Generator[None]:
 
 
 def until_end(tokens: list[int], config: GenerationConfig) -> list[int]:
-    """Cut the padding after the first end token."""
     ends: Any = config.eos_token_id
     return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]

@@ -20,12 +20,10 @@ THUMBNAIL = 160
 
 
 def joining(seeing: Seeing | None) -> Join | None:
-    """Return what joins rows with their images, or None where they have none."""
     return None if seeing is None else seeing.join
 
 
 def thumbnail(picture: Picture) -> str:
-    """Return an image as a data: address, its longer side at most `THUMBNAIL` pixels."""
     small, written = picture.open(), BytesIO()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     small.save(written, "PNG")
@@ -36,14 +34,10 @@ class Sampled(Protocol):
     """A row to generate for: its number, and the tokens before its answer."""
 
     @property
-    def row(self) -> int:
-        """The row's number."""
-        ...
+    def row(self) -> int: ...
 
     @property
-    def prompt(self) -> Sequence[int]:
-        """The tokens before the answer."""
-        ...
+    def prompt(self) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True)

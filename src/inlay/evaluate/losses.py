@@ -32,9 +32,7 @@ class EncodedRow(Protocol):
     def input_ids(self) -> Sequence[int]: ...
 
     @property
-    def trained(self) -> Sequence[bool]:
-        """Whether each token is trained on, and so measured."""
-        ...
+    def trained(self) -> Sequence[bool]: ...
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,6 @@ def buckets(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 
 def batches(encoded: Sequence[EncodedRow], batch_size: int, most: int) -> Iterator[list[int]]:
-    """Yield buckets of rows, split so that a batch has at most `most` measured tokens."""
     for bucket in buckets([len(row.input_ids) for row in encoded], batch_size):
         batch, held = [bucket[0]], sum(encoded[bucket[0]].trained[1:])
         for i in bucket[1:]:
@@ -120,7 +117,6 @@ def vocabulary(model: nn.Module) -> int:
 
 
 def batch_losses(model: nn.Module, rows: Sequence[EncodedRow], join: Join) -> list[RowLoss]:
-    """Return the losses of the rows of one forward pass."""
     batch = join(rows, length_multiple(model))
     where = batch.measured.nonzero(as_tuple=True)
     logits = logits_at(model, batch.call, *where)
@@ -154,7 +150,6 @@ Join = Callable[[Sequence[Any], int], Batch]
 
 
 def padded(rows: Sequence[EncodedRow], multiple: int) -> Batch:
-    """Collate rows, padded on the right to the longest."""
     longest = rounded_up(max(len(row.input_ids) for row in rows), multiple)
     ids = [[*r.input_ids] + [PADDING] * (longest - len(r.input_ids)) for r in rows]
     mask = [[1] * len(r.input_ids) + [0] * (longest - len(r.input_ids)) for r in rows]
@@ -202,7 +197,6 @@ def logits_at(model: nn.Module, inputs: dict[str, Tensor], row: Tensor, position
 
 
 def check_measurable(encoded: Sequence[EncodedRow], lines: Sequence[int]) -> None:
-    """Raise where a row has no trained token after its first token."""
     for row, line in zip(encoded, lines, strict=True):
         if not any(row.trained[1:]):
             raise DataError(

@@ -22,9 +22,7 @@ class Input(Protocol):
     """A row as tokens, as the data room encodes it."""
 
     @property
-    def input_ids(self) -> Sequence[int]:
-        """The row's tokens."""
-        ...
+    def input_ids(self) -> Sequence[int]: ...
 
     @property
     def types(self) -> Sequence[int] | None:
@@ -33,7 +31,6 @@ class Input(Protocol):
 
 
 def padding_of(model: nn.Module) -> int:
-    """Return the token that fills short rows."""
     config: Any = model.config
     return config.get_text_config().pad_token_id or 0
 
@@ -55,7 +52,6 @@ def padded_inputs(rows: Sequence[Input], padding: int, multiple: int) -> dict[st
 
 
 def accepted(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what a model takes of a batch: not all know of two texts, and none of labels here."""
     known = inspect.signature(model.forward).parameters
     return {name: x for name, x in batch.items() if name in known and name != "labels"}
 
@@ -94,7 +90,6 @@ def outputs(
 def padded_batches(
     model: nn.Module, rows: Sequence[Input], batch_size: int, on_progress: Progress | None
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Yield the numbers of rows of similar length, and their tokens where the model lies."""
     device, done = next(model.parameters()).device, 0
     for batch in buckets([len(row.input_ids) for row in rows], batch_size):
         chosen = [rows[i] for i in batch]
@@ -106,7 +101,6 @@ def padded_batches(
 
 
 def check_finite(output: Tensor, index: int, lines: Sequence[int] | None) -> None:
-    """Raise where an output is NaN or infinite."""
     if not bool(torch.isfinite(output).all()):
         line = index + 1 if lines is None else lines[index]
         raise ModelError(

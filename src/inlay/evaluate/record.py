@@ -143,7 +143,6 @@ class Merge(TypedDict, total=False):
 def compared_means(
     name: str, better: Better, base: Sequence[float], tuned: Sequence[float]
 ) -> MetricComparison:
-    """Return the record of a metric that is a mean over rows, from one value per row."""
     return metric_record(
         name,
         better,
@@ -161,7 +160,6 @@ def compared_statistic(
     tuned: Sequence[Sequence[float]],
     seed: int = 0,
 ) -> MetricComparison:
-    """Return the record of a statistic of whole sets of rows; arguments of `compare_statistic`."""
     means, test, sides = compare_statistic(statistic, base, tuned, seed=seed)
     return metric_record(name, better, means, sides, test)
 
@@ -191,7 +189,6 @@ def metric_record(
 
 
 def score(value: float, interval: Interval | None) -> Score:
-    """Return a value and its interval, with None for what JSON cannot hold."""
     low, high = interval if interval is not None else (math.nan, math.nan)
     return {"value": finite(value), "low": finite(low), "high": finite(high)}
 

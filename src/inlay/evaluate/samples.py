@@ -27,7 +27,6 @@ class Sample:
 
 
 def check_same_rows(rows: Rows, encoded: Sequence[EncodedRow]) -> None:
-    """Raise where the rows and their tokens are not the same rows, or none."""
     if not encoded or not len(encoded) == len(rows.rows) == len(rows.lines):
         raise DataError(
             f"there are {len(rows.rows)} held-out rows and {len(encoded)} of them as tokens; "
@@ -65,7 +64,6 @@ def as_sample(rows: Rows, encoded: EncodedRow, number: int) -> Sample | None:
 
 
 def completion_start(row: EncodedRow) -> int:
-    """Return where the last stretch of trained tokens begins."""
     start = max((i + 1 for i, trained in enumerate(row.trained) if trained), default=0)
     while start > 0 and row.trained[start - 1]:
         start -= 1

@@ -226,7 +226,6 @@ def side_intervals(
     seed: int,
     batch: int = BATCH,
 ) -> list[Interval | None]:
-    """Return the intervals of base, tuned and their difference, on the same drawn rows."""
     if min(map(len, groups)) < 2:
         return [None, None, None]
 
@@ -314,5 +313,4 @@ def pearson(rows: Floats) -> Floats:
 
 
 def spearman(rows: Floats) -> Floats:
-    """Return the correlation of the ranks of expected and predicted."""
     return pearson(stats.rankdata(rows, axis=-2))

@@ -51,7 +51,6 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
         return exponential(self.loss)
 
 
@@ -66,7 +65,6 @@ class Comparison:
     """The samples' prompts as text."""
 
     def to_dict(self) -> ComparisonRecord:
-        """Return the comparison as JSON can hold it; None stands for what is not known."""
         return {
             "rows": len(self.base.losses),
             "tokens": sum(r.tokens for r in self.base.losses),
@@ -87,7 +85,6 @@ class Comparison:
 
 
 def example_record(sample: Sample, prompt: str, base: str, tuned: str) -> ExampleRecord:
-    """Return one sample with what both models wrote, and what it shows, if it shows something."""
     record = ExampleRecord(
         line=sample.line, prompt=prompt, reference=sample.reference, base=base, tuned=tuned
     )
@@ -184,7 +181,6 @@ def measure(
     seeing: Seeing | None,
     on_progress: Stage | None,
 ) -> Evaluation:
-    """Return every row's loss, and the samples' generated texts and scores."""
 
     measured = losses(
         model,
@@ -214,7 +210,6 @@ def measure(
 
 
 def loss_records(comparison: Comparison) -> list[MetricComparison]:
-    """Return the records of loss and of perplexity, which share one paired test."""
     base, tuned = comparison.base, comparison.tuned
     weights = [float(r.tokens) for r in base.losses]
     per_row = [[r.per_token for r in side.losses] for side in (base, tuned)]
@@ -231,7 +226,6 @@ def loss_records(comparison: Comparison) -> list[MetricComparison]:
 
 
 def score_records(comparison: Comparison) -> list[MetricComparison]:
-    """Return the records of the metrics of the generated text."""
     base, tuned = comparison.base.scores, comparison.tuned.scores
     return [compared_means(name, "higher", base[name], tuned[name]) for name in base]
 
@@ -239,7 +233,6 @@ def score_records(comparison: Comparison) -> list[MetricComparison]:
 def both_losses(
     model: nn.Module, rows: Sequence[EncodedRow], lines: Sequence[int], limits: Limits
 ) -> tuple[list[RowLoss], list[RowLoss]]:
-    """Return the losses of rows without the active adapters, and with them."""
     size, join = limits.get("batch_size", 8), joining(limits.get("seeing"))
     tuned = losses(model, rows, size, lines=lines, join=join)
     with disabled(model):

@@ -18,11 +18,9 @@ class Titles:
     """What is measured during training beside the loss, and drawn as a curve."""
 
     def __call__(self, name: str) -> str:
-        """Return the words for a metric; of one without words its name."""
         return self.words.get(name, name.replace("_", " "))
 
     def with_own(self, words: Mapping[str, str], curves: tuple[str, ...] = ()) -> Titles:
-        """Return the same with a task's own words before the others."""
         return Titles({**self.words, **words}, curves)
 
 

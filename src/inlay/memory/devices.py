@@ -106,7 +106,6 @@ def device_named(name: str | None, memory: int | None = None) -> Device:
 
 
 def known_device(name: str | None) -> Device:
-    """Return a device with its own memory."""
     if name is None and torch.cuda.is_available():
         return this_gpu()
     if name is None or name == "cpu":
@@ -136,7 +135,6 @@ def listed(name: str) -> str | None:
 
 
 def this_gpu() -> Device:
-    """Return this machine's first GPU; its rates come from the table."""
     properties = torch.cuda.get_device_properties(0)
     base = DEVICES[listed(properties.name) or "l4"]
     free, total = torch.cuda.mem_get_info(0)
@@ -145,7 +143,6 @@ def this_gpu() -> Device:
 
 
 def this_machine() -> Device:
-    """Return the device that a model is loaded on here; a CPU's rates are not measured."""
     return this_gpu() if torch.cuda.is_available() else this_cpu(rates=False)
 
 

@@ -63,7 +63,6 @@ class Gathers:
     # Forward
 
     def before(self, group: Gathered) -> Callable[..., Any]:
-        """Return the hook before a block: gather it; release it after its backward pass."""
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
             del module
@@ -77,7 +76,6 @@ class Gathers:
         return hook
 
     def behind(self, group: Gathered) -> Callable[..., Any]:
-        """Return the hook after a block: release it until its backward pass."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             del module, args
@@ -91,7 +89,6 @@ class Gathers:
         return hook
 
     def enter(self, group: Gathered) -> None:
-        """Gather a group for use; its buffer lives until the next group is copied out."""
         if group.whole:
             return
         arrived = self.arrive(group)
@@ -102,7 +99,6 @@ class Gathers:
     # Backward
 
     def begin_backward(self) -> None:
-        """Start the gather of the last block, as the forward pass has ended."""
         self.last = None
         self.prefetch()
 
@@ -116,12 +112,10 @@ class Gathers:
         self.prefetch()
 
     def prefetch(self) -> None:
-        """Start the gather of the block whose backward pass comes next."""
         if self.order and self.order[-1].buffer is None and not self.order[-1].whole:
             self.order[-1].buffer = self.arrive(self.order[-1])
 
     def end(self) -> None:
-        """Release every block at the end of a backward pass."""
         self.outside.let_go()
         for group in self.order:
             group.let_go()
@@ -140,7 +134,6 @@ class Gathers:
         return buffer
 
     def copy_out(self, group: Gathered) -> None:
-        """Copy a group's buffer into its tensors, and release the buffer."""
         if not group.whole:
             before = self.making("weights")
             group.whole = [empty(size) for size in group.sizes]

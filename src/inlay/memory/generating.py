@@ -98,7 +98,6 @@ def draw(model: nn.Module, ids: Tensor, cache: DynamicCache, sorts: bool) -> Non
 
 
 def grow(cache: DynamicCache, tokens: int) -> None:
-    """Add the keys and values of that many tokens to a cache."""
     layers: list[Any] = list(cache.layers)
     for number, layer in enumerate(layers):
         if isinstance(getattr(layer, "keys", None), Tensor):
@@ -108,6 +107,5 @@ def grow(cache: DynamicCache, tokens: int) -> None:
 
 
 def size_of(cache: DynamicCache) -> int:
-    """Return the bytes of a cache: keys and values, and the states of layers that have no keys."""
     held = [x for layer in cache.layers for x in tree_leaves(list(vars(layer).values()))]
     return sum(x.nbytes for x in held if isinstance(x, Tensor))

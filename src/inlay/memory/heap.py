@@ -42,7 +42,6 @@ class Heap:
         return self.touched + self.mapped
 
     def replay(self, events: Iterable[Event]) -> None:
-        """Follow a sequence of blocks; those that are alive at its end are freed."""
         made: set[int] = set()
         for number, size in events:
             if size:
@@ -64,7 +63,6 @@ class Heap:
         self.peak = max(self.peak, self.held)
 
     def place(self, size: int) -> tuple[int, int]:
-        """Return place and size of the smallest free piece that is large enough, or of the end."""
         index = bisect_left(self.by_size, (size, 0))
         if index == len(self.by_size):
             start = self.top
@@ -79,7 +77,6 @@ class Heap:
         return start, found
 
     def free(self, number: int) -> None:
-        """Free a block and join it with the free pieces next to it."""
         start, size = self.blocks.pop(number)
         if start is None:
             self.mapped -= size

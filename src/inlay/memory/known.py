@@ -95,7 +95,6 @@ def check_within(table: Tensor, ids: Tensor) -> None:
 
 
 def with_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation on the known values, and return fake tensors that know the result."""
     real_args, real_kwargs = tree_map_only(Tensor, lambda t: vars(t)["known"], (args, kwargs))
     with _disable_current_modes():
         real = func(*real_args, **real_kwargs)
@@ -115,7 +114,6 @@ def with_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def makes_integers(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Return whether an operation without tensor inputs creates a tensor to follow."""
     dtype = kwargs.get("dtype")
     integers = dtype is not None and not dtype.is_floating_point and not dtype.is_complex
     return func._schema.name.startswith("aten::") and (

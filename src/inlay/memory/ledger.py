@@ -123,7 +123,6 @@ class Ledger(TorchDispatchMode):
         return self.made
 
     def recategorise(self, tensor: Tensor, category: str) -> None:
-        """Move a tensor's storage to another category."""
         if not self.add(tensor, category):
             entry = self.entries[tensor.untyped_storage()._cdata]
             self.change(entry.category, -entry.size)
@@ -138,7 +137,6 @@ class Ledger(TorchDispatchMode):
             self.total += size
 
     def touch(self, workspace: int) -> None:
-        """Update the peak."""
         if self.total + workspace > self.peak:
             self.peak = self.total + workspace
             self.at_peak = {name: self.live[name] for name in CATEGORIES}

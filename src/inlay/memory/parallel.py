@@ -44,7 +44,6 @@ class Links:
 
 
 def links_of(device: Device, local: int) -> Links:
-    """Return the links of one device of a machine with `local` devices."""
     if device.kind == "cpu":
         said = f"processes of one machine exchange {LOOPBACK:g} GB/s over gloo, others as much"
         return Links(LOOPBACK * GB, LOOPBACK * GB, False, (said,))
@@ -126,7 +125,6 @@ def step_of(
 
 
 def pass_seconds(plan: Plan, accumulation: int) -> float:
-    """Return the seconds of one pass of a planned step of `accumulation` passes."""
     return plan.best.seconds / accumulation
 
 

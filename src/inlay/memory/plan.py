@@ -171,7 +171,6 @@ def keeps_memory() -> bool:
 
 
 def option(policy: Policy, found: Simulation, task: Task, device: Device, runtime: int) -> Option:
-    """Return the memory and time of a simulated step on a device."""
     weights = found.resting["weights"]
     resident = min(weights, found.streamed_weights) if task.streamed else found.at_peak["weights"]
     parts = {**found.at_peak, "weights": resident, "runtime": runtime}
@@ -232,6 +231,5 @@ def generating(
 
 
 def work_seconds(work: Mapping[str, Work], device: Device, dtype: torch.dtype) -> float:
-    """Return the seconds of some operations, each at the device's arithmetic or bandwidth."""
     rate, bandwidth = device.rate(dtype), device.bytes_per_second
     return sum(max(w.flops / rate, w.bytes / bandwidth) for w in work.values())

@@ -99,7 +99,6 @@ def apply(
 
 
 def check_on_gpu(model: nn.Module) -> None:
-    """Raise when the model lies in the host's memory already."""
     if all(p.device.type == "cpu" for p in model.parameters()):
         raise ModelError(
             "the activation policy 'offload' moves activations from a GPU to the host, and this "
@@ -122,7 +121,6 @@ def block_runner(
 def offloading(
     again: Callable[..., Any], to_host: Move | None, back: Move | None
 ) -> Callable[..., Any]:
-    """Return a block runner that keeps inputs on the host until the backward pass."""
 
     def run(function: Callable[..., Any], *inputs: Any) -> Any:
         if to_host is None or back is None:
@@ -168,7 +166,6 @@ class Kept:
         """Storages of which PyTorch would not see a later change."""
 
     def contexts(self) -> tuple[Any, Any]:
-        """Return the contexts of the first pass and of the recomputation."""
         return create_selective_checkpoint_contexts(self.choice)
 
     def choice(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
@@ -201,19 +198,16 @@ class Kept:
         return output
 
     def check(self, values: Any, products: dict[int, Product]) -> None:
-        """Raise where one of these values shares its memory with one of these products."""
         for storage in storages(values):
             if storage in products:
                 raise KeptChangedError(products[storage])
 
 
 def storages(values: Any) -> list[int]:
-    """Return the keys of the memory that tensors lie in."""
     return [x.untyped_storage()._cdata for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
 def is_product(op: Any) -> bool:
-    """Return whether an operation is a matrix product or attention."""
     name = op._schema.name
     if name.startswith("inlay::"):
         return not any(word in name for word in REDONE)
@@ -231,7 +225,6 @@ def output_width(op: Any, args: tuple[Any, ...]) -> int | None:
 
 
 def wide_outputs(model: nn.Module) -> frozenset[int]:
-    """Return the widths of the MLPs' inner products."""
     shapes = {
         name: frozen(m).shape
         for name, m in model.named_modules()
@@ -255,7 +248,6 @@ def wide_outputs(model: nn.Module) -> frozenset[int]:
 
 @contextmanager
 def applied(model: nn.Module, policy: Policy) -> Generator[nn.Module]:
-    """Make the model's blocks keep what the policy says inside the `with` block."""
     apply(model, policy)
     try:
         yield model

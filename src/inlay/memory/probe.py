@@ -97,7 +97,6 @@ def runtime(products: frozenset[tuple[int, int, int]]) -> int:
 
 
 def code_of_products(kinds: int) -> int:
-    """Return the bytes of code for this many kinds of PyTorch's own products in halves."""
     most = int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") or 1024)
     return CODE_OF_OPERATORS + CODE * min(most, kinds * LENGTHS)
 
@@ -109,7 +108,6 @@ def covers(other: tuple[int, int, int], shape: tuple[int, int, int]) -> bool:
 
 @cache
 def held_after(products: frozenset[tuple[int, int, int]]) -> int:
-    """Return the memory held after a short training and products of these shapes."""
     warm_up()
     for m, k, n in products:
         x, w = torch.ones(m, k), torch.ones(n, k)

@@ -105,7 +105,6 @@ class Simulation:
 
 @contextmanager
 def fake_tensors() -> Generator[FakeTensorMode]:
-    """Make every tensor of the `with` block fake; raise a sentence where that is impossible."""
     try:
         with FakeTensorMode() as mode, conversions_to_the_same():
             yield mode
@@ -210,7 +209,6 @@ class Step:
             head.register_forward_pre_hook(lambda *_: self.at_head())
 
     def divide(self, shards: int, *, copied: bool) -> None:
-        """Divide the frozen weights among `shards` devices, and count their gathers."""
         self.gathers = Gathers(self.model, shards, copied=copied, making=self.making)
         for tensor in self.gathers.divided:
             self.ledger.lend(tensor)
@@ -218,7 +216,6 @@ class Step:
         self.parts = self.gathers.parts()
 
     def result(self, inputs: dict[str, Any], optimiser: Optimiser, accumulation: int) -> Simulation:
-        """Run the step and return what it held and did."""
         ledger = self.ledger
         step = self.first_update(optimiser)
         if accumulation == 1:
@@ -262,11 +259,9 @@ class Step:
         return kept
 
     def at_head(self) -> None:
-        """Start the category `loss`."""
         self.making("loss")
 
     def first_update(self, optimiser: Optimiser) -> Callable[[], Any]:
-        """Create the optimiser's state; return its update."""
         self.making("gradients")
         for p in self.trained:
             p.grad = torch.zeros_like(p)
@@ -308,13 +303,11 @@ def streamed_bytes(model: nn.Module) -> int:
 
 
 def host_bytes(model: nn.Module) -> int:
-    """Return the bytes of the embedding tables that lie in host memory."""
     tables = [m.source.table for m in model.modules() if isinstance(m, StreamedEmbedding)]
     return sum(table.nbytes for table in tables)
 
 
 def frozen_weights(model: nn.Module) -> Frozen:
-    """Return the bytes of a model's frozen weights, inside and outside its blocks."""
     blocks = repeated_blocks(model)
     sizes = [frozen_bytes(block) for block in blocks]
     total = frozen_bytes(model)

@@ -79,7 +79,6 @@ def skeleton(
 def empty_model(
     config: PreTrainedConfig, dtype: torch.dtype, head: Head | None = None
 ) -> PreTrainedModel:
-    """Build the model's own class, or the head's, with its weights in `dtype`."""
     made_as = model_class(config, head)
     if head is not None:
         configured(config, head)
@@ -91,14 +90,12 @@ def empty_model(
 
 
 def computing_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
-    """Return the dtype asked for, by default the configuration's own, else float32."""
     asked = checked_dtype(dtype)
     own: Any = config.dtype if asked == "auto" else asked
     return getattr(torch, own) if isinstance(own, str) else own or torch.float32
 
 
 def unfill(model: nn.Module, name: str, storage: str, double_quant: bool) -> None:
-    """Replace a layer by one of another storage, without values."""
     view = dense_view(model.get_submodule(name))
     layer = storage_class(storage).unfilled(
         view.shape, view.dtype, view.bias, double_quant=double_quant

@@ -38,7 +38,6 @@ class SavedLayer(Auxiliary, PeftLayer):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The names of the active adapters that have a copy of this layer."""
         return [name for name in super().active_adapters if name in self.methods]
 
     @property
@@ -52,7 +51,6 @@ class TokenLayer(SavedLayer):
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("token_adapter.trainable_tokens_delta",)
 
     def views(self) -> dict[str, nn.Module]:
-        """Return the tables of tensors, the rows in a layer that has the verbs of this one."""
         found = super().views()
         return {**found, "token_adapter": TokenAdapter(self, found["token_adapter"])}
 
@@ -106,12 +104,10 @@ class SavedContainer(Auxiliary, nn.Module):
         return ModulesToSaveWrapper.__name__
 
     def layers(self) -> Iterator[PeftLayer]:
-        """Yield every layer below that adapters have a copy of."""
         return (m for _, m in own_modules(self) if isinstance(m, PeftLayer))
 
     @property
     def modules_to_save(self) -> nn.ModuleDict:
-        """The module as each adapter has it."""
         return nn.ModuleDict({name: self.of_adapter(name) for name in sorted(self._adapters)})
 
     def of_adapter(self, name: str | None) -> nn.Module:
@@ -177,7 +173,6 @@ def wrapper_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def become_wrapper(module: nn.Module, classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
-    """Give a module of several layers the look of a wrapper, until the last adapter goes."""
     if not isinstance(module, SavedContainer):
         classes.append((module, type(module)))
         change_class(module, wrapper_class(type(module)))

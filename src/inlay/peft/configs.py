@@ -136,7 +136,6 @@ def check_config(config: object) -> None:
 
 
 def check_new(config: PeftConfig) -> None:
-    """Raise unless Inlay has every option of a configuration for a new adapter."""
     method_of(config)
     options, where = options_of(config), type(config).__name__
     start, starts = STARTS.get(options["peft_type"], ("", ()))
@@ -182,7 +181,6 @@ def placement_of(config: PeftConfig, method: Method, model: nn.Module) -> dict[s
 
 
 def fill_targets(config: Any, model: nn.Module) -> None:
-    """Fill in the modules that HF PEFT targets on this kind of model when none are given."""
     kind = str(BaseTuner.get_model_config(model).get("model_type", "custom"))
     tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(plain(config.peft_type))]
     ia3 = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING

@@ -91,7 +91,6 @@ def write(
 
 
 def write_metadata(card: Any, wrapped: Any, more: list[str]) -> None:
-    """Write into a card what the hub finds adapters by, as HF PEFT does: library, tags, task."""
     named: list[str] = list(getattr(wrapped.get_base_model(), "model_tags", None) or ())
     theirs: set[str] = wrapped._get_peft_specific_model_tags()
     here: list[str] = list(getattr(card.data, "tags", None) or ())

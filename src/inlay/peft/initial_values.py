@@ -139,7 +139,6 @@ def drawn_for_embedding(a: torch.Size, b: torch.Size, how: bool | str) -> tuple[
 
 
 def draw_ia3(at: Drawing) -> None:
-    """Draw one layer's vector, which starts at one unless `init_ia3_weights` is False."""
     drawn = torch.randn(at.params.l.shape)
     at.put(at.params.l, torch.ones_like(drawn) if at.options["init_ia3_weights"] else drawn)
 
@@ -161,7 +160,6 @@ def draw_prompt(at: Drawing) -> None:
 
 
 def text_ids(tokens: int, rows: int, options: Options) -> Tensor:
-    """Return the ids of `prompt_tuning_init_text`, repeated or cut to as many as there are."""
     rest = {k: v for k, v in (options["tokenizer_kwargs"] or {}).items() if k != TRUST}
     tokenizer = AutoTokenizer.from_pretrained(options["tokenizer_name_or_path"], **rest)
     ids: list[int] = tokenizer(options["prompt_tuning_init_text"])["input_ids"]
@@ -175,7 +173,6 @@ def text_ids(tokens: int, rows: int, options: Options) -> Tensor:
 
 
 def draw_encoder(at: Drawing) -> None:
-    """Draw a prompt encoder by HF PEFT's own class; without the network where it has none."""
     kind = PromptEncoderReparameterizationType(at.options["encoder_reparameterization_type"])
     if at.options["encoder_dropout"] and kind == "MLP":
         warnings.warn(

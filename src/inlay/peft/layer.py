@@ -79,18 +79,15 @@ class PeftLayer(AdaptedLayer):
         return bool(self.look.merged)
 
     def choose(self, names: str | Sequence[str]) -> None:
-        """Let these adapters act here, unless adapters are disabled or merged."""
         self.show(replace(self.look, chosen=as_names(names)))
 
     def show(self, look: Look) -> None:
-        """Take another look, and activate the adapters that it names."""
         cls = type(self)
         change_class(self, cls.made(cls.plain, look))
         acts = look.enabled and not look.merged
         self.active = tuple(n for n in look.chosen if acts and n in self.adapters)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones here; they train unless `inference_mode`."""
         names = as_names(adapter_names)
         for name in self.methods:
             self.params(name).requires_grad_(name in names and not inference_mode)
@@ -103,7 +100,6 @@ class PeftLayer(AdaptedLayer):
             self.params(name).requires_grad_(requires_grad)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Let the adapters act and train here, or let the base alone act."""
         if enabled:
             self.set_adapter(self.active_adapters)
         for name in () if enabled else self.methods:
@@ -132,7 +128,6 @@ class PeftLayer(AdaptedLayer):
         )
 
     def __getattr__(self, name: str) -> Any:
-        """Return a table of tensors by HF PEFT's name, or the layer's attribute."""
         if name in {each.table.partition(".")[0] for _, names in self.look.names for each in names}:
             return self.views()[name]
         return super().__getattr__(name)
@@ -150,11 +145,9 @@ class PeftLayer(AdaptedLayer):
         return tables(self, self.look.names)
 
     def get_base_layer(self) -> nn.Module:
-        """Return the layer without adapters, on the same tensors."""
         return with_tensors(self, None)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield every child by name, adapters first by HF PEFT's names."""
         yield from self.views().items()
         yield from super().named_children()
 
@@ -168,7 +161,6 @@ class PeftLayer(AdaptedLayer):
         yield from named_below(self, self.named_children(), memo, prefix, remove_duplicate)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state with HF PEFT's names of adapters."""
         found: Any = super().state_dict(*args, **kwargs)
         for ours, theirs in self.keys_in(kwargs.get("prefix", args[1] if len(args) > 1 else "")):
             if ours in found:

@@ -38,7 +38,6 @@ BELOW = {"lora_magnitude_vector": "weight"}
 
 
 def set_classes(model: nn.Module, merged: Collection[str] = (), enabled: bool = True) -> None:
-    """Give every adapted layer of a model the class that shows its adapters as they are now."""
     there, chosen = adapters(model), active(model)
     roots = {name: saved_roots(model, attached) for name, attached in there.items()}
     whole = {root for each in roots.values() for root in each}
@@ -94,7 +93,6 @@ def peft_names(
 
 @cache
 def peft_layer_class(plain: type[AdaptedLayer], look: Look) -> type[PeftLayer]:
-    """Return the subclass of an adapted class that has a look."""
     tops = {name.table.split(".")[-1] for _, names in look.names for name in names}
     acts = [prefix for prefix in TUNERS if any(top.startswith(f"{prefix}_") for top in tops)]
     ours: tuple[Any, ...] = (TunerLayer,) if acts else (PeftLayer,)

@@ -75,7 +75,6 @@ class Merging(nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The name of the active adapter; a list where there are several, or none."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
@@ -90,7 +89,6 @@ class Merging(nn.Module):
             )
 
     def settle(self) -> None:
-        """Activate the adapters that should act: none while they are disabled or merged."""
         registry = registry_of(self.model)
         if registry is not None:
             acts = self.enabled and not self.merged
@@ -99,7 +97,6 @@ class Merging(nn.Module):
 
     @contextmanager
     def unmerged(self) -> Generator[None]:
-        """Have the base's own weights in place inside the `with` block, merged or not."""
         merged_now = self.merged is not None and self.enabled
         if merged_now and self.merged:
             self.merged.take_out()

@@ -87,7 +87,6 @@ def forward(
 
 
 def check_names(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise unless every name is an adapter that can act on some rows only."""
     if model.training:
         raise AdapterError(
             "Cannot pass `adapter_names` when the model is in training mode; call model.eval()"

@@ -82,7 +82,6 @@ class PeftModel(ModelWrapper):
         kwargs: dict[str, Any],
         args: tuple[Any, ...],
     ) -> Generator[None]:
-        """Give each row of a batch its adapter inside the `with` block."""
         if names is None or not self.base_model.enabled:
             yield
             return

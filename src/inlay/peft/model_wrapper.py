@@ -29,7 +29,6 @@ class ModelWrapper(peft.PeftModel):
     base_model: Tuner
 
     def wrap(self, model: nn.Module, config: PeftConfig) -> None:
-        """Wrap a plain model that has no adapter yet."""
         check_config(config)
         if isinstance(model, peft.PeftModel) or adapters(model):
             raise AdapterError(
@@ -45,7 +44,6 @@ class ModelWrapper(peft.PeftModel):
         self.base_model = Tuner(model)
 
     def prepare_checkpointing(self) -> None:
-        """Prepare a model that recomputes activations already, as HF PEFT does."""
         model: Any = self.get_base_model()
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             self.prepare_model_for_gradient_checkpointing(model)
@@ -55,7 +53,6 @@ class ModelWrapper(peft.PeftModel):
 
     @property
     def active_adapter(self) -> Any:
-        """The name of the active adapter; a list where there are several, or none."""
         return self.base_model.active_adapter
 
     @property
@@ -134,7 +131,6 @@ class ModelWrapper(peft.PeftModel):
         return model_status(self.base_model, self.get_nb_trainable_parameters())
 
     def check_layers(self, verb: str) -> None:
-        """Raise where all adapters are prompts, so that none is on a layer."""
         if self.only_prompts():
             raise KindError(
                 f"{verb}() got an invalid PeftModel instance; a prompt is on no layer, and its "
@@ -179,7 +175,6 @@ class ModelWrapper(peft.PeftModel):
 
     @property
     def prompt_encoder(self) -> nn.ModuleDict:
-        """Each prompt's values, as the embedding that HF PEFT has."""
         found = nn.ModuleDict({name: self.encoder(name) for name in self.prompts()})
         return found.train(self.training)
 
@@ -187,7 +182,6 @@ class ModelWrapper(peft.PeftModel):
         return [n for n, config in self.configs().items() if config.is_prompt_learning]
 
     def encoder(self, name: str) -> nn.Module:
-        """Return one prompt as HF PEFT's module: an embedding, and the layers of an encoder."""
         homes: dict[str, dict[str, tuple[Params, str]]] = {}
         for slot in slots(self.base_model.model, name):
             first, _, rest = slot.key.partition(".")
@@ -200,7 +194,6 @@ class ModelWrapper(peft.PeftModel):
         return nn.ModuleDict(found)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield every child by name, prompts first."""
         if self.only_prompts():
             yield "prompt_encoder", self.prompt_encoder
         yield from super().named_children()

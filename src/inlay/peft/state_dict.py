@@ -80,12 +80,10 @@ def base_of(model: Any) -> Any:
 
 
 def is_ours(model: Any) -> bool:
-    """Say whether a model's adapters are Inlay's, wrapped or injected."""
     return isinstance(model, PeftModel) or registry_of(model) is not None
 
 
 def adapter_slots(model: Any, name: str) -> list[Slot]:
-    """Return an adapter's tensors; in an injected model, their keys have no prefix."""
     if isinstance(model, PeftModel):
         model.base_model.check_has(name)
         return slots(model.get_base_model(), name)
@@ -162,7 +160,6 @@ def set_base_model_state_dict(
 
 
 def adapter_keys(model: PeftModel) -> set[str]:
-    """Return the keys that adapters' tensors have in the base model's state."""
     base = model.get_base_model()
     homes = [(name, home) for name, home in base.named_modules() if isinstance(home, Params)]
     found = {f"{name}.{tensor}" for name, home in homes for tensor in home.state_dict()}

@@ -21,7 +21,6 @@ Agreed = bool | Literal["irregular"]
 
 
 def layer_status(tuner: Tuner) -> list[TunerLayerStatus]:
-    """Return the state of every adapted layer, and of every module that is trained whole."""
     found: list[TunerLayerStatus] = []
     inside: tuple[str, ...] = ()
     for name, layer in own_modules(tuner.model):
@@ -54,7 +53,6 @@ def status_of(
 
 
 def type_of(tuner: Tuner, name: str, module: PeftLayer | SavedContainer) -> str:
-    """Return the name of HF PEFT's class for an adapted module."""
     if isinstance(module, TokenLayer):
         return "TrainableTokensLayer"
     if isinstance(module, SavedContainer | SavedLayer):
@@ -116,7 +114,6 @@ def one_of(lists: Iterable[list[str]]) -> list[str] | Literal["irregular"]:
 
 
 def merged_in(layers: Sequence[TunerLayerStatus]) -> list[str] | Literal["irregular"]:
-    """Return the merged adapters, or `irregular` where one is merged in some layers only."""
     merged = {name for layer in layers for name in layer.merged_adapters}
     left = {n for s in layers for n in set(s.available_adapters) - set(s.merged_adapters)}
     return "irregular" if merged & left else sorted(merged)

@@ -50,7 +50,6 @@ class Merged(Update):
                 layer.active = was_active
 
     def layer(self, name: str, layer: AdaptedLayer) -> None:
-        """Plan one layer: its weight and bias, or the module that holds them dense."""
         if layer.keeps_class or not layer.weight_methods():
             for key, own, rounded in self.changes(layer):
                 self.swaps.append((layer, key, own, rounded))

@@ -71,7 +71,6 @@ class PeftMixedModel(PeftModel, theirs.PeftMixedModel):
     """A model with adapters of several methods, as every `PeftModel` here may have."""
 
     def check_layers(self, verb: str) -> None:
-        """Refuse: HF PEFT describes no layer that several methods are on."""
         raise KindError(f"{verb} is not supported for PeftMixedModel; ask a PeftModel")
 
 

@@ -42,7 +42,6 @@ class Tuner(Merging):
         return PREFIXES.get(plain(getattr(config, "peft_type", "")), "adapters.")
 
     def __getattr__(self, name: str) -> Any:
-        """Return the tuner's own module, or the model's attribute."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -64,7 +63,6 @@ class Tuner(Merging):
 
     @property
     def targeted_parameter_names(self) -> list[str]:
-        """The names of the parameters that configurations target by name."""
         targets = [
             parameter
             for config in self.peft_config.values()
@@ -118,7 +116,6 @@ class Tuner(Merging):
         self.settle()
 
     def settle_dtype(self, name: str, autocast: bool) -> None:
-        """Keep an adapter in fp32, or without autocast in the dtype of the layers it is on."""
         for place, params in () if autocast else adapter_places(self.model, name):
             dtype = dtype_at(self.model, place)
             for parameter in params.parameters() if dtype else ():
@@ -205,7 +202,6 @@ class Tuner(Merging):
             parameter.requires_grad_(False)
 
     def thaw(self) -> None:
-        """Let the noted tensors of the active adapters train again."""
         for name, parameter in self.frozen:
             if name in self.active_adapters:
                 parameter.requires_grad_(True)
@@ -213,7 +209,6 @@ class Tuner(Merging):
 
     @contextmanager
     def disabled(self) -> Generator[None]:
-        """Let the base alone act inside the `with` block; safe to nest."""
         before = self.enabled
         if len({m.disable_adapters for m in self.model.modules() if isinstance(m, PeftLayer)}) > 1:
             warnings.warn(
@@ -231,7 +226,6 @@ class Tuner(Merging):
 
     @contextmanager
     def trained_as_before(self) -> Generator[None]:
-        """Leave which parameters train as it was before the `with` block, new ones frozen."""
         before = [(p, p.requires_grad) for p in self.model.parameters()]
         first = not self.peft_config
         try:

@@ -33,12 +33,10 @@ class TunerLayer(PeftLayer):
 
     @property
     def lora_alpha(self) -> Numbers:
-        """Each adapter's alpha, as it was configured."""
         return Numbers(self, lambda layer: dict(getattr(type(layer), "look").alphas))  # noqa: B009
 
     @property
     def scaling(self) -> Scaling:
-        """The factor of each adapter's product B A; it may be set."""
         return Scaling(self)
 
     @scaling.setter
@@ -49,7 +47,6 @@ class TunerLayer(PeftLayer):
 
     @property
     def lora_dropout(self) -> nn.ModuleDict:
-        """Each adapter's dropout; its `p` may be set."""
         return Dropouts(self)
 
     @property
@@ -64,7 +61,6 @@ class TunerLayer(PeftLayer):
         return Numbers(self, lambda layer: {n: read(m) for n, m in low_rank_of(layer).items()})
 
     def __getattr__(self, name: str) -> Any:
-        """Return a layer's width where it has another name for it, or the attribute."""
         if name in WIDTHS:
             return widths_of(self)[WIDTHS.index(name)]
         return super().__getattr__(name)
@@ -75,7 +71,6 @@ class TunerLayer(PeftLayer):
         return any(isinstance(m, IA3) and m.scales_input for m in self.methods.values())
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield every child by name, and the dropout that TRL looks for to turn it off."""
         yield from super().named_children()
         if len(self.lora_dropout):
             yield "lora_dropout", self.lora_dropout
@@ -90,7 +85,6 @@ class TunerLayer(PeftLayer):
 
     @property
     def base_layer(self) -> nn.Module:
-        """The layer without adapters, on the same tensors; or what HF PEFT wraps further in."""
         return self.views().get("base_layer") or self.get_base_layer()
 
     def get_base_weight(self) -> Tensor:

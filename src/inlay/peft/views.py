@@ -107,7 +107,6 @@ class Tensors(nn.ParameterDict):
 def tables(
     layer: AdaptedLayer, names: Iterable[tuple[str, tuple[PeftName, ...]]]
 ) -> dict[str, nn.Module]:
-    """Return a layer's tables of tensors by HF PEFT's names, with every adapter that is here."""
     homes: dict[str, dict[str, dict[str, tuple[Params, str]]]] = {}
     for adapter, named in names:
         home = layer.adapters._modules.get(adapter)
@@ -130,7 +129,6 @@ def named_below(
     prefix: str,
     remove_duplicate: bool,
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield a module and every module below it by name, where its children are these."""
     memo = set() if memo is None else memo
     if module in memo:
         return
@@ -143,7 +141,6 @@ def named_below(
 
 
 def nested(found: dict[str, nn.Module], table: str, view: nn.Module) -> None:
-    """Put a view under its dotted name, in a module for each part of the name."""
     first, *rest = table.split(".")
     if not rest:
         found[first] = view
@@ -157,7 +154,6 @@ def nested(found: dict[str, nn.Module], table: str, view: nn.Module) -> None:
 def table_of(
     table: str, found: Mapping[str, Mapping[str, tuple[Params, str]]], layer: AdaptedLayer
 ) -> nn.Module:
-    """Return one table: modules by adapter, or the tensors themselves."""
     if any("" in below for below in found.values()):
         return Tensors({adapter: below[""] for adapter, below in found.items()})
     if table == "modules_to_save":
@@ -166,7 +162,6 @@ def table_of(
 
 
 def leaf_of(table: str, below: Mapping[str, tuple[Params, str]]) -> nn.Module:
-    """Return an adapter's tensor as the module that HF PEFT has for it."""
     home, name = below["weight"]
     flat = table.rpartition(".")[2] in ("lora_A", "lora_B") and home._parameters[name].ndim == 2  # pyright: ignore[reportOptionalMemberAccess]
     return Matrix(below) if flat else Leaf(below)
@@ -290,7 +285,6 @@ class Dropout(nn.Dropout):
 
 
 def homes_of_methods(layer: AdaptedLayer, adapter: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield every table of a layer that holds an adapter's method, with the key in it."""
     if adapter in layer.methods:
         yield layer.methods, adapter
     for part in layer.part_methods.get(adapter, {}):

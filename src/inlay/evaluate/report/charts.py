@@ -38,7 +38,6 @@ class Axis:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Return the round values within the axis."""
         step = round_step((self.high - self.low) / TICKS)
         first = math.ceil(self.low / step - 1e-9)
         return [n * step for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
@@ -51,7 +50,6 @@ def round_step(rough: float) -> float:
 
 
 def axis(values: Sequence[float], start: float, end: float) -> Axis:
-    """Return an axis a little wider than the values, of non-zero width."""
     low, high = min(values), max(values)
     margin = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
     return Axis(low - margin, high + margin, start, end)
@@ -94,7 +92,6 @@ def x_axis(axis: Axis, label: str) -> list[str]:
 
 
 def y_axis(axis: Axis) -> list[str]:
-    """Draw the left axis with its grid lines."""
     parts: list[str] = []
     for tick in axis.ticks():
         at = axis.pixel(tick)
@@ -104,7 +101,6 @@ def y_axis(axis: Axis) -> list[str]:
 
 
 def path(line: Line, x: Axis, y: Axis) -> str:
-    """Draw a line; a dot on each point if the line has dots or a single point."""
     at = [(x.pixel(a), y.pixel(b)) for a, b in line.points]
     drawn = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in at)
     dots = [
@@ -122,7 +118,6 @@ def legend(lines: Sequence[Line]) -> str:
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-    """Return at most MOST_POINTS points, evenly spaced, including the first and the last."""
     if len(points) <= MOST_POINTS:
         return points
     kept = np.linspace(0, len(points) - 1, MOST_POINTS).round().astype(int)

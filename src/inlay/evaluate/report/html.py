@@ -12,7 +12,6 @@ NOT_MEASURED = "not measured"
 
 
 def tile(name: str, value: str, note: str = "") -> str:
-    """Return one key figure with its name above and a note below."""
     style = ' class="missing"' if value == NOT_MEASURED else ""
     return (
         f'<div class="tile"><span>{escape(name)}</span><b{style}>{escape(value)}</b>'
@@ -34,7 +33,6 @@ def cell(column: str, content: str, style: str = "") -> str:
 
 
 def interval(score: Score, *, signed: bool = False) -> str:
-    """Return a value with its interval below it."""
     low, high = score["low"], score["high"]
     value = figure(score["value"], signed=signed)
     if low is None or high is None:
@@ -43,14 +41,12 @@ def interval(score: Score, *, signed: bool = False) -> str:
 
 
 def text(name: str, style: str, content: str) -> str:
-    """Return a preformatted text with its name above."""
     shown = escape(content) or '<span class="soft">(nothing)</span>'
     caption = f"<figcaption>{escape(name)}</figcaption>"
     return f'<figure class="{style}">{caption}<pre>{shown}</pre></figure>'
 
 
 def pictures(addresses: Sequence[str]) -> str:
-    """Return images, each a data: address, beside each other."""
     if not addresses:
         return ""
     shown = (
@@ -87,7 +83,6 @@ def figure(value: float | None, *, signed: bool = False) -> str:
 
 
 def p_text(p: float | None, *, short: bool = False) -> str:
-    """Return a p-value, never as zero."""
     if p is None:
         return "–" if short else "no p-value from one row"
     written = "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -55,7 +55,6 @@ def report_page(
     merge: Merge | None = None,
     titles: Titles = ANSWERS,
 ) -> str:
-    """Return the page as HTML."""
     template = Template(files("inlay.evaluate.report").joinpath("report.html").read_text("utf-8"))
     title = f"{run.get('method', 'An adapter')} on {run.get('model', 'a model')}"
     body = [
@@ -80,7 +79,6 @@ def heading(title: str, run: Run) -> str:
 
 
 def tiles(run: Run, comparison: ComparisonRecord | None, merge: Merge | None) -> str:
-    """Return the key figures."""
     memory = size(run["peak_memory_bytes"]) if "peak_memory_bytes" in run else NOT_MEASURED
     shown = [
         loss_tile(comparison),
@@ -119,14 +117,12 @@ def adapter_tile(run: Run) -> str:
 
 
 def merge_tile(merge: Merge | None) -> str:
-    """Return how often the merged model's top token is the adapted model's."""
     if merge is None or "top1_agreement" not in merge:
         return tile("Merge verification", NOT_MEASURED)
     return tile("Merge verification", f"{merge['top1_agreement']:.2%}", "same top token")
 
 
 def details(run: Run) -> str:
-    """Return the configuration, versions and hashes, folded away."""
     hashes = {"base": run.get("base_sha256"), "data": run.get("data_sha256")}
     parts = [
         f"<h3>{name}</h3>{facts_list(plain(found))}"

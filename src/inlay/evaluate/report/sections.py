@@ -29,7 +29,6 @@ Points = list[tuple[float, float]]
 
 
 def comparison_section(comparison: ComparisonRecord | None, titles: Titles) -> str:
-    """Return the table of base against tuned."""
     if comparison is None:
         return section("Base against tuned", UNMEASURED)
     tests = sorted({metric["test"] for metric in comparison["metrics"]})
@@ -49,7 +48,6 @@ def comparison_section(comparison: ComparisonRecord | None, titles: Titles) -> s
 
 
 def baseline_section(comparison: ComparisonRecord | None, titles: Titles) -> str:
-    """Return the tables of the baseline against tuned, and of each class."""
     if comparison is None or "baseline" not in comparison:
         return ""
     baseline = comparison["baseline"]
@@ -60,7 +58,6 @@ def baseline_section(comparison: ComparisonRecord | None, titles: Titles) -> str
 
 
 def class_table(comparison: ComparisonRecord) -> str:
-    """Return precision, recall and F1 of the tuned model on each class."""
     found = comparison.get("classes", [])
     if not found:
         return ""
@@ -75,7 +72,6 @@ def class_table(comparison: ComparisonRecord) -> str:
 
 
 def metrics_table(before: str, metrics: Sequence[MetricComparison], titles: Titles) -> str:
-    """Return the table of the metrics of two models; `before` names the first."""
     rows = "".join(metric_row(before, metric, titles) for metric in metrics)
     return table(("Metric", before, "Tuned", "Change", "p"), rows)
 
@@ -102,7 +98,6 @@ def verdict(metric: MetricComparison) -> str:
 
 
 def curves_section(metrics: Sequence[Step], titles: Titles) -> str:
-    """Return charts of the loss, the task's own metrics and the learning rate by step."""
     charts: list[str] = []
     for key in ("loss", *titles.curves):
         trained, held = curve(metrics, key), curve(metrics, f"eval_{key}")
@@ -123,7 +118,6 @@ def curves_section(metrics: Sequence[Step], titles: Titles) -> str:
 
 
 def curve(metrics: Sequence[Step], key: str) -> Points:
-    """Return the (step, value) points of one key, where it is there and finite."""
     found = [(step.get("step"), step.get(key)) for step in metrics]
     return [
         (float(x), float(y))
@@ -133,7 +127,6 @@ def curve(metrics: Sequence[Step], key: str) -> Points:
 
 
 def merge_section(merge: Merge | None) -> str:
-    """Return how near the merged model is to the adapted model."""
     if merge is None:
         return section("Merge verification", UNMEASURED)
     facts = {
@@ -157,14 +150,12 @@ def written(value: float | None, template: str) -> str | None:
 
 
 def examples_section(examples: Sequence[ExampleRecord]) -> str:
-    """Return what base and tuned wrote for the same prompts."""
     if not examples:
         return ""
     return section("Before and after", "".join(map(example, examples)))
 
 
 def example(found: ExampleRecord) -> str:
-    """Return one prompt with its reference and both answers."""
     texts = (
         text("Base", "of-base", found["base"])
         + text("Tuned", "of-tuned", found["tuned"])
