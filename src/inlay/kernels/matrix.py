@@ -12,14 +12,7 @@ from inlay.kernels import native
 from inlay.kernels.cost import Scratch, on_cpu, planned_dtype
 from inlay.kernels.epilogue import Epilogue
 from inlay.kernels.formats import DENSE, FORMATS, reads_on_cpu
-from inlay.kernels.scratch import (
-    TILE_BYTES,
-    cast,
-    product_dtype,
-    scratch,
-    tile_rows,
-    tiles,
-)
+from inlay.kernels.scratch import TILE_BYTES, cast, product_dtype, scratch, tile_rows, tiles
 
 UNPACKING = (4 << 20, 4 << 20, 2 << 20)
 """About the bytes that unpacking a chunk of a packed weight holds in between."""

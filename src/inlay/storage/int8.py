@@ -11,12 +11,7 @@ from torch import Tensor
 from inlay.errors import StorageError
 from inlay.kernels import native
 from inlay.kernels.formats import FORMATS, Format, dense
-from inlay.storage.quantized import (
-    QuantizedLinear,
-    checked_finite,
-    checked_matrix,
-    chunk_size,
-)
+from inlay.storage.quantized import QuantizedLinear, checked_finite, checked_matrix, chunk_size
 
 ROW_FORMAT = 0
 """bitsandbytes' `weight_format` for weights that lie row by row."""

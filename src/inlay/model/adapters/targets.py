@@ -10,15 +10,7 @@ from torch import nn
 from inlay.errors import TargetError
 from inlay.methods.base import HiddenMethod, WeightMethod
 from inlay.model.adapters.entries import Entry, entries, in_layers, is_suffix, nearest
-from inlay.model.adapters.places import (
-    BEYOND,
-    BLOCKS,
-    FUSED,
-    Places,
-    label,
-    passed_over,
-    places_in,
-)
+from inlay.model.adapters.places import BEYOND, BLOCKS, FUSED, Places, label, passed_over, places_in
 from inlay.model.load.vision import PARTS, Part, is_within, parts_of, unread_blocks
 from inlay.storage.registry import kind
 

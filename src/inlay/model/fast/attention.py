@@ -20,12 +20,7 @@ from inlay.kernels.attention import segment_attention, segments_of
 from inlay.kernels.loss import IGNORED
 from inlay.kernels.switches import is_on
 from inlay.model.fast.base import Fast, by_name
-from inlay.model.seams.transformers import (
-    attention_of,
-    cache_in,
-    sdpa_attention_forward,
-    sdpa_mask,
-)
+from inlay.model.seams.transformers import attention_of, cache_in, sdpa_attention_forward, sdpa_mask
 
 ATTENTION = "inlay"
 """The name under which transformers finds our attention."""

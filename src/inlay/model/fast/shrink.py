@@ -21,12 +21,7 @@ from inlay.errors import first_line
 from inlay.model.example_inputs import configs
 from inlay.model.fast.attention import ATTENTION
 from inlay.model.seams.accelerate import HOOK, KEPT_FORWARDS
-from inlay.model.seams.transformers import (
-    EAGER,
-    SDPA,
-    attention_of,
-    set_attention,
-)
+from inlay.model.seams.transformers import EAGER, SDPA, attention_of, set_attention
 from inlay.storage.registry import frozen, kind, layer_class
 
 LARGEST = 24_000_000

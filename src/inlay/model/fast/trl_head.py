@@ -17,11 +17,7 @@ from inlay.storage.registry import frozen
 
 ANSWERED = frozenset({"log_probs", "entropy", "is_top1", "mean_logits"})
 """The per-token scores that are computed here; TRL's own head computes the rest."""
-PLAIN = {
-    "cast_lm_head_to_fp32": False,
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-}
+PLAIN = {"cast_lm_head_to_fp32": False, "final_logit_softcapping": None, "logit_scale": 1.0}
 """How the logits must be asked for: as the head gives them, but for a temperature."""
 
 

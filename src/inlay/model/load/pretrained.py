@@ -20,12 +20,7 @@ from transformers import (
 )
 
 from inlay.errors import ModelError
-from inlay.model.load.arguments import (
-    check_word,
-    checked_device,
-    checked_dtype,
-    quantization_for,
-)
+from inlay.model.load.arguments import check_word, checked_device, checked_dtype, quantization_for
 from inlay.model.load.folder import check_folder, located, weight_files
 from inlay.model.load.heads import (
     Head,

@@ -14,11 +14,7 @@ from inlay.model.adapters.targets import output_head
 from inlay.model.adapters.wrappers import looks_through
 from inlay.model.load.heads import head_modules
 from inlay.model.load.vision import parts_of
-from inlay.model.seams.transformers import (
-    get_keys_to_not_convert,
-    kept_in_full,
-    tied_weights,
-)
+from inlay.model.seams.transformers import get_keys_to_not_convert, kept_in_full, tied_weights
 from inlay.storage.dense import DenseView
 from inlay.storage.own import own_kind
 from inlay.storage.quantized import QuantizedLinear

@@ -121,12 +121,7 @@ def decoder_name(model: PreTrainedModel) -> str | None:
 
 
 def part_at(
-    name: str,
-    module: nn.Module,
-    model: PreTrainedModel,
-    towers: list[str],
-    decoder: str,
-    body: str,
+    name: str, module: nn.Module, model: PreTrainedModel, towers: list[str], decoder: str, body: str
 ) -> Part | None:
     if any(is_within(name, tower) for tower in towers):
         return "vision"

@@ -15,12 +15,7 @@ from inlay.methods.base import evaluating
 
 Batches = Sequence[Mapping[str, Tensor]]
 
-TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.1,
-    torch.float16: 0.02,
-}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest accepted difference of logits, as a share of the largest logit, by weight dtype."""
 LEAST_EFFECT = 0.6
 """The smallest share of an adapter's effect on the outputs that a lossy merge keeps unasked.

@@ -12,11 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from inlay.model.example_inputs import configs
-from inlay.model.seams.transformers import (
-    TIES,
-    declare_ties,
-    declared_ties,
-)
+from inlay.model.seams.transformers import TIES, declare_ties, declared_ties
 
 TIED = "tie_word_embeddings"
 
