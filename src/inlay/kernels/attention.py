@@ -148,7 +148,6 @@ def segment_attention_backward(
     segments: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients to q, k and v; the weights are computed again."""
     batch, _, length, _ = q.shape
     pieces = spans(segments, batch, length)
     if pieces is None:

@@ -98,7 +98,6 @@ class Matrix:
         return y
 
     def by_tiles_t(self, g: Tensor) -> Tensor:
-        """`g @ W`, the weight unpacked as in `by_tiles`."""
         g = cast(g, self.dtype)
         if self.whole is not None:
             return g @ self.whole

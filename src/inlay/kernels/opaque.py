@@ -147,7 +147,6 @@ class Operator(Generic[R]):
         backward: Callable[..., tuple[Any, ...]],
         setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     ) -> None:
-        """Give the operator a gradient, as `torch.library` takes it."""
         backward = without_autocast(backward if self.again else self.once(backward))
         self.custom.register_autograd(backward, setup_context=setup_context)
 

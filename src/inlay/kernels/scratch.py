@@ -53,7 +53,6 @@ def fast_halves_on_cpu() -> frozenset[torch.dtype]:
 
 
 def made_by_intel() -> bool:
-    """Return whether this CPU is Intel's; false where the system does not report it."""
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:

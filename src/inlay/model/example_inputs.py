@@ -82,7 +82,6 @@ def split(batch: Batch) -> list[Batch]:
 def candidates(
     model: nn.Module, config: PreTrainedConfig, rows: int, tokens: int, seed: int
 ) -> Iterator[Batch]:
-    """Yield inputs to try, the likeliest first."""
     taken = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
     mains = (main,) if isinstance(main, str) else tuple(main)
@@ -219,7 +218,6 @@ def input_values(sizes: Sizes) -> Tensor | None:
 
 
 def bbox(sizes: Sizes) -> Tensor | None:
-    """One box for every token: a square of the page."""
     box = torch.tensor([0, 0, 100, 100], device=sizes.device)
     return box.expand(sizes.rows, sizes.tokens, 4).clone()
 

@@ -107,7 +107,6 @@ class Shared:
         return next((s for s in self.slots if s.block == block), None)
 
     def blocks_to_hold(self) -> list[int]:
-        """Return the blocks to hold: those waited for, the present one, and the next ones."""
         ahead = self.order.ahead(len(self.slots))
         return list(dict.fromkeys([*self.waiting, *ahead]))[: len(self.slots)]
 

@@ -190,7 +190,6 @@ def as_bytes(packed: Tensor) -> Tensor:
 
 
 def read_state(tensor: Tensor) -> dict[str, Any]:
-    """Read the quantisation state, JSON in bytes; raise unless the storage holds such weights."""
     try:
         state = json.loads(bytes(tensor.cpu().tolist()))
         shape, dtype = state["shape"], state["dtype"]
@@ -211,7 +210,6 @@ def read_state(tensor: Tensor) -> dict[str, Any]:
 def check_sizes(
     size: int, packed: Tensor, parts: Mapping[str, Tensor | None], quant_map: Tensor | None
 ) -> None:
-    """Raise unless the packed parts are there and fit a matrix of `size` weights."""
     blocks = -(-size // BLOCK)
     expected = {
         "absmax": blocks,

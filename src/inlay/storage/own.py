@@ -151,7 +151,6 @@ def holds_floats(module: nn.Module, name: str) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Return whether a trial shows that a subclass of `nn.Linear` computes the plain product."""
     if not isinstance(module, nn.Linear) or not holds_floats(module, "weight"):
         return False
     cls = own_class(module)
@@ -224,7 +223,6 @@ def signature(module: nn.Module, cls: type[nn.Module], what: str) -> tuple[Any, 
 
 
 def linear_is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Try a subclass of `nn.Linear` on random weights, in eval and in training mode."""
     weight, bias = module._parameters["weight"], module._parameters.get("bias")
     assert weight is not None
     rows, columns = min(TRIED_ROWS, weight.shape[0]), weight.shape[1]
@@ -299,7 +297,6 @@ def run_on(
 
 
 def agrees(y: Any, expected: Tensor) -> bool:
-    """Return whether a result equals the expected one to rounding in float32."""
     if not isinstance(y, Tensor) or y.shape != expected.shape or not y.is_floating_point():
         return False
     return bool(((y.float() - expected).abs().max() <= TOLERANCE * expected.abs().max()).item())

@@ -61,7 +61,6 @@ def matrix_kind(module: nn.Module) -> Kind | None:
 
 
 def is_exact(module: nn.Module) -> bool:
-    """Return whether a layer's class is known to compute the plain product."""
     renormed = isinstance(module, nn.Embedding) and getattr(module, "max_norm", None) is not None
     return layer_class(module) in VIEWS and not renormed
 

@@ -94,7 +94,6 @@ def few_rows(
 
 
 def pointers(parts: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
-    """Return the parts as the kernels take them, and whether the scales are quantised too."""
     if len(parts) == 2:
         return [parts[0], parts[1], parts[1], parts[1], parts[1]], False
     return list(parts), True

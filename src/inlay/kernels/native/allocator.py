@@ -89,7 +89,6 @@ def tensor_heap() -> ctypes.CDLL | None:
 
 
 def set_options(options: dict[int, int]) -> str | None:
-    """Set mallopt's options; return None when done, or why not."""
     if platform.libc_ver()[0] != "glibc":
         return f"the C library is not glibc but {platform.libc_ver()[0] or platform.system()}"
     libc = ctypes.CDLL(None)

@@ -131,7 +131,6 @@ def set_level(state: Loaded, level: str) -> None:
 
 
 def built(recipe: Recipe) -> Path:
-    """Return the shared object for these sources, flags and compiler; compile it if need be."""
     compiler = found_compiler(recipe)
     folder = cache_folder()
     path = folder / f"{recipe.name}_{fingerprint(recipe, compiler)}.so"
@@ -185,7 +184,6 @@ def hand_over_threads(library: ctypes.CDLL) -> str:
 
 
 def openmp_runtimes() -> Iterator[tuple[str, ctypes.CDLL]]:
-    """Yield the libraries that torch loaded in which GOMP_parallel may be."""
     for stem in ("libgomp", "libiomp5", "libomp"):
         for path in (
             *TORCH.glob(f"lib/{stem}[.-]*"),

@@ -115,7 +115,6 @@ def int8_product(
 
 
 def as_stored(weight: Tensor, transposed: bool) -> tuple[Tensor, bool]:
-    """Return a matrix as it lies in memory, and whether that is transposed."""
     if weight.t().is_contiguous() and not weight.is_contiguous():
         return weight.t(), not transposed
     return weight, transposed

@@ -74,7 +74,6 @@ class Copies:
     def of(
         self, module: nn.Module, name: str, method: SelectMethod | None = None
     ) -> dict[str, Tensor]:
-        """Copy the parameters of one module that the method selects; without a method, all."""
         if method is None or method.selects(module, "weight"):
             check_has_weight(module, name)
         with brought_in(module):

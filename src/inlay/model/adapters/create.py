@@ -63,7 +63,6 @@ def places_for(
     saved: Sequence[str],
     seed: int,
 ) -> tuple[dict[str, Place], Found]:
-    """Create the tensors of a method at every module it goes to."""
     if isinstance(method, PromptMethod):
         if targets or exclude or layers is not None:
             raise AdapterError(f"{method.name} acts on the whole model: leave targets out")
@@ -120,7 +119,6 @@ def add_weight_places(
     method: WeightMethod,
     seed: torch.Generator,
 ) -> None:
-    """Create the tensors for each matrix of a target, with the hyperparameters that hold there."""
     for at in matrices_at(model, name):
         here = method.for_layer(at.place)
         assert isinstance(here, WeightMethod)

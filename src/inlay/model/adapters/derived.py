@@ -22,7 +22,6 @@ def note(method: WeightMethod, params: Params, base: FrozenLinear) -> None:
 
 @torch.no_grad()
 def follow(method: WeightMethod, params: Params, base: FrozenLinear) -> None:
-    """Bring what a method computed from its base weight up to date with that weight."""
     if not method.reads_base or not is_concrete(params):
         return
     now = base.state()

@@ -27,7 +27,6 @@ class Entry(str):
         return cls("|".join(map(re.escape, names)))
 
     def matches(self, name: str) -> bool:
-        """Say whether the entry is the name, a dotted suffix of it, or a regex for all of it."""
         if is_suffix(self, name):
             return True
         try:
@@ -66,7 +65,6 @@ def nearest(entry: str, names: Iterable[str]) -> str:
 
 
 def in_layers(names: Iterable[str], layers: str | Iterable[int] | None) -> set[str]:
-    """Keep the names that lie in the blocks asked for; all when none are asked for."""
     if layers is None:
         return set(names)
     blocks = parsed_layers(layers) if isinstance(layers, str) else set(layers)

@@ -58,7 +58,6 @@ class AdaptedLayer(Base):
     """What the parameters read as while the layer's own forward runs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer with its active adapters."""
         note_use(self)
         here = self.active_methods()
         changed = self.adapted_parameters()
@@ -152,7 +151,6 @@ class AdaptedLayer(Base):
         return weight
 
     def holder_of_buffers(self) -> Params | None:
-        """Return the tensors of the last active adapter that has its own copy of the buffers."""
         here = (self.params(n) for n in reversed(self.active) if n in self.methods)
         return next((p for p in here if self.copyable & p._buffers.keys()), None)
 

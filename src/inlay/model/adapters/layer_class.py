@@ -38,8 +38,6 @@ def adapted_class(
 
 
 def reader(name: str) -> Callable[[AdaptedLayer], Tensor | None]:
-    """Return the getter of one parameter's property."""
-
     def read(layer: AdaptedLayer) -> Tensor | None:
         held = layer.reads_as
         if held is not None and name in held:

@@ -86,7 +86,6 @@ class KeepEmbeddings(Replacement):
         return self.own(*args, **kwargs)
 
     def leaves(self, layer: nn.Module, *args: Any, **kwargs: Any) -> bool:
-        """Say whether a call with these arguments leaves the layer as it is."""
         given = [value for value in (*args[:1], *kwargs.values()) if value is not None]
         size = getattr(layer, "num_embeddings", getattr(layer, "out_features", None))
         return all(value is layer or (isinstance(value, int) and value == size) for value in given)

@@ -177,7 +177,6 @@ def adapter_places(model: nn.Module, name: str) -> Iterator[tuple[str, Params]]:
 def adapter_tensors(
     model: nn.Module, name: str
 ) -> Iterator[tuple[str, Params, Method | None, Kind | None]]:
-    """Yield every place of one adapter: its name, the tensors, the method and the layer's kind."""
     registry = required_registry(model)
     check_known(name, registry)
     whole = registry.adapters[name].method

@@ -114,7 +114,6 @@ def without_nested(chosen: set[str], places: Places) -> set[str]:
 
 
 def places_of_entry(entry: Entry, places: Places, kinds: Sequence[str]) -> list[str]:
-    """Return the places one entry means; raise when there are none."""
     if entry in GROUPS:
         group = entries(GROUPS[entry])
         found = [n for n in places.adaptable if any(each.matches(n) for each in group)]

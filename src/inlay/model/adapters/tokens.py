@@ -73,7 +73,6 @@ def by_whole_name(model: nn.Module, tokens: Tokens) -> dict[str, tuple[int, ...]
 
 
 def check_ids(name: str, module: nn.Module, ids: Sequence[int]) -> None:
-    """Raise unless every id has a row of a weight here, and is named once."""
     if matrix_kind(module) not in ("linear", "conv1d", "embedding"):
         raise TargetError(
             f"trainable_tokens names {name!r}, a {type(module).__name__}, which has no rows of "

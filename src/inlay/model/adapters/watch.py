@@ -115,7 +115,6 @@ class Watch:
             self.unwatch_layers()
 
     def check_loss(self, model: nn.Module, loss: Any) -> None:
-        """Raise when the loss depends on nothing that trains."""
         if not isinstance(loss, torch.Tensor) or loss.requires_grad:
             return
         if any(p.requires_grad for p in model.parameters()):
@@ -184,7 +183,6 @@ class Watch:
         return keeps is None or not keeps()
 
     def after_backward(self) -> None:
-        """Raise for places that took part in the forward pass, but got no gradient."""
         self.judging = self.gradients_came = False
         if self.ended:
             return

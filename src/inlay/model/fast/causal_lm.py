@@ -74,7 +74,6 @@ class FastCausalLM(Fast):
     config: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model; per-token scores that TRL asks for are computed here."""
         if not kwargs.get("fused_lm_head") or not self.answers_fused():
             return super().__call__(*args, **kwargs)
         kwargs.pop("fused_lm_head")

@@ -72,7 +72,6 @@ def makes_causal_masks(model: nn.Module) -> bool:
 
 
 def names_attention(model: nn.Module) -> bool:
-    """Return whether a module of a model compares the name of its attention with torch's."""
     return any("'sdpa'" in text(type(m)) for m in model.modules())
 
 
@@ -94,7 +93,6 @@ def statements(cls: type[nn.Module]) -> tuple[ast.stmt, ...]:
 
 @cache
 def text(cls: type[nn.Module]) -> str:
-    """Return the statements of a class's `forward` without layout and comments."""
     return "\n".join(ast.unparse(s) for s in statements(cls))
 
 

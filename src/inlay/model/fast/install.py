@@ -91,7 +91,6 @@ class Candidate:
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Candidate]]:
-    """Yield every module whose source reads like a fast path, with that path."""
     attends_by_name = names_attention(model)
     where = device_of(model)
     for name, module in model.named_modules():

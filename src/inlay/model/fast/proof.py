@@ -74,7 +74,6 @@ def verdict(key: Any, trials: Callable[[], Iterable[Trial]]) -> Verdict:
 
 
 def judged(trials: Callable[[], Iterable[Trial]]) -> Verdict:
-    """Run trials; a case is proven when its trials and those of `ALCASES` agree."""
     cases: set[str] = set()
     failed: dict[str, str] = {}
     untried = "the plain path does not run on the inputs of the trial"

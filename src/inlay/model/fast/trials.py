@@ -74,7 +74,6 @@ class Tried:
         compare(run(), plain, exact, self.spread)
 
     def under_autocast(self, run: Callable[[], Values]) -> None:
-        """Compare under autocast; its own error is allowed."""
         exact = self.exactly(run)
         with torch.autocast(self.device.type, torch.bfloat16):
             plain = self.plainly(run)

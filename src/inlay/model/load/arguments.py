@@ -50,7 +50,6 @@ def quantization_for(
 
 
 def packed_storage(quantization: Mapping[str, Any] | Any, model: str) -> str | None:
-    """Return the storage of a quantised checkpoint, or None for a dense one."""
     if quantization is None:
         return None
     settings = quantization if isinstance(quantization, Mapping) else quantization.to_dict()

@@ -44,7 +44,6 @@ OTHERS: dict[str, tuple[str, str]] = {
 
 
 def check_writes(config: PreTrainedConfig) -> None:
-    """Raise unless the class that a configuration names is a causal language model."""
     made_as = model_class(config)
     if not (isinstance(made_as, type) and issubclass(made_as, PreTrainedModel)):
         return

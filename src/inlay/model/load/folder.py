@@ -54,7 +54,6 @@ def looks_like_hub_id(model: str) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise unless a folder has a configuration and complete safetensors files."""
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
         hint = " It holds an adapter; give the model it was trained on." if adapter else ""
@@ -73,7 +72,6 @@ def check_folder(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return a model's safetensors files; raise if one that its index names is missing."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     index = folder / INDEX

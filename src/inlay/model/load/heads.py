@@ -71,7 +71,6 @@ def head_from(saved: Mapping[str, Any], where: str) -> Head:
 
 
 def head_of(model: nn.Module) -> Head | None:
-    """Return the head of a transformers model; None for a language model or another library's."""
     if not isinstance(model, PreTrainedModel):
         return None
     for purpose, mapping in MAPPINGS.items():

@@ -148,7 +148,6 @@ class QuantizeOne(ConversionOps):
         return {name: self.packed(kwargs["model"], name, w) for name, w in input_dict.items()}
 
     def packed(self, model: nn.Module, parameter: str, read: Tensor | list[Tensor]) -> Tensor:
-        """Quantise one weight and replace its dense layer."""
         weight = read[0] if isinstance(read, list) else read
         name = parameter.removesuffix(".weight")
         empty = dense_view(model.get_submodule(name))
@@ -194,7 +193,6 @@ class TakePacked(QuantizeOne):
         return {"weight": self.hf_quantizer.replace(model, name, layer)}
 
     def restored(self, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> QuantizedLinear:
-        """Build the layer that holds these tensors."""
         empty = dense_view(model.get_submodule(name))
         config = self.hf_quantizer.quantization_config
         if name == self.hf_quantizer.head and config.head_storage != config.storage:

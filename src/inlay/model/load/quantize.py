@@ -125,7 +125,6 @@ def storages(
 
 
 def separate_head(model: nn.Module) -> str:
-    """Return the name of a language model's output head; raise if it is tied or missing."""
     head = output_head(model)
     name = next((n for n, m in model.named_modules() if m is head), None)
     if head is None or name is None or kind(head) != "linear":
@@ -173,7 +172,6 @@ def kept_by_default(model: nn.Module) -> set[str]:
 
 
 def matching(names: Sequence[str], entries: Sequence[str]) -> Iterator[str]:
-    """Yield the names that equal or end in an entry; raise for an entry without a match."""
     for entry in entries:
         found = [n for n in names if n == entry or n.endswith("." + entry)]
         if not found:

@@ -34,7 +34,6 @@ def not_finite(model: nn.Module, name: str) -> Iterator[str]:
 
 
 def check_merged_finite(name: str, base: Tensor, exact: Tensor, rounded: Tensor) -> None:
-    """Raise when a merged weight is not finite: the base already is not, or it overflowed."""
     if bool(torch.isfinite(rounded).all()):
         return
     if not bool(torch.isfinite(base).all()):

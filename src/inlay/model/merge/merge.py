@@ -176,7 +176,6 @@ def check_mergeable(model: nn.Module) -> None:
 
 @looks_through
 def why_not_mergeable(model: nn.Module, names: Sequence[str]) -> str | None:
-    """Return why these adapters cannot merge, or None."""
     if is_streamed(model):
         return (
             "a streamed model's weights stay where they are, and merging would hold all of them in "
@@ -214,7 +213,6 @@ def computed_weights(model: nn.Module) -> Iterator[str]:
 
 
 def check_kept(found: Fidelity, plan: Plan, storage: str, accept_loss: bool) -> None:
-    """Raise when a merge loses most of the adapter's effect on the outputs."""
     if found.effect_kept >= LEAST_EFFECT or accept_loss:
         return
     dense = (

@@ -112,7 +112,6 @@ def rounding(model: nn.Module) -> float:
 
 
 def read_back(model: PreTrainedModel, folder: Path) -> tuple[nn.Module, str]:
-    """Read a folder as its users will, on the model's device; return model and reader."""
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         config = read_config(folder, False)
         held = quantization_for(config, str(folder), "dense", True)

@@ -64,7 +64,6 @@ class Ties:
         self.set_false = []
 
     def warning(self) -> str | None:
-        """Return a warning where the configuration still says that untied weights are tied."""
         config: Any = getattr(self.model, "config", None)
         if self.set_false or not self.broken() or not getattr(config, TIED, False):
             return None
@@ -76,7 +75,6 @@ class Ties:
         )
 
     def separate(self) -> tuple[str, ...]:
-        """Give each member of the untied groups a tensor of its own; return the untied names."""
         untied = self.untied()
         if not untied or not isinstance(self.model, PreTrainedModel):
             return untied

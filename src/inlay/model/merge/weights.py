@@ -37,7 +37,6 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield a module's own weights as a merge would leave them."""
     if isinstance(module, AdaptedLayer) and module.keeps_class:
         yield from kept_weights(module)
     elif isinstance(module, AdaptedLayer) and module.weight_methods():

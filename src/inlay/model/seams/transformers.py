@@ -203,7 +203,6 @@ def family_of_experts(config: Any) -> str | None:
 
 
 def renaming(model: nn.Module) -> Callable[[str], str] | None:
-    """Return the function that maps a weight's earlier name to its present one; None for no map."""
     table: Any = getattr(conversion_mapping, "get_model_conversion_mapping", None)
     if not isinstance(model, PreTrainedModel) or table is None:
         return None
@@ -247,7 +246,6 @@ def no_video_class() -> Generator[None]:
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:
-    """Return the parameters of a loaded model that are tied, and what each is tied to."""
     return getattr(model, "all_tied_weights_keys", {})
 
 

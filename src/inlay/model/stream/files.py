@@ -36,7 +36,6 @@ LAYOUT = 1
 
 
 def skeleton(read_as: Any, config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """Return the model on the meta device."""
     with torch.device("meta"):
         model: nn.Module = read_as(config)
     return model.to(dtype)
@@ -202,7 +201,6 @@ class Copy:
         self.write_config(config)
 
     def packed(self, key: str) -> dict[str, Tensor]:
-        """Return the packed tensors of one of the checkpoint's tensors."""
         tensor: Tensor = self.tensors[key][...]
         if tensor.is_floating_point():
             tensor = tensor.to(self.dtype)

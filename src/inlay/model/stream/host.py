@@ -149,7 +149,6 @@ def statistics(model: nn.Module) -> Statistics:
 
 
 def block_name(name: str) -> str | None:
-    """Return a layer's Transformer block, its name up to the first number, or None."""
     found = re.match(r"(.*?\.)?\d+(?=\.|$)", name)
     return found[0] if found else None
 

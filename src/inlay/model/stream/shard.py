@@ -99,7 +99,6 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Return the bytes of frozen weights in this process between two passes."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
     local = [p.to_local() if isinstance(p, DTensor) else p for p in frozen]
     return sum(t.nbytes for t in [*local, *model.buffers()])

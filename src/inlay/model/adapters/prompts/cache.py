@@ -44,7 +44,6 @@ class BehindPrompt(DynamicCache):
 
 
 def decoders_part(cache: Any) -> Any:
-    """Return the part of a cache that holds the keys and values of the decoder's own text."""
     return getattr(cache, "self_attention_cache", cache)
 
 

@@ -46,7 +46,6 @@ class EncoderPrompts(PromptHook):
     def before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> NewArguments:
-        """Change one call's arguments so that embeddings stand before the text."""
         method = self.acting(embeddings=True)
         if method is None:
             return None
@@ -102,7 +101,6 @@ class EncoderDecoderPrompts(PromptHook):
     def before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> NewArguments:
-        """Change one call's masks, and give the decoder its keys and values."""
         method = self.acting()
         if method is None:
             check_no_prompt(*args, *kwargs.values())

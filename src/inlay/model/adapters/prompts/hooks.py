@@ -107,7 +107,6 @@ class PromptHook:
         self.table[name] = params
 
     def remove(self, name: str) -> bool:
-        """Drop one adapter if it is here; return whether the hooks were removed with the last."""
         if self.methods.pop(name, None) is None:
             return False
         del self.table[name]
@@ -143,7 +142,6 @@ class PromptHook:
     def with_keys(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int
     ) -> NewArguments:
-        """Return one call's arguments with keys and values before its text."""
         self.running.recomputed = recomputed_in_call(model)
         call = arguments(model, args, kwargs)
         name, new = self.put_cache(model, call, batch_size(call))

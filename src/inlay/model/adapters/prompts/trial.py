@@ -129,7 +129,6 @@ def no_decoder(small: Any) -> str | None:
 
 
 def sees_both_ways(small: Any) -> bool:
-    """Say whether a model's first token depends on its last."""
     try:
         ids = text_for(small)["input_ids"]
         other = torch.cat([ids[:, :-1], ids[:, -1:] + 3], dim=1)
