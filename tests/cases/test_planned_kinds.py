@@ -29,6 +29,7 @@ from inlay.methods.catalog import build_method
 from inlay.model.adapters.registry import adapter_places
 from inlay.run.config import RunConfig
 from inlay.storage.registry import kind
+from inlay.tasks import TASKS
 from inlay.train import planning
 
 SMALL = {
@@ -127,9 +128,10 @@ def test_a_planned_step_trains_what_the_runs_model_does(
         model="unused", data="reports", output="unused", method="lora", storage=storage,
         max_length=32, batch_size=2,
     )  # fmt: skip
-    monkeypatch.setattr(planning, "held_beside", lambda *_: 0)
+    monkeypatch.setattr(planning, "held_by_process", lambda *_: 0)
     device = Device("a CPU", "cpu", 1 << 36, 1e10, 1e11, 1e11)
-    found = planning.planned_step(model.config, run, planning.assumed_rows(run).batch, device)
+    rows = TASKS["sft"].run(run).assumed()
+    found = planning.planned_step(model.config, rows, device)
     inlay.attach(model, build_method("lora"))
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     assert found.trained == sum(trained.values())

@@ -14,8 +14,7 @@ import yaml
 from inlay.cli import main as door
 from inlay.cli.main import VERBS, main
 from inlay.cli.train import GROUPS
-from inlay.run.config import RunConfig
-from inlay.tasks.config import load_config
+from inlay.tasks.config import load_config, run_keys
 
 HEAVY = ("torch", "transformers", "datasets", "trl", "numpy", "scipy")
 LIGHT_LINES = [
@@ -66,7 +65,7 @@ def test_help_says_what_there_is(words: list[str], capsys: pytest.CaptureFixture
 def test_every_key_of_a_run_stands_in_the_help_once(capsys: pytest.CaptureFixture[str]) -> None:
     main(["train", "--help"])
     out = capsys.readouterr().out
-    keys = set(RunConfig.model_fields) - {"hyperparameters"}
+    keys = set(run_keys()) - {"hyperparameters"}
     assert {key for group in GROUPS.values() for key in group} == keys
     assert sum(len(group) for group in GROUPS.values()) == len(keys)
     assert all("--" + key.replace("_", "-") in out for key in keys)

@@ -463,6 +463,7 @@ def planned(case: Case) -> Outcome:
         return "no run of Inlay's"
     from inlay.memory.devices import Device
     from inlay.run.config import RunConfig
+    from inlay.tasks import TASKS
     from inlay.train import planning
 
     device = Device("a CPU", "cpu", 1 << 36, 1e10, 1e11, 1e11)
@@ -472,9 +473,9 @@ def planned(case: Case) -> Outcome:
         model="unused", data="reports", output="unused", method="lora", storage=case.storage,
         max_length=32, batch_size=2,
     )  # fmt: skip
-    batch = planning.assumed_rows(run).batch
-    with mock.patch.object(planning, "held_beside", return_value=0):
-        found = planning.planned_step(config, run, batch, device)
+    rows = TASKS["sft"].run(run).assumed()
+    with mock.patch.object(planning, "held_by_process", return_value=0):
+        found = planning.planned_step(config, rows, device)
     if found.best.total <= 0 or not found.trained:
         raise WrongError("a plan of nothing")
     real = inlay.attach(copy.deepcopy(case.base), build_method("lora", {}))

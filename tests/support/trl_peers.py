@@ -79,7 +79,7 @@ def of_config(config: RunConfig) -> dict[str, Any]:
     assert config.max_steps is not None
     assert config.learning_rate != "auto"
     told = plain(f"{config.output}-peer", config.max_steps, config.batch_size, config.learning_rate)
-    beta = {} if config.beta is None else {"beta": config.beta}
+    beta = {"beta": getattr(config, "beta")} if hasattr(config, "beta") else {}  # noqa: B009
     return {**told, "lr_scheduler_type": "constant", **beta}
 
 

@@ -24,6 +24,7 @@ from inlay.tasks.config import load_config
 from inlay.tasks.dpo.trainer import PreferenceTrainer
 from inlay.tasks.kto.trainer import LabelledTrainer
 from inlay.tasks.orpo.trainer import OddsTrainer
+from inlay.train.adapted_model import load_adapted
 from inlay.train.output import checkpoints
 from inlay.train.run import TrainResult, train
 
@@ -110,7 +111,7 @@ def test_loss_and_gradient_are_the_papers_written_out(tmp_path: Path, family: st
     )  # fmt: skip
     stages = stages_of(config)
     tokens, _ = stages.tokens()
-    model, tokenizer = stages.built(None)
+    model, tokenizer = load_adapted(stages.config, stages.method, None)
     torch.manual_seed(3)
     for _, params in adapter_places(model, "default"):
         for tensor in params.parameters():

@@ -74,7 +74,8 @@ def rows_to_plan(
     if has_data and (not where.exists() or has_tokenizer(where)) and config.packing != "bfd":
         rows = rows_of_run(config)
         with quiet_transformers():
-            run.read_by(located(config.model, config.revision), rows.train.pictured)
+            folder = where if where.exists() else located(config.model, config.revision)
+            run.read_by(folder, rows.train.pictured)
         run.learn(rows)
         encoded = run.encode(rows.train)
     return lambda changed: run.changed(changed).to_plan(encoded, device)
