@@ -40,7 +40,7 @@ def test_a_config_alone_is_planned_for_a_gpu(
     assert found["largest_batch"]["assumed"] is True
     assert main(["plan", *words]) == 0
     said = capsys.readouterr().out
-    assert "data sheet" in said
+    assert "estimates from 75% of the data sheet's speeds; nothing was measured" in said
     assert "weights" in said
 
 
