@@ -35,11 +35,7 @@ PATHS = {
 
 
 def named(names: tuple[str, ...]) -> frozenset[str]:
-    """Return the paths that these names mean; none, or `all`, means every one.
-
-    Raises:
-        UsageError: there is no fast path of a name.
-    """
+    """Return the paths of these names, all for none or `all`; raise `UsageError` for others."""
     for name in names:
         if name not in PATHS and name != "all":
             raise UsageError(
@@ -64,10 +60,7 @@ def is_on(name: str) -> bool:
 
 
 def transformed() -> bool:
-    """Say whether `vmap`, `grad`, `jvp` or forward-mode differentiation is at work.
-
-    These have rules for PyTorch's own operators alone.
-    """
+    """Say whether a function transform is at work: it knows PyTorch's own operators alone."""
     if torch.compiler.is_compiling():
         return False
     return hidden._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

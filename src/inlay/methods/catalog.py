@@ -74,11 +74,7 @@ def catalog() -> Mapping[str, MethodSpec]:
 
 
 def find_method(name: str) -> MethodSpec:
-    """Return the method of this name.
-
-    Raises:
-        AdapterError: there is none.
-    """
+    """Return the method of this name; raise `AdapterError` if there is none."""
     if name not in catalog():
         known = ", ".join(catalog())
         hint = did_you_mean(name, catalog())
@@ -87,11 +83,7 @@ def find_method(name: str) -> MethodSpec:
 
 
 def build_method(name: str, hyperparameters: Mapping[str, object] | None = None) -> Method:
-    """Return a method with these hyperparameters; imports torch.
-
-    Raises:
-        AdapterError: no such method, an unknown or missing hyperparameter, or a wrong value.
-    """
+    """Build a method from hyperparameters; imports torch; raise `AdapterError` if one is wrong."""
     spec = find_method(name)
     given = dict(hyperparameters or {})
     for key in given:

@@ -34,11 +34,7 @@ def table_of(embedding: nn.Embedding) -> FrozenLinear | Tensor:
 
 
 def cache_of(output: Any) -> Cache:
-    """Return the key-value cache in a model's output, whatever its name there.
-
-    Raises:
-        AdapterError: there is none.
-    """
+    """Return the key-value cache in a model's output; raise `AdapterError` if there is none."""
     found = next((value for value in output.values() if isinstance(value, Cache)), None)
     if found is None:
         raise AdapterError(

@@ -236,10 +236,7 @@ def product(
     epilogue: Epilogue,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """Return `x @ W.T`, or `x @ W`, in one pass over the packed weight.
-
-    On a GPU None for `x @ W`, and for many rows of x.
-    """
+    """Return `x @ W.T`, or `x @ W`, in one pass; on a GPU None for `x @ W` and for many rows."""
     if not runs_on(x.device):
         return native.nf4_product(x, parts, width, transposed, epilogue, dtype)
     from inlay.kernels.gpu import nf4

@@ -70,11 +70,7 @@ def layer_class(module: nn.Module) -> type[nn.Module]:
 
 
 def storage_class(name: str) -> type[QuantizedLinear]:
-    """Return the layer class of a packed storage.
-
-    Raises:
-        StorageError: there is no storage of this name.
-    """
+    """Return the layer class of a packed storage; raise `StorageError` for an unknown name."""
     if name not in STORAGES:
         known = ", ".join(sorted((*STORAGES, DENSE)))
         raise StorageError(

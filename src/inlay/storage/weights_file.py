@@ -34,11 +34,7 @@ class WeightsFile:
         weakref.finalize(self, close, self.whole, self.direct)
 
     def tensors(self) -> dict[str, FileTensor]:
-        """Return every tensor of the file by name.
-
-        Raises:
-            StorageError: the file is damaged, or shorter than its header says.
-        """
+        """Return every tensor by name; raise `StorageError` for a damaged or truncated file."""
         size = os.fstat(self.whole).st_size
         try:
             length = int.from_bytes(os.pread(self.whole, 8, 0), "little")

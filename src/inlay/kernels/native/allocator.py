@@ -26,10 +26,7 @@ changed: set[str] = set()
 
 
 def keep_memory() -> str | None:
-    """Keep freed tensors' memory in the process, so that the next step faults no page in.
-
-    For the whole process, until `release_memory`. Returns None when done, or why it was not.
-    """
+    """Keep freed tensors' memory until `release_memory`; return None, or why that is impossible."""
     heap = tensor_heap()
     if heap is None:
         return keep_in_glibc()

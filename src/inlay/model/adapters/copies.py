@@ -109,10 +109,7 @@ def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def mark_shared(tables: Iterable[Params]) -> None:
-    """Mark the tensors of an adapter that repeat an earlier one, as transformers reads it.
-
-    `save_pretrained` writes a shared tensor once, where a module says that it is tied.
-    """
+    """Mark repeated tensors as tied, so that `save_pretrained` writes each of them once."""
     seen: set[int] = set()
     for params in tables:
         own = {name: id(p) for name, p in params._parameters.items() if p is not None}

@@ -278,10 +278,7 @@ def note_use(layer: AdaptedLayer, read: bool = False) -> None:
 def own_modules(
     module: nn.Module, name: str = "", seen: set[nn.Module] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module of the model itself with its name; adapters' tensors are never entered.
-
-    The order is that of `named_modules`; the time does not depend on how many adapters there are.
-    """
+    """Yield the model's own modules in the order of `named_modules`, without adapters' tensors."""
     seen, module = set() if seen is None else seen, unwrapped(module)
     if module in seen or isinstance(module, Params):
         return

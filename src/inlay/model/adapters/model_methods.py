@@ -66,10 +66,7 @@ class TieBase(Replacement):
 
 
 class KeepEmbeddings(Replacement):
-    """Methods that put other embeddings in place: refused where an adapter is on the present one.
-
-    The adapter would be left on a layer of another size.
-    """
+    """Methods that replace an embedding: refused where an adapter is on the present one."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for getter in EMBEDDINGS[self.method]:

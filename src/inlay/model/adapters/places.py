@@ -47,10 +47,7 @@ def joined(module_name: str, name: str) -> str:
 
 
 def matrices_at(model: nn.Module, name: str) -> list[Matrix]:
-    """Return the matrices of a layer, of an attention module, or of one parameter.
-
-    Raises `AdapterError` when there is no such place.
-    """
+    """Return the matrices at a place; raise `AdapterError` when there is no such place."""
     module, parameter = module_at(model, name)
     if parameter is not None:
         owner = name.rpartition(".")[0]

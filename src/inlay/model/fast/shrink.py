@@ -170,10 +170,7 @@ def no_more(value: Any, most: int) -> Any:
 def small_module(
     module: nn.Module, dtype: torch.dtype, sizes: dict[int, int] | None = None
 ) -> nn.Module:
-    """Return a module of the same class and attributes, its linear layers small and dense.
-
-    Hooks, and a `forward` that somebody put on the instance, stay behind.
-    """
+    """Return a module of the same class with small dense linear layers; no hooks or own forward."""
     sizes = {} if sizes is None else sizes
     if kind(module) == "linear":
         out, width = (

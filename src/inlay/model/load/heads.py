@@ -149,10 +149,7 @@ def owns(module: nn.Module) -> bool:
 def check_head_complete(
     model: PreTrainedModel, folder: object, report: Mapping[str, Sequence[Any]]
 ) -> list[str]:
-    """Return the parameters that the checkpoint lacks.
-
-    Raises when one of them is below the head, or when the checkpoint has one too many there.
-    """
+    """Return the parameters that the checkpoint lacks; raise unless they are the head's alone."""
     mismatched = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
     new = sorted({*report["missing_keys"], *mismatched})
     heads = head_modules(model)
@@ -180,10 +177,7 @@ def has_block(key: str) -> bool:
 
 @torch.no_grad()
 def initialise(model: PreTrainedModel, new: Sequence[str], kept: bool, seed: int) -> None:
-    """Give new parameters the initial values of their kind of model, from the seed alone.
-
-    A head that gives other classes than the checkpoint's is new even where the shapes agree.
-    """
+    """Initialise parameters from the seed; a head with other classes is new at any shape."""
     heads = head_modules(model)
     own = [n for n, _ in model.named_parameters() if not kept and n.split(".")[0] in heads]
     names = sorted({name.rpartition(".")[0] for name in (*new, *own)})

@@ -229,10 +229,7 @@ def check_shape(weight: Tensor, empty: Tensor) -> None:
 
 
 def unread_tensors(files: Sequence[str | Path]) -> dict[str, Any]:
-    """Return the tensors of safetensors files as slices that read from the file when taken.
-
-    They do not map the file into memory, where all of it would count as the process's own.
-    """
+    """Return tensors as slices, read from the file when taken: a mapped file counts as memory."""
     tensors: dict[str, Any] = {}
     for file in files:
         opened = safe_open(file, framework="pt", backend="pread")

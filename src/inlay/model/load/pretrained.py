@@ -215,10 +215,7 @@ def with_weights(
     state: Callable[[], dict[str, Any]] | None,
     **given: Any,
 ) -> PreTrainedModel:
-    """Return the model with the folder's weights, or those of `state`, once all are found and used.
-
-    A head that the checkpoint lacks is given its values.
-    """
+    """Return the model with its weights, a missing head initialised; raise unless all are used."""
     kept = head is None or configured(config, head)
     with failures_as_sentences(folder, "weights"):
         model, report = read_as.from_pretrained(

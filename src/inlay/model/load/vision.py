@@ -152,10 +152,7 @@ def ends_of_towers(model: PreTrainedModel, towers: list[str]) -> Iterator[str]:
 
 
 def unread_blocks(model: nn.Module) -> list[str]:
-    """Return the tower's blocks behind the one whose output is read, which take no part.
-
-    Llava reads the last but one (`vision_feature_layer: -2`).
-    """
+    """Return the tower's blocks after the one whose output is read, such as the last of Llava's."""
     config: Any = getattr(model, "config", None)
     chosen = getattr(config, "vision_feature_layer", None)
     if chosen is None:

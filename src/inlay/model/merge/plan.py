@@ -143,10 +143,7 @@ class Plan(Update):
             put(owner, name, new)
 
     def make_uniform(self, model: nn.Module) -> None:
-        """Hold the packed layers dense, exactly, that are not in the format of the first.
-
-        A checkpoint of bitsandbytes has one format.
-        """
+        """Make dense, exactly, what is not in the first layer's format: bitsandbytes allows one."""
         for name in others_than_first(model):
             parent, _, leaf = name.rpartition(".")
             base = frozen(model.get_submodule(name))

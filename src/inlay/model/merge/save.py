@@ -71,10 +71,7 @@ def write_whole(model: nn.Module, output: Path, check: Callable[[Path], Written]
 def check_written(
     model: nn.Module, folder: Path, batches: Batches, adapted: Sequence[Tensor]
 ) -> Written:
-    """Read a merged model's folder back; compare every weight bit by bit, and the outputs.
-
-    `adapted` are the adapted model's outputs on `batches`.
-    """
+    """Read a saved model back; compare its weights bit by bit, and its outputs with `adapted`."""
     assert isinstance(model, PreTrainedModel)
     again, how = read_back(model, folder)
     different = differing(model, again)

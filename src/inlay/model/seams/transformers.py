@@ -76,10 +76,7 @@ class MakesMask(Protocol):
 
 
 def register_attention(name: str, attention: Callable[..., Any], mask: MakesMask) -> Undo:
-    """Let models whose configuration names this attention find it, and what makes its masks.
-
-    Returns what undoes it; configurations that still name it then ask for torch's own attention.
-    """
+    """Register an attention and its masks by name; the undo resets configurations to sdpa."""
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
 

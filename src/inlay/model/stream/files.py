@@ -116,10 +116,7 @@ def check_fits(name: str, weight: Weight, layer: nn.Module) -> None:
 def stand_ins(
     model: nn.Module, files: Sequence[Path], left: set[str], weights: Mapping[str, Weight]
 ) -> dict[str, Any]:
-    """Return what to load: the tensors that do not stay in files, and empty stand-ins for those.
-
-    A stand-in is one number that is repeated, so that it takes no room.
-    """
+    """Return the tensors to load; one repeated number stands for each of those left in files."""
     unread = unread_tensors(files)
     given: dict[str, Any] = {k: t for k, t in unread.items() if k not in left}
     for name in weights:
@@ -136,10 +133,7 @@ def packed_copy(
     storages: Mapping[str, str],
     double_quant: bool,
 ) -> Path:
-    """Return the folder of a packed copy of a dense checkpoint; make it when there is none.
-
-    Weights are packed one by one and written block by block.
-    """
+    """Return the folder of a checkpoint's packed copy, written block by block if it is missing."""
     dtype = next(model.parameters()).dtype
     said = f"{LAYOUT} {storages} {double_quant} {dtype} {fingerprint(folder, files)}"
     digest = hashlib.sha256(said.encode()).hexdigest()[:16]

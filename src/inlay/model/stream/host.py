@@ -159,14 +159,7 @@ def file_weights(
     key_of: Callable[[str], str],
     storages: Mapping[str, str],
 ) -> dict[str, Weight]:
-    """Return the weights of these layers as they lie in files, by layer name.
-
-    Args:
-        modules: linear layers and embeddings by name.
-        tensors: every tensor of the files.
-        key_of: a layer's name -> its weight's name in the files.
-        storages: the storage of packed weights, by layer name.
-    """
+    """Return the weights of these layers as they lie in files; `key_of`: layer -> key there."""
     found: dict[str, Weight] = {}
     for name, module in modules.items():
         key = key_of(name)

@@ -131,10 +131,7 @@ def without_cache(output: Any) -> Any:
 
 
 def read_only(cache: Cache, own: bool) -> Cache:
-    """Return a cache of the same keys and values that blocks do not write to.
-
-    Raises `AdapterError` for a cache of the caller's, which must be written to.
-    """
+    """Return a read-only cache of the same keys and values; raise for a cache of the caller's."""
     if not own:
         raise AdapterError(
             "gradient checkpointing computes blocks again, which cannot go on from a cache that "

@@ -81,10 +81,7 @@ def widen(call: dict[str, Any], key: str, tokens: int, value: int) -> None:
 
 
 def without_prompt(value: Any, name: str, read: torch.Size, tokens: int) -> Any:
-    """Return a part of an output without the positions of the virtual tokens.
-
-    `read` is the (batch, tokens) that the model has read, virtual tokens included.
-    """
+    """Return an output part without virtual tokens; `read`: (batch, tokens), these included."""
     if isinstance(value, tuple):
         return tuple(without_prompt(each, name, read, tokens) for each in value)
     by_token = isinstance(value, Tensor) and (value.dim() == 3 or name in ONE_PER_TOKEN)
@@ -92,11 +89,7 @@ def without_prompt(value: Any, name: str, read: torch.Size, tokens: int) -> Any:
 
 
 def recomputed_in_call(model: nn.Module) -> Recomputed:
-    """Return what gradient checkpointing computes again in this call: nothing outside training.
-
-    Raises:
-        AdapterError: checkpointing would drop the cache, and the prompt with it.
-    """
+    """Return what checkpointing recomputes now; raise `AdapterError` where it drops the cache."""
     found = recomputed(model) if model.training else Recomputed((), ())
     if found is None:
         raise AdapterError(
