@@ -34,15 +34,8 @@ def example_inputs(
 
     Ids of special tokens (padding, images, sounds) are left out. What the forward takes is found
     by trying: the inputs that the configuration suggests first, in eval mode and without gradient.
-
-    Args:
-        model: a model of transformers, adapted or not.
-        rows: how many rows; each is a batch of its own where the model takes no more at once.
-        tokens: how many tokens, at most, a row has.
-        seed: of the values.
-
-    Raises:
-        ModelError: no inputs were found that it takes.
+    A row has `tokens` tokens at most, and is a batch of its own where the model takes no more at
+    once. Raises `ModelError` when the model takes none of the inputs.
     """
     config: Any = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):

@@ -22,11 +22,7 @@ class Trunk:
     depth: int
 
     def output(self, **call: Any) -> Tensor:
-        """Return the last trunk block's output (batch, tokens, width); nothing above it runs.
-
-        Raises:
-            ModelError: the blocks give more than one tensor, or do not run.
-        """
+        """Return the last block's output (batch, tokens, width); raise `ModelError` for several."""
         hook = self.blocks[self.depth - 1].register_forward_hook(stop)
         try:
             self.model(**call, use_cache=False)

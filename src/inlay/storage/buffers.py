@@ -173,13 +173,7 @@ class Buffers:
     """The buffers of one model; the thread ends with the last layer that refers to them."""
 
     def __init__(self, blocks: Sequence[Block], slots: int, device: torch.device) -> None:
-        """Start the thread.
-
-        Args:
-            blocks: in the order the model runs them.
-            slots: how many blocks may lie in memory at once, at least 2.
-            device: where products run.
-        """
+        """Start the thread; `slots` is how many blocks may lie in memory at once, at least 2."""
         self.shared = Shared(blocks, max(2, slots), device)
         self.thread = threading.Thread(
             target=keep_filled, args=(self.shared,), name="inlay-stream", daemon=True
@@ -201,11 +195,7 @@ class Buffers:
 
     @contextmanager
     def use(self, block: int) -> Generator[Tensor]:
-        """Give a block's bytes, which stay where they are inside the `with` block.
-
-        Raises:
-            StorageError: the block could not be read, or the thread that reads has ended.
-        """
+        """Hold a block for the `with` block; raise `StorageError` if it cannot be read."""
         shared = self.shared
         with shared.changed:
             shared.order.move(block)

@@ -79,10 +79,7 @@ def quantized_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chunk_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the indices (an even number) and absmax of fp32 weights that start a block.
-
-    The last block may be short.
-    """
+    """Return indices (an even number) and absmax of fp32 weights, the first at a block's start."""
     whole = flat.numel() // BLOCK * BLOCK
     blocks, rest = flat[:whole].view(-1, BLOCK), flat[whole:]
     absmax = blocks.abs().amax(1)

@@ -45,12 +45,9 @@ def is_tool(module: str) -> bool:
 
 
 def as_value(value: Tensor, what: str, used: Callable[[], None] | None = None) -> Tensor:
-    """Return a value made for one reader; to write into it, which would be lost, raises.
+    """Return a value for one reader, which raises when it is written to: that would be lost.
 
-    Args:
-        value: what the weight stands for.
-        what: names it in the error.
-        used: called when something is computed of the value; its dtype and shape are not that.
+    `what` names it in the error; `used` is called when the value, not its shape, is read.
     """
     if torch.compiler.is_compiling() or type(value) not in PLAIN:
         return value

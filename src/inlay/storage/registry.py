@@ -20,11 +20,7 @@ STORAGES: dict[str, type[QuantizedLinear]] = QuantizedLinear.formats
 
 
 def frozen(module: nn.Module) -> FrozenLinear:
-    """Return the frozen weight of a layer: the layer itself, or a view of it.
-
-    Raises:
-        TargetError: the layer is not one of those that hold a matrix.
-    """
+    """Return a layer's frozen weight: itself, or a view; raise `TargetError` if it holds none."""
     if isinstance(module, FrozenLinear):
         return module
     if is_exact(module):

@@ -61,11 +61,7 @@ class WeightsFile:
         return found
 
     def read(self, descriptor: int, into: Tensor, offset: int, needed: int) -> None:
-        """Read from `offset` into a host buffer, (n,) uint8, of which `needed` bytes must come.
-
-        Raises:
-            StorageError: the file has become shorter, or the disk failed.
-        """
+        """Read at `offset` into (n,) uint8; raise `StorageError` for less than `needed` bytes."""
         view, got = into.numpy().data, 0
         while got < needed:
             try:
@@ -111,11 +107,7 @@ class FileTensor:
         return room[start : start + self.nbytes].view(self.dtype).view(self.shape)
 
     def seen_as(self, dtype: torch.dtype, shape: tuple[int, ...]) -> FileTensor:
-        """Return the same bytes as another dtype and shape.
-
-        Raises:
-            StorageError: they are not as many bytes, or do not start at a multiple of one element.
-        """
+        """Return the same bytes as another dtype and shape; else raise `StorageError`."""
         found = FileTensor(self.file, self.name, self.offset, dtype, shape)
         if found.nbytes != self.nbytes or self.offset % dtype.itemsize:
             raise StorageError(

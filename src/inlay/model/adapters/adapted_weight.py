@@ -79,10 +79,7 @@ class AdaptedParameter(NamedTuple):
         return (self.view.parameter,) if bias is None else (self.view.parameter, bias)
 
     def parameters(self, wide: bool = False) -> dict[str, Tensor]:
-        """Return the adapted parameters, as the layer holds them, by name.
-
-        `wide`: in float32 at least, as a merge needs them before it rounds.
-        """
+        """Return the adapted parameters by name; `wide`: in float32 at least, for a merge."""
         w, b = self.view.matrix(), self.view.bias
         if wide:
             w = w.to(torch.promote_types(w.dtype, torch.float32))
@@ -123,10 +120,7 @@ class Recomputed:
 def recomputed_in_backward(
     found: Sequence[tuple[AdaptedParameter, dict[str, Tensor]]],
 ) -> Generator[None]:
-    """Keep none of these adapted parameters for the backward pass inside the `with` block.
-
-    Where other hooks decide already what is kept, as activation checkpointing does, they do.
-    """
+    """Recompute adapted parameters in the backward pass, unless other hooks save them already."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or others_decide():
         yield
         return

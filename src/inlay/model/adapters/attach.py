@@ -293,11 +293,9 @@ def check_order(model: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def check_reads_base(methods: Mapping[str, Method | None], copied: Sequence[str]) -> None:
-    """Raise when what an adapter was computed from is not the weight that it acts on.
+    """Raise when a method was computed from another weight than the one that it acts on.
 
-    Args:
-        methods: adapter -> the method that it has on the weight, in order of activation.
-        copied: the adapters that have a trained copy of the weight.
+    `methods` are in order of activation; `copied` have a trained copy of the weight.
     """
     acting = {n: m for n, m in methods.items() if isinstance(m, WeightMethod)}
     for name, method in acting.items():

@@ -103,10 +103,7 @@ class AdaptedLayer(Base):
             return super().forward(*args, **kwargs)
 
     def with_dropout(self, changed: AdaptedParameter, x: Tensor) -> Tensor:
-        """Return the output on W, and of each update, whose x is dropped out, its own.
-
-        The output must be linear in the weight, as a convolution's is.
-        """
+        """Return the output with dropout on each update's input; it is linear in the weight."""
         view = changed.view
         names = (view.parameter, view.bias_name or "bias")
         w, b = view.matrix(), view.bias

@@ -59,10 +59,7 @@ def matrices_at(model: nn.Module, name: str) -> list[Matrix]:
 
 
 def module_at(model: nn.Module, place: str) -> tuple[nn.Module, str | None]:
-    """Return the module at a place, and the parameter where the place is one.
-
-    Raises `AdapterError` when there is no such place.
-    """
+    """Return the module at a place, and its parameter if it is one; else raise `AdapterError`."""
     if place == "":
         return model, None
     owner, _, leaf = place.rpartition(".")

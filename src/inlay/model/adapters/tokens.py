@@ -148,11 +148,7 @@ def check_disjoint(rows: Collection[str], found: Found) -> None:
 
 
 def ids_of(words: Sequence[str | int], tokenizer: Any) -> list[int]:
-    """Return the ids of tokens that are given as text or as ids, each once.
-
-    Raises:
-        UsageError: a word is no token of the tokenizer.
-    """
+    """Return the ids of tokens given as text or ids, each once; raise `UsageError` for others."""
     known: Mapping[str, int] = tokenizer.get_vocab() if words else {}
     found: dict[int, None] = {}
     for each in words:

@@ -29,13 +29,7 @@ from inlay.storage.registry import frozen, kind, layer_class
 
 
 def install(model: nn.Module) -> tuple[str, ...]:
-    """Put the fast paths on a model's modules, in place; on a fast model nothing changes.
-
-    What changes in the process for it, until `uninstall`, is in `inlay.model.process`.
-
-    Returns:
-        What is to be known of the paths that step aside.
-    """
+    """Put the fast paths on a model's modules, in place; return notes on paths that are unused."""
     process.enter(model)
     notes: list[str] = []
     for name, module, candidate in list(candidates(model)):

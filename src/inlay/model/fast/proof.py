@@ -147,16 +147,10 @@ def compare(
     exact: dict[str, Tensor] | None = None,
     spread: float = 0.0,
 ) -> None:
-    """Raise unless values and gradients agree to rounding.
+    """Raise `Differs` unless values and gradients agree to rounding.
 
-    Args:
-        fast: what the fast path computes, by name.
-        plain: what the plain path computes.
-        exact: what the plain path computes in float32, where both above are in a narrower dtype:
-            the fast path may then be off by what the plain path is off, a few times over.
-
-    Raises:
-        Differs: naming what, and by how much.
+    `exact` is the plain path in float32, where both others are in a narrower dtype: the fast path
+    may then be off by what the plain path is off, a few times over.
     """
     largest: dict[str, float] = {}
     for name, expected in plain.items():

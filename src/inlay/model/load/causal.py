@@ -93,10 +93,7 @@ def needs(made_as: type[PreTrainedModel]) -> list[str]:
 
 
 def check_continues(model: nn.Module) -> None:
-    """Raise unless a model takes text alone, and no token sees later ones.
-
-    Otherwise a loss on the next token would teach the model to copy.
-    """
+    """Raise unless a model takes text alone and is causal: else the loss teaches it to copy."""
     config: Any = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
         return

@@ -113,10 +113,7 @@ def streamed_layer(
 
 
 def embedding_on_host(model: Any, device: str | torch.device) -> nn.Module:
-    """Leave the model's input embedding in host memory, in place; its rows go to `device`.
-
-    Raises for an embedding of another class, or one that is tied to the output head.
-    """
+    """Leave the input embedding in host memory, in place; raise if tied or of another class."""
     layer = model.get_input_embeddings()
     name = next((n for n, m in model.named_modules() if m is layer), None)
     if name is None or type(layer) is not nn.Embedding:
@@ -187,10 +184,7 @@ def beside(key: str, tensors: Mapping[str, FileTensor]) -> dict[str, FileTensor]
 def packed_weight(
     storage: str, key: str, tensors: Mapping[str, FileTensor], module: nn.Module
 ) -> Weight:
-    """Return one packed weight: its small parts read, its large ones as places in files.
-
-    The storage itself checks that they fit together, on empty stand-ins for the large ones.
-    """
+    """Return a packed weight, its large parts as places in files; the storage checks the fit."""
     layer = key.removesuffix("weight")
     large = {k.removeprefix(layer): t for k, t in tensors.items() if t.nbytes >= SMALL}
     given = {k.removeprefix(layer): t.load() for k, t in tensors.items() if t.nbytes < SMALL}

@@ -27,15 +27,9 @@ SMALL = 1 << 10
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Divide the frozen weights of a model among the processes of a mesh, in place.
 
-    Args:
-        model: a model, adapted already: what trains now stays whole in every process.
-        mesh: the processes, in one dimension; the model is moved to its kind of device.
-
-    Returns:
-        The model; its frozen parameters hold this process's part only.
-
-    Raises:
-        ModelError: the model is streamed, or a frozen weight was not divided.
+    What trains now stays whole in every process. The mesh has one dimension; the model is moved to
+    its kind of device. Raises `ModelError` where the model is streamed, or a frozen weight was not
+    divided.
     """
     if is_streamed(model):
         raise ModelError(

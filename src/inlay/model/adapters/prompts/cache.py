@@ -56,11 +56,7 @@ def mark_prompt(cache: Any, adapter: str, tokens: int) -> None:
 
 
 def taken_out(call: dict[str, Any], name: str) -> Any:
-    """Take the key-value cache out of a call, whose forward names the argument `name`.
-
-    Raises:
-        AdapterError: the cache is of a fixed size, for the text alone.
-    """
+    """Take the cache, argument `name`, out of a call; raise `AdapterError` for a fixed size."""
     under = next((n for n, v in call.items() if isinstance(v, Cache)), name)
     cache = call.pop(under, None)
     own = decoders_part(cache)
