@@ -223,11 +223,7 @@ def without_missing_biases(
 
 
 def recorded_placement(model: nn.Module, file: AdapterFile) -> dict[str, Any] | None:
-    """Return `attach`'s arguments from inlay.json, or None when there is none.
-
-    Where the model has every layer that the adapter was on, it goes to these and no others: a
-    target may match more layers than when it was saved.
-    """
+    """Return `attach`'s arguments from inlay.json, for the recorded layers alone; None without."""
     if file.folder.extras is None:
         return None
     try:

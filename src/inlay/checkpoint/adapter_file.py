@@ -60,11 +60,7 @@ def check_same(file: AdapterFile, attached: Attached, directory: str | Path) -> 
 
 
 def read_adapter(directory: str | Path) -> AdapterFile:
-    """Read an adapter's method and the shapes in its files, without a model.
-
-    Raises:
-        CheckpointError: the files are missing, damaged, or of a kind not known.
-    """
+    """Read an adapter's method and the shapes in its files; CheckpointError if damaged."""
     folder = read_folder(directory)
     if folder.extras is not None:
         return AdapterFile(recorded_method(folder.extras, str(folder.path / EXTRAS)), folder)
@@ -75,10 +71,7 @@ def read_adapter(directory: str | Path) -> AdapterFile:
 
 
 def check_size(model: nn.Module, file: AdapterFile, placement: Mapping[str, Any]) -> None:
-    """Raise when the configuration asks for far more values than the file has.
-
-    A damaged rank would otherwise ask for more memory than there is, before shapes are compared.
-    """
+    """A damaged rank would ask for more memory than there is, before shapes are compared."""
     method = file.method
     if isinstance(method, SelectMethod):
         return

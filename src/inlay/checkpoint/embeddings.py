@@ -41,21 +41,14 @@ WRAPPERS = ("token_adapter.base_layer.", "base_layer.", "original_module.", "mod
 
 
 def ends_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the input embedding and the output head by name, those that hold a matrix.
-
-    A head that is tied to the embedding is listed too.
-    """
+    """Return the input embedding and the output head by name, a tied head too."""
     ends = (input_embeddings(model), output_head(model))
     held = [module for module in ends if module is not None and matrix_kind(module)]
     return {name: module for module in held if (name := name_of(model, module))}
 
 
 def resized_from(model: nn.Module) -> int | None:
-    """Return the vocabulary's size before it was changed, or None where nothing shows a change.
-
-    A change shows against the checkpoint's configuration, and in a body that keeps the size it was
-    made with.
-    """
+    """Return the size before the vocabulary was changed; None where nothing shows a change."""
     config: Any = getattr(model, "config", None)
     embedding = input_embeddings(model)
     if not isinstance(config, PreTrainedConfig) or embedding is None:
@@ -81,14 +74,7 @@ def stored_size(config: PreTrainedConfig, path: str) -> int | None:
 
 
 def saved_embeddings(model: nn.Module, attached: Attached, asked: bool | None) -> dict[str, Tensor]:
-    """Return the whole matrices to write beside an adapter, under HF PEFT's keys.
-
-    Args:
-        model: the adapted model.
-        attached: the adapter.
-        asked: whether to write them; None: where the vocabulary was changed, or the adapter was
-            read with rows of its own.
-    """
+    """`asked` None: where the vocabulary was changed, or the adapter has rows of its own."""
     before = resized_from(model)
     here = dict(adapter_places(model, attached.name))
     kept = any(tokens_of(p, "kept_rows") for p in here.values())
@@ -173,10 +159,7 @@ def keep_embeddings(model: nn.Module, name: str, values: Mapping[str, Tensor]) -
 def replaced_rows(
     model: nn.Module, name: str, keys: Mapping[str, object]
 ) -> dict[str, set[int] | None]:
-    """Return the weights that an adapter's file replaces: these tokens' rows, or all (None).
-
-    `keys` are those of the file.
-    """
+    """Return the weights that the file replaces: these tokens' rows, or all (None)."""
     found: dict[str, set[int] | None] = {}
     for place, params in adapter_places(model, name):
         for rows in ROWS:

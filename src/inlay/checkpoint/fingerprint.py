@@ -26,20 +26,13 @@ DESCRIBED = "described_base"
 def describe_base(
     model: nn.Module, base_model: str | None, replaced: Mapping[str, set[int] | None]
 ) -> dict[str, Any]:
-    """Return the description of a base model in inlay.json.
-
-    `replaced` names the parameters that the adapter replaces, whole or in some rows, whose values
-    are left out: a new classifier starts from other values on every load.
-    """
+    """Leave out the values of `replaced` parameters: a new classifier's differ on every load."""
     kept: dict[str, Any] = vars(model).get(DESCRIBED) or {}
     return {"model": base_model, **(kept or description(model, replaced))}
 
 
 def warn_unfrozen(model: nn.Module) -> None:
-    """Warn when the base's own parameters train, whose values no adapter's file holds.
-
-    A parameter that accelerate has put away is a placeholder, which does not train.
-    """
+    """Warn when the base's own parameters train, whose values no adapter's file holds."""
     found = [
         f"{name}.{key}" if name else key
         for name, module in own_modules(model)
@@ -111,11 +104,7 @@ def shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def values_digest(model: nn.Module, replaced: Mapping[str, set[int] | None]) -> str:
-    """Return the SHA-256 of a sample of the values that no storage packs, in bf16.
-
-    That is every vector (norms, biases) and a few rows of every embedding: equal for a dense and
-    a quantised load, and for fp32 and bf16 loads, of the same weights.
-    """
+    """Digest vectors and some embedding rows in bf16: equal for dense and quantised loads."""
     digest = hashlib.sha256()
     for name, module in own_modules(model):
         with brought_in(module):

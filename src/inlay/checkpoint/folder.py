@@ -74,11 +74,7 @@ class AdapterFolder:
 
 
 def read_folder(directory: str | Path) -> AdapterFolder:
-    """Read an adapter's folder; imports no torch and loads no tensor.
-
-    Raises:
-        CheckpointError: a file is missing, damaged, not the one that was saved, or a pickle.
-    """
+    """Read an adapter's folder without torch or tensors; CheckpointError if damaged."""
     path = Path(directory)
     with reading(path):
         check_files(path)

@@ -32,10 +32,7 @@ Rename = Callable[[str], str]
 
 
 def fitted(model: nn.Module, method: Method, folder: AdapterFolder) -> AdapterFolder:
-    """Return a folder with keys and targets of this model; the same folder where they are.
-
-    A warning says what was converted. Keys that no conversion brings to places of this model stay.
-    """
+    """Return the folder with this model's keys; keys that no conversion fits stay."""
     if isinstance(method, PromptMethod) or not folder.tensors:
         return folder
     places = Places(model, method)

@@ -84,10 +84,7 @@ def adapter_config(model: nn.Module, attached: Attached, base: str | None) -> di
 
 
 def tokens_config(model: nn.Module, attached: Attached) -> dict[str, Any]:
-    """Return the options for tokens whose rows train.
-
-    HF PEFT has no place for them with other methods than LoRA, so it is not to read these.
-    """
+    """HF PEFT has no place for tokens with other methods than LoRA and must not read these."""
     tokens = {name: list(ids) for name, ids in attached.trainable_tokens.items()}
     only = list(tokens) == [input_name(model)]
     found: dict[str, Any] = {
@@ -101,11 +98,7 @@ def tokens_config(model: nn.Module, attached: Attached) -> dict[str, Any]:
 def with_patterns(
     config: dict[str, Any], method: Method, names: Sequence[str], by_weight: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Name every layer in the patterns where HF PEFT, which sorts them, would read them otherwise.
-
-    The first pattern that matches counts, in either library. HF PEFT knows the layers in
-    `by_weight` by the name of their weight.
-    """
+    """Name every layer in patterns that HF PEFT, which sorts them, would read otherwise."""
     patterns = {p: f for f, p in method.peft_keys.items() if p.endswith("_pattern")}
     ordered = {p: dict(sorted(config[p].items())) for p in patterns}
     as_read = type(method).from_peft({**config, **ordered})
@@ -130,10 +123,7 @@ def adapter_extras(
     folder: Path,
     written: Mapping[str, object],
 ) -> dict[str, Any]:
-    """Return the contents of inlay.json, once the tensors are written.
-
-    `written` has the keys of the whole embeddings in the file.
-    """
+    """Return the contents of inlay.json; `written` has the keys of whole embeddings."""
     head = head_of(model)  # One in place of the language model's.
     placement = dataclasses.asdict(placement_of(model, attached))
     if not placement["trainable_tokens"]:
@@ -159,11 +149,7 @@ def hyperparameters(method: Method) -> dict[str, Any]:
 
 
 def task_type(model: nn.Module, saved: Sequence[str]) -> str | None:
-    """Return HF PEFT's task type of a model.
-
-    HF PEFT trains a new head for the classifying tasks, so these are named only where the adapter
-    brings one.
-    """
+    """Name a classifying task only with a saved head: HF PEFT trains a new one for these."""
     name = type(model).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
@@ -178,10 +164,7 @@ def task_type(model: nn.Module, saved: Sequence[str]) -> str | None:
 def replaced_by(
     model: nn.Module, name: str, keys: Mapping[str, object]
 ) -> dict[str, set[int] | None]:
-    """Return the base's parameters that an adapter replaces: whole (None), or these rows.
-
-    `keys` are those of the adapter's file.
-    """
+    """Return the base's parameters that an adapter replaces: whole (None), or these rows."""
     found = replaced_rows(model, name, keys)
     for place, params in adapter_places(model, name):
         module, single = module_at(model, place)

@@ -123,16 +123,7 @@ INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def method_in(config: Mapping[str, Any], where: str, remedy: str | None = None) -> Method:
-    """Build the method that an HF PEFT configuration describes.
-
-    Args:
-        config: the options, by HF PEFT's names.
-        where: the name of the configuration in an error.
-        remedy: what to do about an option that Inlay does not have; default: convert the adapter.
-
-    Raises:
-        CheckpointError: a method or an option that Inlay does not have, or a wrong value.
-    """
+    """Build the configured method; `where` names the configuration in an error."""
     spec = spec_for(config, where)
     cls = spec.load()
     options = {**DEFAULTS.get(config["peft_type"], {}), **config}
@@ -205,10 +196,7 @@ def checked(spec: MethodSpec, mine: str, theirs: str, value: Any, where: str) ->
 
 
 def patterns(config: Mapping[str, Any], key: str, where: str) -> str | list[str]:
-    """Return an option that names modules as a pattern, or as a list of patterns.
-
-    HF PEFT takes an entry of such a list for any ending of a name, within a component too.
-    """
+    """HF PEFT takes an entry of such a list for any ending of a name, within a component too."""
     found = words(config, key, where)
     return found if isinstance(found, str) else [f".*{re.escape(word)}" for word in found]
 

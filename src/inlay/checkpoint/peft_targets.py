@@ -37,11 +37,7 @@ AUTOMATIC = ("classifier", "score", "qa_outputs")
 def placement_in(
     model: nn.Module, method: Method, config: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    """Return `attach`'s arguments from HF PEFT's options, resolved on this model.
-
-    Raises:
-        CheckpointError: an option is not of its type, matches nothing, or is for another model.
-    """
+    """Return `attach`'s arguments from HF PEFT's options; CheckpointError if one misfits."""
     names = names_of(model)
     saved, tokens = saved_modules(config, names, where), tokens_in(config, where)
     if isinstance(method, PromptMethod):
@@ -255,10 +251,7 @@ def check_dimensions(
 
 
 def check_no_former_experts(model: nn.Module, config: Mapping[str, Any], where: str) -> None:
-    """Raise when a configuration names layers that transformers 5 joined in a mixture's experts.
-
-    HF PEFT would look for them among the experts.
-    """
+    """transformers 5 joined these layers in a mixture's experts; HF PEFT looks there."""
     targets = config.get("target_modules")
     if config.get("peft_type") != "LORA" or not isinstance(targets, list):
         return

@@ -116,10 +116,7 @@ def peft_placement(
 def modules_and_parameters(
     model: nn.Module, method: Method, targets: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Return the modules and the parameters that HF PEFT's configuration is to name.
-
-    A layer whose name HF PEFT would read as an expert's is named by its weight.
-    """
+    """A layer whose name HF PEFT would read as an expert's is named by its weight."""
     modules: list[str] = []
     parameters: list[str] = []
     for name in targets:
@@ -162,10 +159,7 @@ def prompt_dimensions(model: nn.Module, method: PromptMethod) -> dict[str, Any]:
 
 
 def submodules_of(config: Any, method: PromptMethod) -> int:
-    """Return the number of parts of a model for which HF PEFT keeps a prompt.
-
-    A prefix of an encoder and a decoder is kept once.
-    """
+    """HF PEFT keeps the prefix of an encoder and a decoder once."""
     if not getattr(config, "is_encoder_decoder", False):
         return 1
     return 2 if method.peft_type == "PREFIX_TUNING" else method.rows // method.tokens

@@ -81,11 +81,7 @@ def slots(model: nn.Module, name: str) -> list[Slot]:
 
 
 def prefix_of(model: nn.Module, name: str, place: str) -> str:
-    """Return the prefix of one place's keys.
-
-    HF PEFT wraps a module once for each of its parameters, the last one outermost, and an
-    attention module around its output projection.
-    """
+    """HF PEFT wraps a module once a parameter, and attention around its output projection."""
     module, parameter = module_at(model, place)
     if not place:
         return PREFIX
@@ -122,10 +118,7 @@ def key_of(
     method: Method | None,
     kind: Kind | None,
 ) -> str:
-    """Return the key of one tensor, HF PEFT's where it has the method.
-
-    `own` are the names of the place's own parameters.
-    """
+    """`own` are the names of the place's own parameters."""
     if isinstance(method, PromptMethod):
         return method.peft_tensors("linear").get(tensor, tensor)
     if tensor == "token_rows":
@@ -142,10 +135,7 @@ def key_of(
 def computed(
     model: nn.Module, name: str, found: Sequence[Slot], values: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return the tensors of the file that HF PEFT computes from an adapter's own.
-
-    They are computed from `values`, by key, where these are given; nothing where one lacks.
-    """
+    """Return the tensors that HF PEFT computes from others; none where one of `values` lacks."""
     method = known(model, name).method
     if not isinstance(method, PromptMethod):
         return {}

@@ -83,11 +83,7 @@ def values_in(folder: AdapterFolder) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, name: str, folder: AdapterFolder, about: str) -> None:
-    """Copy a folder's tensors into an adapter's, after checking every one of them.
-
-    Raises:
-        CheckpointError: a tensor is missing, unread, misshapen, of another dtype, or not finite.
-    """
+    """Copy a folder's tensors into an adapter's; CheckpointError unless every one fits."""
     found, entries = slots(model, name), folder.tensors
     own = {slot.key for slot in found}
     copies = {k: base for k in entries if k not in own for base in base_of(model, k)}
@@ -118,10 +114,7 @@ def check_entries(
     copies: Mapping[str, Tensor],
     about: str,
 ) -> None:
-    """Raise unless a file's tensors have the keys, shapes and dtypes of an adapter's.
-
-    `copies` are the base's own parameters that the file repeats.
-    """
+    """`copies` are the base's own parameters that the file repeats."""
     expected = {**copies, **{slot.key: slot.written for slot in found}, **computed_values}
     misfits = (
         misfit(key, entries[key], tensor, key in copies)
@@ -150,10 +143,7 @@ def put_values(
 
 
 def separate(found: list[Slot], values: Mapping[str, Tensor]) -> None:
-    """Give each module its own tensor where modules share one here that differs in the file.
-
-    HF PEFT trains a tied embedding and head apart unless told otherwise.
-    """
+    """Give each module its own tensor where shared ones differ in the file."""
     first: dict[int, Slot] = {}
     for slot in found:
         if slot.key not in values:
@@ -194,10 +184,7 @@ def misfit(key: str, entry: Entry, tensor: Tensor, is_copy: bool) -> Iterator[st
 
 
 def base_of(model: nn.Module, key: str) -> Iterator[Tensor]:
-    """Yield the base's own parameter that a key is a copy of, if it is one.
-
-    HF PEFT writes the whole embeddings beside an adapter that targets them.
-    """
+    """Yield the base's parameter that a key copies: HF PEFT writes the whole embeddings too."""
     module_name = module_of(key)
     parameter = "weight"
     if not module_name:

@@ -148,11 +148,7 @@ def draw_row(row: RowShown, marks: bool) -> None:
 
 
 def data_named(given: dict[str, Any]) -> None:
-    """Take the one word for the data, if it is the name of such and not a run file's.
-
-    Raises:
-        UsageError: the data are named twice.
-    """
+    """Take the data's name from the run file's place; UsageError where data are named twice."""
     word = given.get("run_file", "")
     if word not in BUILT_IN and Path(word).suffix.lower() not in READERS:
         return

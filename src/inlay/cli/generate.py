@@ -95,10 +95,7 @@ def run(given: dict[str, Any]) -> int:
 
 
 def rows_to_continue(options: GenerateOptions, tuned: Tuned | None) -> Measured | None:
-    """Return the rows of the file, or None when the prompt is given as text.
-
-    All are read where only some have an answer: the first of them may have none.
-    """
+    """None when the prompt is given as text; all rows where only some have an answer."""
     if options.data is None:
         return None
     from inlay.cli.rows import keys_for, rows_of
@@ -153,11 +150,7 @@ def continued(
 def prompts_of(
     options: GenerateOptions, model: PreTrainedModel, found: Measured, tuned: Tuned | None
 ) -> Prompts:
-    """Return the prompts of rows as tokens, just as in training.
-
-    Raises:
-        UsageError: the rows have no prompt.
-    """
+    """Encode the prompts just as in training; UsageError where the rows have none."""
     from inlay.cli.measuring import reading
     from inlay.cli.rows import at_most
 

@@ -21,12 +21,7 @@ def reading(found: Measured, base: str, revision: str | None) -> Any:
 
 
 def task_run_for(tuned: Tuned, model: PreTrainedModel, found: Measured) -> TaskRun[Any, Any]:
-    """Return the run that reads and measures rows as the adapter's own run did.
-
-    Raises:
-        DataError: the rows are not what the model was trained for, or it sees no images.
-        ModelError: the model is not one of the task's.
-    """
+    """Raise DataError or ModelError where rows or model are not of the adapter's task."""
     run = reading(found, tuned.base, tuned.run.get("revision"))
     run.recall(model, found.rows, tuned.record)
     return run

@@ -152,13 +152,7 @@ def check_free(output: Path, overwrite: bool) -> None:
 
 
 def rows_to_check(options: MergeOptions, tuned: Tuned) -> Measured | None:
-    """Return the rows named, else those the run held out.
-
-    None where the run held none out, or there is no run: random tokens do then.
-
-    Raises:
-        DataError: the rows cannot be read.
-    """
+    """Return the rows named, else those the run held out; None where there are none."""
     if options.data is None and not tuned.run:
         return None
     from inlay.cli.rows import rows_named

@@ -84,11 +84,7 @@ class Parser(argparse.ArgumentParser):
         group.add_argument(name, nargs="?", metavar=shown_as, help=text)
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Return the given flags by key.
-
-        Raises:
-            UsageError: an unknown flag, a flag without its value, or an extra argument.
-        """
+        """Raise UsageError for an unknown flag, one without its value, or an extra word."""
         namespace, rest = self.parse_known_args(list(argv))
         if rest:
             raise UsageError(self.unknown(rest))
@@ -146,11 +142,7 @@ def same(key: str) -> Any:
 
 
 def checked(definition: type[Options], given: Mapping[str, Any]) -> Options:
-    """Return the options that the given flags define.
-
-    Raises:
-        UsageError: with one line for each problem.
-    """
+    """Raise UsageError with one line for each problem."""
     known = {flag.key: flag for flag in flags_of(definition)}
     values = {key: from_text(known[key], value) for key, value in given.items() if key in known}
     options, problems = validated(definition, values)

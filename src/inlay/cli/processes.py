@@ -22,11 +22,7 @@ class Processes:
     """A run's plan on several processes."""
 
     def __init__(self, config: RunConfig, options: LaunchOptions) -> None:
-        """Divide the run.
-
-        Raises:
-            UsageError: it cannot be divided so.
-        """
+        """Raise UsageError where the run cannot be divided so."""
         from inlay.train.processes.division import divided
         from inlay.train.processes.world import World
 

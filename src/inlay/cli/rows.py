@@ -36,19 +36,7 @@ class Measured:
 
 
 def rows_to_measure(tuned: Tuned, data: str, given: Mapping[str, Any]) -> Measured:
-    """Return the rows of data; of the data that an adapter's run trained on, those it held out.
-
-    Flags replace the run's keys.
-
-    Args:
-        tuned: the adapter and its run.
-        data: where the rows are.
-        given: the flags that say how rows are read.
-
-    Raises:
-        UsageError: as `check_divided_alike`.
-        DataError: the rows are not there or malformed, or the run held none out.
-    """
+    """Of the run's own data, return the held-out rows; flags replace the run's keys."""
     if tuned.task.has_head:
         return rows_for_head(tuned, data, given)
     keys, most = keys_for(tuned.run, given), tuned.run.get("max_rows")
@@ -83,11 +71,7 @@ def rows_for_head(tuned: Tuned, data: str | None, given: Mapping[str, Any]) -> M
 
 
 def rows_of(source: str, tuned: Tuned | None, keys: Mapping[str, Any]) -> Measured:
-    """Read and check the rows of a source as the keys ask for, or as their fields tell.
-
-    Raises:
-        DataError: the data are not there, malformed, empty, or a row lacks what it needs.
-    """
+    """Read rows as the keys ask for; DataError where they are missing or malformed."""
     raw = read_rows(source)[: keys.get("max_rows")]
     own = TASKS["sft"] if tuned is None else tuned.task
     named = {key: keys[key] for key in COLUMNS if keys.get(key) is not None}
@@ -112,10 +96,7 @@ def run_to_measure(task: Task, tuned: Tuned | None, keys: Mapping[str, Any]) -> 
 
 
 def keys_for(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys to read rows with: the flags, else the run's, else the defaults.
-
-    A flag that names a column replaces all the columns of the run.
-    """
+    """Return flags, else the run's keys; one column flag replaces all the run's columns."""
     defaults = {key: run_keys()[key].get_default() for key in (*READING, *COLUMNS)}
     kept = ["max_length", "skip_empty", "split_by", "rewards", "max_pixels", "allow_urls"]
     if not any(key in given for key in COLUMNS):
@@ -125,11 +106,7 @@ def keys_for(run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def held_out(tuned: Tuned, changed: Mapping[str, Any], most: int | None) -> Measured:
-    """Return the rows that a run kept aside for its last measurement.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Return the run's rows for its last measurement; DataError where there are none."""
     config = checked_config({**tuned.run, **changed}, source="run.json")
     rows = rows_of_run(config).test
     if changed:
@@ -138,11 +115,7 @@ def held_out(tuned: Tuned, changed: Mapping[str, Any], most: int | None) -> Meas
 
 
 def check_divided_alike(run: Mapping[str, Any], asked: Mapping[str, Any], data: str) -> None:
-    """Raise where other columns would divide a run's data otherwise than the run did.
-
-    Raises:
-        UsageError: naming the columns.
-    """
+    """Raise UsageError where other columns would divide a run's data otherwise."""
     other = [k for k in DIVIDING if k in asked and asked[k] != run.get(k)]
     if other and not run.get("split_by") and not run.get("eval_data"):
         flags = " and ".join("--" + key.replace("_", "-") for key in other)
@@ -153,11 +126,7 @@ def check_divided_alike(run: Mapping[str, Any], asked: Mapping[str, Any], data: 
 
 
 def some_of(kept: Rows, count: int | None, data: str) -> Rows:
-    """Return the first of the rows that a run held out.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Return the first of the held-out rows; DataError where there are none."""
     if not len(kept):
         raise DataError(f"the run trained on all rows of {data} and held none out; give other rows")
     return at_most(kept, count)

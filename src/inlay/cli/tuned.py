@@ -45,11 +45,7 @@ class Tuned:
 
 
 def find_tuned(directory: str) -> Tuned:
-    """Return what the folder of a run, or of an adapter, says; imports no torch.
-
-    Raises:
-        CheckpointError: there is no adapter, its files are damaged, or it names no base.
-    """
+    """Import no torch; CheckpointError if no adapter, damaged, or without a base."""
     folder = Path(directory)
     within = (folder / "adapter" / CONFIG).is_file() and not (folder / CONFIG).is_file()
     adapter = folder / "adapter" if within else folder

@@ -195,10 +195,7 @@ def continued(
     processors: LogitsProcessorList | None = None,
     synced: bool = False,
 ) -> list[list[int]]:
-    """Return the new tokens after each prompt, including the end token.
-
-    With `synced`, generate until the answers of every process have ended.
-    """
+    """Return the new tokens with the end token; `synced` waits for every process."""
     longest = max(map(len, prompts))
     ids = [[config.pad_token_id] * (longest - len(p)) + [*p] for p in prompts]
     mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]

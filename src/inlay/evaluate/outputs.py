@@ -15,8 +15,6 @@ from inlay.methods.base import evaluating
 from inlay.model.fast.padding import length_multiple
 from inlay.model.merge.fidelity import first_tensor
 
-__all__ = ["Input", "accepted", "outputs", "padded_batches", "padded_inputs", "padding_of"]
-
 
 class Input(Protocol):
     """A row as tokens, as the data room encodes it."""

@@ -37,10 +37,7 @@ def check_same_rows(rows: Rows, encoded: Sequence[EncodedRow]) -> None:
 def choose_samples(
     rows: Rows, encoded: Sequence[EncodedRow], count: int, room: int | None = None
 ) -> tuple[Sample, ...]:
-    """Return up to `count` rows that have a prompt and a completion, spread evenly over all.
-
-    With `room`, only prompts of fewer tokens.
-    """
+    """Spread up to `count` rows evenly over all; with `room`, only prompts of fewer tokens."""
     check_same_rows(rows, encoded)
     possible = [
         sample
@@ -71,10 +68,7 @@ def completion_start(row: EncodedRow) -> int:
 
 
 def own_completion(row: Mapping[str, Any], encoded: EncodedRow) -> str | None:
-    """Return the last completion of which tokens are left, whole even where some were cut.
-
-    Of messages it is the assistant's last, or an earlier one where the last ones were cut off.
-    """
+    """Return the last completion of which tokens are left; an earlier message if cut off."""
     if "completion" in row:
         return row["completion"]
     said = [turn["content"] for turn in row.get("messages", ()) if turn["role"] == "assistant"]

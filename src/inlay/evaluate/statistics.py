@@ -55,10 +55,7 @@ def bootstrap_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval | None:
-    """Return the percentile bootstrap interval (low, high) of the (weighted) mean over rows.
-
-    None where resampling tells nothing: fewer than two rows, or all rows with the same value.
-    """
+    """Return (low, high) of the percentile bootstrap; None below two rows or if constant."""
     x = np.asarray(values, dtype=np.float64)
     w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=np.float64)
     if len(x) < 2 or np.ptp(x) == 0:

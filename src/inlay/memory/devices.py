@@ -92,15 +92,7 @@ ALIASES = {"a100": "a100-80", "4090": "rtx4090", "3090": "rtx3090", "5090": "rtx
 
 
 def device_named(name: str | None, memory: int | None = None) -> Device:
-    """Return a device by name, by default the one of this machine.
-
-    Args:
-        name: a GPU of the table, several as `2xrtx4090`, `cpu`, or None.
-        memory: bytes to use in place of the device's own.
-
-    Raises:
-        UsageError: there is no such device in the table.
-    """
+    """None is this machine; `2xrtx4090` several GPUs; UsageError for an unknown name."""
     found = known_device(name)
     return found if memory is None else replace(found, memory=memory)
 
@@ -147,10 +139,7 @@ def this_machine() -> Device:
 
 
 def this_cpu(*, rates: bool = True) -> Device:
-    """Return this machine's CPU: rates measured in about a second.
-
-    Its memory is what this process holds and what is free now.
-    """
+    """Rates are measured in about a second; memory is what is held and what is free."""
     half, single, bandwidth = cpu_rates() if rates else (1e11, 1e11, 1e10)
     memory = available_memory() + resident()
     return Device("cpu", "cpu", memory, bandwidth, half, single, bandwidth, measured=True)
@@ -187,10 +176,7 @@ def cgroup_rooms() -> list[int]:
 
 
 def cgroup_folders() -> list[Path]:
-    """Return the folders of the cgroups this process is in, those around them included.
-
-    A container often sees its own at the top, whatever it is called outside.
-    """
+    """Return the cgroups of this process and around it; a container sees its own on top."""
     tops = {"": CGROUPS, "memory": CGROUPS / "memory"}
     found = dict.fromkeys(tops.values())
     for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else []:
@@ -209,10 +195,7 @@ def file_cache(stat: Path) -> int:
 
 
 def cpu_rates() -> tuple[float, float, float]:
-    """Measure this CPU: operations a second on bfloat16 and float32 products, bytes a second.
-
-    The rate for bfloat16 is the better of both dtypes, as the kernels choose.
-    """
+    """Measure bfloat16 and float32 operations and bytes a second; bfloat16: the better dtype."""
     single, half = (product_rate(dtype) for dtype in (torch.float32, torch.bfloat16))
     x = torch.empty(1 << 24)
     seconds = fastest(lambda: x.mul_(1.0))
@@ -239,11 +222,7 @@ UNITS = DECIMAL | {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def bytes_from(text: str) -> int:
-    """Return the bytes that `24GB`, `22.5GiB` or a plain number means.
-
-    Raises:
-        UsageError: it is not a size.
-    """
+    """Return the bytes that `24GB`, `22.5GiB` or a plain number means; else UsageError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not found or found[2].lower() not in UNITS:
         raise UsageError(f"'memory' must be a size such as 24GB or 80GiB, not {text!r}")

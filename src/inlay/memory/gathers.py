@@ -38,10 +38,7 @@ class Gathers:
     def __init__(
         self, model: nn.Module, shards: int, *, copied: bool, making: Callable[[str], str]
     ) -> None:
-        """Divide the model's weights among `shards`; `copied` is: gloo gathers into a copy.
-
-        `making` says what memory is for from now on, and returns what it was for.
-        """
+        """`copied`: gloo gathers into a copy; `making` sets the category of new memory."""
         self.shards, self.copied, self.making = shards, copied, making
         self.order: list[Gathered] = []
         """The blocks of the forward pass, as they were run."""

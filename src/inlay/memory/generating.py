@@ -54,11 +54,7 @@ class Answered:
 def simulate_answers(
     build: Callable[[], nn.Module], asked: Answering, kind: Literal["cpu", "cuda"]
 ) -> Answered:
-    """Run the first and the last pass of a generation on fake tensors.
-
-    Raises:
-        ModelError: what the model computes depends on values that are known only in training.
-    """
+    """Run the first and last pass on fake tensors; ModelError if values are needed."""
     ids = [torch.zeros(asked.rows, tokens, dtype=torch.long) for tokens in (asked.prompt, 1)]
     with planning_for(kind), fake_tensors() as mode:
         model = build().eval()
@@ -83,10 +79,7 @@ def simulate_answers(
 
 
 def draw(model: nn.Module, ids: Tensor, cache: DynamicCache, sorts: bool) -> None:
-    """Run one pass of a generation, and what draws a token from its logits.
-
-    The mask of padded prompts, whose values decide how it is made, is left out and counted apart.
-    """
+    """The mask of padded prompts, whose values decide how it is made, is counted apart."""
     call: dict[str, Any] = {cache_argument(model.forward) or "cache": cache, "use_cache": True}
     found = model(input_ids=ids, logits_to_keep=LOGITS_KEPT, **call)
     logits = found.logits[:, -1].to(torch.float32, copy=True)

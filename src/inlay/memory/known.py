@@ -76,11 +76,7 @@ def grouped_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def check_within(table: Tensor, ids: Tensor) -> None:
-    """Raise where known ids read past the end of a table of embeddings.
-
-    Raises:
-        DataError: naming both.
-    """
+    """Raise DataError where known ids read past the end of a table of embeddings."""
     known: Tensor | None = vars(ids).get("known")
     if known is None or not known.numel():
         return
@@ -126,10 +122,7 @@ def unfilled(real: Tensor) -> Tensor:
 
 
 def as_integers(index: Tensor | None, known: bool) -> list[Tensor | None]:
-    """Return a boolean index as the integer ones it stands for; others as they are.
-
-    Their values are followed only where what they index is `known` too.
-    """
+    """Return a boolean index as integers; values are followed where the source is `known`."""
     if index is None or index.dtype not in (torch.bool, torch.uint8) or not hasattr(index, "known"):
         return [index]
     mask: Tensor = index.known  # pyright: ignore[reportAttributeAccessIssue]

@@ -131,11 +131,7 @@ def pass_seconds(plan: Plan, accumulation: int) -> float:
 def scaling(
     division: Division, plan: Plan, seconds: float, links: Links, step_passes: int
 ) -> Iterator[tuple[Division, Step]]:
-    """Yield the predicted step on 1, 2, 4, ... 1,024 devices of the same kind.
-
-    A step has the run's passes, or one a device where those are fewer. Weights are divided as in
-    the plan: among so many devices, or among all where it divides them among all.
-    """
+    """Predict the step on 1, 2, 4, ... 1,024 devices; at least one pass a device."""
     size = 1
     while size <= MOST:
         local, nodes = min(size, division.local), max(1, size // division.local)

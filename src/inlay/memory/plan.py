@@ -151,11 +151,7 @@ def plan(
 
 
 def possible(policies: Sequence[Policy], device: Device) -> Iterator[Policy]:
-    """Yield the policies that this kind of device knows.
-
-    Raises:
-        ModelError: there is none among them.
-    """
+    """Yield the policies that this kind of device knows; ModelError where there is none."""
     found: list[Policy] = [p for p in policies if device.kind == "cuda" or p != "offload"]
     if not found:
         raise ModelError(
@@ -198,10 +194,7 @@ def option(policy: Policy, found: Simulation, task: Task, device: Device, runtim
 def generating(
     step: Option, answered: Answered, found: Simulation, task: Task, device: Device
 ) -> Option:
-    """Return a step that first generates its answers, while no activation is alive.
-
-    The base scores the answers once more without keeping activations, about a third of a pass.
-    """
+    """Count the base's second scoring of the answers as about a third of a pass."""
     weights = step.bytes["weights"]
     parts = {
         "weights": weights,

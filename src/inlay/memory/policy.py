@@ -134,10 +134,7 @@ def offloading(
 
 
 def keeping(again: Callable[..., Any], wide: frozenset[int]) -> Callable[..., Any]:
-    """Return what runs a block and keeps its products, apart from those that it changes in place.
-
-    Which those are shows in the first pass, which is then begun again.
-    """
+    """Keep products, but not those that a block changes in place, which the first pass finds."""
     changed: set[Product] = set()
 
     def run(function: Callable[..., Any], *inputs: Any) -> Any:
@@ -169,11 +166,7 @@ class Kept:
         return create_selective_checkpoint_contexts(self.choice)
 
     def choice(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return whether to keep the result of an operation, which has just run.
-
-        Raises:
-            KeptChangedError: it changed what is kept.
-        """
+        """Whether to keep the last result; KeptChangedError if it changed a kept one."""
         if op._schema.is_mutable:
             named = dict(zip((a.name for a in op._schema.arguments), args, strict=False)) | kwargs
             written = [named.get(a.name) for a in op._schema.arguments if a.is_write]
@@ -189,11 +182,7 @@ class Kept:
         return CheckpointPolicy.MUST_SAVE
 
     def checked(self, output: Any) -> Any:
-        """Return a block's output, which code behind it may change in place.
-
-        Raises:
-            KeptChangedError: it is kept, and PyTorch would not see such a change.
-        """
+        """Raise KeptChangedError if a kept product is output: PyTorch misses changes to it."""
         self.check(output, {k: p for k, p in self.products.items() if k in self.unseen})
         return output
 

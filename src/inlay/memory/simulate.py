@@ -290,10 +290,7 @@ class Step:
 
 
 def streamed_bytes(model: nn.Module) -> int:
-    """Return what lies on the device of a model's frozen weights when they are streamed.
-
-    Two of the largest repeated block, of a packed output head, or of a dense one's shares.
-    """
+    """Count two of the largest repeated block, of a packed head, or of a dense head's shares."""
     blocks = repeated_blocks(model)
     sizes = [frozen_bytes(block) for block in blocks]
     inside = {m for block in blocks for m in block.modules()}

@@ -24,15 +24,7 @@ from inlay.storage.registry import storage_class
 
 
 def config_of(model: str, revision: str | None = None) -> tuple[PreTrainedConfig, Path]:
-    """Return a model's configuration and where it lies; no weights are needed.
-
-    Args:
-        model: `pocket`, a folder, a config.json, or a hub id.
-        revision: branch, tag or commit of a hub id.
-
-    Raises:
-        ModelError: there is no such model, or its configuration cannot be read.
-    """
+    """`model` is `pocket`, a folder, a config.json or a hub id; no weights are needed."""
     where = EMBEDDED[model] if model in EMBEDDED else Path(model).expanduser().resolve()
     if where.is_file():
         return config_in_file(where), where

@@ -50,12 +50,7 @@ REMEDY = "leave it at its default, or make this adapter with HF PEFT itself"
 
 
 def prepared(config: PeftConfig, model: nn.Module) -> PeftConfig:
-    """Return a copy of a configuration with HF PEFT's own defaults for this model filled in.
-
-    Raises:
-        AdapterError: not a configuration of HF PEFT, or a method or option Inlay does not have.
-        TargetError: no target is given, and HF PEFT has no default for this kind of model.
-    """
+    """Return a copy with HF PEFT's own defaults for this model filled in."""
     check_config(config)
     check_new(config)
     found: Any = copy.deepcopy(config)
@@ -108,10 +103,7 @@ def warn_of_idle_exclude(config: Any, model: nn.Module) -> None:
 
 
 def convert_experts(config: Any, model: nn.Module) -> None:
-    """Convert targets that name a mixture's experts by their layers' former names, as HF PEFT does.
-
-    Parameters that HF PEFT adds and this model does not have are taken out again.
-    """
+    """Convert targets that name experts by their former layer names, as HF PEFT does."""
     given = set(getattr(config, "target_parameters", None) or ())
     if not hasattr(getattr(model, "config", None), "model_type"):
         return

@@ -103,11 +103,7 @@ def write_metadata(card: Any, wrapped: Any, more: list[str]) -> None:
 def values_in_state(
     wrapped: Any, name: str, state: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor] | None:
-    """Return an adapter's values in a state, by their names in the base model's own state.
-
-    The state given is the wrapped model's own, by its names or its file's; its other values are
-    left out.
-    """
+    """Return an adapter's values, by their base model names, from the wrapped model's state."""
     if state is None:
         return None
     base = wrapped.get_base_model()

@@ -45,8 +45,6 @@ TRUST = "trust_remote_code"
 
 @dataclass(frozen=True)
 class Drawing:
-    """One place of a new adapter, and what its initial values are drawn by."""
-
     model: nn.Module
     place: str
     params: Params
@@ -68,11 +66,7 @@ class Drawing:
 
 @torch.no_grad()
 def draw_initial_values(model: nn.Module, name: str, config: PeftConfig) -> None:
-    """Give a new adapter the values that HF PEFT starts it with, drawn from torch's global seed.
-
-    Values are drawn in HF PEFT's order and rounded to the base's dtype as it rounds them, so that
-    after the same `torch.manual_seed` both libraries start from the same adapter.
-    """
+    """Draw the initial values in HF PEFT's order: one torch seed gives the same adapter."""
     options = options_of(config)
     draw = DRAWS.get(options["peft_type"])
     if draw is None:
@@ -84,11 +78,7 @@ def draw_initial_values(model: nn.Module, name: str, config: PeftConfig) -> None
 
 
 def in_order(model: nn.Module, name: str) -> Iterator[Place]:
-    """Yield the places of an adapter as HF PEFT comes to them, some of them twice.
-
-    It comes to single parameters last, and draws an attention module's output projection both
-    before and after its input projections.
-    """
+    """Yield an adapter's places in HF PEFT's order; it draws attention outputs twice."""
     found = list(adapter_tensors(model, name))
     last: list[Place] = []
     for each in found:

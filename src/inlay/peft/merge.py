@@ -238,10 +238,7 @@ class Merging(nn.Module):
         )
 
     def effect_kept(self, merged: Merged) -> float | None:
-        """Return the share of the adapters' effect on the outputs that a merge keeps.
-
-        None where no inputs can be made for the model. The merge is in place, before and after.
-        """
+        """Return the share of the effect on the outputs that is kept; None without inputs."""
         try:
             batches = example_inputs(self.model)
         except ModelError:

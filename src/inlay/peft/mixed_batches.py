@@ -24,15 +24,7 @@ APART = "run the rows of each adapter in a batch of their own"
 
 @contextmanager
 def routed(model: nn.Module, names: Sequence[str], copies: int = 1) -> Generator[None]:
-    """Run each row of a batch through the adapter named for it, inside the `with` block.
-
-    Every adapted layer splits its rows by adapter, so that each row is computed as it is alone.
-
-    Args:
-        model: a model in eval mode.
-        names: the adapter's name of each row; `__base__` is none.
-        copies: how many times the model repeats each row, as beam search does.
-    """
+    """Run each row of a batch through the adapter named for it; `__base__` is none."""
     check_names(model, names)
     layers = [(n, m) for n, m in own_modules(model) if isinstance(m, AdaptedLayer)]
     used = [(n, m) for n, m in layers if set(names) & set(m.methods)]
@@ -57,11 +49,7 @@ def grouped(names: Sequence[str], copies: int) -> dict[str, Tensor]:
 def forward(
     layer: AdaptedLayer, name: str, groups: dict[int, dict[str, Tensor]], *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Return a layer's output, each row through its own adapter.
-
-    `groups` holds the rows of each adapter by the batch size: an encoder reads each row once, where
-    the decoder reads it once a beam.
-    """
+    """`groups`: rows of each adapter by batch size; a decoder reads each row once a beam."""
     call = [*args, *kwargs.values()]
     x: Tensor = call[0]
     rows = x.shape[0]

@@ -69,21 +69,14 @@ class ModelWrapper(peft.PeftModel):
 
     @property
     def active_peft_config(self) -> PeftConfig:
-        """The configuration of the first active adapter.
-
-        Raises:
-            AdapterError: none is active.
-        """
+        """The configuration of the first active adapter; AdapterError where none is active."""
         if not self.active_adapters:
             raise AdapterError("no adapter is active; call set_adapter or add_adapter first")
         return self.peft_config[self.active_adapters[0]]
 
     @property
     def is_loaded_in_4bit(self) -> bool:
-        """False, whatever the base is: TRL rounds what trains on a quantised model to bf16.
-
-        Adapters are stored in fp32 here; a DoRA magnitude in bf16 would hardly move.
-        """
+        """False: TRL would round the adapters, which are fp32, to bf16 on a quantised model."""
         return False
 
     @property
@@ -113,20 +106,12 @@ class ModelWrapper(peft.PeftModel):
         return trained, base_size(self.get_base_model()) + sum(held.values())
 
     def get_layer_status(self) -> list[Any]:
-        """Return the state of every adapted layer, as HF PEFT describes it.
-
-        Raises:
-            KindError: the adapters are prompts, which are on no layer.
-        """
+        """Return the state of every adapted layer; KindError where the adapters are prompts."""
         self.check_layers("get_layer_status")
         return layer_status(self.base_model)
 
     def get_model_status(self) -> Any:
-        """Return the state of the model's adapters, as HF PEFT describes it.
-
-        Raises:
-            KindError: the adapters are prompts, which are on no layer.
-        """
+        """Return the state of the adapters; KindError where they are prompts."""
         self.check_layers("get_model_status")
         return model_status(self.base_model, self.get_nb_trainable_parameters())
 
@@ -145,11 +130,7 @@ class ModelWrapper(peft.PeftModel):
         )
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """Return a prompt's values, (tokens, width), as its file has them.
-
-        Raises:
-            AdapterError: there is no such adapter, or it is no prompt.
-        """
+        """Return a prompt's values, (tokens, width); AdapterError where it is no prompt."""
         self.base_model.check_has(adapter_name)
         if not self.peft_config[adapter_name].is_prompt_learning:
             raise AdapterError(f"adapter {adapter_name!r} is no prompt")

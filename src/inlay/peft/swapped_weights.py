@@ -21,11 +21,7 @@ Swap = tuple[nn.Module, str, Any, Any]
 
 
 class Merged(Update):
-    """The merge of some adapters, which can be put in place and taken out at no cost.
-
-    The base's own tensors are kept aside, not computed back, so that taking it out gives them
-    bit for bit. A quantised layer is dense while it is merged.
-    """
+    """A merge that can be put in place and taken out bit for bit: base tensors are kept aside."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()

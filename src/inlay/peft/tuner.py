@@ -84,10 +84,7 @@ class Tuner(Merging):
     def add(
         self, name: str, config: PeftConfig, autocast: bool, without_values: bool = False
     ) -> None:
-        """Attach a new adapter; the first becomes active, later ones wait for `set_adapter`.
-
-        `without_values` leaves its tensors on no device, until values are loaded into it.
-        """
+        """The first adapter becomes active; `without_values` leaves its tensors on no device."""
         if name in self.peft_config:
             raise AdapterError(
                 f"Adapter with name '{name}' already exists; choose another, or delete it first"

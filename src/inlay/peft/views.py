@@ -184,10 +184,7 @@ def with_tensors(layer: AdaptedLayer, adapter: str | None) -> nn.Module:
 
 
 def low_rank_of(layer: AdaptedLayer) -> dict[str, LowRank]:
-    """Return the method of every adapter at a layer that is a low-rank product.
-
-    Where an adapter stands on single parameters of the layer, the first one's counts.
-    """
+    """Return each adapter's low-rank method; of several on single parameters, the first."""
     found: dict[str, LowRank] = {}
     for name in layer.methods:
         here = [table[key] for table, key in homes_of_methods(layer, name)]

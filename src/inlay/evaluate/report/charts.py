@@ -56,11 +56,7 @@ def axis(values: Sequence[float], start: float, end: float) -> Axis:
 
 
 def line_chart(lines: Sequence[Line], x_label: str) -> str:
-    """Return one chart as an SVG element, with axes, ticks and a name on every line.
-
-    Raises:
-        ValueError: no line has a point.
-    """
+    """Return one SVG element; ValueError where no line has a point."""
     drawn = [Line(ln.name, ln.style, thinned(ln.points), ln.dots) for ln in lines if ln.points]
     if not drawn:
         raise ValueError("a chart needs at least one point")

@@ -31,11 +31,7 @@ def write_report(
     merge: Merge | None = None,
     titles: Titles = ANSWERS,
 ) -> Path:
-    """Write the page of a run, whole or not at all; what a record lacks is "not measured".
-
-    Raises:
-        InlayError: the file cannot be written.
-    """
+    """Write the page whole or not at all; InlayError where it cannot be written."""
     path = Path(path)
     page = report_page(run, metrics, comparison, merge, titles)
     try:
