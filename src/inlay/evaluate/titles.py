@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -12,14 +12,14 @@ class Titles:
 
     words: Mapping[str, str]
     """A metric's name -> its words."""
-    curves: tuple[str, ...] = ()
-    """What is measured during training beside the loss, and drawn as a curve."""
+    curves: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What is measured during training beside the loss -> the words above its curve."""
 
     def __call__(self, name: str) -> str:
         return self.words.get(name, name.replace("_", " "))
 
-    def with_own(self, words: Mapping[str, str], curves: tuple[str, ...] = ()) -> Titles:
-        return Titles({**self.words, **words}, curves)
+    def with_own(self, words: Mapping[str, str], curves: Mapping[str, str] | None = None) -> Titles:
+        return Titles({**self.words, **words}, curves or {})
 
 
 ANSWERS = Titles(

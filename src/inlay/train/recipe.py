@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from inlay.run.config import RunConfig
+from inlay.train.task import TASKS
 
 FULL_FINE_TUNING = 5e-5
 """The learning rate that suits full fine-tuning of a model 2000 wide."""
@@ -36,12 +37,13 @@ def learning_rate(config: RunConfig, hidden: int, family: str, factor: float) ->
         config: the run; its `learning_rate` is a number or `auto`.
         hidden: the width of the model's residual stream.
         family: the model type, such as `llama` or `qwen3`.
-        factor: the method's learning rate relative to LoRA's, times the task's to supervised rows'.
+        factor: the method's learning rate relative to LoRA's.
     """
     if config.learning_rate != "auto":
         return LearningRate(config.learning_rate, "given by the user")
     power = next((p for name, p in WIDTH_POWERS.items() if family.startswith(name)), LLAMA_POWER)
     width = max(hidden, NARROWEST)
+    factor *= TASKS[config.task].learning_rate_factor
     value = FULL_FINE_TUNING * LORA_OVER_FULL * (2000 / width) ** power * factor
     whose = f"{config.method}, {config.task}"
     reason = f"5e-5 * 10 * (2000 / {width})^{power} * {factor:g} ({whose})"

@@ -228,7 +228,6 @@ class Stages(Generic[Row]):
         """Return the run's learning rate."""
         shape: Any = model.config.get_text_config()
         factor = type(self.method).learning_rate_factor
-        factor *= self.task.task.learning_rate_factor
         return learning_rate(self.config, int(shape.hidden_size), str(shape.model_type), factor)
 
     # Training

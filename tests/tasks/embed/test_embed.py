@@ -21,6 +21,8 @@ from inlay.tasks.embed.embedder import embedder, modules_in
 from inlay.tasks.embed.rows import normalise_similar
 from inlay.tasks.embed.run import SimilarityLoss
 from inlay.tasks.embed.texts import PadSimilar, SimilarRow, same_texts
+from inlay.tasks.embed.trainer import columns
+from inlay.train.collate import items_of
 from inlay.train.run import TrainResult, train
 
 pytest.importorskip("sentence_transformers")
@@ -99,12 +101,16 @@ def rows_of(tokenizer: Any, *rows: tuple[str, ...], score: float | None = None) 
     return [SimilarRow(tuple(encode_texts(row, tokenizer, 64)), score) for row in rows]
 
 
+def padded(rows: list[SimilarRow]) -> dict[str, torch.Tensor]:
+    return PadSimilar(0, 1)(items_of(columns(rows)))
+
+
 def test_the_loss_is_sentence_transformers_own_where_no_text_comes_twice(tmp_path: Path):
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     loss, tokenizer = similarity(tmp_path, scored=False)
     rows = rows_of(tokenizer, ("heart", "lungs", "no"), ("clear", "normal", "left"))
-    batch = PadSimilar(0, 1)(rows)
+    batch = padded(rows)
     assert not bool(batch["same"].any())
     plain: Any = MultipleNegativesRankingLoss(loss.loss.model)
     from inlay.tasks.embed.texts import columns_in
@@ -115,31 +121,37 @@ def test_the_loss_is_sentence_transformers_own_where_no_text_comes_twice(tmp_pat
 
 def test_a_text_that_is_no_negative_is_left_out(tmp_path: Path):
     loss, tokenizer = similarity(tmp_path, scored=False)
-    twice = PadSimilar(0, 1)(rows_of(tokenizer, ("heart", "no"), ("lungs", "no")))
+    twice = PadSimilar(0, 1)(
+        items_of(columns(rows_of(tokenizer, ("heart", "no"), ("lungs", "no"))))
+    )
     assert twice["same"].tolist() == [[False, True], [True, False]]
-    equal = PadSimilar(0, 1)(rows_of(tokenizer, ("heart", "no"), ("heart", "left")))
+    equal = PadSimilar(0, 1)(
+        items_of(columns(rows_of(tokenizer, ("heart", "no"), ("heart", "left"))))
+    )
     assert equal["same"].tolist() == [[False, True], [True, False]]
     with torch.no_grad():
         assert float(loss(twice)) == pytest.approx(0.0)
-        apart = PadSimilar(0, 1)(rows_of(tokenizer, ("heart", "no"), ("lungs", "left")))
+        apart = PadSimilar(0, 1)(
+            items_of(columns(rows_of(tokenizer, ("heart", "no"), ("lungs", "left"))))
+        )
         assert float(loss(apart)) > 0.01
 
 
 def test_a_negative_that_is_anothers_positive_counts_for_the_others_only():
     row = {"a": [1], "b": [2], "c": [3], "d": [4]}
-    columns = [[InputRow(row[x], 1) for x in column] for column in ("ab", "cd", "dc")]
+    texts = [[InputRow(row[x], 1) for x in column] for column in ("ab", "cd", "dc")]
     # Row 0: positives c (own), d; negatives d (own), c (of row 1, the same text as its positive).
-    assert same_texts(columns).tolist() == [
+    assert same_texts(texts).tolist() == [
         [False, False, False, True], [False, False, True, False],
     ]  # fmt: skip
 
 
 def test_columns_are_padded_by_themselves(tmp_path: Path):
     _, tokenizer = similarity(tmp_path, scored=False)
-    batch = PadSimilar(0, 1)(rows_of(tokenizer, ("heart", "no lungs seen left")))
+    batch = padded(rows_of(tokenizer, ("heart", "no lungs seen left")))
     assert batch["0_input_ids"].shape == (1, 3)
     assert batch["1_input_ids"].shape == (1, 6)
-    scored = PadSimilar(0, 1)(rows_of(tokenizer, ("heart", "no"), score=0.5))
+    scored = padded(rows_of(tokenizer, ("heart", "no"), score=0.5))
     assert scored["score"].tolist() == [0.5]
     assert "same" not in scored
 

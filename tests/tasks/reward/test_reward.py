@@ -97,7 +97,7 @@ def test_an_answer_is_followed_by_the_end_token(tmp_path: Path):
     (pair,) = encoded(tmp_path, [{"prompt": "heart", "chosen": "clear", "rejected": "no"}])
     assert pair.chosen.input_ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(pair.chosen.input_ids[:-1]) == "heart clear"
-    assert pair.length == 3
+    assert max(len(side.input_ids) for side in (pair.chosen, pair.rejected)) == 3
 
 
 def test_two_sides_that_are_the_same_once_cut_are_named(tmp_path: Path):

@@ -20,6 +20,7 @@ from train_tiny import (
     silence,
 )
 from transformers import GPT2Config, GPT2LMHeadModel
+from trl.trainer.sft_trainer import SFTTrainer
 
 from inlay.errors import DataError, InlayError, TrainingError, UsageError
 from inlay.kernels.switches import plain
@@ -28,7 +29,7 @@ from inlay.model.adapters.registry import adapter_places
 from inlay.run.config import RunConfig
 from inlay.tasks.config import load_config
 from inlay.tasks.sft.trainer import SupervisedTrainer
-from inlay.train import planning, trainer
+from inlay.train import planning, stages, trainer
 from inlay.train.output import checkpoints
 from inlay.train.output.events import Event
 from inlay.train.output.folder import RunFolder
@@ -111,7 +112,7 @@ def test_a_finished_run_is_not_trained_again(done: tuple[RunConfig, TrainResult,
     again = train(changed(config, resume=True), on_event=told.append)
     assert again.model is None
     assert again.run == json.loads(json.dumps(result.run))
-    assert "has ended already" in told[-1].message
+    assert "is already finished" in told[-1].message
     assert adapter_hash(config.output) == before
     with pytest.raises(UsageError, match=r"holds a finished run; .* --overwrite"):
         train(config)
@@ -240,14 +241,14 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, monkeypatch: 
 def test_a_gradient_that_is_not_finite_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    clip = trainer.SFTTrainer._clip_grad_norm
+    clip = SFTTrainer._clip_grad_norm
 
     def infinite(self: SupervisedTrainer, model: torch.nn.Module) -> Any:
         if self.state.global_step == 2:
             next(p for p in model.parameters() if p.requires_grad).grad.fill_(float("inf"))
         return clip(self, model)
 
-    monkeypatch.setattr(trainer.SFTTrainer, "_clip_grad_norm", infinite)
+    monkeypatch.setattr(SFTTrainer, "_clip_grad_norm", infinite)
     with pytest.raises(TrainingError, match="gradient's norm became inf at step 3"):
         train(make_run(tmp_path))
     last = checkpoints.latest(tmp_path / "out" / "checkpoints")
@@ -373,7 +374,7 @@ def test_a_plan_of_other_adapters_is_told(
         found = planned(*given)
         return replace(found, trained=found.trained - 1)
 
-    monkeypatch.setattr(planning, "planned_run", one_less)
+    monkeypatch.setattr(stages, "planned_run", one_less)
     told: list[Event] = []
     result = train(make_run(tmp_path, max_steps=1, evaluate=False), on_event=told.append)
     assert result.model is not None

@@ -99,16 +99,14 @@ def verdict(metric: MetricComparison) -> str:
 
 def curves_section(metrics: Sequence[Step], titles: Titles) -> str:
     charts: list[str] = []
-    for key in ("loss", *titles.curves):
+    for key, words in {"loss": titles("loss"), **titles.curves}.items():
         trained, held = curve(metrics, key), curve(metrics, f"eval_{key}")
         if trained or held:
             lines = [
                 Line("training", "trained", trained),
                 Line("held out", "held", held, dots=True),
             ]
-            charts.append(
-                f"<div><h3>{capitalised(titles(key))}</h3>{line_chart(lines, 'step')}</div>"
-            )
+            charts.append(f"<div><h3>{capitalised(words)}</h3>{line_chart(lines, 'step')}</div>")
     rate = curve(metrics, "learning_rate")
     if rate:
         chart = line_chart([Line("learning rate", "trained", rate)], "step")

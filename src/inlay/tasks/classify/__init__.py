@@ -57,7 +57,7 @@ class Classify(Task):
             "spearman": "Spearman correlation",
             "entity_f1": "entity F1",
         },
-        curves=("accuracy",),
+        curves={"accuracy": "accuracy"},
     )
     has_head = True
 

@@ -37,7 +37,7 @@ class Dpo(Task):
             "chosen_perplexity": "perplexity of preferred answers",
             "reward_accuracy": "reward accuracy",
         },
-        curves=("reward_accuracy",),
+        curves={"reward_accuracy": "reward accuracy"},
     )
     learning_rate_factor = 0.1
     rows_in_words = {"preference": "preferences"}

@@ -75,7 +75,7 @@ class Grpo(Task):
             "answer_tokens": "tokens per answer",
             "cut_off": "answers cut off",
         },
-        curves=("kl", "reward"),
+        curves={"kl": "KL to the base, nats per token", "reward": "reward"},
     )
     learning_rate_factor = 0.1
     needs_answers = False

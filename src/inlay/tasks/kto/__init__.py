@@ -54,7 +54,11 @@ class Kto(Task):
             "desirable_perplexity": "perplexity of desirable answers",
             "kl": "KL to the base, nats per token",
         },
-        curves=("reward_desirable", "reward_undesirable", "kl"),
+        curves={
+            "reward_desirable": "reward of desirable answers",
+            "reward_undesirable": "reward of undesirable answers",
+            "kl": "KL to the base, nats per token",
+        },
     )
     learning_rate_factor = 0.1
     least_batch = 2

@@ -15,7 +15,7 @@ class Orpo(Dpo):
     about = (
         "the preferred answer as it stands, and rather than the rejected one, by TRL's ORPOTrainer"
     )
-    titles = Dpo.titles.with_own({}, curves=("accuracy",))
+    titles = Dpo.titles.with_own({}, curves={"accuracy": "preferred answer more likely"})
     learning_rate_factor = 0.5
 
     def run(self, config: PreferenceConfig) -> OrpoRun:

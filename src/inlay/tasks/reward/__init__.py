@@ -25,7 +25,7 @@ class Reward(Task):
         {
             "reward_accuracy": "reward accuracy",
         },
-        curves=("reward_accuracy",),
+        curves={"reward_accuracy": "reward accuracy"},
     )
     learning_rate_factor = 0.1
     has_head = True
