@@ -8,24 +8,23 @@ from inlay.data.tokens import Encoded, cut_to
 
 
 def answer_start(row: Encoded) -> int:
-    """Return where the last stretch of trained tokens begins."""
+    """Return the index at which the last stretch of trained tokens begins."""
     before = reversed(range(answer_end(row)))
     return next((i + 1 for i in before if not row.trained[i]), 0)
 
 
 def answer_end(row: Encoded) -> int:
-    """Return where the last trained token ends; a chat template may write more behind it."""
+    """Return the index after the last trained token; a chat template may write more behind it."""
     return max((i + 1 for i, trained in enumerate(row.trained) if trained), default=0)
 
 
 def answer_from(row: Encoded, start: int) -> Encoded:
-    """Return a row whose tokens from `start` on are the answer, and nothing behind it."""
+    """Return the row up to its last trained token, with the tokens from `start` on trained."""
     end = answer_end(row)
     trained = [False] * start + [True] * (end - start)
     return replace(row, input_ids=row.input_ids[:end], trained=trained, length=end)
 
 
 def shortened(row: Encoded, max_length: int) -> Encoded:
-    """Return a row's first tokens; one that is cut no longer ends."""
     found = cut_to(row, max_length)
     return replace(found, ends=row.ends and not found.truncated)

@@ -23,7 +23,6 @@ SHAREGPT_ROLES = {
 
 
 def messages_row(row: RawRow) -> dict[str, Any]:
-    """Return a conversation of roles and contents."""
     turns = turn_list(row, "messages")
     roles = {role: role for role in ROLES}
     return conversation(row, [turn(row, t, n, "role", "content", roles) for n, t in turns])
@@ -61,7 +60,7 @@ def turn_list(row: RawRow, name: str) -> list[tuple[int, Mapping[str, Any]]]:
 
 
 def parsed(value: str) -> Any:
-    """Return JSON that a table holds as text, or the text itself when it is none."""
+    """Return the JSON that a table holds as text, or the text itself if it is not JSON."""
     try:
         return json.loads(value)
     except (ValueError, RecursionError):

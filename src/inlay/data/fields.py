@@ -16,12 +16,10 @@ class EmptyFieldError(DataError):
 
 
 def columns(row: RawRow) -> str:
-    """Return a row's columns as a list to read."""
     return ", ".join(repr(name) for name in row.values) or "(none)"
 
 
 def is_missing(value: Any) -> bool:
-    """Say whether a value is null, not a number, or blank."""
     if isinstance(value, float):
         return math.isnan(value)
     return value is None or (isinstance(value, str) and not value.strip())
@@ -59,7 +57,6 @@ def text_in(row: RawRow, value: Any, name: str) -> str:
 
 
 def text_field(row: RawRow, name: str) -> str:
-    """Return a column that must be text with something in it."""
     return text_in(row, present(row, name), repr(name))
 
 
@@ -130,7 +127,7 @@ def number_field(row: RawRow, name: str) -> float:
 
 
 def as_number(value: Any) -> float | None:
-    """Return a value as a number, a table's text too; None for what is none."""
+    """Return a number, also one that a table holds as text; None if the value is not a number."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     try:
@@ -140,5 +137,5 @@ def as_number(value: Any) -> float | None:
 
 
 def there(raw: Sequence[RawRow], column: str | None) -> str | None:
-    """Return a column's name if rows have it."""
+    """Return the column's name if rows have it, else None."""
     return column if column in raw[0].values else None

@@ -47,7 +47,7 @@ def talks(values: Mapping[str, Any]) -> list[str]:
 
 
 def is_an_image(row: RawRow, name: str, columns: Mapping[str, Any]) -> bool:
-    """Say whether a column's value is meant as an image, and not as words about one."""
+    """Return whether a column holds an image rather than text about one."""
     value, folder = row.values[name], Path(row.source).parent
     named = name in columns_read(columns)
     if isinstance(value, list):
@@ -70,18 +70,15 @@ def names_an_image(value: Any, folder: Path, words: bool) -> bool:
 
 
 def is_one_word(value: str) -> bool:
-    """Say whether a text could be a path and nothing else."""
     return value.split() == [value] and value.isprintable() and len(value) <= LONGEST_NAME
 
 
 def columns_read(columns: Mapping[str, Any]) -> set[str]:
-    """Return the columns that arguments name, alone or in a template."""
     words = [each for key, each in columns.items() if isinstance(each, str) and key != "format"]
     return {*words, *(name for each in words for _, name in template_parts(each) if name)}
 
 
 def is_there(path: Path) -> bool:
-    """Say whether a path, which may be any words, is a file's."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -89,13 +86,13 @@ def is_there(path: Path) -> bool:
 
 
 def parts_in(turn: Any) -> list[Any]:
-    """Return the parts of a message whose content is a list; none of one that is text."""
+    """Return the parts of a message; none if its content is text."""
     content = turn.get("content") if isinstance(turn, Mapping) else None
     return content if isinstance(content, list) else []
 
 
 def is_image_part(part: Mapping[str, Any]) -> bool:
-    """Say whether a part of a message is an image, as transformers and OpenAI write it."""
+    """Return whether a part of a message is an image, in transformers' or OpenAI's form."""
     return part.get("type") in ("image", "image_url")
 
 
@@ -124,11 +121,9 @@ def words_about_images(raw: Sequence[RawRow], columns: Mapping[str, Any]) -> lis
 
 
 def has_something(value: Any) -> bool:
-    """Say whether a column's value is neither empty nor an empty list."""
     return not is_missing(value) and value != []
 
 
 def shortened(words: Any) -> str:
-    """Return the beginning of a text, in quotes."""
     text = str(words)
     return repr(text if len(text) <= SHOWN else text[:SHOWN] + "...")

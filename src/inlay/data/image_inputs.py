@@ -80,7 +80,6 @@ class ImageInputs:
         kept: Sequence[int] | None = None,
         left: bool = False,
     ) -> dict[str, Tensor]:
-        """Return the inputs of a batch; the arguments are those of `kinds_beside`."""
         return kinds_beside(rows, width, kept=kept, left=left) | self.images_of(rows)
 
     def images_of(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
@@ -106,5 +105,4 @@ class ImageInputs:
 
 
 def bytes_of(inputs: Mapping[str, Tensor]) -> int:
-    """Return the bytes of a row's inputs."""
     return sum(value.nbytes for value in inputs.values())

@@ -38,7 +38,6 @@ class ImageReader:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer inside."""
         return self.processor.tokenizer
 
     def whole(self, sides: Sequence[Rows], max_length: int) -> list[list[Encoded]]:
@@ -52,7 +51,6 @@ class ImageReader:
         return conversations(sides, self, max_length)
 
     def pieces(self, row: Encoded) -> list[Piece]:
-        """Return a row's text token by token, its images' tokens as one with their count."""
         return joined_pieces(row, self)
 
     @property
@@ -145,7 +143,6 @@ class Remembering:
         self.__dict__["inner"], self.__dict__["last"] = inner, ((), None)
 
     def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return what the processor inside makes of images."""
         key = (identities(images), repr(args), repr(sorted(kwargs.items(), key=str)))
         if self.last[0] != key:
             self.__dict__["last"] = (key, self.inner(images, *args, **kwargs))
@@ -157,7 +154,6 @@ class Remembering:
 
 
 def identities(images: Any) -> Any:
-    """Return what images are told apart by, in lists of any depth."""
     if isinstance(images, list | tuple):
         return tuple(identities(image) for image in images)
     return id(images)

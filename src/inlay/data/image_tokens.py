@@ -99,7 +99,7 @@ def partial_tokens(
 
 
 def places_in(messages: Sequence[Mapping[str, Any]]) -> int:
-    """Return how many images stand in messages."""
+    """Return the number of images in messages."""
     return sum(part["type"] == "image" for message in messages for part in message["content"])
 
 
@@ -147,7 +147,7 @@ def check_images_kept(
 
 
 def kinds_in(found: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Return what a text's inputs say of each token beside its number."""
+    """Return a text's inputs that have one value for each token, other than its ids."""
     shape = found["input_ids"].shape
     held = {n: value for n, value in found.items() if n not in TEXT_INPUTS and value.shape == shape}
     return {name: value[0].tolist() for name, value in held.items()}

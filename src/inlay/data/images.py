@@ -112,7 +112,6 @@ class Placing:
     allow_urls: bool
 
     def __call__(self, row: RawRow) -> dict[str, Any]:
-        """Return the row with its images."""
         plain, held = without_images(row)
         found = self.shape(plain)
         pictures = [picture_from(row, value, name, self.allow_urls) for value, name in held]
@@ -137,7 +136,7 @@ def pictured(
 
 
 def same_images(row: RawRow, found: dict[str, Any]) -> str:
-    """Return what rows of the same images have in common; a row without any stands alone."""
+    """Return the key that rows of the same images share; a row without images has its own."""
     pictures: list[Picture] = found["images"]
     return " ".join(sorted({p.sha256 for p in pictures})) or f"{row.where}"
 
@@ -288,14 +287,12 @@ def with_images(
 
 
 def before_first_words(messages: list[dict[str, str]], marks: str) -> list[dict[str, str]]:
-    """Return messages with marks before the user's first words."""
     first = next(n for n, message in enumerate(messages) if message["role"] == "user")
     asked = {**messages[first], "content": marks + messages[first]["content"]}
     return [*messages[:first], asked, *messages[first + 1 :]]
 
 
 def has_place(message: Mapping[str, str]) -> bool:
-    """Say whether an image goes into a message."""
     return MARK in message["content"]
 
 

@@ -29,12 +29,11 @@ class InputRow:
 
     @property
     def truncated(self) -> bool:
-        """Whether tokens were cut off."""
         return self.length > len(self.input_ids)
 
 
 def longest_input(tokenizer: PreTrainedTokenizerBase, max_length: int, context: int | None) -> int:
-    """Return how many tokens a row may have: as asked for, and no more than the model takes."""
+    """Return the most tokens a row may have: `max_length`, or the model's context if shorter."""
     own = int(getattr(tokenizer, "model_max_length", UNKNOWN_LENGTH))
     limits = [max_length, own if own < UNKNOWN_LENGTH else max_length, context or max_length]
     return min(limits)

@@ -11,7 +11,6 @@ __all__ = ["pad", "rounded_up"]
 
 
 def rounded_up(length: int, multiple: int) -> int:
-    """Return the least multiple that is no less than the length."""
     return -(-length // multiple) * multiple
 
 

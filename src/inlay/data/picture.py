@@ -76,7 +76,6 @@ class Picture:
 
 
 def picture_at(value: Any, where: str, folder: Path, allow_urls: bool = False) -> Picture:
-    """Return an image; a path is relative to the folder."""
     source = source_of(value, where, folder, allow_urls)
     content = source.read_bytes() if isinstance(source, Path) else source
     if not isinstance(content, bytes):

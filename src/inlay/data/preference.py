@@ -24,7 +24,7 @@ FIELDS = ("prompt", *SIDES)
 
 
 def are_pairs(row: RawRow) -> bool:
-    """Say whether a row looks like a preference and like nothing supervised."""
+    """Return whether a row looks like a preference and not like a supervised row."""
     return all(side in row.values for side in SIDES) and not any(
         name in row.values for name in ("completion", "messages", "text")
     )
@@ -128,12 +128,11 @@ def pair_shape(first: RawRow, group: str | None) -> Shape:
 
 
 def grouping(group: str | None) -> Callable[[RawRow, dict[str, Any]], str]:
-    """Return what decides which rows stay together: a column, else the prompt."""
+    """Return the function that gives a row's group: a column's value, else the prompt."""
     return same_prompt if group is None else lambda row, _: group_of(row, group)
 
 
 def same_prompt(row: RawRow, found: dict[str, Any]) -> str:
-    """Return what rows of one prompt have in common."""
     del row
     return json.dumps(found["prompt"], sort_keys=True)
 
@@ -179,7 +178,7 @@ def texts(row: RawRow) -> dict[str, Any]:
 
 
 def check_different(row: RawRow, chosen: str, rejected: str) -> None:
-    """Raise when the two answers are the same, white space around them left out."""
+    """Raise when the two answers are equal, white space around them left out."""
     if chosen.strip() == rejected.strip():
         raise DataError(
             f"{row.where}: 'chosen' and 'rejected' are the same, so that nothing is preferred; "
@@ -223,7 +222,6 @@ def answer_to(
 
 
 def messages(row: RawRow, name: str) -> list[dict[str, Any]]:
-    """Return a field's messages, each checked."""
     roles = {role: role for role in ROLES}
     return [turn(row, t, n, "role", "content", roles) for n, t in turn_list(row, name)]
 
@@ -269,5 +267,4 @@ def side_of(rows: Rows, side: Literal[Side, "completion"]) -> Rows:
 
 
 def said(content: Any) -> dict[str, Any]:
-    """Return a message of the assistant's."""
     return {"role": "assistant", "content": content}

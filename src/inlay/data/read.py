@@ -61,7 +61,7 @@ def first_row(source: str | Path) -> RawRow:
 
 
 def is_meant_as_file(path: Path) -> bool:
-    """Say whether the words name a file rather than a hub data set."""
+    """Return whether the source names a file rather than a hub data set."""
     return path.exists() or path.suffix.lower() in READERS or path.parent.exists()
 
 
@@ -86,12 +86,10 @@ def read_file(path: Path) -> list[RawRow]:
 
 
 def known_formats() -> str:
-    """Return the endings of the formats there are."""
     return ", ".join(READERS)
 
 
 def nearest_file(path: Path) -> str:
-    """Return a suggestion among the files that lie where this one was looked for."""
     try:
         names = [p.name for p in path.parent.iterdir() if p.suffix.lower() in READERS]
     except OSError:
@@ -137,7 +135,7 @@ def decode_at(text: str, start: int, path: Path, line: int) -> tuple[Any, int]:
 
 
 def after_space(text: str, start: int) -> int:
-    """Return where the next character that is not JSON's white space stands."""
+    """Return the index of the next character that is not JSON white space."""
     found = WHITESPACE.match(text, start)
     return found.end() if found else start
 

@@ -78,7 +78,6 @@ class Rows:
         return place(self.source, self.lines[index])
 
     def take(self, indices: Sequence[int]) -> Rows:
-        """Return only the rows at these indices."""
         return replace(
             self,
             rows=[self.rows[i] for i in indices],
@@ -156,7 +155,6 @@ def shaped(
 
 
 def first_lines(lines: Sequence[int]) -> str:
-    """Return the first of some lines, and dots where there are more."""
     return ", ".join(map(str, lines[:LINES_NAMED])) + (", ..." if len(lines) > LINES_NAMED else "")
 
 
@@ -169,7 +167,6 @@ def digest(raw: Sequence[RawRow]) -> str:
 
 
 def group_of(row: RawRow, column: str) -> str:
-    """Return the value that decides which part of a split a row belongs to."""
     value = present(row, column)
     if is_missing(value) or not isinstance(value, str | int):
         found = "nothing" if is_missing(value) else type(value).__name__
@@ -226,7 +223,7 @@ MARKS: dict[str, tuple[str, ...]] = {
 
 
 def recognised(row: RawRow) -> str | None:
-    """Return the format whose columns a row has, if any."""
+    """Return the format whose columns a row has, or None."""
     return next((n for n, marks in MARKS.items() if all(m in row.values for m in marks)), None)
 
 
@@ -265,12 +262,10 @@ def alike(row: RawRow, first: RawRow, name: str, shape: Shape) -> dict[str, Any]
 
 
 def text_row(row: RawRow) -> dict[str, Any]:
-    """Return plain text."""
     return {"text": text_field(row, "text")}
 
 
 def prompt_completion_row(row: RawRow) -> dict[str, Any]:
-    """Return a prompt and its completion."""
     return joined(text_field(row, "prompt"), text_field(row, "completion"))
 
 

@@ -44,24 +44,21 @@ def split(
 
 
 def keys(rows: Rows) -> list[str]:
-    """Return what decides each row's part."""
     if rows.groups is not None:
         return rows.groups
     return [content(row) for row in rows.rows]
 
 
 def content(row: Mapping[str, Any]) -> str:
-    """Return what equal rows have in common; an image counts by its content."""
+    """Return the key that equal rows share; an image counts by its content."""
     return json.dumps(row, sort_keys=True, default=lambda x: getattr(x, "sha256", None) or repr(x))
 
 
 def hashed(key: str, seed: int) -> str:
-    """Return a key's place in the shuffled order."""
     return hashlib.sha256(json.dumps([seed, key]).encode()).hexdigest()
 
 
 def part_at(position: float, fractions: Sequence[float]) -> int:
-    """Return the part in which a position between 0 and 1 lies."""
     end, found = 0.0, 0
     for number, fraction in enumerate(fractions):
         if fraction and position >= end - 1e-9:
@@ -83,5 +80,4 @@ def check(rows: Rows, parts: list[list[int]], fractions: Sequence[float], groups
 
 
 def shown(fractions: Sequence[float]) -> str:
-    """Return `0.8/0.1/0.1`."""
     return "/".join(f"{fraction:g}" for fraction in fractions)

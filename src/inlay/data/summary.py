@@ -106,6 +106,6 @@ def pieces(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
 
 
 def text_after(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
-    """Return the text of tokens as it is after others: some tokenizers drop a leading space."""
+    """Return the text of tokens that follow others: some tokenizers drop a leading space."""
     whole, first = str(tokenizer.decode(before + ids)), str(tokenizer.decode(before))
     return whole.removeprefix(first)

@@ -33,7 +33,6 @@ class TextReader:
     template: Template = own
 
     def whole(self, sides: Sequence[Rows], max_length: int) -> list[list[Encoded]]:
-        """Return the rows of every side as tokens, uncut."""
         del max_length
         return [self.side(rows) for rows in sides]
 
@@ -65,18 +64,16 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def ended(text: str, end: str) -> str:
-    """Return text that ends with the end token."""
     return text if text.endswith(end) else text + end
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Return each text's tokens, with the tokenizer's own special tokens around them."""
+    """Return each text's tokens, with the tokenizer's special tokens around them."""
     encoding: Any = tokenizer(texts, verbose=False)
     return [list(ids) for ids in encoding["input_ids"]]
 
 
 def text_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """Return plain texts, trained from start to end."""
     end = end_token(tokenizer)
     found = token_ids(tokenizer, [ended(row["text"], end) for row in rows.rows])
     return [Encoded(ids, [True] * len(ids), len(ids)) for ids in found]

@@ -48,12 +48,12 @@ class Encoded:
 
     @property
     def images(self) -> tuple[str, ...]:
-        """The hashes of its images: rows with the same ones show the same."""
+        """The hashes of the row's images."""
         return tuple(picture.sha256 for picture in self.pictures)
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What tells the row from others: its images and its tokens."""
+        """Equal for rows of the same images and tokens."""
         return (self.images, *self.input_ids)
 
     def followed_by(self, start: int, answer: Encoded, begin: int) -> Self:
@@ -66,12 +66,12 @@ class Encoded:
         )
 
     def everywhere(self) -> Self:
-        """Return the row with all its tokens trained, its prompt's too, and no image's."""
+        """Return the row with all its tokens trained, its prompt's too, and without images."""
         return replace(self, trained=[token not in self.image_tokens for token in self.input_ids])
 
     @property
     def trained_tokens(self) -> int:
-        """How many tokens the loss counts: the first has nothing before it to be predicted from."""
+        """The number of tokens that the loss counts; the first has no token before it."""
         return sum(self.trained[1:])
 
 
@@ -115,7 +115,7 @@ def encode_whole(sides: Sequence[Rows], reader: Reader, max_length: int) -> list
 
 
 def with_ends(rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """Return rows that know whether their last trained token is one at which generation stops."""
+    """Set for each row whether its last trained token is one at which generation stops."""
     stops = stop_tokens(tokenizer)
     return [replace(row, ends=last_trained(row, tokenizer) in stops) for row in rows]
 
@@ -127,7 +127,6 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def cut_to(row: Encoded, max_length: int) -> Encoded:
-    """Return a row's first tokens."""
     ids, trained = row.input_ids[:max_length], row.trained[:max_length]
     return replace(row, input_ids=ids, trained=trained)
 
@@ -160,13 +159,12 @@ def named(rows: Rows, indices: Sequence[int]) -> str:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return how many tokens two sequences share at their start."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def last_trained(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the last trained token that is not white space."""
+    """Return the last trained token that is not white space, or None."""
     for token, trained in zip(reversed(row.input_ids), reversed(row.trained), strict=True):
         if trained and str(tokenizer.decode([token])).strip():
             return token

@@ -206,7 +206,6 @@ class RunWithImages(RunConfig):
 
 
 def beta(default: float) -> Any:
-    """Return the field of a key that four tasks know, with the default of one."""
     return Field(
         default,
         description="dpo, kto, grpo: how strongly the tuned model is kept near the base; orpo: "

@@ -25,7 +25,7 @@ def method_flags(method: str) -> list[Flag]:
 
 
 def method_of(name: object) -> tuple[str | None, dict[str, str]]:
-    """Return this name when a method has it, and the problem when none does."""
+    """Return the name, or None, and the problem if no method has it."""
     if isinstance(name, str) and name in catalog():
         return name, {}
     if not isinstance(name, str):
@@ -34,7 +34,6 @@ def method_of(name: object) -> tuple[str | None, dict[str, str]]:
 
 
 def no_such_method(name: str) -> str:
-    """Return the sentence for a name that no method has."""
     known = ", ".join(catalog())
     return f"there is no method {name!r}; there are {known}.{did_you_mean(name, catalog())}"
 
@@ -52,12 +51,10 @@ def hyperparameter_model(method: str) -> type[BaseModel]:
 
 
 def described(method: str, default: object) -> str:
-    """Return the help text of a method's hyperparameter."""
     return f"{method}; required" if default is REQUIRED else f"{method}; default {default!r}"
 
 
 def spec_of(method: str) -> MethodSpec:
-    """Return what the catalogue knows of a method; raise when it has none of this name."""
     if method not in catalog():
         raise UsageError(no_such_method(method))
     return catalog()[method]

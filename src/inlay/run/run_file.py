@@ -55,7 +55,6 @@ def read_yaml(path: Path) -> tuple[dict[str, object], dict[str, int]]:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a run file, or raise with what is wrong with it."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -29,12 +29,10 @@ def validated(
 
 
 def wrong(key: str, value: object, wanted: str) -> str:
-    """Return the sentence for a value that is not what the key takes."""
     return f"{key!r} must be {wanted}, not {shortened(value)}"
 
 
 def shortened(value: object) -> str:
-    """Return a value as Python writes it, cut to a length and depth that a sentence bears."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 80
     short.maxlevel = 2
@@ -42,7 +40,7 @@ def shortened(value: object) -> str:
 
 
 def located(problems: Mapping[str, str], source: str, lines: Mapping[str, int]) -> list[str]:
-    """Return the problems in the order of the file, each with its file and line if it has one."""
+    """Return the problems in the order of the file, each with its file and line if known."""
     ordered = sorted(problems, key=lambda key: lines.get(key, 1 << 30))
     places = {key: f"{source}:{lines[key]}: " for key in problems if key in lines}
     return [places.get(key, "") + problems[key] for key in ordered]
@@ -55,7 +53,6 @@ def properties(definition: type[BaseModel]) -> dict[str, dict[str, Any]]:
 
 
 def choices(schema: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the words a field is limited to, or none."""
     return tuple(schema.get("enum", ()))
 
 

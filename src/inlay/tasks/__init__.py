@@ -33,7 +33,6 @@ for folder in iter_modules(__path__):  # one that was added registers its own ta
 
 
 def no_such_task(name: str) -> str:
-    """Return the sentence for a name that no task has."""
     return f"there is no task {name!r}; there are {', '.join(TASKS)}.{did_you_mean(name, TASKS)}"
 
 
@@ -67,12 +66,10 @@ def check_keys(name: str, given: Mapping[str, Any]) -> None:
 
 
 def owners(key: str, name: str) -> str:
-    """Return the sentence for a key that other tasks than the one of this name have."""
     return f"{key!r} belongs to the task {' and '.join(tasks_with(key))}, not to {name!r}"
 
 
 def tasks_with(key: str) -> list[str]:
-    """Return the tasks that have a key of their own."""
     return [name for name, task in TASKS.items() if key in task.own]
 
 

@@ -24,7 +24,7 @@ __all__ = ["checked_config", "flags", "load_config", "run_keys"]
 
 @cache
 def run_keys() -> Mapping[str, FieldInfo]:
-    """Return the keys of a run, every task's own ones among them."""
+    """Return the keys of a run, every task's own keys included."""
     own = {k: f for task in TASKS.values() for k, f in task.options.model_fields.items()}
     return {**RunConfig.model_fields, **own}
 

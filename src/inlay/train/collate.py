@@ -22,12 +22,10 @@ Collate = Callable[[Items], dict[str, Any]]
 
 
 def items_of(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Return columns of a data set row by row."""
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def labels(row: Encoded) -> list[int]:
-    """Return a row's labels: its tokens, those that are not trained on hidden."""
     pairs = zip(row.input_ids, row.trained, strict=True)
     return [token if trained else IGNORED for token, trained in pairs]
 
@@ -81,6 +79,5 @@ class WithImages:
     """(the rows' numbers, their batch) -> the further inputs."""
 
     def __call__(self, rows: Items) -> dict[str, Any]:
-        """Return the batch of tokens with the images of its rows."""
         batch = self.collate(rows)
         return {**batch, **self.seen([row["row"] for row in rows], batch)}

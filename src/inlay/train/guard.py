@@ -76,11 +76,9 @@ class Guard:
         return self.high > 0
 
     def state(self) -> dict[str, object]:
-        """Return what a resumed run needs to know."""
         return {"reference": self.reference, "first": list(self.first), "high": self.high}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that `state` gave."""
         self.__dict__.update(state)
 
 
@@ -109,12 +107,11 @@ def without_gradient(model: nn.Module, adapter: str) -> Iterator[str]:
 
 
 def fingerprints(model: nn.Module, adapter: str) -> dict[str, str]:
-    """Return a hash of an adapter's trained tensors, by place."""
+    """Return a hash of the trained tensors at each place of an adapter."""
     return {place: fingerprint(params) for place, params in adapter_places(model, adapter)}
 
 
 def fingerprint(params: Params) -> str:
-    """Return a hash of the trained tensors at one place."""
     digest = hashlib.sha256()
     for p in params.parameters():
         digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)

@@ -29,25 +29,22 @@ class HeadRun(TaskRun[Config, Row]):
     """The token that fills short rows."""
 
     def prepare(self, model: PreTrainedModel, tokens: Tokens[Row], record: dict[str, Any]) -> None:
-        """Take the token that the model's rows are filled with."""
         del tokens, record
         self.padding = padding_of(model)
 
     @cached_property
     def longest(self) -> int:
-        """How many tokens a text may have."""
+        """The most tokens that a text may have."""
         return longest_row(self.config, self.tokenizer)
 
     def trained_tokens(self, rows: Sequence[Row]) -> int:
         return len(rows)
 
     def full_text(self) -> InputRow:
-        """Return a text as long as the run and the model allow."""
         room = (context(self.config) or UNKNOWN_LENGTH) - virtual_tokens(self.config)
         return InputRow([0] * max(1, min(self.config.max_length, room)), 0)
 
     def note_shorter_model(self, what: str) -> None:
-        """Tell where the model takes shorter texts than the run asks for."""
         if self.longest < self.config.max_length:
             self.note(f"the model takes {what} of {self.longest} tokens, fewer than max_length")
 
@@ -62,22 +59,19 @@ class HeadRun(TaskRun[Config, Row]):
         return LabelledRows(self.kind_of(rows.train), self.longest, parts, examples)
 
     def kind_of(self, rows: Rows) -> str:
-        """Return what rows are called."""
         return rows.kind.replace("_", " ")
 
     def labels(self, rows: Rows) -> Iterable[str]:
-        """Return every class that rows name, as often as they do."""
+        """Return the classes that rows name, repeats included."""
         del rows
         return ()
 
     def examples(self, rows: Rows, index: int, row: Row) -> Iterable[Example]:
-        """Return the texts of one training row to look at."""
         raise NotImplementedError
 
     def example(
         self, where: str, text: InputRow, answer: str, marked: Sequence[bool] | None = None
     ) -> Example:
-        """Return a text to look at, token by token; without marks, none is marked."""
         pieces = [str(self.tokenizer.decode([token])) for token in text.input_ids]
         return Example(where, pieces, list(marked or [False] * len(pieces)), answer)
 
@@ -112,6 +106,6 @@ def virtual_tokens(config: RunConfig) -> int:
 
 
 def context(config: RunConfig) -> int | None:
-    """Return how many positions a run's model has, where its configuration says."""
+    """Return the positions of a run's model; None if its configuration gives none."""
     shape, _ = config_of(config.model, config.revision)
     return getattr(shape.get_text_config(), "max_position_embeddings", None)

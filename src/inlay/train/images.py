@@ -43,7 +43,7 @@ class RowImages:
         return Seeing(self.inputs)
 
     def prepare_again(self, model: PreTrainedModel) -> None:
-        """Prepare images from their pixels for this model, nothing of them kept yet."""
+        """Prepare images from their pixels again, with no features kept."""
         self.cache, self.inputs = None, ImageInputs(self.reader, model.dtype)
 
     def keep(
@@ -69,15 +69,14 @@ class RowImages:
             note(f"the vision tower runs in every epoch: {found}")
 
     def reading(self) -> AbstractContextManager[None]:
-        """Let the model read the kept features, if there are any."""
         return nullcontext() if self.cache is None else self.cache.reading()
 
     def used(self) -> AbstractContextManager[None]:
-        """Let the model read the kept features, if there are any, and then give them up."""
+        """Let the model read the kept features inside the block, and delete them after it."""
         return nullcontext() if self.cache is None else self.cache.used()
 
     def kept_bytes(self, batch: Sequence[Encoded], every: Sequence[Encoded]) -> int:
-        """Return the bytes of prepared images that are kept, by a batch's bytes an image token."""
+        """Return the bytes of prepared images that are kept, by a batch's bytes per image token."""
         prepared = sum(bytes_of(self.inputs.of(row)) for row in by_images(batch))
         a_token = prepared / max(1, image_tokens(batch))
         return min(ROOM, int(a_token * image_tokens(every)))

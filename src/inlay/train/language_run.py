@@ -44,11 +44,9 @@ class LanguageRun(TaskRun[Config, Row]):
 
     @property
     def seeing(self) -> Seeing | None:
-        """What gives the model the images of rows, where they have some."""
         return None if self.images is None else self.images.seeing
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Raise where a model does not continue text; with images, some see a prompt both ways."""
         if self.images is None:
             check_continues(model)
 
@@ -59,7 +57,7 @@ class LanguageRun(TaskRun[Config, Row]):
         return sum(text.trained_tokens for row in rows for text in self.texts(row))
 
     def sides(self, rows: Rows, encoded: list[Row]) -> Sides:
-        """Return rows as tokens by what each sequence of theirs is."""
+        """Return the rows and their tokens by the name of each side."""
         return {"": (rows, [text for row in encoded for text in self.texts(row)])}
 
     def overview(self, rows: RunRows, show: int) -> TextRows:
@@ -76,14 +74,12 @@ class LanguageRun(TaskRun[Config, Row]):
         return TextRows(self.in_words(rows.train), summaries, shown)
 
     def in_words(self, rows: Rows) -> str:
-        """Return what rows are called."""
         own = self.task.rows_in_words
         if rows.kind in own:
             return own[rows.kind] + " about images" * rows.pictured
         return rows.kind.replace("_", " and ")
 
     def shown(self, rows: Rows, index: int, sides: Sides) -> RowShown:
-        """Return one training row token by token."""
         found: dict[str, Sequence[Piece]] = {}
         for side, (part, tokens) in sides.items():
             for own, text in zip(part.rows, tokens, strict=True):
@@ -92,7 +88,6 @@ class LanguageRun(TaskRun[Config, Row]):
         return RowShown(rows.where(index), found, self.columns_shown(rows.rows[index]))
 
     def columns_shown(self, row: Mapping[str, object]) -> dict[str, object]:
-        """Return the columns of a row that are shown beside its text."""
         del row
         return {}
 
@@ -106,7 +101,6 @@ class LanguageRun(TaskRun[Config, Row]):
         }
 
     def encode_answers(self, rows: Rows) -> list[Encoded]:
-        """Return the rows of `answers` as tokens."""
         return encode(rows, self.reader, self.config.max_length)
 
     def prompts(self, rows: Rows) -> Prompts:
@@ -122,7 +116,6 @@ class LanguageRun(TaskRun[Config, Row]):
         return Prompts([sample.prompt for sample in samples], shown, fill)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Return tokens as text, special ones left out."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
     def merge_inputs(self, model: PreTrainedModel, rows: Rows) -> list[dict[str, Tensor]]:

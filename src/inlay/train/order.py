@@ -26,7 +26,7 @@ class TrainingOrder(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch to yield; a resumed run starts in the middle of one."""
+        """Choose the epoch to yield; a resumed run starts within one."""
         self.epoch = epoch
 
     def __len__(self) -> int:

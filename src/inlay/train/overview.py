@@ -82,7 +82,6 @@ Overview = TextRows | LabelledRows
 
 
 def parts_of(rows: RunRows) -> dict[str, Rows]:
-    """Return the parts of a run's rows that have some, by name."""
     parts = {"train": rows.train, "validation": rows.validation, "test": rows.test}
     return {name: part for name, part in parts.items() if len(part)}
 

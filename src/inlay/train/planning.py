@@ -96,7 +96,6 @@ def planned_run(rows: PlannedRows, device: Device, shards: int = 1) -> Plan:
 def planned_step(
     shape: PreTrainedConfig, rows: PlannedRows, device: Device, shards: int = 1
 ) -> Plan:
-    """Plan a step of a model that is given as its configuration."""
     config = rows.config
     step = Task(
         build=partial(built, shape, config, device, rows.head),
@@ -114,7 +113,7 @@ def planned_step(
 
 
 def leaves_weights(stream: str, device: Device) -> bool:
-    """Say whether streaming takes the weights out of the memory that is planned."""
+    """Return whether streaming moves the weights out of the memory that is planned."""
     return stream == "disk" or (stream == "host" and device.kind == "cuda")
 
 
@@ -130,17 +129,15 @@ def model_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def held_by_process(row_bytes: int, products: frozenset[Product]) -> int:
-    """Return what this process holds apart from the model: what a run imports, and its rows."""
+    """Return the bytes held apart from the model: the libraries, and the rows."""
     return runtime(products) + row_bytes
 
 
 def policies_of(config: RunConfig) -> Sequence[Policy]:
-    """Return the activation policies a run allows."""
     return POLICIES if config.activations == "auto" else (config.activations,)
 
 
 def optimiser_of(config: RunConfig, device: Device) -> Optimiser:
-    """Return the run's optimiser, as it counts on this device."""
     if config.optimizer != "adamw":
         return adamw_8bit
     return partial(adamw, foreach=device.kind == "cuda")
@@ -167,7 +164,6 @@ def largest_batch(config: RunConfig, lengths: Sequence[int], arrange: Arrange) -
 
 
 def padding_multiple(config: RunConfig, device: Device) -> int:
-    """Return what the run pads row lengths to a multiple of, on this device."""
     shape, _ = config_of(config.model, config.revision)
     stand_in = nn.Linear(1, 1)
     stand_in.config = shape  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
@@ -175,7 +171,6 @@ def padding_multiple(config: RunConfig, device: Device) -> int:
 
 
 def steps_of(rows: PlannedRows) -> int:
-    """Return how many optimiser steps the run takes."""
     config = rows.config
     if config.max_steps is not None:
         return config.max_steps
@@ -187,7 +182,7 @@ def steps_of(rows: PlannedRows) -> int:
 
 
 def run_seconds(rows: PlannedRows, step: float) -> float:
-    """Return the run's seconds: the largest batch's, scaled by how long rows are on average."""
+    """Return the seconds of the largest batch, scaled by the mean length of the rows."""
     if not rows.count:
         return steps_of(rows) * step
     mean = rows.tokens / rows.count * min(rows.config.batch_size, rows.count)

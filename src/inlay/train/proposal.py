@@ -94,7 +94,6 @@ def with_rank(config: RunConfig, found: Plan, rows: PlannedRows) -> tuple[RunCon
 
 
 def check_fits(found: Plan, config: RunConfig) -> None:
-    """Raise when no allowed policy fits, before anything is loaded."""
     if found.chosen is not None:
         return
     least = found.least

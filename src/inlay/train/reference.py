@@ -43,7 +43,6 @@ class Telling(AdapterLoop):
         return own._metrics["train"]
 
     def take_share(self, share: Share) -> None:
-        """Take this process's part of every step."""
         super().take_share(share)
         self.told: list[tuple[float, dict[str, float]]] = []
         """Of each pass since the last step: how much it counts, and its metrics."""
@@ -74,7 +73,6 @@ class Telling(AdapterLoop):
         return {ours: value / weight for ours, value, weight in sums if weight}
 
     def peak_of(self, rows: Sequence[int]) -> int | None:
-        """Return the most memory that a pass over these rows holds; nothing is trained by it."""
         peak = super().peak_of(rows)
         self.measured.clear()
         return peak
@@ -93,7 +91,7 @@ class AgainstBase(Telling):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
-        """Take the rows as they come: they are tokens already."""
+        """Return the rows as they are: they are tokens already."""
         del processing_class, args, dataset_name
         return dataset
 

@@ -63,7 +63,6 @@ def rows_of_run(config: RunConfig) -> RunRows:
 
 
 def read(config: RunConfig, source: str) -> Rows:
-    """Read one source as the run says, its groups left out."""
     return TASKS[config.task].read(raw_rows(config, source), config, None)
 
 
@@ -92,7 +91,6 @@ def check_no_images(task: Task, raw: Sequence[RawRow], columns: Mapping[str, Any
 
 
 def check_alike(train: Rows, held_out: Rows) -> None:
-    """Raise when only one of the rows to train on and the held-out ones have images."""
     check_both("images", (train, train.pictured), (held_out, held_out.pictured))
 
 
@@ -108,7 +106,6 @@ def check_both(what: str, *parts: tuple[Rows, bool]) -> None:
 
 
 def check_image_keys(config: RunConfig) -> None:
-    """Raise for a key that only rows with images know; the run's have none."""
     for key in RunWithImages.model_fields.keys() - RunConfig.model_fields.keys():
         if getattr(config, key, None) not in (None, False, "auto"):
             raise UsageError(
@@ -117,7 +114,6 @@ def check_image_keys(config: RunConfig) -> None:
 
 
 def notes_on_held_out(train: Rows, held_out: Rows) -> list[str]:
-    """Return notes on held-out data: rows left out, and rows that are trained on, too."""
     known = set(map(content, train.rows))
     seen = [
         line
@@ -134,7 +130,6 @@ def notes_on_held_out(train: Rows, held_out: Rows) -> list[str]:
 
 
 def counted(lines: Sequence[int], what: str) -> str:
-    """Return a sentence with the number of rows, what holds of them, and their first lines."""
     return f"{len(lines)} rows {what} (lines {first_lines(lines)})"
 
 

@@ -81,7 +81,7 @@ class Stages(Generic[Row]):
 
     @property
     def config(self) -> RunConfig:
-        """The run as this process takes part in it, and as its rows take it."""
+        """The run as divided among the processes, and as its rows take it."""
         return self.task.config
 
     def result(self) -> TrainResult:
@@ -217,7 +217,6 @@ class Stages(Generic[Row]):
         return record
 
     def division(self, model: PreTrainedModel) -> dict[str, int]:
-        """Return what run.json says of how the run is divided."""
         return {
             "processes": self.world.size,
             "weights_divided_by": self.shards,
@@ -225,7 +224,6 @@ class Stages(Generic[Row]):
         }
 
     def rate(self, model: PreTrainedModel) -> LearningRate:
-        """Return the run's learning rate."""
         shape: Any = model.config.get_text_config()
         factor = type(self.method).learning_rate_factor
         return learning_rate(self.config, int(shape.hidden_size), str(shape.model_type), factor)
@@ -254,7 +252,7 @@ class Stages(Generic[Row]):
         return Setup(model, tokenizer, tokens, rate, folder, record, watched)
 
     def trainer(self, setup: Setup[Row], planned: Plan | None) -> AdapterLoop:
-        """Return the trainer, after it has tried the largest batch."""
+        """Return the trainer, after a try of the largest batch."""
         self.task.keep_features(setup)
         with self.task.reading():
             trainer = self.task.trainer(setup)
@@ -271,7 +269,7 @@ class Stages(Generic[Row]):
         return applied(model, "layer-inputs" if on_gpu else "keep-all")
 
     def compare_trained(self, model: PreTrainedModel, planned: Plan | None) -> None:
-        """Tell when the plan's model trains other values than the run's does."""
+        """Report when the planned model trains other values than the run does."""
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if planned is not None and planned.trained != trained:
             self.note(
@@ -324,7 +322,6 @@ class Stages(Generic[Row]):
         return task.compare(model, tokens.test_rows, tokens.test, task.limits())
 
     def save(self, model: PreTrainedModel, trainer: AdapterLoop) -> None:
-        """Write the trained adapter."""
         model.eval()
         if not self.world.leads:
             return

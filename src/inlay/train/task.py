@@ -55,7 +55,6 @@ class Task(ABC):
 
     @property
     def sees_images(self) -> bool:
-        """Whether its rows may have images."""
         return issubclass(self.options, RunWithImages)
 
     @property

@@ -86,15 +86,13 @@ class TaskRun(ABC, Generic[Config, Row]):
         self.tell: OnEvent = ignore
 
     def stage(self, message: str) -> None:
-        """Tell that a part of the run begins."""
         self.tell(Event("stage", message))
 
     def note(self, message: str) -> None:
-        """Tell something worth knowing."""
         self.tell(Event("note", message))
 
     def note_lines(self, lines: Sequence[int], what: str) -> None:
-        """Tell what holds of the rows of some lines, if of any."""
+        """Report what holds of the rows of these lines, if there are any."""
         if lines:
             self.note(counted(lines, what))
 
@@ -247,7 +245,7 @@ class TaskRun(ABC, Generic[Config, Row]):
         )
 
     def rows_come_again(self, rows: int) -> bool:
-        """Say whether the run passes over so many rows more than once."""
+        """Return whether the run passes over so many rows more than once."""
         steps = self.config.max_steps or math.inf
         passes = steps * self.config.batch_size * self.config.gradient_accumulation / rows
         return min(passes, self.config.epochs) > 1
@@ -265,7 +263,7 @@ class TaskRun(ABC, Generic[Config, Row]):
         """Return the trainer, nothing trained yet."""
 
     def images_come_again(self, rows: int) -> bool:
-        """Say whether the run sees the images of its rows more than once."""
+        """Return whether the run sees the images of its rows more than once."""
         return self.rows_come_again(rows)
 
     def keep_features(self, setup: Setup[Row]) -> None:

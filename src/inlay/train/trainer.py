@@ -81,7 +81,7 @@ class AdapterLoop(SharedSteps, ABC):
         self.args.warmup_steps = warmup_steps(warmup, self.total_steps)
 
     def asks(self, collate: Callable[..., Any] | None) -> dict[str, Any]:
-        """Return what this task's trainer of TRL's is given beside what all are given."""
+        """Return the arguments of this task's TRL trainer beyond those of all tasks."""
         return {"data_collator": collate}
 
     @property
@@ -97,12 +97,10 @@ class AdapterLoop(SharedSteps, ABC):
 
     @property
     def total_steps(self) -> int:
-        """How many optimiser steps the whole run takes."""
         limit = int(self.args.max_steps)
         return limit if limit > 0 else math.ceil(self.args.num_train_epochs * self.steps_in_epoch)
 
     def evaluation_due(self, step: int) -> bool:
-        """Say whether an epoch, or the run, ends with this step."""
         return step % self.steps_in_epoch == 0 or step == self.total_steps
 
     def begin(self) -> None:
@@ -138,7 +136,6 @@ class AdapterLoop(SharedSteps, ABC):
         return found.peak
 
     def batch_of(self, rows: Sequence[int]) -> dict[str, Any]:
-        """Return these rows as one batch."""
         assert isinstance(self.train_dataset, Dataset)
         collate: Any = self.data_collator
         return self._prepare_inputs(collate([self.train_dataset[i] for i in rows]))
@@ -174,7 +171,7 @@ class AdapterLoop(SharedSteps, ABC):
         return norm
 
     def gradient_is_due(self) -> bool:
-        """Say whether this step is the first that must reach every place of the adapter."""
+        """Return whether this is the first step that must reach every place of the adapter."""
         return self.state.global_step == 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -240,7 +237,6 @@ class AdapterLoop(SharedSteps, ABC):
         check_same(found, self.state.global_step)
 
     def fill_checkpoint(self, folder: Path) -> None:
-        """Write a checkpoint's files into an empty folder."""
         save_adapter(self.adapted, folder / "adapter", self.adapter)
         self.state.save_to_json(str(folder / checkpoints.TRAINER_STATE))
         tree = {
@@ -257,7 +253,6 @@ class AdapterLoop(SharedSteps, ABC):
         self.restore(Path(resume_from_checkpoint))
 
     def restore(self, folder: Path) -> None:
-        """Put the adapter, the metrics and the guard where they were at a checkpoint."""
         self.resumed = load_tree(folder / checkpoints.TRAINING_STATE)
         load_tensors(self.adapted, self.adapter, self.resumed["parameters"], folder)
         self.recorder.restore(self.resumed["recorder"])
@@ -282,7 +277,6 @@ class Moments(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin, unless the run is resumed."""
         del args, state, control, kwargs
         self.trainer.begin()
 
@@ -302,6 +296,5 @@ class Moments(TrainerCallback):
 
 
 def take_token_count(batch: dict[str, Tensor]) -> int:
-    """Count a batch's tokens, padding left out; take out what only counting needs."""
     mask, padding = batch.get("attention_mask"), batch.pop("padding", 0)
     return batch["input_ids"].numel() - int(padding) if mask is None else int(mask.sum())

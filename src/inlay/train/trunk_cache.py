@@ -77,7 +77,6 @@ class TrunkCache:
                 self.put(made.call, hidden)
 
     def put(self, call: dict[str, Tensor], hidden: Tensor) -> None:
-        """Keep the trunk's output for the rows of one call."""
         for sequence, start, end, row in rows_in(call):
             if row in self.places:
                 first = self.places[row]
@@ -100,7 +99,7 @@ class TrunkCache:
         return hidden.to(ids.device)
 
     def keeps_keys(self, call: dict[str, Any]) -> bool:
-        """Say whether a call keeps keys and values: rows in one sequence then see each other."""
+        """Return whether a call keeps keys and values: rows in one sequence then see each other."""
         config: Any = self.trunk.model.config
         wanted = call.get("use_cache")
         return bool(getattr(config, "use_cache", True) if wanted is None else wanted)

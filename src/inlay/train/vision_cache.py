@@ -114,7 +114,6 @@ class VisionCache(ImageInputs):
         return merged([self.features[i] for i in pixels.tolist()], device)
 
     def reading(self) -> AbstractContextManager[None]:
-        """Let the model read features from here."""
         return replaced(self.body, self.read)
 
     @contextmanager
@@ -141,7 +140,6 @@ class VisionCache(ImageInputs):
         return f"logits computed from kept features would be off by {difference:.1%}"
 
     def logits(self, call: Mapping[str, Tensor]) -> Tensor:
-        """Return a batch's logits where rows are not padded."""
         device = next(self.model.parameters()).device
         moved = {name: value.to(device) for name, value in call.items()}
         real = moved["attention_mask"].bool()
@@ -165,7 +163,7 @@ class Room:
         return held + (f", {self.in_file / 1e6:.1f} MB in {self.path}" if self.in_file else "")
 
     def kept(self, tree: Tree) -> Tree:
-        """Return a tree whose tensors lie here."""
+        """Return a tree whose tensors are kept here."""
         return mapped(self.one, tree)
 
     def one(self, tensor: Tensor) -> Tensor | InFile:
@@ -192,7 +190,6 @@ class InFile:
     shape: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """Return the tensor."""
         count = int(torch.Size(self.shape).numel())
         with self.path.open("rb") as file:
             file.seek(self.offset)
@@ -214,7 +211,6 @@ def body_of(model: PreTrainedModel) -> Any:
 
 @contextmanager
 def replaced(body: nn.Module, by: Callable[..., Any]) -> Generator[None]:
-    """Let a model see by another function inside the block."""
     vars(body)[FEATURES] = by
     try:
         yield
@@ -223,7 +219,7 @@ def replaced(body: nn.Module, by: Callable[..., Any]) -> Generator[None]:
 
 
 def without_unread(features: Any) -> Any:
-    """Return what a tower gives without what the language part does not read."""
+    """Return the features without those that the language part does not read."""
     if isinstance(features, ModelOutput):
         read = {name: value for name, value in features.items() if name not in UNREAD}
         return type(features)(**cast("dict[str, Any]", read))
@@ -265,7 +261,6 @@ def merged(trees: Sequence[Tree], device: torch.device) -> Tree:
 
 
 def in_memory(tensor: Tensor | InFile) -> Tensor:
-    """Return a tensor, read from its file if it lies in one."""
     return tensor.read() if isinstance(tensor, InFile) else tensor
 
 
@@ -313,7 +308,6 @@ def changes(cache: VisionCache, row: Encoded) -> str | None:
 
 
 def flat(tree: Tree) -> list[Tensor]:
-    """Return the tensors of a tree in order."""
     found: list[Tensor] = []
     mapped(found.append, tree)
     return found

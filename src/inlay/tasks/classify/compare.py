@@ -36,9 +36,7 @@ class LabelledInput(Input, Protocol):
     """A row as tokens with its label as numbers."""
 
     @property
-    def label(self) -> Any:
-        """A class, a 0 or 1 for each class, a number, or a class for each token (-100: none)."""
-        ...
+    def label(self) -> Any: ...
 
 
 def compare_labels(
@@ -116,7 +114,7 @@ def compared(first: Sequence[Metric], second: Sequence[Metric]) -> list[MetricCo
 def held_out_labels(
     model: nn.Module, rows: Sequence[LabelledInput], labels: Labels, batch_size: int
 ) -> dict[str, float]:
-    """Return the metrics of the model as it is, the loss that training lowers among them."""
+    """Return the metrics of the model as it is, its loss included."""
     found = metrics(outputs(model, rows, batch_size), [row.label for row in rows], labels)
     values = {metric.name: metric.value for metric in found}
     if labels.kind == "regression":
@@ -143,7 +141,6 @@ def baseline_of(labels: Sequence[Any], kind: LabelKind, classes: int) -> Tensor:
 
 
 def repeated(constant: Tensor, rows: Sequence[LabelledInput], kind: LabelKind) -> list[Tensor]:
-    """Return the same output for every row, or for every token of it."""
     if kind == "tokens":
         return [constant.expand(len(row.input_ids), -1) for row in rows]
     return [constant for _ in rows]
@@ -202,7 +199,7 @@ def class_record(name: str, there: Sequence[bool], predicted: Sequence[bool]) ->
 
 
 def confusion(given: Sequence[Tensor], expected: Sequence[Any], classes: int) -> list[list[int]]:
-    """Return how many rows of each class (a line) were predicted as each (a column)."""
+    """Return how many rows of each class (matrix row) were predicted as each class (column)."""
     chosen = torch.stack(list(given)).argmax(-1)
     flat = torch.tensor(expected) * classes + chosen
     return flat.bincount(minlength=classes * classes).view(classes, classes).tolist()

@@ -28,7 +28,7 @@ class Labels:
 
     @property
     def entities(self) -> bool:
-        """Whether tags mark where something begins, so that whole entities can be counted."""
+        """Whether the tags mark where an entity begins, so that whole entities can be counted."""
         marked = all(c == "O" or c[:2] in ("B-", "I-") for c in self.classes)
         return self.kind == "tokens" and marked and any(c[:2] == "B-" for c in self.classes)
 
@@ -44,12 +44,10 @@ class Metric:
 
     @property
     def value(self) -> float:
-        """The metric of all rows together."""
         return float(self.rows.mean() if self.statistic is None else self.statistic(self.rows))
 
 
 def metrics(given: Sequence[Tensor], expected: Sequence[Any], labels: Labels) -> list[Metric]:
-    """Return the metrics of a kind of label."""
     return METRICS[labels.kind](given, expected, labels)
 
 
@@ -145,7 +143,7 @@ def of_words(logits: Tensor, label: Sequence[int]) -> tuple[Tensor, Tensor, Tens
 
 
 def span_counts(right: Tensor, chosen: Tensor, classes: Sequence[str]) -> list[float]:
-    """Return how many entities of a row were found exactly, were predicted, and are there."""
+    """Return how many entities of a row were found exactly, were predicted, and exist."""
     there, predicted = (
         set(entities([str(classes[int(i)]) for i in tags])) for tags in (right, chosen)
     )
@@ -172,7 +170,6 @@ def f1(hits: Floats, predicted: Floats, there: Floats) -> Floats:
 
 
 def span_f1(rows: Floats) -> Floats:
-    """Return the F1 of entities counted by `span_counts`."""
     total = rows.sum(axis=-2)
     return f1(total[..., 0], total[..., 1], total[..., 2])
 

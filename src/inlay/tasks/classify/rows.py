@@ -102,12 +102,10 @@ def normalise_labels(
 
 
 def default_label(first: RawRow, usual: str) -> str:
-    """Return the column that labels are read from where none is named."""
     return usual if usual in first.values or "label" not in first.values else "label"
 
 
 def same_text(row: RawRow, found: dict[str, Any]) -> str:
-    """Return what rows of one text have in common."""
     del row
     return json.dumps([found.get(name) for name in ("text", "text_pair", "tokens")])
 
@@ -139,7 +137,6 @@ def recognised(raw: Sequence[RawRow], label: str | None) -> LabelKind:
 
 
 def is_list(row: RawRow, name: str) -> bool:
-    """Say whether a column holds a list."""
     return isinstance(row.values.get(name), list)
 
 
@@ -147,7 +144,6 @@ def is_list(row: RawRow, name: str) -> bool:
 
 
 def single(row: RawRow, name: str) -> str:
-    """Return a class as text."""
     return class_name(row, present(row, name), repr(name))
 
 
@@ -230,7 +226,6 @@ def listed(row: RawRow, name: str) -> list[Any]:
 
 
 def labels_of(row: dict[str, Any]) -> list[str]:
-    """Return all the classes that a row names."""
     if "tags" in row:
         return row["tags"]
     return row["label"] if isinstance(row["label"], list) else [row["label"]]
@@ -285,7 +280,6 @@ def contradicting(rows: Rows) -> list[int]:
 
 
 def some(classes: Sequence[str], most: int = 8) -> str:
-    """Return the first classes as a list to read."""
     more = f" and {len(classes) - most} more" if len(classes) > most else ""
     return ", ".join(map(repr, classes[:most])) + more
 
@@ -302,5 +296,5 @@ def loose_tags(rows: Rows) -> list[int]:
 
 
 def is_loose(tag: str, before: str) -> bool:
-    """Say whether a tag goes on with something that the one before has not begun."""
+    """Return whether a tag continues an entity that the tag before has not begun."""
     return tag.startswith("I-") and before not in (tag, f"B-{tag[2:]}")

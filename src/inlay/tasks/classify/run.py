@@ -71,7 +71,6 @@ class ClassifyRun(HeadRun[ClassifyConfig, InputRow]):
 
     @property
     def head(self) -> Head:
-        """The head that predicts the training rows' labels."""
         purpose = "tokens" if self.found.kind == "tokens" else "sequence"
         classes = self.found.classes or SINGLE
         return Head(purpose, classes, PROBLEMS[self.found.kind], self.config.seed)
@@ -97,7 +96,6 @@ class ClassifyRun(HeadRun[ClassifyConfig, InputRow]):
             self.note_unusual_numbers(rows.train)
 
     def in_words(self, rows: Rows) -> str:
-        """Return what is predicted, and how often each class comes."""
         if self.found.kind == "regression":
             mean, spread = spread_of(rows)
             return f"kind regression: mean {mean:.4g}, standard deviation {spread:.4g}"
@@ -138,7 +136,6 @@ class ClassifyRun(HeadRun[ClassifyConfig, InputRow]):
         return encode_labels(rows, self.tokenizer, self.longest, self.found.classes)
 
     def check(self, rows: Rows, encoded: list[InputRow]) -> None:
-        """Tell of rows that were cut or left out, or that contradict each other."""
         self.trained_on = encoded
         self.note_shorter_model("rows")
         cut = [line for row, line in zip(encoded, rows.lines, strict=True) if row.truncated]
@@ -183,7 +180,6 @@ class ClassifyRun(HeadRun[ClassifyConfig, InputRow]):
     # Training
 
     def trainer(self, setup: Setup[InputRow]) -> HeadTrainer:
-        """Return the trainer, nothing trained yet."""
         model, rows, found = setup.model, setup.tokens.train, self.found
         setup.record["labels"] = {"kind": found.kind, "classes": found.classes}
         rate = setup.learning_rate
@@ -202,7 +198,6 @@ class ClassifyRun(HeadRun[ClassifyConfig, InputRow]):
         )
 
     def held_out(self, model: PreTrainedModel, rows: list[InputRow]) -> HeldOut | None:
-        """Return what measures held-out rows, or None when there are none."""
         if not rows:
             return None
         size = max(self.config.batch_size, 8)
@@ -213,7 +208,6 @@ class ClassifyRun(HeadRun[ClassifyConfig, InputRow]):
     def compare(
         self, model: PreTrainedModel, rows: Rows, encoded: list[InputRow], limits: Limits
     ) -> ComparisonRecord:
-        """Return base and baseline against tuned on rows."""
         found, known = self.found, self.training_rows()
         baseline = None
         if known is not None:
@@ -221,7 +215,7 @@ class ClassifyRun(HeadRun[ClassifyConfig, InputRow]):
         return compare_labels(model, encoded, found, baseline, lines=rows.lines, **pace(limits))
 
     def training_rows(self) -> list[InputRow] | None:
-        """Return the rows that were trained on; None where they are not there any more."""
+        """Return the rows that were trained on; None if the data is gone."""
         if self.trained_on is not None:
             return self.trained_on
         try:
@@ -234,6 +228,6 @@ class ClassifyRun(HeadRun[ClassifyConfig, InputRow]):
 
 
 def spread_of(rows: Rows) -> tuple[float, float]:
-    """Return the mean and the standard deviation of rows' numbers."""
+    """Return the mean and the standard deviation of the rows' numbers."""
     numbers = [row["label"] for row in rows.rows]
     return float(np.mean(numbers)), float(np.std(numbers))

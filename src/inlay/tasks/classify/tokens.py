@@ -44,7 +44,6 @@ def encode_labels(
 
 
 def numbered(label: Any, place: dict[str, int]) -> int | float | list[float]:
-    """Return a row's label as the model is to give it."""
     if isinstance(label, list):
         return [float(name in label) for name in place]
     return place[label] if isinstance(label, str) else float(label)

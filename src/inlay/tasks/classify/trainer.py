@@ -39,14 +39,14 @@ class HeadTrainer(AdapterLoop):
         self.model_accepts_loss_kwargs = head.purpose == "tokens"
 
     def evaluate_held_out(self) -> None:
-        """Measure and record; no step that is as good as knowing nothing is diverging."""
+        """Measure and record; a loss no worse than that of knowing nothing is not divergence."""
         super().evaluate_held_out()
         if self.guard.reference is not None:
             self.guard.reference = max(self.guard.reference, self.of_no_knowledge)
 
     @property
     def of_no_knowledge(self) -> float:
-        """The loss where classes are as likely as each other, or of the number farthest away."""
+        """The loss of equally likely classes, or of the number farthest away."""
         if self.head.problem == "regression":
             assert isinstance(self.train_dataset, Dataset)
             labels = torch.tensor(self.train_dataset["label"])
@@ -61,7 +61,6 @@ class HeadTrainer(AdapterLoop):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the head's loss on a batch."""
         labels = inputs["labels"]
         outputs = model(**accepted(self.adapted, inputs))
         count = num_items_in_batch if self.head.purpose == "tokens" else None
@@ -87,13 +86,11 @@ class PadLabelled:
 
 
 def as_row(values: Mapping[str, Any]) -> InputRow:
-    """Return a row of a data set as the data room encodes it."""
     ids = values["input_ids"]
     return InputRow(ids, len(ids), values["label"], values["types"])
 
 
 def columns(rows: Sequence[InputRow]) -> dict[str, list[Any]]:
-    """Return rows as the trainer's data set holds them."""
     return {
         "input_ids": [row.input_ids for row in rows],
         "types": [row.types for row in rows],

@@ -26,14 +26,10 @@ class PairLike(Protocol):
     """A pair as tokens, as the data room encodes it."""
 
     @property
-    def chosen(self) -> EncodedRow:
-        """The prompt and the preferred answer."""
-        ...
+    def chosen(self) -> EncodedRow: ...
 
     @property
-    def rejected(self) -> EncodedRow:
-        """The prompt and the other answer."""
-        ...
+    def rejected(self) -> EncodedRow: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class LogProbs:
 
     @property
     def margin(self) -> float:
-        """How much likelier the preferred answer is; below zero where it is not."""
+        """log p(chosen) - log p(rejected), in nats."""
         return self.chosen - self.rejected
 
 
@@ -57,7 +53,7 @@ def log_probs(
     lines: Sequence[int] | None = None,
     join: Join | None = None,
 ) -> list[LogProbs]:
-    """Return what the model gives both answers of each pair; the errors are those of `losses`."""
+    """Return the log-probabilities of both answers of each pair; raises what `losses` raises."""
     rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     twice = None if lines is None else [*lines, *lines]
     found = losses(model, rows, batch_size, lines=twice, join=join)
@@ -65,7 +61,6 @@ def log_probs(
 
 
 def joined(chosen: Sequence[RowLoss], rejected: Sequence[RowLoss]) -> list[LogProbs]:
-    """Return the two sides' losses as log-probabilities, pair by pair."""
     return [LogProbs(-a.nll, -b.nll) for a, b in zip(chosen, rejected, strict=True)]
 
 
@@ -79,7 +74,7 @@ class Preferences:
 
     @property
     def margins(self) -> list[float]:
-        """How much more than the reference the model prefers each better answer, in nats."""
+        """log p(chosen) - log p(rejected) of the model, less the reference's, in nats."""
         pairs = zip(self.model, self.reference, strict=True)
         return [own.margin - reference.margin for own, reference in pairs]
 
@@ -139,14 +134,10 @@ class Judged(Protocol):
     """Pairs by their log-probabilities, and the task's loss of each."""
 
     @property
-    def model(self) -> Sequence[LogProbs]:
-        """The model's log-probabilities."""
-        ...
+    def model(self) -> Sequence[LogProbs]: ...
 
     @property
-    def losses(self) -> Sequence[float]:
-        """The task's loss of each pair."""
-        ...
+    def losses(self) -> Sequence[float]: ...
 
 
 def preference_records(base: Judged, tuned: Judged) -> list[MetricComparison]:

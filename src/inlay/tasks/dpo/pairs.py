@@ -22,17 +22,17 @@ class Pair:
 
     @property
     def start(self) -> int:
-        """How many tokens the prompt has; the answers begin behind it."""
+        """The number of the prompt's tokens."""
         return self.chosen.trained.index(True)
 
     @property
     def whole(self) -> Encoded:
-        """The chosen side with its prompt counted, too."""
+        """The chosen side with its prompt trained, too."""
         return self.chosen.everywhere()
 
     @property
     def length(self) -> int:
-        """How many tokens the longer side has, after cutting."""
+        """Tokens of the longer side, after cutting."""
         return max(len(self.chosen.input_ids), len(self.rejected.input_ids))
 
 
@@ -61,7 +61,6 @@ def encode_pairs(rows: Rows, reader: Reader, max_length: int) -> list[Pair]:
 
 
 def side_tokens(pair: Pair, side: Side) -> Encoded:
-    """Return one side of a pair."""
     return pair.chosen if side == "chosen" else pair.rejected
 
 

@@ -40,7 +40,6 @@ class DpoRun(LanguageRun[PreferenceConfig, Pair]):
         return encode_pairs(rows, self.reader, self.config.max_length)
 
     def check(self, rows: Rows, encoded: list[Pair]) -> None:
-        """Raise when no preferred answer ends; tell of rows that were cut or left out."""
         chosen = summarise([pair.chosen for pair in encoded], rows)
         rejected = summarise([pair.rejected for pair in encoded], rows)
         kinds, longest = ("preferred", "rejected"), self.config.max_length
@@ -61,7 +60,6 @@ class DpoRun(LanguageRun[PreferenceConfig, Pair]):
         return columns(rows)
 
     def collator(self, rows: Sequence[Pair], multiple: int) -> Collate:
-        """Return TRL's collator: every chosen side, then every rejected one, with their images."""
         collate = DataCollatorForPreference(PADDING, pad_to_multiple_of=multiple)
         if self.images is None:
             return collate
@@ -85,12 +83,11 @@ class DpoRun(LanguageRun[PreferenceConfig, Pair]):
     # Training
 
     def images_come_again(self, rows: int) -> bool:
-        """Say so: there are two answers to each image, and a reference."""
+        """Return True: both answers show each image, and so does the reference."""
         del rows
         return True
 
     def trainer(self, setup: Setup[Pair]) -> AdapterLoop:
-        """Return the trainer, nothing trained yet; the reference is measured here."""
         model, pairs = setup.model, setup.tokens.train
         return PreferenceTrainer(
             model,
@@ -111,7 +108,6 @@ class DpoRun(LanguageRun[PreferenceConfig, Pair]):
         )
 
     def held_out(self, model: PreTrainedModel, pairs: list[Pair]) -> HeldOut | None:
-        """Return what measures the loss on held-out pairs, or None when there are none."""
         if not pairs:
             return None
         size, join = max(self.config.batch_size, 8), joining(self.seeing)

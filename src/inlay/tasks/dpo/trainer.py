@@ -43,12 +43,10 @@ class PreferenceTrainer(AgainstBase, DPOTrainer):
 
     @property
     def lengths(self) -> list[int]:
-        """How many tokens the longer side of each pair has."""
         assert isinstance(self.train_dataset, Dataset)
         return longer_sides(self.train_dataset)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the log-probabilities of both answers, by the model without its adapters."""
         chosen, rejected = self.by_base(model, inputs).chunk(2, dim=0)
         return chosen, rejected
 
@@ -64,6 +62,5 @@ def columns(pairs: Sequence[Pair]) -> dict[str, list[Any]]:
 
 
 def longer_sides(pairs: Dataset) -> list[int]:
-    """Return how many tokens the longer side of each pair has."""
     columns = (pairs[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
     return [len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True)]

@@ -54,7 +54,7 @@ class Candidates:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Return the cosine of rows with one another, (n, m), of (n, width) and (m, width)."""
+    """Return the cosines (n, m) of rows (n, width) and (m, width)."""
     return F.normalize(a.double(), dim=-1) @ F.normalize(b.double(), dim=-1).T
 
 
@@ -96,7 +96,7 @@ def compared_retrieval(
 
 
 def triplets_right(anchors: Tensor, positives: Tensor, negatives: Tensor) -> list[float]:
-    """Return 1 for each anchor that is nearer to its positive than to its negative, else 0."""
+    """Return 1 for each anchor nearer to its positive than to its negative, else 0."""
     near, far = (F.cosine_similarity(anchors, other) for other in (positives, negatives))
     return (near > far).double().tolist()
 
@@ -104,7 +104,7 @@ def triplets_right(anchors: Tensor, positives: Tensor, negatives: Tensor) -> lis
 def compared_scores(
     base: Sequence[Tensor], tuned: Sequence[Tensor], scores: Sequence[float]
 ) -> list[MetricComparison]:
-    """Return the correlations of the cosine with the score, by rank and by value."""
+    """Return the correlations of cosine and score, by rank and by value."""
     before, after = (scored(scores, side) for side in (base, tuned))
     return [
         compared_statistic("spearman", "higher", spearman, before, after),
@@ -113,7 +113,6 @@ def compared_scores(
 
 
 def scored(scores: Sequence[float], texts: Sequence[Tensor]) -> list[list[float]]:
-    """Return each row's score and the cosine of its two texts."""
     cosines: list[float] = F.cosine_similarity(texts[0], texts[1]).tolist()
     return [[score, cosine] for score, cosine in zip(scores, cosines, strict=True)]
 
@@ -153,7 +152,6 @@ def compare_similar(
 
 
 def candidates_of(rows: Rows) -> Candidates:
-    """Return what the rows' anchors are to find, and among what."""
     return Candidates.of(*([row[name] for row in rows.rows] for name in ("anchor", "positive")))
 
 

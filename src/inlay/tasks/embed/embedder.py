@@ -71,7 +71,6 @@ class Embedder(nn.Module):
 
 
 def check_installed() -> None:
-    """Raise unless sentence-transformers is there."""
     if find_spec("sentence_transformers") is None:
         raise UsageError(
             "the task 'embed' is sentence-transformers', which is not installed; run "
@@ -96,7 +95,6 @@ def embedder(model: PreTrainedModel, base: str, revision: str | None, pooling: s
 
 
 def pooling_of(model: PreTrainedModel, mode: str) -> nn.Module:
-    """Return a pooling over a model's hidden states."""
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     width: int = model.config.get_text_config().hidden_size
@@ -124,7 +122,6 @@ def modules_in(folder: Path) -> list[nn.Module]:
 
 
 def module_in(folder: Path, kind: str, inner: str) -> nn.Module:
-    """Return one module of a folder."""
     if not kind.startswith(OURS):
         raise ModelError(
             f"{folder / MODULES} names {kind}, code of its own; name a pooling, such as mean, to "
@@ -147,7 +144,7 @@ def longest_in(base: str, revision: str | None) -> int | None:
 
 
 def prompts_in(base: str, revision: str | None) -> list[str]:
-    """Return the words that a folder says belong before its model's texts."""
+    """Return the prompts that a model's folder sets before texts."""
     path = located(base, revision) / "config_sentence_transformers.json"
     said = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     return [text for text in (said.get("prompts") or {}).values() if text]

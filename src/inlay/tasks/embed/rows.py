@@ -111,20 +111,17 @@ def columns_of(
 
 
 def kind_of(named: dict[str, str]) -> Kind:
-    """Return what rows with these fields are."""
     if "score" in named:
         return "scored_pairs"
     return "triplets" if "negative" in named else "pairs"
 
 
 def same_anchor(row: RawRow, found: dict[str, Any]) -> str:
-    """Return what rows of one anchor have in common."""
     del row
     return json.dumps(found["anchor"])
 
 
 def check_different(row: RawRow, texts: dict[str, str]) -> None:
-    """Raise when a negative is the anchor or the positive itself."""
     for name in ("anchor", "positive"):
         if "negative" in texts and texts["negative"].strip() == texts[name].strip():
             raise DataError(

@@ -55,7 +55,6 @@ class EmbedRun(HeadRun[EmbedConfig, SimilarRow]):
 
     @property
     def head(self) -> Head:
-        """The hidden states, of which the pooling makes a vector."""
         return Head("embedding")
 
     @cached_property
@@ -64,7 +63,6 @@ class EmbedRun(HeadRun[EmbedConfig, SimilarRow]):
         return min(longest_row(self.config, self.tokenizer), own or self.config.max_length)
 
     def learn(self, rows: RunRows) -> None:
-        """Tell what the rows are, and of words that the model expects before its texts."""
         check_installed()
         self.note(f"rows of {self.kind_of(rows.train)}")
         prompts = prompts_in(self.config.model, self.config.revision)
@@ -79,7 +77,6 @@ class EmbedRun(HeadRun[EmbedConfig, SimilarRow]):
         self.pool(model)
 
     def pool(self, model: PreTrainedModel) -> Embedder:
-        """Put the run's pooling behind a model."""
         config = self.config
         self.whole = embedder(model, config.model, config.revision, config.pooling)
         return self.whole
@@ -88,7 +85,6 @@ class EmbedRun(HeadRun[EmbedConfig, SimilarRow]):
         return encode_similar(rows, self.tokenizer, self.longest)
 
     def check(self, rows: Rows, encoded: list[SimilarRow]) -> None:
-        """Tell of rows that were cut or left out, and of batches with few negatives."""
         self.note_shorter_model("texts")
         pairs = zip(encoded, rows.lines, strict=True)
         cut = [line for row, line in pairs if any(text.truncated for text in row.texts)]
@@ -127,7 +123,7 @@ class EmbedRun(HeadRun[EmbedConfig, SimilarRow]):
         return {**batch, "input_ids": batch["0_input_ids"]}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Return a loss that keeps what training keeps: mean vectors, and their cosines."""
+        """Return a loss that holds what training's does: mean vectors, and their cosines."""
         vectors: list[Tensor] = []
         for column in columns_in(batch):
             hidden = model(**accepted(model, column)).last_hidden_state
@@ -142,7 +138,6 @@ class EmbedRun(HeadRun[EmbedConfig, SimilarRow]):
     # Training
 
     def trainer(self, setup: Setup[SimilarRow]) -> EmbedTrainer:
-        """Return the trainer, nothing trained yet."""
         model, rows, rate = setup.model, setup.tokens.train, setup.learning_rate
         loss = SimilarityLoss(self.pool(model), scored=rows[0].score is not None)
         return EmbedTrainer(
@@ -162,7 +157,6 @@ class EmbedRun(HeadRun[EmbedConfig, SimilarRow]):
     def held_out(
         self, model: PreTrainedModel, loss: SimilarityLoss, rows: list[SimilarRow]
     ) -> HeldOut | None:
-        """Return what measures held-out rows, or None when there are none."""
         size = self.share.rows
         if not rows:
             return None
@@ -181,7 +175,6 @@ class EmbedRun(HeadRun[EmbedConfig, SimilarRow]):
         return measure
 
     def held_out_metrics(self, rows: list[SimilarRow]) -> dict[str, float]:
-        """Return what the embeddings as they are do on rows."""
         found = vectors_of(self.whole, rows, max(self.config.batch_size, 8), None)
         if rows[0].score is None:
             texts = ([str(row.texts[i].input_ids) for row in rows] for i in (0, 1))
@@ -200,10 +193,8 @@ class EmbedRun(HeadRun[EmbedConfig, SimilarRow]):
         return compare_similar(model, self.whole, rows, encoded, **pace(limits))
 
     def merge_inputs(self, model: PreTrainedModel, rows: Rows) -> list[dict[str, Tensor]]:
-        """Return each anchor as a batch of its own."""
         batches = [padded_inputs([row.texts[0]], 0, 1) for row in self.encode(rows)]
         return [accepted(model, batch) for batch in batches]
 
     def finish_merged(self, model: PreTrainedModel, folder: Path) -> None:
-        """Make a merged model's folder one that sentence-transformers loads."""
         save_modules(folder, list(self.pool(model).behind), self.longest)

@@ -68,7 +68,6 @@ class PadSimilar:
 
 
 def as_row(values: Mapping[str, Any]) -> SimilarRow:
-    """Return a row of a data set as `encode_similar` does."""
     types = values["types"] or [None] * len(values["texts"])
     pairs = zip(values["texts"], types, strict=True)
     texts = tuple(InputRow(ids, len(ids), types=types) for ids, types in pairs)
@@ -91,7 +90,6 @@ def same_texts(columns: Sequence[Sequence[InputRow]]) -> Tensor:
 
 
 def columns_in(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Return the features of each column of texts."""
     numbers = sorted({int(n.split("_")[0]) for n in batch if n[0].isdigit()})
     return [
         {n.removeprefix(f"{i}_"): x for n, x in batch.items() if n.startswith(f"{i}_")}

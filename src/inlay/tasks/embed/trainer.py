@@ -41,7 +41,6 @@ class SimilarityLoss(nn.Module):
         self.loss = kind(whole, **given)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the loss of a batch that `PadSimilar` made."""
         vectors = [self.whole(column)["sentence_embedding"] for column in columns_in(batch)]
         return self.of_vectors(vectors, batch)
 
@@ -53,7 +52,7 @@ class SimilarityLoss(nn.Module):
         return self.loss.compute_loss_from_embeddings(vectors, None)
 
     def similarity(self, anchors: Tensor, others: Tensor) -> Tensor:
-        """Return the cosines (anchors, others), those of no negatives at minus infinity."""
+        """Return the cosines (anchors, others); minus infinity where a text is no negative."""
         from sentence_transformers.util import cos_sim
 
         assert self.same is not None
@@ -87,7 +86,6 @@ class EmbedTrainer(AdapterLoop):
 
     @property
     def lengths(self) -> list[int]:
-        """How many tokens the longest text of each row has."""
         assert isinstance(self.train_dataset, Dataset)
         return [max(len(ids) for ids in texts) for texts in self.train_dataset["texts"]]
 
@@ -98,7 +96,6 @@ class EmbedTrainer(AdapterLoop):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of a batch; its negatives are the batch's own."""
         del model, num_items_in_batch
         cut = self.sharing and self.share.cuts > 1
         loss = self.shared_loss(inputs) if cut else self.loss(inputs)
@@ -121,13 +118,12 @@ class EmbedTrainer(AdapterLoop):
 
     @property
     def own(self) -> slice:
-        """Which rows of a pass are this process's."""
+        """This process's rows of a pass."""
         part = self.part
         whole = self.share.cuts == 1
         return slice(None) if whole else slice(part.start - part.first, part.stop - part.first)
 
     def peak_of(self, rows: Sequence[int]) -> int | None:
-        """Return the most memory that a pass over these rows holds; nothing is trained by it."""
         self.sharing = False
         try:
             return super().peak_of(rows)
@@ -135,7 +131,6 @@ class EmbedTrainer(AdapterLoop):
             self.sharing = True
 
     def tokens_in(self, batch: dict[str, Tensor]) -> int:
-        """Count the tokens of every column of this process's rows, padding left out."""
         masks = [x[self.own] for name, x in batch.items() if name.endswith("attention_mask")]
         return sum(int(mask.sum()) for mask in masks)
 
@@ -150,7 +145,6 @@ class EmbedTrainer(AdapterLoop):
 
 
 def columns(rows: Sequence[SimilarRow]) -> dict[str, list[Any]]:
-    """Return rows as the trainer's data set holds them."""
     types = [[text.types for text in row.texts] for row in rows]
     return {
         "texts": [[text.input_ids for text in row.texts] for row in rows],

@@ -40,9 +40,7 @@ __all__ = ["Judging", "Prompts", "answers_of", "compare_rewards", "divergence"]
 class Judging(Protocol):
     """Says what the answers to the prompts, one for one, are worth."""
 
-    def __call__(self, answers: Sequence[Answer]) -> Mapping[str, Sequence[float]]:
-        """Return `reward`, the whole, and each reward that it is made of, an answer each."""
-        ...
+    def __call__(self, answers: Sequence[Answer]) -> Mapping[str, Sequence[float]]: ...
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,6 @@ def answers_of(
     sampling: Sampling | None = None,
     on_progress: Progress | None = None,
 ) -> list[Answer]:
-    """Return an answer to each prompt, the likeliest or drawn."""
     return answer(
         model,
         tokenizer,
@@ -219,7 +216,7 @@ def batch_divergence(model: nn.Module, rows: Sequence[Scored], temperature: floa
 
 
 def token_divergence(tuned: Tensor, base: Tensor, temperature: float) -> Tensor:
-    """Return KL(tuned || base) of distributions that are given as logits (n, vocabulary), (n,)."""
+    """Return KL(tuned || base) (n,) of two distributions as logits (n, vocabulary)."""
     log_p, log_q = ((x.float() / temperature).log_softmax(-1) for x in (tuned, base))
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -255,7 +252,7 @@ def length_records(base: Measured, tuned: Measured) -> list[MetricComparison]:
 
 
 def kl_record(values: Sequence[float]) -> MetricComparison:
-    """Return the record of the divergence, which needs no test: the base has none."""
+    """Return the record of the divergence, which needs no test: it is 0 for the base."""
     mean, interval = weighted_mean(values), bootstrap_interval(values)
     result = PairedResult(mean, interval, None, SIGN_FLIP, len(values))
     return metric_record("kl", "lower", (0.0, mean), [None, interval], result)

@@ -20,5 +20,4 @@ class RewardGuard(Guard):
         """Take a step's loss as it is."""
 
     def state(self) -> dict[str, object]:
-        """Return what a resumed run needs to know."""
         return {"taught": self.taught}

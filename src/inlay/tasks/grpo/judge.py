@@ -42,14 +42,13 @@ class Answers:
     """The answers' tokens."""
 
     def by_name(self) -> dict[str, list[Any]]:
-        """Return what a reward is called with."""
+        """Return the keyword arguments of a reward."""
         names = dict.fromkeys(name for row in self.rows for name in row if name != "prompt")
         columns = {name: [row.get(name) for row in self.rows] for name in names}
         given = {"completions": [*self.completions], "completion_ids": [list(i) for i in self.ids]}
         return columns | {"prompts": [row["prompt"] for row in self.rows]} | given
 
     def one(self, index: int) -> Answers:
-        """Return one answer alone."""
         part = slice(index, index + 1)
         return Answers(self.rows[part], self.where[part], self.completions[part], self.ids[part])
 
@@ -63,12 +62,12 @@ class Judge:
 
     @property
     def needed(self) -> dict[str, str]:
-        """The columns that every row must have something in, and the reward that reads each."""
+        """The columns that every row must fill, and the reward that reads each."""
         return {column: r.name for r in reversed(self.rewards) for column in r.columns}
 
     @property
     def sha256(self) -> str | None:
-        """Of the user's files; None where there are none."""
+        """The hash of the user's files; None if there are none."""
         return sha256_of(*self.files) if self.files else None
 
     def scores(
@@ -106,12 +105,11 @@ class Judge:
     # Calling a reward
 
     def apart(self) -> dict[str, str]:
-        """Return the metrics of each reward by itself, where there are several."""
         names = [reward.shown for reward in self.rewards]
         return {f"rewards/{n}/mean": f"reward_{n}" for n in names} if len(names) > 1 else {}
 
     def as_functions(self) -> list[Function]:
-        """Return a function of each reward's name for TRL, which asks for some; none is called."""
+        """Return a function of each reward's name for TRL, which asks for some and calls none."""
         return [named_function(reward.shown) for reward in self.rewards]
 
 
@@ -148,7 +146,6 @@ def scores_of(reward: Reward, answers: Answers, when: str, also: Mapping[str, An
 
 
 def called(reward: Reward, answers: Answers, also: Mapping[str, Any]) -> Any:
-    """Call a reward with what it takes."""
     names = {**also, **answers.by_name()}
     takes = reward.takes
     return reward.function(**{k: v for k, v in names.items() if takes is None or k in takes})
@@ -181,7 +178,6 @@ def number(reward: Reward, value: Any, where: str, when: str) -> float:
 
 
 def named(places: Sequence[str]) -> str:
-    """Return some places, each once."""
     once = list(dict.fromkeys(places))
     more = f" and {len(once) - ROWS_NAMED} more rows" if len(once) > ROWS_NAMED else ""
     return "; ".join(once[:ROWS_NAMED]) + more

@@ -42,7 +42,6 @@ class Spec:
 
     @property
     def function(self) -> str:
-        """The name of the function alone."""
         return self.name.rpartition(":")[2]
 
 
@@ -97,7 +96,6 @@ def mapping_in(entry: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def built_in(spec: Spec) -> Function:
-    """Return a built-in reward with its arguments."""
     if spec.name not in BUILT_IN:
         raise UsageError(
             f"there is no reward {spec.name!r}; there are {', '.join(BUILT_IN)}, and functions of "

@@ -24,7 +24,6 @@ class Group:
 
     @property
     def prompts(self) -> int:
-        """Prompts in one step of one process."""
         return self.step // self.answers
 
 

@@ -55,7 +55,6 @@ def json_valid(*, keys: Sequence[str] = ()) -> Function:
 
 
 def holds(text: str, keys: Sequence[str]) -> bool:
-    """Say whether a text is JSON, and an object with these keys if there are any."""
     try:
         found = json.loads(text, parse_constant=not_json)
     except (ValueError, RecursionError):
@@ -120,23 +119,19 @@ BUILT_IN: Mapping[str, Callable[..., Function]] = {
 
 
 def reading(score: Function, *columns: str) -> Function:
-    """Note the columns that a reward cannot do without."""
     score.columns = columns  # pyright: ignore[reportFunctionMemberAccess]
     return score
 
 
 def is_text(value: object) -> bool:
-    """Say whether a value is text."""
     return isinstance(value, str)
 
 
 def is_count(value: object) -> bool:
-    """Say whether a value is a whole number that can count something."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def check(fits: bool, reward: str, argument: str, wanted: str, value: object) -> None:
-    """Raise unless an argument of a reward fits."""
     if not fits:
         raise UsageError(f"the reward {reward!r}: {argument!r} must be {wanted}, not {value!r}")
 

@@ -27,7 +27,7 @@ PROMPT = "prompt"
 
 
 def are_prompts(row: RawRow, prompt: str | None, needed: Iterable[str]) -> bool:
-    """Say whether a row has a prompt and the columns that its answers are judged by."""
+    """Return whether a row has a prompt and the columns that the rewards read."""
     named = {name for _, name in template_parts(prompt)} - {None} if prompt else {PROMPT}
     asked = {prompt} if prompt in row.values else named or {prompt}
     return all(name in row.values for name in (*asked, *needed))
@@ -76,7 +76,6 @@ def normalise_prompts(
 
 
 def same_prompt(row: RawRow, found: dict[str, Any]) -> str:
-    """Return what rows of one prompt have in common."""
     del row
     return json.dumps(found[PROMPT], sort_keys=True)
 

@@ -44,7 +44,6 @@ class GrpoRun(LanguageRun[GrpoConfig, Encoded]):
 
     @cached_property
     def judge(self) -> Judge:
-        """The run's rewards."""
         return judge_of(self.config.rewards or [])
 
     def encode(self, rows: Rows) -> list[Encoded]:
@@ -54,7 +53,6 @@ class GrpoRun(LanguageRun[GrpoConfig, Encoded]):
         return self.encode(rows)
 
     def check(self, rows: Rows, encoded: list[Encoded]) -> None:
-        """Raise when the prompts are too few for a step; tell of those that are left out."""
         check_generation(self.config.generation)
         config = self.asked
         prompts = config.batch_size * config.gradient_accumulation // config.num_generations
@@ -136,7 +134,6 @@ class GrpoRun(LanguageRun[GrpoConfig, Encoded]):
     # Training
 
     def inputs(self) -> dict[str, str]:
-        """Return the hash of the user's reward functions."""
         return {"rewards_sha256": self.judge.sha256} if self.judge.sha256 else {}
 
     def prepare(
@@ -163,7 +160,7 @@ class GrpoRun(LanguageRun[GrpoConfig, Encoded]):
             )
 
     def trainer(self, setup: Setup[Encoded]) -> RewardTrainer:
-        """Return the trainer, nothing trained yet; the reference is ours, so TRL has no beta."""
+        """Return the trainer; the reference is Inlay's own, so TRL has no beta."""
         model, config = setup.model, self.config
         return RewardTrainer(
             model,
@@ -196,7 +193,6 @@ class GrpoRun(LanguageRun[GrpoConfig, Encoded]):
         )
 
     def held_out(self, model: PreTrainedModel, tokens: Tokens[Encoded]) -> HeldOut | None:
-        """Return what measures the likeliest answers to held-out prompts, or None without any."""
         if not tokens.validation:
             return None
         prompts = self.judged(tokens.validation_rows, tokens.validation)
@@ -215,7 +211,7 @@ class GrpoRun(LanguageRun[GrpoConfig, Encoded]):
 
     @property
     def at_once(self) -> int:
-        """How many answers are written together: as many as in a step."""
+        """Answers that are generated together: as many as in a step."""
         return self.config.batch_size * self.config.gradient_accumulation
 
     # Measuring
@@ -235,7 +231,6 @@ class GrpoRun(LanguageRun[GrpoConfig, Encoded]):
         return Prompts(tokens, shown)
 
     def judged(self, rows: Rows, encoded: Sequence[Encoded]) -> JudgedPrompts:
-        """Return held-out prompts, and how they are answered and judged."""
         return judging(self.config, self.judge, rows, encoded, "on held-out prompts")
 
     def compare(

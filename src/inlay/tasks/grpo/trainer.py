@@ -89,27 +89,23 @@ class RewardTrainer(Telling, GRPOTrainer):
         self.current_gradient_accumulation_steps = self.group.passes  # of the step tried first
 
     def asks(self, collate: Any) -> dict[str, Any]:
-        """Return the rewards; how a batch is made is TRL's own."""
         del collate
         return {"reward_funcs": self.judge.as_functions()}
 
     @property
     def lengths(self) -> list[int]:
-        """How many tokens each prompt has."""
         return [len(row.input_ids) for row in self.encoded]
 
     @property
     def steps_in_epoch(self) -> int:
-        """How many optimiser steps pass over all prompts that fill a step."""
+        """Optimiser steps that pass over all prompts that fill a step."""
         return len(self.encoded) // (self.group.prompts * self.world.size)
 
     @property
     def parts(self) -> list[Part]:
-        """This process's passes of a step; each counts by the tokens in it."""
         return [Part(0, 1, 1 / self.group.passes, 0, 1)] * self.group.passes
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return what yields this process's prompts of a step, once for every pass of it."""
         return super(SharedSteps, self).get_train_dataloader()
 
     def _get_train_sampler(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -132,11 +128,9 @@ class RewardTrainer(Telling, GRPOTrainer):
 
     @property
     def names(self) -> dict[str, str]:
-        """What the step's answers were worth, and how far the model is from its base."""
         return SHOWN | self.judge.apart()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run one forward and backward pass, the first of a step after its answers are drawn."""
         if self.world.alone:
             return super().training_step(*args, **kwargs)
         with self.stream.kept():
@@ -148,11 +142,10 @@ class RewardTrainer(Telling, GRPOTrainer):
         return 0
 
     def gradient_is_due(self) -> bool:
-        """Say whether this step is the first in which answers to one prompt differ in worth."""
+        """Return whether this is the first step whose answers to one prompt differ in reward."""
         return self.guard.taught == 1 and self.teaches
 
     def peak_of(self, rows: Sequence[int]) -> int | None:
-        """Return the most memory that a pass over these rows holds; nothing is trained by it."""
         before = self.step_tokens
         peak = super().peak_of(rows)
         self.step_tokens = before
@@ -218,7 +211,6 @@ class RewardTrainer(Telling, GRPOTrainer):
         return found
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """Return the prompts' tokens, as the data room made them."""
         del prompts
         return [self.encoded[row].input_ids for row in self.here], None, {}
 
@@ -329,7 +321,7 @@ class RewardTrainer(Telling, GRPOTrainer):
         return log_probs, entropy
 
     def fitted(self, x: Tensor, length: int) -> Tensor:
-        """Return rows cut, or filled up, to a length that the machine multiplies well."""
+        """Return rows cut, or padded, to a length that the device multiplies fast."""
         whole = -(-length // self.multiple) * self.multiple
         return functional.pad(x[:, :whole], (0, max(0, whole - x.shape[1])))
 
@@ -341,6 +333,5 @@ def moved(x: Tensor, left: Tensor) -> Tensor:
 
 
 def dataset(rows: Rows) -> Dataset:
-    """Return prompts as TRL takes them, each with the number of its row."""
     prompts = [row["prompt"] for row in rows.rows]
     return Dataset.from_dict({"prompt": prompts, "row": list(range(len(prompts)))})

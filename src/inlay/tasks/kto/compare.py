@@ -34,14 +34,10 @@ class LabelledLike(Protocol):
     """A labelled row as tokens, as the data room encodes it."""
 
     @property
-    def answer(self) -> EncodedRow:
-        """The prompt and the answer."""
-        ...
+    def answer(self) -> EncodedRow: ...
 
     @property
-    def desirable(self) -> bool:
-        """Whether the answer is a desirable one."""
-        ...
+    def desirable(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ def labelled_losses(
     *,
     join: Join | None = None,
 ) -> LabelledLosses:
-    """Return what the model gives every answer; the errors are those of `losses`."""
+    """Return the loss of every answer; raises what `losses` raises."""
     return LabelledLosses(
         losses(model, [row.answer for row in rows], batch_size, join=join),
         losses(model, mismatched, batch_size, join=join),
@@ -87,7 +83,7 @@ class Judgements:
 
     @property
     def kl(self) -> float:
-        """How far the model is from its reference: its mean log-ratio on mismatched answers."""
+        """The model's mean log-ratio to its reference on mismatched answers."""
         found = log_ratios(self.model.mismatched, self.reference.mismatched)
         return max(mean(found), 0.0) if found else 0.0
 
@@ -110,7 +106,7 @@ class Judgements:
 
     @property
     def per_token(self) -> list[float]:
-        """The log-probability of each answer a token, which answers of all lengths share."""
+        """The log-probability per token of each answer, comparable between lengths."""
         return [-row.per_token for row in self.model.answers]
 
     def means(self) -> dict[str, float]:
@@ -133,7 +129,6 @@ def log_ratios(model: Sequence[RowLoss], reference: Sequence[RowLoss]) -> list[f
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the mean."""
     return sum(values) / len(values)
 
 
@@ -143,7 +138,6 @@ def sigmoid(x: float) -> float:
 
 
 def parted(values: Sequence[T], desirable: Sequence[bool]) -> tuple[list[T], list[T]]:
-    """Return the values of desirable rows and those of the others."""
     both = list(zip(values, desirable, strict=True))
     return [value for value, label in both if label], [value for value, label in both if not label]
 
@@ -200,7 +194,6 @@ def compare_labelled(
 
 
 def check_both(labels: Sequence[bool]) -> None:
-    """Raise unless there are rows of both labels."""
     if len(set(labels)) != 2:
         raise DataError(
             f"there are {labels.count(True)} desirable rows and {labels.count(False)} others to "
@@ -209,7 +202,6 @@ def check_both(labels: Sequence[bool]) -> None:
 
 
 def rejoined(good: Sequence[T], bad: Sequence[T], desirable: Sequence[bool]) -> list[T]:
-    """Return what belongs to desirable rows and to the others in the rows' order."""
     firsts, seconds = iter(good), iter(bad)
     return [next(firsts) if label else next(seconds) for label in desirable]
 
@@ -234,7 +226,6 @@ def separated(
     tuned: Sequence[float],
     labels: Sequence[bool],
 ) -> MetricComparison:
-    """Return the record of how far scores tell the two labels apart."""
     test, sides = compare_groups(base, tuned, labels, statistic)
     good, bad = parted(base, labels)
     start = float(statistic(np.asarray(good), np.asarray(bad)))

@@ -47,7 +47,7 @@ class Labelled:
 
     @property
     def start(self) -> int:
-        """How many tokens the prompt has; the answer begins behind it."""
+        """The number of the prompt's tokens."""
         return self.answer.trained.index(True)
 
 
@@ -55,14 +55,14 @@ class Labelled:
 
 
 def are_labelled(row: RawRow) -> bool:
-    """Say whether a row looks like a labelled one, and not like a supervised one with a remark."""
+    """Return whether a row looks labelled, and not supervised with a remark."""
     if any(name not in row.values for name in FIELDS):
         return False
     return len(row.values) == len(FIELDS) or isinstance(worded(row), bool)
 
 
 def worded(row: RawRow) -> Any:
-    """Return a row's label, in a table for the word that it holds."""
+    """Return a row's label; a word for a truth value, which tables hold, is converted."""
     value = present(row, "label")
     if isinstance(value, str) and row.source.lower().endswith(TABLES):
         return WORDS.get(value.strip().lower(), value)
@@ -124,12 +124,10 @@ def both_labels(rows: Rows) -> Rows:
 
 
 def text(row: RawRow) -> dict[str, Any]:
-    """Return prompt and completion as text; the space between them is the completion's."""
     return joined(text_field(row, "prompt"), text_field(row, "completion"))
 
 
 def conversation(row: RawRow) -> dict[str, Any]:
-    """Return a prompt of messages, and the text of the one that answers it."""
     prompt, completion = messages(row, "prompt"), messages(row, "completion")
     return {"prompt": prompt, "completion": answer_to(row, prompt, "completion", completion)}
 
@@ -191,13 +189,13 @@ def check_contradictions(rows: Rows) -> None:
 
 
 def by_label(rows: Rows) -> tuple[list[int], list[int]]:
-    """Return the numbers of the desirable rows, and of the others."""
+    """Return the indices of the desirable rows, and of the others."""
     labels = [row["label"] for row in rows.rows]
     return [i for i, x in enumerate(labels) if x], [i for i, x in enumerate(labels) if not x]
 
 
 def desirable_of(rows: Rows) -> Rows:
-    """Return the rows with a desirable answer, as supervised ones."""
+    """Return the rows with a desirable answer as supervised rows."""
     return side_of(rows.take(by_label(rows)[0]), "completion")
 
 

@@ -50,7 +50,6 @@ class KtoRun(LanguageRun[KtoConfig, Labelled]):
     """How much a row of each label weighs; settled once the training rows are known."""
 
     def recall(self, model: PreTrainedModel, rows: Rows, record: Mapping[str, Any]) -> None:
-        """Take the weights of both labels from run.json."""
         super().recall(model, rows, record)
         self.weights = Weights(**record.get("weights", {}))
 
@@ -58,7 +57,6 @@ class KtoRun(LanguageRun[KtoConfig, Labelled]):
         return encode_labelled(rows, self.reader, self.config.max_length)
 
     def check(self, rows: Rows, encoded: list[Labelled]) -> None:
-        """Raise when one label is missing or no desirable answer ends; tell of what was cut."""
         check_labels(rows, "to train on")
         good, bad = (
             summarise([encoded[i].answer for i in part], rows.take(part)) for part in by_label(rows)
@@ -108,7 +106,6 @@ class KtoRun(LanguageRun[KtoConfig, Labelled]):
     def collator_with(
         self, rows: Sequence[Labelled], others: Sequence[Encoded], multiple: int
     ) -> Collate:
-        """Return TRL's collator: each row's own answer and another row's, with their images."""
         collate = DataCollatorForUnpairedPreference(PADDING, pad_to_multiple_of=multiple)
         if self.images is None:
             return collate
@@ -141,14 +138,14 @@ class KtoRun(LanguageRun[KtoConfig, Labelled]):
     # Training
 
     def images_come_again(self, rows: int) -> bool:
-        """Say so: a row is asked twice, and by the reference."""
+        """Return True: each row is shown twice, and to the reference."""
         del rows
         return True
 
     def prepare(
         self, model: PreTrainedModel, tokens: Tokens[Labelled], record: dict[str, Any]
     ) -> None:
-        """Keep the weights of both labels in the run's record, from which `eval` takes them."""
+        """Record the weights of both labels in run.json, where `eval` reads them."""
         del model, tokens
         record["weights"] = asdict(self.weights)
 
@@ -182,7 +179,6 @@ class KtoRun(LanguageRun[KtoConfig, Labelled]):
         )
 
     def held_out(self, model: PreTrainedModel, rows: list[Labelled]) -> HeldOut | None:
-        """Return what measures the loss on held-out rows, or None when there are none."""
         if not rows:
             return None
         size, join = max(self.config.batch_size, 8), joining(self.seeing)
@@ -220,7 +216,6 @@ class KtoRun(LanguageRun[KtoConfig, Labelled]):
 
 
 def check_labels(rows: Rows, purpose: str) -> None:
-    """Raise unless a part of the rows has both labels."""
     good, bad = by_label(rows)
     if not good or not bad:
         raise DataError(

@@ -50,13 +50,11 @@ class LabelledTrainer(AgainstBase, KTOTrainer):
 
     @property
     def lengths(self) -> list[int]:
-        """How many tokens each row has."""
         assert isinstance(self.train_dataset, Dataset)
         columns = (self.train_dataset[name] for name in ("prompt_ids", "completion_ids"))
         return [len(p) + len(c) for p, c in zip(*columns, strict=True)]
 
     def arrange(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:
-        """Return the row numbers of an epoch, in the batches of every other epoch."""
         return kept_order(lengths, batch_size, seed, epoch)
 
     def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> Tensor:
@@ -81,19 +79,17 @@ class LabelledTrainer(AgainstBase, KTOTrainer):
         return found
 
     def tell_of_pass(self, name: str, rows: int) -> None:
-        """Put the mean over a whole pass in place of that over so many rows of this process."""
+        """Replace the mean over this many rows of this process by the mean over the whole pass."""
         own = self.measured.pop(name, [0.0])[-1]
         mean = self.mean_in_pass(rows * own, rows)
         if not math.isnan(mean):
             self.measured[name] = [mean]
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the log-probabilities of answers, own and mismatched, without the adapters."""
         return self.by_base(model, inputs), self.by_base(model, inputs, "KL_")
 
 
 def columns(rows: Sequence[Labelled], mismatched: Sequence[Encoded]) -> dict[str, list[Any]]:
-    """Return labelled rows, numbered, as TRL takes them when they are tokenised already."""
     both = list(zip(rows, mismatched, strict=True))
     return {
         "row": list(range(len(rows))),

@@ -32,7 +32,6 @@ def weights_of(config: KtoConfig, desirable: int, undesirable: int) -> Weights:
 
 
 def nearest_to_one(low: float, high: float) -> float:
-    """Return the number of a range that is nearest to 1."""
     return min(max(1.0, low), high)
 
 

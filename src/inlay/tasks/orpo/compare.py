@@ -24,9 +24,7 @@ class WholePairLike(PairLike, Protocol):
     """A pair as tokens whose preferred row counts as it stands, too."""
 
     @property
-    def whole(self) -> EncodedRow:
-        """The preferred row, measured from its first token on."""
-        ...
+    def whole(self) -> EncodedRow: ...
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,6 @@ def odds_ratios(
 def judged(
     chosen: Sequence[RowLoss], rejected: Sequence[RowLoss], rows: Sequence[RowLoss], beta: float
 ) -> OddsRatios:
-    """Return both sides' losses, and those of the preferred rows as a whole, pair by pair."""
     pairs = zip(chosen, rejected, strict=True)
     found = [LogProbs(-one.per_token, -other.per_token) for one, other in pairs]
     return OddsRatios(found, [row.per_token for row in rows], beta)

@@ -31,14 +31,14 @@ class OrpoRun(DpoRun):
         return sum(text.trained_tokens for text in both)
 
     def collator(self, rows: Sequence[Pair], multiple: int) -> Collate:
-        """Return what makes a batch of pairs, in which the prompts of preferred rows count."""
+        """Return the collator of pairs whose preferred rows count their prompt, too."""
         return CountingPrompts(super().collator(rows, multiple), rows)
 
     def planned_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         return {**super().planned_inputs(batch), "labels": counted_labels(batch)}
 
     def trainer(self, setup: Setup[Pair]) -> AdapterLoop:
-        """Return the trainer, nothing trained yet; TRL's `beta` is the paper's lambda."""
+        """Return the trainer; TRL's `beta` is the paper's lambda."""
         model, pairs = setup.model, setup.tokens.train
         return OddsTrainer(
             model,
@@ -57,7 +57,6 @@ class OrpoRun(DpoRun):
         )
 
     def held_out(self, model: PreTrainedModel, pairs: list[Pair]) -> HeldOut | None:
-        """Return what measures the loss on held-out pairs, or None when there are none."""
         if not pairs:
             return None
         size, join = max(self.config.batch_size, 8), joining(self.seeing)

@@ -52,13 +52,11 @@ class OddsTrainer(Telling, ORPOTrainer):
 
     @property
     def lengths(self) -> list[int]:
-        """How many tokens the longer side of each pair has."""
         assert isinstance(self.train_dataset, Dataset)
         return longer_sides(self.train_dataset)
 
     @property
     def measured(self) -> dict[str, list[float]]:
-        """The metrics of the passes since the last step."""
         return self._stored_metrics["train"]
 
     def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> Any:
@@ -103,7 +101,7 @@ class CountingPrompts:
 
 
 def counted_labels(batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the labels of a batch of pairs: preferred rows whole, of rejected ones the answer."""
+    """Return the labels of a batch of pairs: preferred rows whole, of rejected rows the answer."""
     ids, trained = batch["input_ids"], batch["completion_mask"].clone()
     trained[: len(ids) // 2] = batch["counted_mask"]
     return ids.masked_fill(trained == 0, IGNORED)
@@ -113,6 +111,5 @@ class AsTheyCome(Dataset):
     """Rows that are tokenised already: what TRL would do to each has been done."""
 
     def map(self, *args: Any, **kwargs: Any) -> Dataset:
-        """Return the rows as they are."""
         del args, kwargs
         return self

@@ -23,14 +23,10 @@ class RewardPair(Protocol):
     """A prompt with either answer behind it, as tokens."""
 
     @property
-    def chosen(self) -> Input:
-        """The prompt and the preferred answer."""
-        ...
+    def chosen(self) -> Input: ...
 
     @property
-    def rejected(self) -> Input:
-        """The prompt and the other answer."""
-        ...
+    def rejected(self) -> Input: ...
 
 
 def margins(
@@ -41,7 +37,6 @@ def margins(
     lines: Sequence[int] | None = None,
     on_progress: Stage | None = None,
 ) -> list[float]:
-    """Return how much more reward each preferred answer gets than the other."""
     rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     twice = None if lines is None else [*lines, *lines]
     told = on_progress and (lambda done, total: on_progress("rewards", done, total))
@@ -51,7 +46,6 @@ def margins(
 
 
 def reward(output: Tensor) -> float:
-    """Return a row's one number."""
     return float(output.squeeze())
 
 
@@ -68,7 +62,6 @@ def means(found: Sequence[float]) -> dict[str, float]:
 def held_out_rewards(
     model: nn.Module, pairs: Sequence[RewardPair], batch_size: int
 ) -> dict[str, float]:
-    """Return the metrics of the model as it is."""
     return means(margins(model, pairs, batch_size))
 
 

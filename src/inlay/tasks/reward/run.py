@@ -36,11 +36,9 @@ class RewardRun(HeadRun[RunConfig, RewardPair]):
 
     @property
     def head(self) -> Head:
-        """One number a row."""
         return Head("sequence", seed=self.config.seed)
 
     def recall(self, model: PreTrainedModel, rows: Rows, record: Mapping[str, Any]) -> None:
-        """Raise unless a model gives one number a row."""
         super().recall(model, rows, record)
         head = head_of(model)
         if head is None or head.purpose != "sequence" or len(head.labels) != 1:
@@ -53,7 +51,6 @@ class RewardRun(HeadRun[RunConfig, RewardPair]):
         return encode_reward_pairs(rows, self.tokenizer, self.longest)
 
     def check(self, rows: Rows, encoded: list[RewardPair]) -> None:
-        """Tell of rows that were cut or left out."""
         self.note_shorter_model("rows")
         for side in SIDES:
             pairs = zip(encoded, rows.lines, strict=True)
@@ -77,7 +74,7 @@ class RewardRun(HeadRun[RunConfig, RewardPair]):
         return PadPairs(self.padding, multiple)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Return the loss of a batch, as TRL's RewardTrainer computes it."""
+        """Return a batch's loss, as TRL's RewardTrainer computes it."""
         chosen, rejected = model(**accepted(model, batch)).logits.squeeze(-1).chunk(2)
         return -F.logsigmoid(chosen - rejected).mean()
 
@@ -87,7 +84,7 @@ class RewardRun(HeadRun[RunConfig, RewardPair]):
     # Training
 
     def trainer(self, setup: Setup[RewardPair]) -> RewardLoop:
-        """Return the trainer, nothing trained yet; dropout is off, as in TRL."""
+        """Return the trainer; dropout is off, as in TRL."""
         model, rows = setup.model, setup.tokens.train
         return RewardLoop(
             model,
@@ -104,7 +101,6 @@ class RewardRun(HeadRun[RunConfig, RewardPair]):
         )
 
     def held_out(self, model: PreTrainedModel, pairs: list[RewardPair]) -> HeldOut | None:
-        """Return what measures held-out pairs, or None when there are none."""
         if not pairs:
             return None
         size = max(self.config.batch_size, 8)
@@ -118,6 +114,5 @@ class RewardRun(HeadRun[RunConfig, RewardPair]):
         return compare_rewards(model, encoded, lines=rows.lines, **pace(limits))
 
     def merge_inputs(self, model: PreTrainedModel, rows: Rows) -> list[dict[str, Tensor]]:
-        """Return the preferred side of each pair as a batch of its own."""
         batches = [padded_inputs([pair.chosen], 0, 1) for pair in self.encode(rows)]
         return [accepted(model, batch) for batch in batches]

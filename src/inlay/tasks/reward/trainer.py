@@ -36,7 +36,6 @@ class RewardLoop(Telling, RewardTrainer):
 
     @property
     def lengths(self) -> list[int]:
-        """How many tokens the longer side of each pair has."""
         assert isinstance(self.train_dataset, Dataset)
         sides = (self.train_dataset[name] for name in ("chosen_ids", "rejected_ids"))
         return [max(len(a), len(b)) for a, b in zip(*sides, strict=True)]
@@ -57,7 +56,6 @@ class PadPairs:
 
 
 def columns(pairs: Sequence[RewardPair]) -> dict[str, list[Any]]:
-    """Return pairs as TRL takes them when they are tokenised already."""
     return {
         "chosen_ids": [pair.chosen.input_ids for pair in pairs],
         "rejected_ids": [pair.rejected.input_ids for pair in pairs],

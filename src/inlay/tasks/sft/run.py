@@ -48,7 +48,6 @@ class SftRun(LanguageRun[RunWithImages, Encoded]):
         return encode(rows, self.reader, self.config.max_length)
 
     def check(self, rows: Rows, encoded: list[Encoded]) -> None:
-        """Raise when no row trains the end token; tell of rows that were cut or left out."""
         summary = summarise(encoded, rows)
         check_ends(summary, rows, self.config.max_length)
         for lines, what in (
@@ -114,7 +113,6 @@ class SftRun(LanguageRun[RunWithImages, Encoded]):
         self.packed = mixed is None
 
     def trainer(self, setup: Setup[Encoded]) -> SupervisedTrainer:
-        """Return the trainer, nothing trained yet."""
         model, tokens, config = setup.model, setup.tokens, self.config
         args = arguments(config, model, setup.checkpoints, setup.learning_rate)
         args.remove_unused_columns = self.images is None
@@ -134,17 +132,16 @@ class SftRun(LanguageRun[RunWithImages, Encoded]):
         )
 
     def held_out(self, model: PreTrainedModel, rows: list[Encoded]) -> HeldOut | None:
-        """Return what measures the mean loss of held-out rows, or None when there are none."""
         return (lambda: {"loss": self.mean_loss(model, rows)}) if rows else None
 
     def mean_loss(self, model: PreTrainedModel, rows: list[Encoded]) -> float:
-        """Return the loss of rows, in nats a trained token."""
+        """Return the loss in nats a trained token."""
         found = losses(model, rows, max(self.config.batch_size, 8), join=joining(self.seeing))
         return sum(row.nll for row in found) / sum(row.tokens for row in found)
 
     @contextmanager
     def around(self, setup: Setup[Encoded]) -> Generator[None]:
-        """Take the steps with the frozen blocks' output read, then leave products exact."""
+        """Take the steps with the frozen blocks' output read, then make products exact again."""
         with super().around(setup), self.trunk(setup):
             yield
         if self.config.eight_bits:

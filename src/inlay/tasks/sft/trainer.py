@@ -38,7 +38,7 @@ class SupervisedTrainer(AdapterLoop, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of the trained tokens, the sum over their number in the whole batch."""
+        """Return the loss summed over the trained tokens, by their number in the whole batch."""
         counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         count = {"num_items_in_batch": num_items_in_batch} if counted else {}
         outputs = model(**inputs, **count, use_cache=False)
@@ -48,7 +48,6 @@ class SupervisedTrainer(AdapterLoop, SFTTrainer):
 def arguments(
     config: RunConfig, model: PreTrainedModel, folder: Path, learning_rate: float
 ) -> SFTConfig:
-    """Return TRL's arguments for a supervised run whose checkpoints go to `folder`."""
     bins = config.packing == "bfd"
     return SFTConfig(
         **shared(SFTConfig, config, model, folder, learning_rate),

@@ -13,7 +13,6 @@ from inlay.model.adapters.registry import adapter_places
 
 
 def tensors_of(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
-    """Return an adapter's tensors by place and name, exactly as they are."""
     return {
         place: {name: getattr(params, name) for name in params.names()}
         for place, params in adapter_places(model, adapter)

@@ -17,7 +17,6 @@ NEEDED = (TRAINER_STATE, TRAINING_STATE)
 
 
 def folder_of(parent: Path, step: int) -> Path:
-    """Return the folder of one step's checkpoint."""
     return parent / f"checkpoint-{step}"
 
 
@@ -32,14 +31,12 @@ def write(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def rotate(parent: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints."""
     with saving("the list of checkpoints", parent):
         for folder in complete(parent)[:-keep]:
             remove_whole(folder)
 
 
 def complete(parent: Path) -> list[Path]:
-    """Return the complete checkpoints, the oldest first."""
     named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in parent.glob("*")]
     steps = {int(name[1]): path for name, path in named if name}
     return [
@@ -50,7 +47,6 @@ def complete(parent: Path) -> list[Path]:
 
 
 def latest(parent: Path) -> Path | None:
-    """Return the newest complete checkpoint, or None."""
     return next(reversed(complete(parent)), None)
 
 
@@ -65,6 +61,5 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step a checkpoint was written after."""
     state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
     return int(state["global_step"])

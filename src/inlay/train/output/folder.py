@@ -38,32 +38,26 @@ class RunFolder:
 
     @property
     def run(self) -> Path:
-        """What was run, on what, and what it took."""
         return self.path / "run.json"
 
     @property
     def metrics(self) -> Path:
-        """Losses, one line a step or evaluation."""
         return self.path / "metrics.jsonl"
 
     @property
     def report(self) -> Path:
-        """The page to read."""
         return self.path / "report.html"
 
     @property
     def adapter(self) -> Path:
-        """The trained adapter."""
         return self.path / "adapter"
 
     @property
     def checkpoints(self) -> Path:
-        """The folders a killed run is resumed from."""
         return self.path / "checkpoints"
 
     @property
     def state(self) -> State:
-        """Whether a run lies here, and whether it ended."""
         if not self.run.is_file():
             return "new"
         return "finished" if self.record().get("finished") else "interrupted"
@@ -87,7 +81,6 @@ class RunFolder:
         return found
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        """Write run.json, whole."""
         with saving("run.json", self.run):
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.run, dict(record))

@@ -25,7 +25,6 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what a result's speed depends on."""
     on_gpu = device.type == "cuda"
     return {
         "platform": platform.platform(),
@@ -36,17 +35,15 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def base_files(model: str, revision: str | None) -> list[Path]:
-    """Return the configuration and weights of a base model."""
     folder = located(model, revision)
     return [folder / "config.json", *weight_files(folder)]
 
 
 def describe_base(files: Sequence[Path]) -> dict[str, Any]:
-    """Return the hash and the size of a base model's files."""
     return {"base_sha256": sha256_of(*files), "model_bytes": size_of(*files)}
 
 
 def most_memory(model: nn.Module) -> int:
-    """Return the most memory held so far in bytes: the GPU's if the model is there."""
+    """Return the most memory held so far, in bytes: on the GPU if the model is there."""
     device = next(model.parameters()).device
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()

@@ -37,15 +37,12 @@ class Recorder:
         return self.seconds_before + time.monotonic() - self.started
 
     def stage(self, message: str) -> None:
-        """Tell that a part of the run begins."""
         self.on_event(Event("stage", message, seconds=self.seconds))
 
     def note(self, message: str) -> None:
-        """Tell something worth knowing."""
         self.on_event(Event("note", message, seconds=self.seconds))
 
     def checkpoint(self, folder: Path, step: int) -> None:
-        """Tell of a complete checkpoint."""
         self.on_event(Event("checkpoint", str(folder), step, self.total_steps))
 
     def step(
@@ -118,7 +115,7 @@ class Recorder:
         self.recent.append((time.monotonic(), self.tokens))
 
     def write(self, line: dict[str, object]) -> None:
-        """Append one line and have it on the disk."""
+        """Append one line and flush it to the disk."""
         with saving("a line of the metrics", self.path):
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**line, "seconds": self.seconds}) + "\n")
@@ -126,7 +123,6 @@ class Recorder:
                 os.fsync(file.fileno())
 
     def start_over(self) -> None:
-        """Begin with an empty file."""
         with saving("the metrics", self.path):
             self.path.write_text("")
 
@@ -140,13 +136,12 @@ class Recorder:
         }
 
     def cut(self, size: int) -> None:
-        """Take off the file what lies behind that many bytes."""
+        """Truncate the file to this many bytes."""
         with saving("the metrics", self.path):
             self.path.touch()
             os.truncate(self.path, min(size, self.path.stat().st_size))
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state: lines written after it are taken off the file."""
         self.cut(state["bytes"])
         self.waiting = list(state["waiting"])
         self.tokens, self.seconds_before = state["tokens"], state["seconds"]

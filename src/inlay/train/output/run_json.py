@@ -69,7 +69,6 @@ def ended_record(model: PreTrainedModel, trainer: AdapterLoop, folder: RunFolder
 
 
 def planned_record(planned: Plan | None) -> dict[str, Any] | None:
-    """Return what run.json says of the plan."""
     if planned is None:
         return None
     best = planned.best
@@ -77,5 +76,4 @@ def planned_record(planned: Plan | None) -> dict[str, Any] | None:
 
 
 def trainable(found: Report) -> dict[str, float]:
-    """Return how much of the model trains."""
     return {"count": found.trainable, "percent": found.percent, "total": found.total}

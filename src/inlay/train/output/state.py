@@ -21,7 +21,7 @@ Tree = Any
 
 
 def save_tree(path: Path, tree: Tree) -> None:
-    """Write a tree of plain values and tensors; numbers and tensors come back bit for bit."""
+    """Write a tree of plain values and tensors, bit for bit."""
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(without_tensors(tree, tensors))
     save_file(tensors, path, metadata={"tree": skeleton})
@@ -81,7 +81,6 @@ def with_tensors(tree: Tree, tensors: Mapping[str, Tensor]) -> Tree:
 
 
 def random_state() -> Tree:
-    """Return the state of every random generator that training draws from."""
     algorithm, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),

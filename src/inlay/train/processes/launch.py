@@ -60,7 +60,7 @@ class LaunchOptions(BaseModel):
 
 
 def follows() -> bool:
-    """Say whether a launcher started this process as another than the first of several."""
+    """Return whether this process is one of several and not the first."""
     several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
     return several and os.environ.get("RANK", "0") != "0"
 
@@ -104,22 +104,18 @@ class Launch:
 
     @property
     def folder(self) -> Path:
-        """Where the files lie."""
         return Path(self.config.output).expanduser().resolve() / FOLDER
 
     @property
     def run_file(self) -> Path:
-        """The run, every default written out."""
         return self.folder / RUN_FILE
 
     @property
     def script(self) -> Path:
-        """What starts the run."""
         names = {"torchrun": "torchrun.sh", "slurm": "slurm.sh", "ray": "ray_job.py"}
         return self.folder / names[self.options.launcher]
 
     def write(self, run: str) -> None:
-        """Write the run file and the script that starts it."""
         texts = {"torchrun": self.torchrun, "slurm": self.slurm, "ray": self.ray}
         with saving("the launch files", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +123,6 @@ class Launch:
             write_text(self.script, texts[self.options.launcher]())
 
     def command(self, head: str) -> str:
-        """Return the torchrun command of one machine, for a shell."""
         options = self.options
         words = [sys.executable, "-m", "torch.distributed.run"]
         words += ["--nproc-per-node", str(options.local)]
@@ -151,7 +146,6 @@ class Launch:
         return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(max(1, cores))}
 
     def torchrun(self) -> str:
-        """Return the shell script for each machine."""
         start = f"{self.exports()}exec {self.command('$HEAD')}\n"
         if self.options.nodes == 1:
             return f"#!/bin/sh\n{start}"
@@ -160,7 +154,6 @@ class Launch:
         return f"#!/bin/sh\n{usage}{check}{start}"
 
     def exports(self, cores: int | None = None) -> str:
-        """Return the environment as lines of a shell script."""
         own = self.environment(cores)
         return "".join(f"export {name}={value}\n" for name, value in own.items())
 
@@ -218,7 +211,6 @@ class Launch:
         return subprocess.run(words, check=False).returncode
 
     def check_gpus(self) -> None:
-        """Raise when this machine has fewer GPUs than asked for."""
         import torch
 
         if self.options.gpus is not None and torch.cuda.device_count() < self.options.gpus:

@@ -50,7 +50,7 @@ class Share:
 
     @property
     def cuts(self) -> int:
-        """Into how many equal parts a pass is cut, so that every process has equally many."""
+        """The number of equal parts of a pass, so that every process has equally many."""
         return next(
             cuts
             for cuts in range(1, self.rows + 1)
@@ -94,7 +94,6 @@ class Share:
         return range(first, first + self.cuts)
 
     def seed_of(self, seed: int, step: int, number: int) -> int:
-        """Return the seed of this process's pass of that number in a step."""
         part = number * self.world.size + self.world.rank
         return seed * 1_000_003 + step * self.accumulation * self.cuts + part
 

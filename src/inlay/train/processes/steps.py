@@ -45,7 +45,6 @@ class SharedSteps(Trainer, ABC):
         """How many tokens each row has, or each pack of rows."""
 
     def take_share(self, share: Share) -> None:
-        """Take this process's part of every step."""
         self.share, self.world = share, share.world
         self.passes_done = 0
         """Of the present step, in this process."""
@@ -57,7 +56,7 @@ class SharedSteps(Trainer, ABC):
 
     @property
     def steps_in_epoch(self) -> int:
-        """How many optimiser steps pass over all rows."""
+        """Optimiser steps that pass over all rows."""
         return math.ceil(self.epoch_rows / self.share.step_rows)
 
     @property
@@ -68,12 +67,12 @@ class SharedSteps(Trainer, ABC):
 
     @property
     def part(self) -> Part:
-        """This process's part of the pass that comes now."""
+        """This process's part of the next pass."""
         return WHOLE if self.world.alone else self.parts[self.passes_done]
 
     @property
     def pass_counts(self) -> bool:
-        """Whether the pass that comes now counts, or only keeps the processes in step."""
+        """Whether the next pass counts, or only keeps the processes in step."""
         return self.part.weight > 0
 
     def mean_in_pass(self, total: float, count: int) -> float:

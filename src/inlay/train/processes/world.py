@@ -64,12 +64,11 @@ class World:
 
     @property
     def alone(self) -> bool:
-        """Whether there are no others."""
         return self.size == 1
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes, draws and tells."""
+        """Whether this is the process that writes, draws and reports."""
         return self.rank == 0
 
     def total(self, values: Sequence[float]) -> list[float]:
@@ -134,7 +133,7 @@ class World:
             ) from error
 
     def first_to_tell(self) -> bool:
-        """Say whether no other process has told the user yet why the run ends."""
+        """Return whether no other process has reported the error yet."""
         with suppress(Exception):
             return self.store.compare_set(TOLD, "", str(self.rank)).decode() == str(self.rank)
         return True
@@ -203,7 +202,6 @@ def place_in(environment: Mapping[str, str]) -> tuple[int, int, int, int] | None
 
 
 def number(environment: Mapping[str, str], name: str) -> int:
-    """Return the whole number that a variable holds."""
     try:
         return int(environment[name])
     except ValueError:
@@ -234,7 +232,6 @@ def connected(rank: int, size: int, local_rank: int, local_size: int) -> World:
 
 
 def default_store() -> Store:
-    """Return the place through which the processes met."""
     return dist.distributed_c10d._get_default_store()
 
 
