@@ -38,7 +38,7 @@ class SupervisedTrainer(AdapterLoop, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss summed over the trained tokens, by their number in the whole batch."""
+        """Return the sum of the tokens' losses divided by the trained tokens of the whole batch."""
         counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         count = {"num_items_in_batch": num_items_in_batch} if counted else {}
         outputs = model(**inputs, **count, use_cache=False)
