@@ -30,8 +30,8 @@ from inlay.model.load.tokenizer import read_tokenizer
 from inlay.run.config import RunConfig
 from inlay.tasks.config import load_config
 from inlay.train.collate import Concatenated, labels
+from inlay.train.features.trunk import TrunkCache, cached_trunk
 from inlay.train.rows import rows_of_run
-from inlay.train.trunk_cache import TrunkCache, cached_trunk
 
 THREADS = 2
 BATCH = 4
@@ -76,7 +76,7 @@ def main() -> None:
             )
         },
         "filling_examples_per_second": round(len(rows) / filled, 3),
-        "cache_bytes": cache.held.nbytes,
+        "cache_bytes": cache.in_memory + cache.in_file,
         "dtype": given.dtype,
         "layers": given.layers,
         "adapted": top,

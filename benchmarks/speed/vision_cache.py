@@ -34,9 +34,9 @@ from inlay.data.tokens import Encoded, encode
 from inlay.model.fast.padding import length_multiple
 from inlay.tasks.config import load_config
 from inlay.train.collate import Padded, WithImages, labels
+from inlay.train.features.vision import VisionCache, cached_vision
 from inlay.train.planning import model_loss
 from inlay.train.rows import rows_of_run
-from inlay.train.vision_cache import VisionCache, cached_vision
 
 BATCH, SCALE = 2, 4
 TOWER = {

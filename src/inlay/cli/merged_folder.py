@@ -35,10 +35,6 @@ def merge_and_save(
 
     `finish` adds to the folder what a task needs there, before it is read back by transformers and
     compared with the adapted model on the inputs.
-
-    Raises:
-        MergeError: a method cannot merge, the update would be lost, or what was saved differs.
-        TrainingError: the disk is full or the place cannot be written.
     """
     batches = inputs_for(model) if inputs is None else inputs
     said = "random" if inputs is None else "given"

@@ -12,20 +12,13 @@ from inlay.errors import DataError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["chat_tokens", "own_template"]
-
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def chat_tokens(
     rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase, chat_template: str | None
 ) -> Encoded:
-    """Return a conversation, trained where the assistant speaks.
-
-    Raises:
-        DataError: the template refuses the conversation.
-        ModelError: there is no template, or none that shows what the assistant generates.
-    """
+    """Return a conversation, trained where the assistant speaks."""
     from jinja2 import TemplateError
 
     template = chat_template or own_template(tokenizer)
@@ -41,11 +34,7 @@ def chat_tokens(
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the tokenizer's chat template.
-
-    Raises:
-        ModelError: it has none.
-    """
+    """Return the tokenizer's chat template."""
     template: Any = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")

@@ -42,11 +42,7 @@ def sharegpt_row(row: RawRow) -> dict[str, Any]:
 
 
 def turn_list(row: RawRow, name: str) -> list[tuple[int, Mapping[str, Any]]]:
-    """Return a conversation's turns, numbered from 1.
-
-    Raises:
-        DataError: it is not a list of objects, or has tools, which are not supported.
-    """
+    """Return a conversation's turns, numbered from 1."""
     value = present(row, name)
     if isinstance(value, str):
         value = None if is_missing(value) else parsed(value)
@@ -75,11 +71,7 @@ def turn(
     content_key: str,
     roles: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return one message.
-
-    Raises:
-        DataError: its role is unknown, its content no text, or it holds what would be lost.
-    """
+    """Return one message."""
     named = f"message {number}"
     for key in (role_key, content_key):
         if key not in value:
@@ -102,11 +94,7 @@ def turn(
 
 
 def conversation(row: RawRow, messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a conversation that can be trained on.
-
-    Raises:
-        DataError: nobody answers, one speaks twice in a row, or a system message comes late.
-    """
+    """Return a conversation that can be trained on."""
     roles = [message["role"] for message in messages]
     for number, (before, role) in enumerate(pairwise(roles), start=2):
         if role == before:

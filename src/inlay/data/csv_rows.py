@@ -12,8 +12,6 @@ from pathlib import Path
 from inlay.data.raw import RawRow, decoded
 from inlay.errors import DataError
 
-__all__ = ["read_csv"]
-
 SEPARATOR = "sep="
 """What Excel writes before the separator, above a table's header."""
 
@@ -52,11 +50,7 @@ def delimiter_of(path: Path, text: str) -> str:
 
 
 def checked_header(names: list[str], path: Path, line: int) -> list[str]:
-    """Return the column names.
-
-    Raises:
-        DataError: one is empty or stands twice.
-    """
+    """Return the column names."""
     for number, name in enumerate(names, start=1):
         if not name.strip():
             raise DataError(f"{path}, line {line}: column {number} of the header has no name")
@@ -66,11 +60,7 @@ def checked_header(names: list[str], path: Path, line: int) -> list[str]:
 
 
 def csv_row(header: list[str], fields: list[str], path: Path, line: int) -> RawRow:
-    """Return a line's fields by column.
-
-    Raises:
-        DataError: there are more or fewer fields than columns.
-    """
+    """Return a line's fields by column."""
     if len(fields) != len(header):
         raise DataError(
             f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)} columns; "

@@ -26,11 +26,7 @@ def is_missing(value: Any) -> bool:
 
 
 def present(row: RawRow, name: str) -> Any:
-    """Return a column's value.
-
-    Raises:
-        DataError: the row does not have it.
-    """
+    """Return a column's value."""
     if name not in row.values:
         near = did_you_mean(name, row.values)
         raise DataError(f"{row.where}: no field {name!r}; the row has {columns(row)}.{near}")
@@ -38,12 +34,7 @@ def present(row: RawRow, name: str) -> Any:
 
 
 def text_in(row: RawRow, value: Any, name: str) -> str:
-    """Return a value that must be text with something in it.
-
-    Raises:
-        EmptyFieldError: it is null, not a number, or blank.
-        DataError: it is not text, or text that UTF-8 cannot hold.
-    """
+    """Return a value that must be text with something in it."""
     if is_missing(value):
         found = "blank" if isinstance(value, str) else "null"
         raise EmptyFieldError(
@@ -61,11 +52,7 @@ def text_field(row: RawRow, name: str) -> str:
 
 
 def filled(row: RawRow, spec: str, first: RawRow) -> str:
-    """Return the column of that name, or the template of that text with its columns filled in.
-
-    Raises:
-        DataError: a column is not there or empty, or the template has none.
-    """
+    """Return the column of that name, or the template of that text with its columns filled in."""
     if spec in first.values or "{" not in spec:
         return text_field(row, spec)
     parts = template_parts(spec)
@@ -80,11 +67,7 @@ def filled(row: RawRow, spec: str, first: RawRow) -> str:
 
 
 def template_parts(template: str) -> list[tuple[str, str | None]]:
-    """Return a template as pairs of literal text and the column that follows it.
-
-    Raises:
-        DataError: a brace is open, or holds more than a column's name.
-    """
+    """Return a template as pairs of literal text and the column that follows it."""
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:

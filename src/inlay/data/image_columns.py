@@ -12,8 +12,6 @@ from inlay.data.picture import WEB
 from inlay.data.raw import RawRow
 from inlay.errors import DataError
 
-__all__ = ["COLUMNS", "hold_images", "is_image_part", "parts_in", "talks", "words_about_images"]
-
 COLUMNS = ("image", "images")
 TALKS = ("messages", "prompt", "chosen", "rejected", "completion")
 """The fields that may hold messages, whose parts may be images."""
@@ -97,11 +95,7 @@ def is_image_part(part: Mapping[str, Any]) -> bool:
 
 
 def words_about_images(raw: Sequence[RawRow], columns: Mapping[str, Any]) -> list[str]:
-    """Return what to tell of a column that is named as images are, holds words and is not read.
-
-    Raises:
-        DataError: it holds an image in a later row than the first.
-    """
+    """Return what to tell of a column that is named as images are, holds words and is not read."""
     notes: list[str] = []
     read = columns_read(columns)
     for name in (each for each in COLUMNS if each not in read):

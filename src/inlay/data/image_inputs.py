@@ -16,8 +16,6 @@ from inlay.data.tokens import Encoded
 if TYPE_CHECKING:
     from inlay.data.image_reader import ImageReader
 
-__all__ = ["ROOM", "ImageInputs", "bytes_of", "kinds_beside"]
-
 ROOM = 256 << 20
 """Bytes of prepared images that are kept in memory at most."""
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-__all__ = ["ImageReader", "image_reader"]
-
 LEAST_SIDE = 1
 
 
@@ -41,13 +39,7 @@ class ImageReader:
         return self.processor.tokenizer
 
     def whole(self, sides: Sequence[Rows], max_length: int) -> list[list[Encoded]]:
-        """Return the conversations of every side as tokens, uncut.
-
-        Raises:
-            DataError: an image cannot be read, a cut to `max_length` would go through a row's
-                images, or the chat template refuses a row; names file and line.
-            ModelError: the processor has no chat template, or one that leaves images out.
-        """
+        """Return the conversations of every side as tokens, uncut."""
         return conversations(sides, self, max_length)
 
     def pieces(self, row: Encoded) -> list[Piece]:
@@ -55,11 +47,7 @@ class ImageReader:
 
     @property
     def image_tokens(self) -> set[int]:
-        """The tokens that stand for images.
-
-        Raises:
-            ModelError: the processor names none.
-        """
+        """The tokens that stand for images."""
         found = {
             getattr(held, name, None)
             for held in (self.processor, self.tokenizer)
@@ -73,11 +61,7 @@ class ImageReader:
         return found
 
     def written(self, messages: Sequence[Mapping[str, Any]], *, generate: bool = False) -> str:
-        """Return a conversation as its chat template writes it.
-
-        Raises:
-            ModelError: there is no chat template.
-        """
+        """Return a conversation as its chat template writes it."""
         if not self.processor.chat_template:
             raise ModelError(
                 "the model's processor has no chat template, which rows with images need; give "
@@ -115,11 +99,7 @@ class ImageReader:
         return image.resize(size, Resampling.LANCZOS)
 
     def of(self, row: Encoded) -> dict[str, Tensor]:
-        """Return what a model needs of one row's images: pixels, grids, sizes.
-
-        Raises:
-            DataError: an image cannot be read, or has changed since it was checked.
-        """
+        """Return what a model needs of one row's images: pixels, grids, sizes."""
         if not row.pictures:
             return {}
         found = self.inputs(row.text, self.opened(row.pictures))
@@ -160,12 +140,7 @@ def identities(images: Any) -> Any:
 
 
 def image_reader(folder: Path, max_pixels: int | None) -> ImageReader:
-    """Return the processor of a model that sees images.
-
-    Raises:
-        DataError: the model sees none.
-        ModelError: its processor cannot be read.
-    """
+    """Return the processor of a model that sees images."""
     config = read_config(folder, trust_remote_code=False)
     if not sees_images(config):
         raise DataError(

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from inlay.data.image_reader import ImageReader
 
-__all__ = ["conversation", "conversations", "joined_pieces", "question"]
-
 TEXT_INPUTS = ("input_ids", "attention_mask")
 """What every text has, with images and without."""
 
@@ -106,11 +104,7 @@ def places_in(messages: Sequence[Mapping[str, Any]]) -> int:
 def answers(
     messages: Sequence[Mapping[str, Any]], text: str, ids: list[int], part: PartialTokens
 ) -> list[bool]:
-    """Return which tokens the assistant says: those each of its messages adds.
-
-    Raises:
-        ModelError: the template writes a message otherwise once more follow.
-    """
+    """Return which tokens the assistant says: those each of its messages adds."""
     trained = [False] * len(ids)
     for number, message in enumerate(messages):
         if message["role"] != "assistant":

@@ -23,8 +23,6 @@ from inlay.data.raw import RawRow
 from inlay.data.rows import Format, Kind, Rows, Shape, group_of, normalise, shape_of, shaped
 from inlay.errors import DataError
 
-__all__ = ["Placing", "normalise_images", "normalise_shown", "pictured", "with_images"]
-
 MARK = "\ufffc"
 """Stands in a text for an image, while the text is checked."""
 PLACEHOLDER = "<image>"
@@ -42,9 +40,6 @@ def normalise_shown(raw: Sequence[RawRow], *, allow_urls: bool = False, **column
         raw: the rows as read; at least one.
         allow_urls: fetch images named by an http(s) address.
         columns: the further arguments of `normalise`.
-
-    Raises:
-        DataError: as `normalise` and `normalise_images`, or a later row alone has an image.
     """
     if hold_images(raw[0], **columns):
         return normalise_images(raw, allow_urls=allow_urls, **columns)
@@ -72,10 +67,6 @@ def normalise_images(
         raw: the rows as read; at least one.
         prompt: as in `normalise`, and so are completion, text, format, group and skip_empty.
         allow_urls: fetch images named by an http(s) address.
-
-    Raises:
-        DataError: as `normalise`, or an image that is missing, broken, an address that is not
-            allowed, or more or fewer images than the text has places for; names file and line.
     """
     if text is not None:
         raise DataError(
@@ -121,11 +112,7 @@ class Placing:
 def pictured(
     raw: Sequence[RawRow], kind: Kind, placing: Placing, groups: Groups, skip_empty: bool
 ) -> Rows:
-    """Return rows of one kind with their images, whose content counts in the hash.
-
-    Raises:
-        DataError: Pillow is not installed, or what the placing raises.
-    """
+    """Return rows of one kind with their images, whose content counts in the hash."""
     if find_spec("PIL") is None:
         raise DataError(
             "the rows have images, which Pillow reads, and it is not installed; run pip install "
@@ -154,11 +141,7 @@ def content_hash(rows: Rows) -> str:
 
 
 def without_images(row: RawRow) -> tuple[RawRow, list[Held]]:
-    """Return a row with marks in its texts where images go, and what it says of these, in order.
-
-    Raises:
-        DataError: images stand both in the messages and in a column.
-    """
+    """Return a row with marks in its texts where images go, and what it says of these, in order."""
     values = {name: value for name, value in row.values.items() if name not in COLUMNS}
     written: dict[str, list[Held]] = {}
     for name in talks(values):
@@ -176,11 +159,7 @@ def without_images(row: RawRow) -> tuple[RawRow, list[Held]]:
 
 
 def written_once(row: RawRow, written: Mapping[str, list[Held]]) -> list[Held]:
-    """Return the images in a row's messages; two answers to one prompt show them twice.
-
-    Raises:
-        DataError: the two conversations show different ones.
-    """
+    """Return the images in a row's messages; two answers to one prompt show them twice."""
     chosen, rejected = (written.get(name, []) for name in ("chosen", "rejected"))
     if [value for value, _ in chosen] != [value for value, _ in rejected]:
         raise DataError(
@@ -214,11 +193,7 @@ def marked(value: Any) -> Any:
 
 
 def marked_turn(row: RawRow, turn: Any, number: int, inline: list[Held]) -> Any:
-    """Return a message whose parts are joined to one text; its images are added to `inline`.
-
-    Raises:
-        DataError: a part is neither text nor an image.
-    """
+    """Return a message whose parts are joined to one text; its images are added to `inline`."""
     if not parts_in(turn):
         return turn
     texts: list[str] = []
@@ -256,12 +231,7 @@ def messages_of(shaped_row: Mapping[str, Any]) -> list[dict[str, str]]:
 def with_images(
     row: RawRow, messages: list[dict[str, str]], pictures: list[Picture]
 ) -> dict[str, Any]:
-    """Return a conversation of parts, with its images and its last answer.
-
-    Raises:
-        DataError: there are more or fewer places than images, an image outside a user's message,
-            or the conversation ends in another's message than the assistant's.
-    """
+    """Return a conversation of parts, with its images and its last answer."""
     if messages[-1]["role"] != "assistant":
         raise DataError(f"{row.where}: the last message must be of 'assistant', to be trained on")
     places = [(number, m["role"]) for number, m in enumerate(messages, start=1) if has_place(m)]
@@ -311,11 +281,6 @@ def picture_from(row: RawRow, value: Any, name: str, allow_urls: bool) -> Pictur
     """Return an image from a path, an address, bytes, an image column's dict, or PIL's image.
 
     Paths are relative to the data file.
-
-    Raises:
-        EmptyFieldError: there is none.
-        DataError: it is of another type, is not there, is no image, or its address may not be
-            fetched.
     """
     where = f"{row.where}: {name}"
     if is_missing(value):

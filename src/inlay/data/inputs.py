@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["InputRow", "encode_texts", "longest_input"]
-
 UNKNOWN_LENGTH = 1_000_000
 """Tokenizers that do not know their model's length say a number far above this one."""
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["pad", "rounded_up"]
-
 
 def rounded_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple

@@ -19,8 +19,6 @@ from inlay.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Picture", "picture_at"]
-
 WEB = ("http://", "https://")
 TIMEOUT = 30
 LARGEST_FILE = 64 << 20
@@ -38,11 +36,7 @@ class Picture:
     sha256: str
 
     def open(self) -> Image:
-        """Return the image in RGB, turned as its camera says.
-
-        Raises:
-            DataError: it cannot be decoded, is too large to be safe, or has changed.
-        """
+        """Return the image in RGB, turned as its camera says."""
         from PIL import Image, ImageOps
 
         found = self.content()
@@ -59,11 +53,7 @@ class Picture:
             raise DataError(f"{self.where} cannot be decoded as an image: {reason}") from None
 
     def content(self) -> Any:
-        """Return an image file's bytes, or an image of PIL.
-
-        Raises:
-            DataError: the file is gone, or holds something else than when it was found.
-        """
+        """Return an image file's bytes, or an image of PIL."""
         if not isinstance(self.source, Path):
             return self.source
         try:
@@ -132,11 +122,7 @@ def decoded(text: str, where: str) -> bytes:
 
 
 def fetched(address: str, where: str, allow_urls: bool) -> bytes:
-    """Return the bytes at an address.
-
-    Raises:
-        DataError: addresses may not be fetched, it does not answer, or it gives too much.
-    """
+    """Return the bytes at an address."""
     if not allow_urls:
         raise DataError(
             f"{where} is an address ({address[:60]}), which is not fetched unless allow_urls says "

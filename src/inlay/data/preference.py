@@ -16,8 +16,6 @@ from inlay.data.raw import RawRow
 from inlay.data.rows import Kind, Rows, Shape, group_of, shaped
 from inlay.errors import DataError
 
-__all__ = ["Side", "are_pairs", "judged", "normalise_pairs", "side_of"]
-
 Side = Literal["chosen", "rejected"]
 SIDES: tuple[Side, Side] = ("chosen", "rejected")
 FIELDS = ("prompt", *SIDES)
@@ -49,11 +47,6 @@ def normalise_pairs(
         group: a column whose equal values `split` keeps together, such as a patient's id.
         skip_empty: leave out rows with an empty field and list their lines in `skipped`.
         allow_urls: fetch images named by an http(s) address.
-
-    Raises:
-        DataError: a field that is missing, empty, of another type than in the first row or
-            unknown, two answers that are the same, or an image that `normalise_images` refuses;
-            names file and line.
     """
     return judged(raw, "preference", pair_shape, SIDES, group, skip_empty, allow_urls)
 
@@ -102,9 +95,6 @@ def about_images(
     """Return a row whose prompt is messages with images, and whose answers are text.
 
     A prompt of text becomes a user's message, and the space that its answers took is left out.
-
-    Raises:
-        DataError: there are more or fewer places than images, or one outside a user's message.
     """
     if isinstance(found["prompt"], str):
         alone = {name: found[name].removeprefix(" ") for name in answers}
@@ -203,11 +193,7 @@ def conversations(row: RawRow) -> dict[str, Any]:
 def answer_to(
     row: RawRow, prompt: Sequence[dict[str, Any]], name: str, answer: Sequence[dict[str, Any]]
 ) -> str:
-    """Return the text of the one message that answers a prompt of messages.
-
-    Raises:
-        DataError: there are more, or none, it is not the assistant's, or the prompt asks nothing.
-    """
+    """Return the text of the one message that answers a prompt of messages."""
     roles = [message["role"] for message in answer]
     if roles != ["assistant"]:
         raise DataError(
@@ -229,11 +215,7 @@ def messages(row: RawRow, name: str) -> list[dict[str, Any]]:
 def parted(
     row: RawRow, chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return what two whole conversations share, and what each adds in its last message.
-
-    Raises:
-        DataError: they part before their last message.
-    """
+    """Return what two whole conversations share, and what each adds in its last message."""
     if chosen[:-1] != rejected[:-1]:
         pairs = zip(chosen, rejected, strict=False)
         number = next((n for n, (a, b) in enumerate(pairs, start=1) if a != b), len(chosen))

@@ -8,8 +8,6 @@ from typing import Any
 
 from inlay.errors import DataError
 
-__all__ = ["RawRow", "decoded", "place"]
-
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 
 
@@ -34,11 +32,7 @@ def place(source: str, line: int) -> str:
 
 
 def decoded(path: Path) -> str:
-    """Return a file's text without a byte order mark.
-
-    Raises:
-        DataError: it is not UTF-8; names line and byte.
-    """
+    """Return a file's text without a byte order mark."""
     content = path.read_bytes()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path} is UTF-16, not UTF-8; save it as UTF-8")

@@ -13,8 +13,6 @@ from inlay.data.csv_rows import read_csv
 from inlay.data.raw import RawRow, decoded
 from inlay.errors import DataError, did_you_mean
 
-__all__ = ["BUILT_IN", "read_rows"]
-
 DEMO = Path(__file__).with_name("demo")
 BUILT_IN = {name: DEMO / f"{name}.jsonl.gz" for name in ("reports", "arithmetic")}
 """The data that comes with Inlay: radiology reports and arithmetic problems, both generated."""
@@ -48,11 +46,7 @@ def read_built_in(name: str) -> list[RawRow]:
 
 
 def first_row(source: str | Path) -> RawRow:
-    """Return the first row of a source, which may be far from whole in memory.
-
-    Raises:
-        DataError: as `read_rows`.
-    """
+    """Return the first row of a source, which may be far from whole in memory."""
     path = Path(source)
     if path.is_file() and path.suffix.lower() in READERS:
         for row in READERS[path.suffix.lower()](path):
@@ -66,11 +60,7 @@ def is_meant_as_file(path: Path) -> bool:
 
 
 def read_file(path: Path) -> list[RawRow]:
-    """Return all rows of a file.
-
-    Raises:
-        DataError: as `read_rows`.
-    """
+    """Return all rows of a file."""
     if path.is_dir():
         raise DataError(f"{path} is a folder; give one file: {known_formats()}")
     if not path.exists():
@@ -118,11 +108,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 def decode_at(text: str, start: int, path: Path, line: int) -> tuple[Any, int]:
-    """Return the JSON value that starts there, and where it ends.
-
-    Raises:
-        DataError: there is none; names the line.
-    """
+    """Return the JSON value that starts there, and where it ends."""
     try:
         return DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
@@ -181,11 +167,7 @@ def read_json(path: Path) -> Iterator[RawRow]:
 
 
 def json_row(value: Any, path: Path, line: int) -> RawRow:
-    """Return a JSON value as a row.
-
-    Raises:
-        DataError: it is no object.
-    """
+    """Return a JSON value as a row."""
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise DataError(f"{path}, line {line}: a row must be an object {{...}}, found a {kind}")
@@ -224,11 +206,7 @@ READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
 
 
 def read_hub(name: str, split: str) -> list[RawRow]:
-    """Return the rows of a data set on the hub.
-
-    Raises:
-        DataError: it cannot be had: no network, no such data set or split, or a broken one.
-    """
+    """Return the rows of a data set on the hub."""
     import datasets
 
     try:

@@ -26,8 +26,6 @@ from inlay.data.fields import (
 from inlay.data.raw import RawRow, place
 from inlay.errors import DataError, did_you_mean
 
-__all__ = ["Format", "Kind", "Rows", "normalise"]
-
 Kind = str
 """What rows are: `text`, `prompt_completion`, `messages`, `images`, or a word of a task's own."""
 Format = Literal["auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"]
@@ -125,11 +123,7 @@ def shaped(
     groups: Callable[[RawRow, dict[str, Any]], str] | None,
     skip_empty: bool,
 ) -> Rows:
-    """Return every row in its shape, those with an empty field left out if that is asked for.
-
-    Raises:
-        DataError: a row cannot be brought there, or all have an empty field.
-    """
+    """Return every row in its shape, those with an empty field left out if that is asked for."""
     kept: list[int] = []
     rows: list[dict[str, Any]] = []
     skipped: list[int] = []
@@ -228,11 +222,7 @@ def recognised(row: RawRow) -> str | None:
 
 
 def detect(first: RawRow) -> str:
-    """Return the first row's format.
-
-    Raises:
-        DataError: its columns are of no known format.
-    """
+    """Return the first row's format."""
     found = recognised(first)
     if found is None:
         known = "; ".join(" + ".join(marks) for marks in MARKS.values())
@@ -244,11 +234,7 @@ def detect(first: RawRow) -> str:
 
 
 def alike(row: RawRow, first: RawRow, name: str, shape: Shape) -> dict[str, Any]:
-    """Return a row in its shape.
-
-    Raises:
-        DataError: it is a row of another format than the first.
-    """
+    """Return a row in its shape."""
     other = recognised(row)
     if other not in (name, None) and not all(mark in row.values for mark in MARKS[name]):
         raise DataError(

@@ -12,8 +12,6 @@ from typing import Any
 from inlay.data.rows import Rows
 from inlay.errors import DataError
 
-__all__ = ["split"]
-
 NAMES = ("train", "validation", "test")
 
 

@@ -13,8 +13,6 @@ from inlay.data.tokens import Encoded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Lengths", "Piece", "Summary", "pieces", "summarise"]
-
 
 @dataclass(frozen=True)
 class Lengths:

@@ -15,8 +15,6 @@ from inlay.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TextReader", "token_ids"]
-
 Template = Callable[["PreTrainedTokenizerBase"], str | None]
 """Returns the chat template for training; None stands for the tokenizer's own."""
 
@@ -49,11 +47,7 @@ class TextReader:
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of the token at which generation stops.
-
-    Raises:
-        ModelError: there is none, so that a tuned model could not stop.
-    """
+    """Return the text of the token at which generation stops."""
     end = tokenizer.eos_token
     if not isinstance(end, str) or not end:
         raise ModelError(

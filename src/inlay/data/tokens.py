@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from inlay.data.summary import Piece
 
-__all__ = ["Encoded", "Reader", "encode", "encode_whole"]
-
 UNCUT = 1 << 60
 """More tokens than any row has."""
 
@@ -95,11 +93,6 @@ def encode(rows: Rows, reader: Reader, max_length: int) -> list[Encoded]:
 
     Text trains every token and the end; a completion trains its own tokens and the end, its
     prompt none; of messages the assistant's turns train.
-
-    Raises:
-        DataError: a row has no trained token left, or a cut would go through its images; names
-            the lines and the length needed.
-        ModelError: the tokenizer has no end token, or no chat template that fits the messages.
     """
     (whole,) = reader.whole([rows], max_length)
     check_trained(whole, rows, max_length)

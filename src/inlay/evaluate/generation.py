@@ -84,10 +84,6 @@ def answer(
     Prompts of similar length form a batch, padded on the left. Generation stops early where the
     model's context is full. Sampling leaves torch's random state unchanged. `fill` returns the
     model inputs of prompts besides their tokens, such as images.
-
-    Raises:
-        ModelError: the model cannot generate text, or knows no end-of-sequence token.
-        DataError: a prompt is empty or leaves no room in the model's context.
     """
     if not isinstance(model, GenerationMixin):
         raise ModelError(

@@ -6,7 +6,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from inlay.data.image_inputs import ImageInputs
 from inlay.data.picture import Picture
 from inlay.evaluate.generation import Fill
 from inlay.evaluate.losses import Batch, Join, padded
+from inlay.evaluate.samples import Sample
 
 THUMBNAIL = 160
 """Pixels of the longer side of an image in a report at most."""
@@ -30,16 +31,6 @@ def thumbnail(picture: Picture) -> str:
     return f"data:image/png;base64,{b64encode(written.getvalue()).decode()}"
 
 
-class Sampled(Protocol):
-    """A row to generate for: its number, and the tokens before its answer."""
-
-    @property
-    def row(self) -> int: ...
-
-    @property
-    def prompt(self) -> Sequence[int]: ...
-
-
 @dataclass(frozen=True)
 class Seeing:
     """Gives the images of rows beside their tokens."""
@@ -52,7 +43,7 @@ class Seeing:
         seen = self.inputs(rows, width=batch.measured.shape[1])
         return replace(batch, call={**batch.call, **seen})
 
-    def filling(self, rows: Sequence[Any], samples: Sequence[Sampled]) -> Fill:
+    def filling(self, rows: Sequence[Any], samples: Sequence[Sample]) -> Fill:
         """Return what gives the images of samples of rows, for prompts padded on the left."""
 
         def fill(numbers: Sequence[int], width: int) -> Mapping[str, Tensor]:

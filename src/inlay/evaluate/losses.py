@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from inlay.data.padding import pad, rounded_up
 from inlay.errors import DataError, ModelError
 from inlay.kernels.loss import most_rows
 from inlay.methods.base import evaluating
@@ -150,13 +151,12 @@ Join = Callable[[Sequence[Any], int], Batch]
 
 
 def padded(rows: Sequence[EncodedRow], multiple: int) -> Batch:
-    longest = rounded_up(max(len(row.input_ids) for row in rows), multiple)
-    ids = [[*r.input_ids] + [PADDING] * (longest - len(r.input_ids)) for r in rows]
-    mask = [[1] * len(r.input_ids) + [0] * (longest - len(r.input_ids)) for r in rows]
+    ids = pad([row.input_ids for row in rows], PADDING, multiple)
+    mask = pad([[1] * len(row.input_ids) for row in rows], 0, multiple)
     return Batch(
-        {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)},
-        torch.tensor([targets(row, longest) for row in rows]),
-        torch.arange(len(rows))[:, None].expand(-1, longest),
+        {"input_ids": ids, "attention_mask": mask},
+        pad([targets(row, len(row.input_ids)) for row in rows], False, multiple),
+        torch.arange(len(rows))[:, None].expand(-1, ids.shape[1]),
     )
 
 
@@ -172,10 +172,6 @@ def joined(rows: Sequence[EncodedRow], multiple: int) -> Batch:
         torch.tensor([measured + [False] * lengths[-1]]),
         torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None],
     )
-
-
-def rounded_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
 
 
 def targets(row: EncodedRow, length: int) -> list[bool]:

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from inlay.data.inputs import InputRow
+from inlay.data.padding import pad
 from inlay.errors import ModelError
-from inlay.evaluate.losses import Progress, buckets, rounded_up
+from inlay.evaluate.losses import Progress, buckets
 from inlay.methods.base import evaluating
 from inlay.model.fast.padding import length_multiple
 from inlay.model.merge.fidelity import first_tensor
-
-
-class Input(Protocol):
-    """A row as tokens, as the data room encodes it."""
-
-    @property
-    def input_ids(self) -> Sequence[int]: ...
-
-    @property
-    def types(self) -> Sequence[int] | None:
-        """Which of two texts each token is of, where the model asks."""
-        ...
 
 
 def padding_of(model: nn.Module) -> int:
@@ -33,19 +23,14 @@ def padding_of(model: nn.Module) -> int:
     return config.get_text_config().pad_token_id or 0
 
 
-def padded_inputs(rows: Sequence[Input], padding: int, multiple: int) -> dict[str, Tensor]:
+def padded_inputs(rows: Sequence[InputRow], padding: int, multiple: int) -> dict[str, Tensor]:
     """Return rows under one another, filled on the right; each tensor (rows, longest)."""
-    longest = rounded_up(max(len(row.input_ids) for row in rows), multiple)
-
-    def filled(values: Sequence[int], with_: int) -> list[int]:
-        return [*values] + [with_] * (longest - len(values))
-
-    ids = [filled(row.input_ids, padding) for row in rows]
-    mask = [filled([1] * len(row.input_ids), 0) for row in rows]
-    found = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    found = {
+        "input_ids": pad([row.input_ids for row in rows], padding, multiple),
+        "attention_mask": pad([[1] * len(row.input_ids) for row in rows], 0, multiple),
+    }
     if all(row.types is not None for row in rows):
-        types = [filled(row.types or (), 0) for row in rows]
-        found["token_type_ids"] = torch.tensor(types)
+        found["token_type_ids"] = pad([row.types or () for row in rows], 0, multiple)
     return found
 
 
@@ -56,7 +41,7 @@ def accepted(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 def outputs(
     model: nn.Module,
-    rows: Sequence[Input],
+    rows: Sequence[InputRow],
     batch_size: int = 8,
     *,
     lines: Sequence[int] | None = None,
@@ -70,9 +55,6 @@ def outputs(
         batch_size: rows in one forward pass, of similar length.
         lines: the rows' lines in their file, for error messages; else numbered from 1.
         on_progress: called after each batch with (rows done, rows in all).
-
-    Raises:
-        ModelError: an output is not finite.
     """
     found: dict[int, Tensor] = {}
     with evaluating(model), torch.no_grad():
@@ -86,7 +68,7 @@ def outputs(
 
 
 def padded_batches(
-    model: nn.Module, rows: Sequence[Input], batch_size: int, on_progress: Progress | None
+    model: nn.Module, rows: Sequence[InputRow], batch_size: int, on_progress: Progress | None
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     device, done = next(model.parameters()).device, 0
     for batch in buckets([len(row.input_ids) for row in rows], batch_size):

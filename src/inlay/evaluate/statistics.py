@@ -89,9 +89,6 @@ def paired_test(
         tuned: one value for each of the same rows.
         weights: the weight of each row in the mean, such as its number of tokens.
         seed: the seed of the random flips.
-
-    Raises:
-        ValueError: the two do not have one value for each of the same rows.
     """
     if len(base) != len(tuned) or not base:
         raise ValueError(f"a paired test needs the same rows, not {len(base)} and {len(tuned)}")

@@ -78,9 +78,6 @@ def apply(
         policy: one of `POLICIES`.
         to_host: for `offload`, moves a block's input away; default: into pinned memory.
         back: for `offload`, brings it back.
-
-    Raises:
-        ModelError: the model's blocks cannot be computed again, or `offload` on a CPU.
     """
     blocks: Any = model
     recomputes = getattr(model, "supports_gradient_checkpointing", False)

@@ -171,9 +171,6 @@ def simulate(
         accumulation: passes to a step; with several, gradients live through the passes.
         kind: the kind of device whose scratch memory is counted.
         shards: the devices that divide the frozen weights, and gather them block by block.
-
-    Raises:
-        ModelError: what the model computes depends on values that are known only in training.
     """
     with planning_for(kind), fake_tensors() as mode, Literals():
         ledger = Ledger()

@@ -16,11 +16,7 @@ from inlay.run.synonyms import SYNONYMS
 
 
 def method_flags(method: str) -> list[Flag]:
-    """Return a flag for every hyperparameter of the method of this name.
-
-    Raises:
-        UsageError: there is no such method.
-    """
+    """Return a flag for every hyperparameter of the method of this name."""
     return flags_of(hyperparameter_model(method))
 
 

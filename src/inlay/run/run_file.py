@@ -27,11 +27,7 @@ RunLoader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> tuple[dict[str, object], dict[str, int]]:
-    """Return a run file's keys with their values, and with their line numbers.
-
-    Raises:
-        UsageError: the file is missing, is not UTF-8 or YAML, or repeats a key.
-    """
+    """Return a run file's keys with their values, and with their line numbers."""
     source = read_text(path)
     try:
         root = yaml.compose(source, Loader=RunLoader)

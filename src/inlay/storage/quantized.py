@@ -60,11 +60,7 @@ class QuantizedLinear(nn.Module, FrozenLinear):
     def quantized(
         cls, w: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None, **options: Any
     ) -> Self:
-        """Return a new layer that holds `w` (out, in); products run in `dtype`, or `w`'s own.
-
-        Raises:
-            StorageError: `w` is not a matrix, or holds a NaN or an infinity.
-        """
+        """Return a new layer that holds `w` (out, in); products run in `dtype`, or `w`'s own."""
 
     @classmethod
     @abstractmethod
@@ -76,11 +72,7 @@ class QuantizedLinear(nn.Module, FrozenLinear):
     @classmethod
     @abstractmethod
     def restored(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Self:
-        """Return the layer that was serialised as these tensors; the inverse of `serialized`.
-
-        Raises:
-            StorageError: a tensor is missing, or they do not fit together.
-        """
+        """Return the layer that was serialised as these tensors; the inverse of `serialized`."""
 
     @abstractmethod
     def serialized(self) -> dict[str, Tensor]:

@@ -54,11 +54,7 @@ def check_task(config: RunConfig) -> dict[str, str]:
 
 
 def check_keys(name: str, given: Mapping[str, Any]) -> None:
-    """Raise when a key that was given belongs to other tasks than this one.
-
-    Raises:
-        UsageError: naming the key and its tasks.
-    """
+    """Raise when a key that was given belongs to other tasks than this one."""
     for key in given:
         others = tasks_with(key)
         if others and name not in others:
@@ -66,7 +62,9 @@ def check_keys(name: str, given: Mapping[str, Any]) -> None:
 
 
 def owners(key: str, name: str) -> str:
-    return f"{key!r} belongs to the task {' and '.join(tasks_with(key))}, not to {name!r}"
+    *others, last = tasks_with(key)
+    named = f"tasks {', '.join(others)} and {last}" if others else f"task {last}"
+    return f"{key!r} belongs to the {named}, not to {name!r}"
 
 
 def tasks_with(key: str) -> list[str]:

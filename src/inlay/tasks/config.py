@@ -19,8 +19,6 @@ from inlay.run.run_file import read_yaml
 from inlay.run.sentences import located, validated, wrong
 from inlay.tasks import TASKS, check_task, no_such_task, owners
 
-__all__ = ["checked_config", "flags", "load_config", "run_keys"]
-
 
 @cache
 def run_keys() -> Mapping[str, FieldInfo]:
@@ -62,11 +60,7 @@ def load_config(
 def checked_config(
     values: Mapping[str, object], *, source: str = "", lines: Mapping[str, int] | None = None
 ) -> RunConfig:
-    """Return the run these keys define, hyperparameters of the method among them.
-
-    Raises:
-        UsageError: with one line for each problem.
-    """
+    """Return the run these keys define, hyperparameters of the method among them."""
     own = {k: v for k, v in values.items() if k in run_keys()}
     rest = {k: v for k, v in values.items() if k not in run_keys()}
     method, problems = method_of(own.get("method", RunConfig.model_fields["method"].default))

@@ -23,9 +23,6 @@ def check_answers(
         longest: the tokens that rows were cut at.
         source: where the rows come from.
         note: told of the lines.
-
-    Raises:
-        DataError: no answer that is to become likelier ends.
     """
     if good.ends_trained == 0:
         raise DataError(

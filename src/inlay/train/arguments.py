@@ -65,11 +65,7 @@ def shared(
 
 
 def check_optimizer(name: str, device: str) -> None:
-    """Raise unless this optimiser can run here.
-
-    Raises:
-        UsageError: bitsandbytes is not installed, or its paged states are asked for on a CPU.
-    """
+    """Raise unless this optimiser can run here."""
     if name == "adamw":
         return
     if find_spec("bitsandbytes") is None:

@@ -77,11 +77,7 @@ class HeadRun(TaskRun[Config, Row]):
 
 
 def longest_row(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many tokens a row may have with this model, without a prompt's virtual ones.
-
-    Raises:
-        UsageError: these leave no room.
-    """
+    """Return how many tokens a row may have with this model, without a prompt's virtual ones."""
     virtual, limit = virtual_tokens(config), context(config)
     if not virtual:
         return longest_input(tokenizer, config.max_length, limit)

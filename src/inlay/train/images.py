@@ -17,7 +17,7 @@ from inlay.errors import UsageError
 from inlay.evaluate.images import Seeing
 from inlay.methods.catalog import build_method
 from inlay.run.config import RunConfig
-from inlay.train.vision_cache import VisionCache, cached_vision
+from inlay.train.features.vision import VisionCache, cached_vision
 
 Config = TypeVar("Config", bound=RunConfig)
 NOT_HERE = {
@@ -54,11 +54,7 @@ class RowImages:
         required: bool,
         note: Callable[[str], None],
     ) -> None:
-        """Run a frozen tower and projector once over the images of every row, and keep the result.
-
-        Raises:
-            UsageError: the run requires that, and this model cannot have it.
-        """
+        """Run a frozen tower and projector once over every row's images, and keep the result."""
         found = cached_vision(model, self.reader, rows, folder / KEPT)
         if isinstance(found, VisionCache):
             note(str(found))
@@ -96,9 +92,6 @@ def with_images(config: Config) -> Config:
     """Return a run as rows with images take it.
 
     They are padded, and a method that would go to all layers goes to the language part's.
-
-    Raises:
-        UsageError: the run has a key that rows with images do not know.
     """
     for key, reason in NOT_HERE.items():
         if getattr(config, key) not in (False, "auto"):

@@ -14,8 +14,6 @@ from inlay.data.rows import Rows
 from inlay.data.summary import Piece, Summary
 from inlay.train.rows import RunRows
 
-__all__ = ["Example", "LabelPart", "LabelledRows", "Overview", "TextRows", "label_part"]
-
 Row = TypeVar("Row")
 
 

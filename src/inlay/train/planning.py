@@ -85,9 +85,6 @@ def planned_run(rows: PlannedRows, device: Device, shards: int = 1) -> Plan:
     """Plan a run's step on a device, from the model's configuration alone.
 
     With `shards`, the frozen weights are divided among so many devices.
-
-    Raises:
-        ModelError: the configuration cannot be read, or the step not be followed.
     """
     shape, _ = config_of(rows.config.model, rows.config.revision)
     return planned_step(shape, rows, device, shards)

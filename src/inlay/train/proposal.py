@@ -34,11 +34,7 @@ def proposal(
     device: Device,
     storages: Sequence[str] = STORAGES,
 ) -> Proposal:
-    """Return LoRA on the most exact storage that fits, at the batch asked for or a smaller one.
-
-    Raises:
-        TrainingError: nothing fits.
-    """
+    """Return LoRA on the most exact storage that fits, at the batch asked for or a smaller one."""
     reasons: list[str] = []
     for storage, batch, stream in candidates(config, storages, device):
         changed = config.model_copy(

@@ -47,9 +47,6 @@ def rows_of_run(config: RunConfig) -> RunRows:
     Held-out data of its own serves both measurements, read as the training rows are; what is worth
     knowing of it stands in their notes. Where a part of the split is empty, the other held-out part
     takes its place; both may be empty.
-
-    Raises:
-        DataError: the data are not there, malformed or empty, or a row lacks what it needs.
     """
     task = TASKS[config.task]
     train = task.read(raw_rows(config, config.data), config, config.split_by)
@@ -74,11 +71,7 @@ def raw_rows(config: RunConfig, source: str) -> list[RawRow]:
 
 
 def check_no_images(task: Task, raw: Sequence[RawRow], columns: Mapping[str, Any]) -> None:
-    """Raise when rows have images and their task reads text alone.
-
-    Raises:
-        DataError: naming the row and the task.
-    """
+    """Raise when rows have images and their task reads text alone."""
     if task.sees_images:
         return
     seeing = [name for name, other in TASKS.items() if other.sees_images]
@@ -145,10 +138,6 @@ def reader_for(folder: Path, pictured: bool, max_pixels: int | None = None) -> R
 
     Conversations are written by TRL's version of the chat template, which marks the assistant's
     words, where TRL has one.
-
-    Raises:
-        DataError: rows have images, and the model sees none.
-        ModelError: the tokenizer or the processor cannot be read.
     """
     if pictured:
         from inlay.data.image_reader import image_reader

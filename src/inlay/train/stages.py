@@ -153,11 +153,7 @@ class Stages(Generic[Row]):
         return found, rows
 
     def planned(self, tokens: Tokens[Row]) -> Plan | None:
-        """Plan the largest batch's step; raise when it cannot fit. None when it cannot be planned.
-
-        Raises:
-            TrainingError: no activation policy that the run allows fits.
-        """
+        """Plan the largest batch's step; None if it cannot be planned; raise if it does not fit."""
         device = this_machine()
         try:
             plan = partial(planned_run, self.task.to_plan(tokens.train, device))

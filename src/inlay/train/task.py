@@ -15,8 +15,6 @@ from inlay.run.config import RunConfig, RunWithImages
 if TYPE_CHECKING:
     from inlay.train.task_run import TaskRun
 
-__all__ = ["HEADED", "PADDED", "TASKS", "Fixed", "Task", "register"]
-
 
 @dataclass(frozen=True)
 class Fixed:

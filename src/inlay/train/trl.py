@@ -73,9 +73,6 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
     None when the tokenizer's own does, or when TRL does not know it; the assistant's words are
     then found by what each turn adds.
-
-    Raises:
-        ModelError: the tokenizer has no chat template.
     """
     from trl.chat_template_utils import get_training_chat_template
 

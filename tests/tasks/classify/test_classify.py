@@ -177,7 +177,7 @@ def test_nothing_is_written_for_bad_labels(
         ({"cache_trunk": True}, "'cache_trunk' does not apply"),
         ({"prompt": "a", "completion": "b"}, "'prompt' does not apply"),
         ({"format": "alpaca"}, "'format' does not apply"),
-        ({"beta": 0.1}, "'beta' belongs to the task"),
+        ({"beta": 0.1}, "'beta' belongs to the tasks dpo, grpo, kto and orpo, not to 'classify'"),
         ({"anchor": "a"}, "'anchor' belongs to the task embed"),
         ({"kind": "some"}, "'kind' must be one of"),
         ({"task": "sft", "label": "a"}, "'label' belongs to the task classify, not to 'sft'"),

@@ -156,7 +156,7 @@ def test_nothing_is_written_for_bad_data(tmp_path: Path):
         ({"prompt": "a", "completion": "b"}, "'completion' does not apply to the task 'dpo'"),
         ({"text": "a"}, "'text' does not apply to the task 'dpo'"),
         ({"format": "alpaca"}, "'format' does not apply to the task 'dpo'"),
-        ({"task": "sft", "beta": 0.2}, "'beta' belongs to the task dpo and grpo and kto and orpo"),
+        ({"task": "sft", "beta": 0.2}, "'beta' belongs to the tasks dpo, grpo, kto and orpo"),
         ({"task": "dop"}, "Did you mean 'dpo'?"),
         ({"beta": 0}, "'beta' must be a number above 0, not 0"),
     ],

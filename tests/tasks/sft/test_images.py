@@ -23,11 +23,11 @@ from inlay.model.adapters.attach import attach
 from inlay.model.load.pretrained import load
 from inlay.tasks.config import load_config
 from inlay.tasks.sft.trainer import SupervisedTrainer
-from inlay.train import vision_cache
+from inlay.train.features import cache
+from inlay.train.features.vision import VisionCache, cached_vision
 from inlay.train.output import checkpoints
 from inlay.train.rows import rows_of_run
 from inlay.train.run import train
-from inlay.train.vision_cache import VisionCache, cached_vision
 
 
 def test_a_run_leaves_what_one_on_text_does(tmp_path: Path):
@@ -91,7 +91,7 @@ def test_features_over_the_memorys_share_lie_in_a_file(
 ):
     whole = make_vision_run(tmp_path, output="memory", targets=["language"], evaluate=False)
     train(whole)
-    monkeypatch.setattr(vision_cache, "available_memory", lambda: 8 * 16 * 64 * 4)
+    monkeypatch.setattr(cache, "available_memory", lambda: 8 * 16 * 64 * 4)
     part = make_vision_run(tmp_path, output="file", targets=["language"], evaluate=False)
     _, told = notes_of(part)
     assert "vision.tmp" in told
@@ -208,9 +208,9 @@ def test_a_key_that_rows_with_images_do_not_know_is_refused(
     [
         (
             {"task": "reward", "cache_vision": True},
-            "'cache_vision' belongs to the task sft and dpo and kto and orpo, not to 'reward'",
+            "'cache_vision' belongs to the tasks sft, dpo, kto and orpo, not to 'reward'",
         ),
-        ({"task": "reward", "max_pixels": 9}, "'max_pixels' belongs to the task sft and dpo"),
+        ({"task": "reward", "max_pixels": 9}, "'max_pixels' belongs to the tasks sft, dpo"),
         ({"max_pixels": 0}, "'max_pixels' must be a whole number above 0 or nothing, not 0"),
         ({"cache_vision": "often"}, "'cache_vision' must be 'auto' or true or false"),
     ],

@@ -167,9 +167,6 @@ def loss_tile(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     In place the logits become the gradient of the log-probability, `onehot - softmax`.
     logits: (m, vocabulary), labels: (m,) int64 -> fp32 (m,), fp32 (m,), bool (m,).
-
-    Raises:
-        DataError: a label is outside the vocabulary.
     """
     ready = takes((torch.float32,), logits) and takes((torch.int64,), labels)
     if not (ready and sized(len(logits), labels)):

@@ -64,9 +64,6 @@ def find_targets(
     `targets` is `all-linear` (a mixture's experts among them), a group (`residual`, `mlp-out`,
     `key-value`), a part of a model that sees images (`language`, `vision`, `projector`: its linear
     layers), or entries, of which each must match something that the method can adapt.
-
-    Raises:
-        TargetError: an entry matched nothing, or nothing is left.
     """
     places = places_in(model, kinds)
     able = places.all_adaptable()

@@ -21,9 +21,6 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Weights are dense, in the dtype that the base computes in, and made when they are asked for;
     the model stays as it is. A tied weight comes once, unless an adapter parts it from the other.
-
-    Raises:
-        MergeError: no adapter is active, a method cannot merge, or the model is streamed.
     """
     check_mergeable(model)
     seen: set[nn.Parameter] = set()

@@ -8,15 +8,16 @@ class (or their mean) and that class's share as its probability.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from inlay.data.inputs import InputRow
 from inlay.errors import DataError
 from inlay.evaluate.comparison import UNTRAINED, Stage, named
-from inlay.evaluate.outputs import Input, outputs
+from inlay.evaluate.outputs import outputs
 from inlay.evaluate.record import (
     ClassRecord,
     ComparisonRecord,
@@ -29,19 +30,10 @@ from inlay.kernels.loss import IGNORED
 from inlay.model.adapters.attach import disabled
 from inlay.tasks.classify.metrics import LabelKind, Labels, Metric, metrics, of_words
 
-__all__ = ["LabelledInput", "Labels", "baseline_of", "compare_labels", "held_out_labels"]
-
-
-class LabelledInput(Input, Protocol):
-    """A row as tokens with its label as numbers."""
-
-    @property
-    def label(self) -> Any: ...
-
 
 def compare_labels(
     model: nn.Module,
-    rows: Sequence[LabelledInput],
+    rows: Sequence[InputRow],
     labels: Labels,
     baseline: Tensor | None,
     *,
@@ -59,10 +51,6 @@ def compare_labels(
         lines: the rows' lines in their file, for error messages.
         batch_size: rows in one forward pass.
         on_progress: called as the work goes on.
-
-    Raises:
-        DataError: there are no rows.
-        ModelError: an output is not finite.
     """
     if not rows:
         raise DataError("there are no held-out rows; give more rows or another split")
@@ -112,7 +100,7 @@ def compared(first: Sequence[Metric], second: Sequence[Metric]) -> list[MetricCo
 
 
 def held_out_labels(
-    model: nn.Module, rows: Sequence[LabelledInput], labels: Labels, batch_size: int
+    model: nn.Module, rows: Sequence[InputRow], labels: Labels, batch_size: int
 ) -> dict[str, float]:
     """Return the metrics of the model as it is, its loss included."""
     found = metrics(outputs(model, rows, batch_size), [row.label for row in rows], labels)
@@ -140,7 +128,7 @@ def baseline_of(labels: Sequence[Any], kind: LabelKind, classes: int) -> Tensor:
     return ((counts + 1) / (counts.sum() + classes)).log()
 
 
-def repeated(constant: Tensor, rows: Sequence[LabelledInput], kind: LabelKind) -> list[Tensor]:
+def repeated(constant: Tensor, rows: Sequence[InputRow], kind: LabelKind) -> list[Tensor]:
     if kind == "tokens":
         return [constant.expand(len(row.input_ids), -1) for row in rows]
     return [constant for _ in rows]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-__all__ = ["entities"]
-
 Entity = tuple[str, int, int]
 """(kind, index of the first word, index after the last word)."""
 

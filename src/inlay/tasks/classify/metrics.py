@@ -14,8 +14,6 @@ from inlay.evaluate.statistics import Floats, Statistic, pearson, spearman
 from inlay.kernels.loss import IGNORED
 from inlay.tasks.classify.entities import entities
 
-__all__ = ["LabelKind", "Labels", "Metric", "metrics", "of_words"]
-
 LabelKind = Literal["single", "multi", "regression", "tokens"]
 
 

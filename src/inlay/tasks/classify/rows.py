@@ -24,16 +24,6 @@ from inlay.data.raw import RawRow
 from inlay.data.rows import Kind, Rows, group_of, shaped
 from inlay.errors import DataError, did_you_mean
 
-__all__ = [
-    "LABELLED",
-    "LabelKind",
-    "check_known",
-    "classes_of",
-    "contradicting",
-    "loose_tags",
-    "normalise_labels",
-]
-
 LabelKind = Literal["auto", "single", "multi", "regression", "tokens"]
 LABELLED: dict[Kind, Literal["single", "multi", "regression", "tokens"]] = {
     "class": "single",
@@ -72,10 +62,6 @@ def normalise_labels(
         label: the label's column; default: `label`, `labels` of several, `tags` of words.
         group: a column whose equal values `split` keeps together, such as a patient's id.
         skip_empty: leave out rows with an empty field and list their lines in `skipped`.
-
-    Raises:
-        DataError: a column that is not there, a field that is empty or of the wrong type, a number
-            that is not finite, or another number of tags than words; names file and line.
     """
     if not raw:
         raise DataError("there are no rows; training needs at least one")
@@ -114,11 +100,7 @@ def same_text(row: RawRow, found: dict[str, Any]) -> str:
 
 
 def recognised(raw: Sequence[RawRow], label: str | None) -> LabelKind:
-    """Return the kind of label that the rows hold.
-
-    Raises:
-        DataError: they have no column of labels.
-    """
+    """Return the kind of label that the rows hold."""
     first = raw[0]
     column = label or next((n for n in ("label", "labels", "tags") if n in first.values), None)
     if column is None:
@@ -148,11 +130,7 @@ def single(row: RawRow, name: str) -> str:
 
 
 def class_name(row: RawRow, value: Any, what: str) -> str:
-    """Return the name of a class: text, a whole number or a truth value.
-
-    Raises:
-        DataError: it is empty, or of another type.
-    """
+    """Return the name of a class: text, a whole number or a truth value."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):
@@ -192,11 +170,7 @@ READERS: dict[str, Callable[[RawRow, str], Any]] = {
 
 
 def tagged(row: RawRow, words: str, tags: str) -> dict[str, Any]:
-    """Return words and as many tags.
-
-    Raises:
-        DataError: they are not lists, not of one length, or a word or tag is empty.
-    """
+    """Return words and as many tags."""
     lists = [listed(row, name) for name in (words, tags)]
     if len(lists[0]) != len(lists[1]):
         raise DataError(
@@ -232,11 +206,7 @@ def labels_of(row: dict[str, Any]) -> list[str]:
 
 
 def classes_of(rows: Rows) -> tuple[str, ...]:
-    """Return the classes of training rows: whole numbers in order, else by name, `O` first.
-
-    Raises:
-        DataError: there is one class only, so that nothing can be learned.
-    """
+    """Return the classes of training rows: whole numbers in order, else by name, `O` first."""
     counts = Counter(label for row in rows.rows for label in labels_of(row))
     if len(counts) < (1 if rows.kind == "classes" else 2):
         only = f"only the class {next(iter(counts))!r}" if counts else "no class at all"
@@ -250,11 +220,7 @@ def classes_of(rows: Rows) -> tuple[str, ...]:
 
 
 def check_known(rows: Rows, classes: Sequence[str]) -> None:
-    """Raise when held-out rows name a class that no training row does.
-
-    Raises:
-        DataError: naming file, line and class.
-    """
+    """Raise when held-out rows name a class that no training row does."""
     known = set(classes)
     for index, row in enumerate(rows.rows):
         for label in labels_of(row):

@@ -114,11 +114,7 @@ class ClassifyRun(HeadRun[ClassifyConfig, InputRow]):
             )
 
     def recall(self, model: PreTrainedModel, rows: Rows, record: Mapping[str, Any]) -> None:
-        """Take the classes of a tuned model's head.
-
-        Raises:
-            DataError: the rows' labels are not of the model's kind, or unknown to it.
-        """
+        """Take the classes of a tuned model's head."""
         super().recall(model, rows, record)
         head, kind = head_of(model), LABELLED[rows.kind]
         trained = (head.purpose == "tokens", head.problem) if head else None

@@ -24,10 +24,6 @@ def encode_labels(
         tokenizer: the model's tokenizer.
         max_length: tokens a row keeps at most.
         classes: the classes in the order of the model's outputs; none where labels are numbers.
-
-    Raises:
-        DataError: a row's words or text give no token.
-        ModelError: words need a fast tokenizer, and this one is not.
     """
     if rows.kind == "tags":
         return tagged_rows(rows, tokenizer, max_length, classes)

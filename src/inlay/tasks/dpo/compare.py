@@ -4,32 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Unpack
+from typing import Unpack
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from inlay.data.rows import Rows
 from inlay.evaluate.comparison import Limits, softplus, with_records
-from inlay.evaluate.losses import EncodedRow, Join, RowLoss, losses
+from inlay.evaluate.losses import Join, RowLoss, losses
 from inlay.evaluate.record import ComparisonRecord, MetricComparison, compared_means
 from inlay.evaluate.supervised import both_losses, compare
-
-__all__ = ["BETA", "LogProbs", "PairLike", "Preferences", "compare_pairs", "log_probs"]
-
+from inlay.tasks.dpo.pairs import Pair
 
 BETA = 0.1
 """How near a model is held to its base where nothing else is said, as in DPO's paper."""
-
-
-class PairLike(Protocol):
-    """A pair as tokens, as the data room encodes it."""
-
-    @property
-    def chosen(self) -> EncodedRow: ...
-
-    @property
-    def rejected(self) -> EncodedRow: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +35,7 @@ class LogProbs:
 
 def log_probs(
     model: nn.Module,
-    pairs: Sequence[PairLike],
+    pairs: Sequence[Pair],
     batch_size: int = 8,
     *,
     lines: Sequence[int] | None = None,
@@ -97,7 +85,7 @@ def compare_pairs(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     chosen: Rows,
-    pairs: Sequence[PairLike],
+    pairs: Sequence[Pair],
     *,
     beta: float,
     **limits: Unpack[Limits],
@@ -115,10 +103,6 @@ def compare_pairs(
         pairs: the same rows as tokens, one for one.
         beta: how near the run held the model to the base.
         limits: how much is generated, and at a time; as for `compare`.
-
-    Raises:
-        DataError: there are no rows, or one has no token to measure.
-        ModelError: a loss is not finite, or the model cannot generate text.
     """
     answers = compare(model, tokenizer, chosen, [pair.chosen for pair in pairs], **limits)
     others = both_losses(model, [pair.rejected for pair in pairs], chosen.lines, limits)
@@ -126,26 +110,18 @@ def compare_pairs(
         joined(side.losses, other)
         for side, other in zip((answers.base, answers.tuned), others, strict=True)
     )
-    records = preference_records(Preferences(base, base, beta), Preferences(tuned, base, beta))
+    both = [base, tuned]
+    records = preference_records(both, [Preferences(own, base, beta).losses for own in both])
     return with_records(records, answers.to_dict(), "chosen")
 
 
-class Judged(Protocol):
-    """Pairs by their log-probabilities, and the task's loss of each."""
-
-    @property
-    def model(self) -> Sequence[LogProbs]: ...
-
-    @property
-    def losses(self) -> Sequence[float]: ...
-
-
-def preference_records(base: Judged, tuned: Judged) -> list[MetricComparison]:
+def preference_records(
+    models: Sequence[Sequence[LogProbs]], losses: Sequence[Sequence[float]]
+) -> list[MetricComparison]:
     """Return accuracy, margin and loss of both, each with the paired test of the difference."""
-    accuracy = [[float(pair.margin > 0) for pair in side.model] for side in (base, tuned)]
-    margin = [[pair.margin for pair in side.model] for side in (base, tuned)]
+    margins = [[pair.margin for pair in model] for model in models]
     return [
-        compared_means("accuracy", "higher", *accuracy),
-        compared_means("margin", "higher", *margin),
-        compared_means("loss", "lower", base.losses, tuned.losses),
+        compared_means("accuracy", "higher", *([float(m > 0) for m in own] for own in margins)),
+        compared_means("margin", "higher", *margins),
+        compared_means("loss", "lower", *losses),
     ]

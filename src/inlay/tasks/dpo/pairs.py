@@ -10,8 +10,6 @@ from inlay.data.rows import Rows
 from inlay.data.tokens import Encoded, Reader, check_trained, common_prefix, encode_whole
 from inlay.errors import DataError
 
-__all__ = ["Pair", "encode_pairs"]
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -40,10 +38,6 @@ def encode_pairs(rows: Rows, reader: Reader, max_length: int) -> list[Pair]:
     """Return the rows as tokens, each side cut at the end to `max_length`.
 
     An answer begins where prompt and row differ on either side, as TRL's DPOTrainer has it.
-
-    Raises:
-        DataError: a prompt leaves no token of an answer, or what is left of both is the same.
-        ModelError: the tokenizer has no end token, or no chat template that fits the messages.
     """
     sides = encode_whole([side_of(rows, side) for side in SIDES], reader, max_length)
     whole = [joint(chosen, rejected) for chosen, rejected in zip(*sides, strict=True)]

@@ -24,8 +24,6 @@ from inlay.model.adapters.attach import disabled
 from inlay.tasks.embed.embedder import Embedder
 from inlay.tasks.embed.texts import SimilarRow
 
-__all__ = ["Candidates", "compared_retrieval", "compared_scores", "ranks"]
-
 AMONG = (1, 5, 10)
 """How many of the nearest texts a recall looks at."""
 
@@ -125,12 +123,7 @@ def compare_similar(
     batch_size: int,
     on_progress: Stage | None = None,
 ) -> ComparisonRecord:
-    """Measure the embeddings with the model's active adapters, and without, on the same rows.
-
-    Raises:
-        DataError: there are no rows.
-        ModelError: an embedding is not finite.
-    """
+    """Measure the embeddings with the model's active adapters, and without, on the same rows."""
     if not encoded:
         raise DataError("there are no held-out rows; give more rows or another split")
     tuned = vectors_of(whole, encoded, batch_size, named("tuned", on_progress))

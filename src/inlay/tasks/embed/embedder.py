@@ -50,11 +50,7 @@ class Embedder(nn.Module):
     def embed(
         self, rows: Sequence[InputRow], batch_size: int, on_progress: Progress | None = None
     ) -> Tensor:
-        """Return each row's vector, (rows, width), in the rows' order.
-
-        Raises:
-            ModelError: a vector is not finite.
-        """
+        """Return each row's vector, (rows, width), in the rows' order."""
         model: Any = self.__dict__["inner"]
         found: dict[int, Tensor] = {}
         with evaluating(model), torch.no_grad():
@@ -79,12 +75,7 @@ def check_installed() -> None:
 
 
 def embedder(model: PreTrainedModel, base: str, revision: str | None, pooling: str) -> Embedder:
-    """Return a model with its folder's own poolings, or with the one that is asked for.
-
-    Raises:
-        ModelError: the folder's modules are not sentence-transformers' own.
-        UsageError: sentence-transformers is not installed.
-    """
+    """Return a model with its folder's own poolings, or with the one that is asked for."""
     check_installed()
     behind = [] if pooling != "auto" else modules_in(located(base, revision))
     if not behind:
@@ -103,11 +94,7 @@ def pooling_of(model: PreTrainedModel, mode: str) -> nn.Module:
 
 
 def modules_in(folder: Path) -> list[nn.Module]:
-    """Return the modules that a folder names behind its model; none where it names none.
-
-    Raises:
-        ModelError: one is not of sentence-transformers, or cannot be read.
-    """
+    """Return the modules that a folder names behind its model; none where it names none."""
     path = folder / MODULES
     if not path.is_file():
         return []

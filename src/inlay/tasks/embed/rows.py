@@ -11,8 +11,6 @@ from inlay.data.raw import RawRow
 from inlay.data.rows import Kind, Rows, group_of, shaped
 from inlay.errors import DataError, did_you_mean
 
-__all__ = ["SIMILAR", "columns_of", "normalise_similar"]
-
 SIMILAR: dict[Kind, tuple[str, ...]] = {
     "pairs": ("anchor", "positive"),
     "triplets": ("anchor", "positive", "negative"),
@@ -45,10 +43,6 @@ def normalise_similar(
         score: the column that says how alike the two are; default: `score`, if there is one.
         group: a column whose equal values `split` keeps together, such as a patient's id.
         skip_empty: leave out rows with an empty field and list their lines in `skipped`.
-
-    Raises:
-        DataError: a field that is not there, empty or of the wrong type, two texts that are the
-            same, or rows of scores that are all equal; names file and line.
     """
     if not raw:
         raise DataError("there are no rows; training needs at least one")
@@ -85,11 +79,7 @@ def columns_of(
     negative: str | None,
     score: str | None,
 ) -> dict[str, str]:
-    """Return the columns to read by what they are, those that are there by themselves included.
-
-    Raises:
-        DataError: there is nothing to learn from, or both a negative and a score.
-    """
+    """Return the columns to read by what they are, those that are there by themselves included."""
     found = {"anchor": anchor, "positive": positive, "negative": negative, "score": score}
     for name in found:
         usual = (name, SENTENCES.get(name, name))

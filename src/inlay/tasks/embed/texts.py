@@ -29,11 +29,7 @@ class SimilarRow:
 def encode_similar(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[SimilarRow]:
-    """Return the texts of every row as tokens, each cut at the end to `max_length`.
-
-    Raises:
-        DataError: a text gives no token.
-    """
+    """Return the texts of every row as tokens, each cut at the end to `max_length`."""
     names = SIMILAR[rows.kind]
     encoded = [encode_texts([r[name] for r in rows.rows], tokenizer, max_length) for name in names]
     for name, column in zip(names, encoded, strict=True):

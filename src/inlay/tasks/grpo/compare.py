@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +33,8 @@ from inlay.methods.base import evaluating
 from inlay.model.adapters.attach import disabled
 from inlay.model.fast.padding import length_multiple
 
-__all__ = ["Judging", "Prompts", "answers_of", "compare_rewards", "divergence"]
-
-
-class Judging(Protocol):
-    """Says what the answers to the prompts, one for one, are worth."""
-
-    def __call__(self, answers: Sequence[Answer]) -> Mapping[str, Sequence[float]]: ...
+Judging = Callable[[Sequence[Answer]], Mapping[str, Sequence[float]]]
+"""What the answers to the prompts, one for one, are worth."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +80,6 @@ def compare_rewards(
         prompts: the held-out prompts.
         batch_size: rows in one forward pass.
         on_progress: called as the work goes on.
-
-    Raises:
-        DataError: there are no prompts, or one leaves no room in the model's context.
-        ModelError: the model cannot generate text, or its divergence is not finite.
     """
     if not prompts.tokens:
         raise DataError("there are no held-out prompts to answer; give more rows or another split")
@@ -178,9 +168,6 @@ def divergence(
 
     KL = sum over the vocabulary of p (log p - log q), where p is the model's distribution of a
     token and q the one without adapters, both at the temperature; the sum is exact, not sampled.
-
-    Raises:
-        ModelError: a divergence is not finite.
     """
     found: dict[int, float] = {}
     scored = [

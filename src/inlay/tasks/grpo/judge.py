@@ -23,8 +23,6 @@ from inlay.tasks.grpo.named_rewards import (
 )
 from inlay.tasks.grpo.rewards import Function
 
-__all__ = ["Answers", "Judge", "judge_of"]
-
 ROWS_NAMED = 3
 
 
@@ -79,10 +77,6 @@ class Judge:
             answers: what is judged.
             when: `at step 3`, for errors.
             also: what else a reward may ask for.
-
-        Raises:
-            TrainingError: a reward raises or returns what is not one number an answer, or no
-                reward judges an answer; names reward, row and step.
         """
         found = [scores_of(reward, answers, when, also or {}) for reward in self.rewards]
         for index, each in enumerate(zip(*found, strict=True)):
@@ -187,12 +181,7 @@ def named(places: Sequence[str]) -> str:
 
 
 def judge_of(entries: Sequence[str | Mapping[str, Any]]) -> Judge:
-    """Return the rewards that a run names; a user's file is run.
-
-    Raises:
-        UsageError: there is no such reward, file or function, an argument does not fit, or the
-            file cannot be run.
-    """
+    """Return the rewards that a run names; a user's file is run."""
     specs = [spec_of(entry) for entry in entries]
     files = dict.fromkeys(spec.file for spec in specs if spec.file is not None)
     modules = {path: module_of(path, hash_of(path)) for path in files}

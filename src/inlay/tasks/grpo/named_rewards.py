@@ -19,8 +19,6 @@ from inlay.errors import UsageError, did_you_mean
 from inlay.files import sha256_of
 from inlay.tasks.grpo.rewards import BUILT_IN, Function
 
-__all__ = ["Reward", "reward_problems"]
-
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """What a reward may ask for beside the columns of the rows, as in TRL."""
 
@@ -125,11 +123,7 @@ def check_arguments(spec: Spec, signature: inspect.Signature) -> None:
 
 
 def own(spec: Spec, module: Any) -> Function:
-    """Return a function of the user's file with its arguments.
-
-    Raises:
-        UsageError: the file has no such function.
-    """
+    """Return a function of the user's file with its arguments."""
     function = vars(module).get(spec.function)
     if not callable(function):
         known = [name for name, value in vars(module).items() if inspect.isfunction(value)]
@@ -145,11 +139,7 @@ def own(spec: Spec, module: Any) -> Function:
 
 
 def hash_of(path: Path) -> str:
-    """Return the hash of a user's file.
-
-    Raises:
-        UsageError: it is not there.
-    """
+    """Return the hash of a user's file."""
     if not path.is_file():
         raise UsageError(f"there is no file {path}, which the rewards name; check the path")
     return sha256_of(path)
@@ -157,11 +147,7 @@ def hash_of(path: Path) -> str:
 
 @cache
 def module_of(path: Path, sha256: str) -> Any:
-    """Run a user's file, once for what it holds, and return it.
-
-    Raises:
-        UsageError: running it raises.
-    """
+    """Run a user's file, once for what it holds, and return it."""
     name = f"rewards_{sha256[:16]}"
     found = importlib.util.spec_from_file_location(name, path)
     if found is None or found.loader is None:

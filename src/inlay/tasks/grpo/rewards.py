@@ -13,8 +13,6 @@ from typing import Any
 
 from inlay.errors import UsageError
 
-__all__ = ["BUILT_IN", "Function", "final_number", "json_valid", "length", "regex", "text_of"]
-
 Function = Callable[..., Sequence[float | None]]
 """Called with what is to be judged, by name; None stands for an answer it does not judge."""
 

@@ -18,8 +18,6 @@ from inlay.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["are_prompts", "encode_prompts", "normalise_prompts"]
-
 PROMPT = "prompt"
 
 
@@ -53,10 +51,6 @@ def normalise_prompts(
         needed: the columns that every row must have something in, each with who needs it.
         group: a column whose equal values `split` keeps together, such as a patient's id.
         skip_empty: leave out rows with an empty field and list their lines in `skipped`.
-
-    Raises:
-        DataError: a prompt that is missing, empty or of another type than in the first row, or a
-            needed column that is missing or empty; names file and line.
     """
     if not raw:
         raise DataError("there are no rows; training needs at least one")
@@ -116,10 +110,6 @@ def encode_prompts(
         rows: rows that `normalise_prompts` returned.
         tokenizer: the model's tokenizer.
         max_length: tokens that a prompt may have; none is cut.
-
-    Raises:
-        DataError: a prompt is longer than `max_length`, or the chat template refuses one.
-        ModelError: the tokenizer has no chat template, and the prompts are messages.
     """
     if isinstance(rows.rows[0][PROMPT], str):
         found = token_ids(tokenizer, [row[PROMPT] for row in rows.rows])

@@ -139,12 +139,7 @@ class GrpoRun(LanguageRun[GrpoConfig, Encoded]):
     def prepare(
         self, model: PreTrainedModel, tokens: Tokens[Encoded], record: dict[str, Any]
     ) -> None:
-        """Raise unless the longest prompt and answer fit the model's context.
-
-        Raises:
-            UsageError: they do not.
-            MergeError: vLLM is asked for, and the adapter cannot be merged into what it runs.
-        """
+        """Raise unless the longest prompt and answer fit the model's context."""
         del record
         if self.config.generation == "vllm":
             check_mergeable(model)
@@ -241,11 +236,7 @@ class GrpoRun(LanguageRun[GrpoConfig, Encoded]):
 
 
 def check_generation(name: str) -> None:
-    """Raise unless this can write answers here.
-
-    Raises:
-        UsageError: vLLM is not installed.
-    """
+    """Raise unless this can write answers here."""
     if name == "vllm" and find_spec("vllm") is None:
         raise UsageError(
             "generation 'vllm' needs vLLM, which is not installed; run pip install vllm on a "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 import numpy as np
 from torch import nn
@@ -24,20 +24,9 @@ from inlay.evaluate.statistics import (
     ranks,
 )
 from inlay.evaluate.supervised import both_losses, compare
-
-__all__ = ["Judgements", "LabelledLike", "Weights", "compare_labelled", "labelled_losses"]
+from inlay.tasks.kto.rows import Labelled
 
 T = TypeVar("T")
-
-
-class LabelledLike(Protocol):
-    """A labelled row as tokens, as the data room encodes it."""
-
-    @property
-    def answer(self) -> EncodedRow: ...
-
-    @property
-    def desirable(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +47,7 @@ class LabelledLosses:
 
 def labelled_losses(
     model: nn.Module,
-    rows: Sequence[LabelledLike],
+    rows: Sequence[Labelled],
     mismatched: Sequence[EncodedRow],
     batch_size: int = 8,
     *,
@@ -147,7 +136,7 @@ def compare_labelled(
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     desirable: Rows,
-    encoded: Sequence[LabelledLike],
+    encoded: Sequence[Labelled],
     mismatched: Sequence[EncodedRow],
     *,
     beta: float,
@@ -171,10 +160,6 @@ def compare_labelled(
         beta: how near the run held the model to the base.
         weights: how much a row of each label weighs in the loss.
         limits: how much is generated, and at a time; as for `compare`.
-
-    Raises:
-        DataError: there are no rows of one label, or a row has no token to measure.
-        ModelError: a loss is not finite, or the model cannot generate text.
     """
     labels = [row.desirable for row in encoded]
     check_both(labels)

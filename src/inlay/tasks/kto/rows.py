@@ -22,16 +22,6 @@ from inlay.data.rows import Rows, Shape
 from inlay.data.tokens import Encoded, Reader, check_trained, encode_whole, named
 from inlay.errors import DataError
 
-__all__ = [
-    "Labelled",
-    "are_labelled",
-    "beside",
-    "by_label",
-    "desirable_of",
-    "encode_labelled",
-    "normalise_labelled",
-]
-
 FIELDS = ("prompt", "completion", "label")
 TABLES = (".csv", ".tsv")
 """Files that hold text alone, so that a label is the word for it."""
@@ -88,11 +78,6 @@ def normalise_labelled(
         group: a column whose equal values `split` keeps together, such as a patient's id.
         skip_empty: leave out rows with an empty field and list their lines in `skipped`.
         allow_urls: fetch images named by an http(s) address.
-
-    Raises:
-        DataError: a field that is missing, empty, of another type than in the first row or
-            unknown, one row with both labels, or rows that tell no label from the other; names
-            file and line.
     """
     answers = ("completion",)
     rows = judged(raw, "labelled", label_shape, answers, group, skip_empty, allow_urls)
@@ -113,11 +98,7 @@ def label_shape(first: RawRow, group: str | None) -> Shape:
 
 
 def both_labels(rows: Rows) -> Rows:
-    """Return rows whose labels tell answers apart.
-
-    Raises:
-        DataError: one row has both labels, or all have one label or one answer.
-    """
+    """Return rows whose labels tell answers apart."""
     check_contradictions(rows)
     check_labels(rows)
     return rows
@@ -133,12 +114,7 @@ def conversation(row: RawRow) -> dict[str, Any]:
 
 
 def label_of(row: RawRow) -> bool:
-    """Return whether a row's answer is desirable.
-
-    Raises:
-        EmptyFieldError: there is no label.
-        DataError: it is neither true nor false.
-    """
+    """Return whether a row's answer is desirable."""
     value = worded(row)
     if is_missing(value):
         found = "blank" if isinstance(value, str) else "null"
@@ -206,11 +182,6 @@ def encode_labelled(rows: Rows, reader: Reader, max_length: int) -> list[Labelle
     """Return the rows as tokens, cut at the end to `max_length`.
 
     An answer begins where the prompt alone and the row differ, as TRL's KTOTrainer has it.
-
-    Raises:
-        DataError: a prompt leaves no token of its answer, or what is left of two rows with
-            different labels is the same.
-        ModelError: the tokenizer has no end token, or no chat template that fits the messages.
     """
     (answers,) = encode_whole([side_of(rows, "completion")], reader, max_length)
     whole = [answer_from(row, answer_start(row)) for row in answers]

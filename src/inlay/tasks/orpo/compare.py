@@ -5,26 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Unpack
+from typing import Unpack
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from inlay.data.rows import Rows
 from inlay.evaluate.comparison import Limits, softplus, with_records
-from inlay.evaluate.losses import EncodedRow, Join, RowLoss, losses
+from inlay.evaluate.losses import Join, RowLoss, losses
 from inlay.evaluate.record import ComparisonRecord
 from inlay.evaluate.supervised import both_losses, compare
-from inlay.tasks.dpo.compare import LogProbs, PairLike, preference_records
-
-__all__ = ["OddsRatios", "compare_odds", "odds_ratios"]
-
-
-class WholePairLike(PairLike, Protocol):
-    """A pair as tokens whose preferred row counts as it stands, too."""
-
-    @property
-    def whole(self) -> EncodedRow: ...
+from inlay.tasks.dpo.compare import LogProbs, preference_records
+from inlay.tasks.dpo.pairs import Pair
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ def log1mexp(x: float) -> float:
 
 def odds_ratios(
     model: nn.Module,
-    pairs: Sequence[WholePairLike],
+    pairs: Sequence[Pair],
     batch_size: int,
     beta: float,
     *,
@@ -99,7 +91,7 @@ def compare_odds(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     chosen: Rows,
-    pairs: Sequence[WholePairLike],
+    pairs: Sequence[Pair],
     *,
     beta: float,
     **limits: Unpack[Limits],
@@ -113,8 +105,9 @@ def compare_odds(
     answers = compare(model, tokenizer, chosen, [pair.chosen for pair in pairs], **limits)
     rejected = both_losses(model, [pair.rejected for pair in pairs], chosen.lines, limits)
     rows = both_losses(model, [pair.whole for pair in pairs], chosen.lines, limits)
-    base, tuned = (
+    both = [
         judged(side.losses, other, row, beta)
         for side, other, row in zip((answers.base, answers.tuned), rejected, rows, strict=True)
-    )
-    return with_records(preference_records(base, tuned), answers.to_dict(), "chosen")
+    ]
+    records = preference_records([own.model for own in both], [own.losses for own in both])
+    return with_records(records, answers.to_dict(), "chosen")

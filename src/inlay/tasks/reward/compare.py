@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from inlay.errors import DataError
 from inlay.evaluate.comparison import UNTRAINED, Stage, named, softplus
-from inlay.evaluate.outputs import Input, outputs
+from inlay.evaluate.outputs import outputs
 from inlay.evaluate.record import ComparisonRecord, MetricComparison, compared_means
 from inlay.evaluate.statistics import LEVEL
 from inlay.model.adapters.attach import disabled
-
-__all__ = ["RewardPair", "compare_rewards", "held_out_rewards"]
+from inlay.tasks.reward.pairs import RewardPair
 
 COIN = "a coin: every answer the same reward, half of the pairs right"
-
-
-class RewardPair(Protocol):
-    """A prompt with either answer behind it, as tokens."""
-
-    @property
-    def chosen(self) -> Input: ...
-
-    @property
-    def rejected(self) -> Input: ...
 
 
 def margins(
@@ -84,10 +73,6 @@ def compare_rewards(
         lines: the pairs' lines in their file, for error messages.
         batch_size: rows in one forward pass.
         on_progress: called as the work goes on.
-
-    Raises:
-        DataError: there are no pairs.
-        ModelError: a reward is not finite.
     """
     if not pairs:
         raise DataError("there are no held-out pairs; give more rows or another split")

@@ -28,10 +28,6 @@ def encode_reward_pairs(
 
     Text is followed by the end token, where the tokenizer has one; messages are written by the
     chat template.
-
-    Raises:
-        DataError: both sides are the same once they are cut.
-        ModelError: messages need a chat template, and the tokenizer has none.
     """
     sides = [encoded_side(rows, side, tokenizer, max_length) for side in SIDES]
     pairs = [RewardPair(chosen, rejected) for chosen, rejected in zip(*sides, strict=True)]

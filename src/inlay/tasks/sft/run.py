@@ -26,11 +26,11 @@ from inlay.model.trunk import Trunk, trunk_of
 from inlay.run.config import RunWithImages
 from inlay.tasks.sft.trainer import SupervisedTrainer, arguments
 from inlay.train.collate import Collate, Concatenated, Padded, WithImages, labels
+from inlay.train.features.trunk import TrunkCache, cached_trunk
 from inlay.train.language_run import LanguageRun
 from inlay.train.planning import PlannedRows
 from inlay.train.task_run import Setup, Tokens
 from inlay.train.trainer import HeldOut
-from inlay.train.trunk_cache import TrunkCache, cached_trunk
 
 GATE_ROWS = 64
 """Rows that the loss in 8 bits is measured on."""
@@ -97,11 +97,7 @@ class SftRun(LanguageRun[RunWithImages, Encoded]):
     def prepare(
         self, model: PreTrainedModel, tokens: Tokens[Encoded], record: dict[str, Any]
     ) -> None:
-        """Turn products in 8 bits on, if the run asks for them; see whether rows can be packed.
-
-        Raises:
-            UsageError: the run asks for packing, and rows would see each other.
-        """
+        """Turn products in 8 bits on, if the run asks for them; see whether rows can be packed."""
         if self.config.eight_bits:
             record["eight_bits"] = self.in_eight_bits(model, tokens)
         packing = self.config.packing
@@ -148,11 +144,7 @@ class SftRun(LanguageRun[RunWithImages, Encoded]):
             compute_in_8_bits(setup.model, on=False)
 
     def trunk(self, setup: Setup[Encoded]) -> AbstractContextManager[None]:
-        """Return the context in which the blocks below the lowest adapted one are read, not run.
-
-        Raises:
-            UsageError: the run asks for that, and this model cannot have it.
-        """
+        """Return the context in which the blocks below the lowest adapted one are read, not run."""
         wanted, model, tokens = self.config.cache_trunk, setup.model, setup.tokens
         pays = self.images is None and self.trunk_cache_pays(model, len(tokens.train))
         if not wanted or (wanted == "auto" and not pays):
@@ -178,11 +170,7 @@ class SftRun(LanguageRun[RunWithImages, Encoded]):
         )
 
     def in_eight_bits(self, model: PreTrainedModel, tokens: Tokens[Encoded]) -> dict[str, float]:
-        """Turn products in 8 bits on, if they leave the loss on this run's rows as it is.
-
-        Raises:
-            TrainingError: the loss differs by more than is accepted.
-        """
+        """Turn products in 8 bits on, if they leave the loss on this run's rows as it is."""
         rows = (tokens.validation or tokens.train)[:GATE_ROWS]
         measured = gate(model, lambda: self.mean_loss(model, rows))
         found = (

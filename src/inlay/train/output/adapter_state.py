@@ -22,11 +22,7 @@ def tensors_of(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
 def load_tensors(
     model: nn.Module, adapter: str, saved: Mapping[str, Mapping[str, Tensor]], source: Path
 ) -> None:
-    """Put saved values into an adapter's tensors.
-
-    Raises:
-        CheckpointError: the places, names or shapes are not this adapter's.
-    """
+    """Put saved values into an adapter's tensors."""
     have = tensors_of(model, adapter)
     shapes = {p: {n: t.shape for n, t in ts.items()} for p, ts in have.items()}
     if shapes != {p: {n: t.shape for n, t in ts.items()} for p, ts in saved.items()}:

@@ -21,11 +21,7 @@ def folder_of(parent: Path, step: int) -> Path:
 
 
 def write(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Write a checkpoint; it appears when it is complete.
-
-    Raises:
-        TrainingError: the disk is full or refuses; earlier checkpoints are as they were.
-    """
+    """Write a checkpoint; it appears when it is complete."""
     with saving("the checkpoint", folder):
         write_folder(folder, fill)
 

@@ -63,11 +63,7 @@ class RunFolder:
         return "finished" if self.record().get("finished") else "interrupted"
 
     def record(self) -> dict[str, Any]:
-        """Return the contents of run.json.
-
-        Raises:
-            UsageError: it is damaged.
-        """
+        """Return the contents of run.json."""
         try:
             found = json.loads(self.run.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -87,12 +83,7 @@ class RunFolder:
 
 
 def open_folder(config: RunConfig) -> tuple[RunFolder, State]:
-    """Return the run's folder and what lies in it, ready to be used.
-
-    Raises:
-        UsageError: a run lies in it already and the user says neither resume nor overwrite, or
-            resumes with another configuration.
-    """
+    """Return the run's folder and what lies in it, ready to be used."""
     folder = RunFolder(Path(config.output).expanduser())
     if folder.path.exists() and not folder.path.is_dir():
         raise UsageError(f"output {config.output!r} is a file; name a folder")

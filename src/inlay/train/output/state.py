@@ -28,11 +28,7 @@ def save_tree(path: Path, tree: Tree) -> None:
 
 
 def load_tree(path: Path) -> Tree:
-    """Read a tree that `save_tree` wrote; its tensors lie on the CPU.
-
-    Raises:
-        CheckpointError: the file is missing, cut off or not such a file.
-    """
+    """Read a tree that `save_tree` wrote; its tensors lie on the CPU."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

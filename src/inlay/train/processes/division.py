@@ -41,11 +41,7 @@ class FollowingRecorder(Recorder):
 
 
 def divided(config: RunConfig, world: World) -> tuple[RunConfig, Share]:
-    """Return the run as one process takes part in it, and its part of every step.
-
-    Raises:
-        UsageError: the run cannot be divided so.
-    """
+    """Return the run as one process takes part in it, and its part of every step."""
     share = share_of(config.batch_size, config.gradient_accumulation, world)
     if world.alone:
         return config, share

@@ -66,11 +66,7 @@ def follows() -> bool:
 
 
 def check_options(options: LaunchOptions) -> None:
-    """Raise unless these options say how many processes each machine has.
-
-    Raises:
-        UsageError: neither or both of gpus and processes are given, or a launcher runs already.
-    """
+    """Raise unless these options say how many processes each machine has."""
     if (options.gpus is None) == (options.processes is None):
         raise UsageError(
             "'nodes' and 'launcher' need 'gpus' (a process for each GPU of a machine) or "

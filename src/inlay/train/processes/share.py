@@ -108,11 +108,7 @@ def ranges(start: int, stop: int, length: int) -> list[tuple[int, int]]:
 
 
 def share_of(rows: int, accumulation: int, world: World) -> Share:
-    """Return a process's part of every step.
-
-    Raises:
-        UsageError: the rows of a step cannot be divided among the processes.
-    """
+    """Return a process's part of every step."""
     check_divisible(rows, accumulation, world.size)
     return Share(rows, accumulation, world)
 

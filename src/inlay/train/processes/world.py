@@ -147,9 +147,6 @@ def joined(environment: Mapping[str, str] = os.environ) -> Generator[World]:
     """Give this process its place among those that a launcher started; alone without one.
 
     An error is told by one process only; the others end with the exit code of the command.
-
-    Raises:
-        UsageError: the launcher's variables are incomplete, or ask for what a run does not take.
     """
     place = place_in(environment)
     if place is None:
@@ -172,12 +169,7 @@ def joined(environment: Mapping[str, str] = os.environ) -> Generator[World]:
 
 
 def place_in(environment: Mapping[str, str]) -> tuple[int, int, int, int] | None:
-    """Return rank, world size, local rank and processes on this machine; None without a launcher.
-
-    Raises:
-        UsageError: a variable is missing or not a number, or accelerate's configuration asks for
-            what is not taken from it.
-    """
+    """Return rank, world size, local rank and local world size; None without a launcher."""
     size = number(environment, "WORLD_SIZE") if "WORLD_SIZE" in environment else 1
     if size == 1:
         return None
@@ -236,11 +228,7 @@ def default_store() -> Store:
 
 
 def own_device(local_rank: int, local_size: int) -> torch.device:
-    """Return this process's own device; of several GPUs it sees no other from now on.
-
-    Raises:
-        UsageError: there are fewer GPUs than processes on this machine.
-    """
+    """Return this process's own device; of several GPUs it sees no other from now on."""
     # Counted before anything asks CUDA itself, which looks at CUDA_VISIBLE_DEVICES only once.
     count = torch.cuda.device_count()
     if count == 0:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,10 +21,9 @@ from inlay.data.image_reader import ImageReader
 from inlay.data.tokens import Encoded
 from inlay.errors import InlayError, ModelError
 from inlay.evaluate.images import Seeing
-from inlay.memory.devices import available_memory
 from inlay.methods.base import evaluating
 from inlay.model.fast.padding import length_multiple
-from inlay.train.trunk_cache import FULL, LOW, SHARE_OF_MEMORY
+from inlay.train.features.cache import FeatureCache, InFile, in_memory, off_by
 
 FEATURES = "get_image_features"
 """The method by which transformers' models see."""
@@ -38,27 +36,27 @@ Tree = Any
 """Tensors in lists, tuples and ModelOutputs."""
 
 
-class VisionCache(ImageInputs):
+class VisionCache(FeatureCache, ImageInputs):
     """The features of images, found again by their numbers, which stand in for the pixels.
 
     Rows of the same images have one number.
     """
 
     def __init__(self, model: PreTrainedModel, reader: ImageReader, path: Path) -> None:
-        super().__init__(reader, model.dtype)
-        self.model, self.path = model, path
+        FeatureCache.__init__(self, path)
+        ImageInputs.__init__(self, reader, model.dtype)
+        self.model = model
         self.body: Any = body_of(model)
         self.own: Callable[..., Any] = getattr(self.body, FEATURES)
         self.numbers: dict[tuple[str, ...], int] = {}
         self.rows = 0
         self.others: list[dict[str, Tensor]] = []
         self.features: list[Tree] = []
-        self.room = Room(path)
 
     def __str__(self) -> str:
         return (
             f"the vision tower and projector are frozen and ran once over {self.rows} rows; what "
-            f"they gave is read from now on: {self.room}"
+            f"they gave is read from now on: {self.where()}"
         )
 
     def fill(self, rows: Sequence[Encoded]) -> None:
@@ -68,7 +66,7 @@ class VisionCache(ImageInputs):
             for row in {row.images: row for row in rows}.values():
                 self.numbers[row.images] = len(self.others)
                 found = self.reader.of(row)
-                self.features.append(self.room.kept(self.seen(row, found)))
+                self.features.append(mapped(self.keep, self.seen(row, found)))
                 self.others.append({k: v for k, v in found.items() if k not in PIXELS})
 
     def seen(self, row: Encoded, found: Mapping[str, Tensor]) -> Tree:
@@ -116,15 +114,8 @@ class VisionCache(ImageInputs):
     def reading(self) -> AbstractContextManager[None]:
         return replaced(self.body, self.read)
 
-    @contextmanager
-    def used(self) -> Generator[None]:
-        """Let the model read features from here, then give up their memory and their file."""
-        try:
-            with self.reading():
-                yield
-        finally:
-            self.features.clear()
-            self.path.unlink(missing_ok=True)
+    def forget(self) -> None:
+        self.features.clear()
 
     def differs(self, rows: Sequence[Encoded]) -> str | None:
         """Return how far the logits from kept features are from the model's own, if too far."""
@@ -134,10 +125,7 @@ class VisionCache(ImageInputs):
             own = self.logits(Seeing(plain).join(rows, multiple).call)
             with self.reading():
                 read = self.logits(Seeing(self).join(rows, multiple).call)
-        difference = float((read - own).abs().max() / own.abs().max())
-        if difference <= (FULL if own.dtype in (torch.float32, torch.float64) else LOW):
-            return None
-        return f"logits computed from kept features would be off by {difference:.1%}"
+        return off_by(read, own)
 
     def logits(self, call: Mapping[str, Tensor]) -> Tensor:
         device = next(self.model.parameters()).device
@@ -150,59 +138,8 @@ class Seen(Exception):  # noqa: N818
     """The model has come as far as it needs to."""
 
 
-class Room:
-    """Keeps tensors: in memory up to its share, the rest in a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.left = int(SHARE_OF_MEMORY * available_memory())
-        self.in_memory = self.in_file = 0
-
-    def __str__(self) -> str:
-        held = f"{self.in_memory / 1e6:.1f} MB in memory"
-        return held + (f", {self.in_file / 1e6:.1f} MB in {self.path}" if self.in_file else "")
-
-    def kept(self, tree: Tree) -> Tree:
-        """Return a tree whose tensors are kept here."""
-        return mapped(self.one, tree)
-
-    def one(self, tensor: Tensor) -> Tensor | InFile:
-        """Keep one tensor."""
-        size = tensor.numel() * tensor.itemsize
-        if size <= self.left:
-            self.left -= size
-            self.in_memory += size
-            return tensor.cpu().clone()
-        flat = tensor.cpu().contiguous().view(-1).view(torch.uint8)
-        with self.path.open("ab") as file:
-            file.write(flat.numpy().tobytes())
-        self.in_file += size
-        return InFile(self.path, self.in_file - size, tensor.dtype, tuple(tensor.shape))
-
-
-@dataclass(frozen=True)
-class InFile:
-    """A tensor that lies in a file."""
-
-    path: Path
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def read(self) -> Tensor:
-        count = int(torch.Size(self.shape).numel())
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            content = bytearray(file.read(count * self.dtype.itemsize))
-        return torch.frombuffer(content, dtype=self.dtype).view(self.shape)
-
-
 def body_of(model: PreTrainedModel) -> Any:
-    """Return the model inside that sees.
-
-    Raises:
-        ModelError: it has no such method as transformers' models see by.
-    """
+    """Return the model inside that sees."""
     body: Any = model.base_model
     if not hasattr(body, FEATURES):
         raise ModelError(f"{type(model).__name__} does not see by {FEATURES}")
@@ -260,10 +197,6 @@ def merged(trees: Sequence[Tree], device: torch.device) -> Tree:
     return first
 
 
-def in_memory(tensor: Tensor | InFile) -> Tensor:
-    return tensor.read() if isinstance(tensor, InFile) else tensor
-
-
 # Whether features can be kept
 
 
@@ -276,7 +209,6 @@ def cached_vision(
     training, without a gradient, and the first rows' logits are the same, to rounding, with
     features kept as with pixels seen.
     """
-    path.unlink(missing_ok=True)
     try:
         cache = VisionCache(model, reader, path)
         with_images = [row for row in rows if row.pictures]

@@ -6,7 +6,6 @@ the rows alone: a resumed run fills it with the same bits.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,70 +16,46 @@ from torch import Tensor, nn
 
 from inlay.errors import InlayError
 from inlay.evaluate.losses import PADDING, EncodedRow, buckets, joined, padded
-from inlay.memory.devices import available_memory
 from inlay.methods.base import evaluating
 from inlay.model.fast.packing import mixes_rows, positions, segments
 from inlay.model.fast.padding import length_multiple
 from inlay.model.seams.transformers import has_cache
 from inlay.model.trunk import Trunk, changes, trunk_of
+from inlay.train.features.cache import FeatureCache, Kept, in_memory, off_by
 
 ROWS_AT_ONCE = 8
-SHARE_OF_MEMORY = 0.5
-"""The part of the free memory that a cache may take; a larger one lies in a file."""
-FULL, LOW = 1e-4, 0.05
-"""How far logits from the cache may be from the model's own, relative to the largest."""
 
 
-class TrunkCache:
+class TrunkCache(FeatureCache):
     """The trunk's output (tokens, width) for rows, found again by their tokens."""
 
     def __init__(self, trunk: Trunk, rows: Sequence[Sequence[int]], path: Path) -> None:
-        self.trunk, self.path = trunk, path
-        self.places: dict[tuple[int, ...], int] = {}
-        self.tokens = 0
-        for row in map(tuple, rows):
-            if row not in self.places:
-                self.places[row] = self.tokens
-                self.tokens += len(row)
-        self.held = torch.empty(0)
+        super().__init__(path)
+        self.trunk = trunk
+        self.outputs: dict[tuple[int, ...], Kept | None] = dict.fromkeys(map(tuple, rows))
 
     def __str__(self) -> str:
-        size = self.held.numel() * self.held.itemsize
-        where = f"in {self.path}" if self.path.exists() else "in memory"
+        tokens = sum(map(len, self.outputs))
         return (
-            f"blocks 0-{self.trunk.depth - 1} are frozen and ran once over {self.tokens} tokens; "
-            f"their output is read from now on: {size / 1e6:.1f} MB {where}"
+            f"blocks 0-{self.trunk.depth - 1} are frozen and ran once over {tokens} tokens; "
+            f"their output is read from now on: {self.where()}"
         )
-
-    def reserve(self, like: Tensor) -> None:
-        """Take the room for all rows: memory where there is enough, else a file."""
-        size = self.tokens * like.shape[-1]
-        if size * like.itemsize <= SHARE_OF_MEMORY * available_memory():
-            self.held = torch.empty(size, dtype=like.dtype)
-        else:
-            with self.path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size * like.itemsize)
-            self.held = torch.from_file(str(self.path), shared=True, size=size, dtype=like.dtype)
-        self.held = self.held.view(self.tokens, like.shape[-1])
 
     def fill(self, packed: bool) -> None:
         """Run the trunk once over every row."""
-        rows = [Row(row) for row in self.places]
+        rows = [Row(row) for row in self.outputs]
         multiple = length_multiple(self.trunk.model)
         device = next(self.trunk.model.parameters()).device
         with evaluating(self.trunk.model), torch.no_grad():
             for batch in buckets([len(row.input_ids) for row in rows], ROWS_AT_ONCE):
                 made = (joined if packed else padded)([rows[i] for i in batch], multiple)
                 hidden = self.trunk.output(**{n: x.to(device) for n, x in made.call.items()})
-                if not self.held.numel():
-                    self.reserve(hidden)
                 self.put(made.call, hidden)
 
     def put(self, call: dict[str, Tensor], hidden: Tensor) -> None:
         for sequence, start, end, row in rows_in(call):
-            if row in self.places:
-                first = self.places[row]
-                self.held[first : first + len(row)] = hidden[sequence, start:end]
+            if row in self.outputs:
+                self.outputs[row] = self.keep(hidden[sequence, start:end])
 
     def get(self, call: dict[str, Any]) -> Tensor | None:
         """Return the trunk's output for a call, or None unless all of its rows are here."""
@@ -89,13 +64,14 @@ class TrunkCache:
         if call.get("position_ids") is not None and self.keeps_keys(call):
             return None
         found = list(rows_in(call))
-        if not all(row in self.places for *_, row in found):
+        kept = [self.outputs.get(row) for *_, row in found]
+        read = [in_memory(each) for each in kept if each is not None]
+        if len(read) < len(found):
             return None
         ids = call["input_ids"]
-        hidden = torch.zeros(*ids.shape, self.held.shape[1], dtype=self.held.dtype)
-        for sequence, start, end, row in found:
-            first = self.places[row]
-            hidden[sequence, start:end] = self.held[first : first + len(row)]
+        hidden = read[0].new_zeros(*ids.shape, read[0].shape[1])
+        for (sequence, start, end, _), output in zip(found, read, strict=True):
+            hidden[sequence, start:end] = output
         return hidden.to(ids.device)
 
     def keeps_keys(self, call: dict[str, Any]) -> bool:
@@ -104,15 +80,8 @@ class TrunkCache:
         wanted = call.get("use_cache")
         return bool(getattr(config, "use_cache", True) if wanted is None else wanted)
 
-    @contextmanager
-    def used(self) -> Generator[None]:
-        """Let calls read the trunk from here, then give up its memory and its file."""
-        try:
-            with self.reading():
-                yield
-        finally:
-            self.held = torch.empty(0)
-            self.path.unlink(missing_ok=True)
+    def forget(self) -> None:
+        self.outputs.clear()
 
     @contextmanager
     def reading(self) -> Generator[None]:
@@ -158,10 +127,7 @@ class TrunkCache:
                 read = model(**call).logits[real]
             finally:
                 undo()
-        difference = float((read - own).abs().max() / own.abs().max())
-        if difference <= (FULL if own.dtype in (torch.float32, torch.float64) else LOW):
-            return None
-        return f"logits computed from it would be off by {difference:.1%}"
+        return off_by(read, own)
 
 
 class Row:

@@ -1,0 +1,1 @@
+"""What frozen layers give for the rows, kept so that they run once."""
