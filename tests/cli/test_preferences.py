@@ -95,7 +95,7 @@ def test_bad_rows_are_a_sentence_and_exit_code_2(
         (["--task", "dpo", "--packing", "bfd"], "'packing' does not apply to the task 'dpo'"),
         (["--task", "dpo", "--eight-bits"], "'eight_bits' does not apply to the task 'dpo'"),
         (["--task", "dpo", "--cache-trunk", "true"], "'cache_trunk' does not apply"),
-        (["--beta", "0.1"], "'beta' belongs to the task dpo and grpo and kto and orpo"),
+        (["--beta", "0.1"], "'beta' belongs to the tasks dpo, grpo, kto and orpo"),
         (["--task", "orpo", "--packing", "true"], "'packing' does not apply to the task 'orpo'"),
         (["--task", "orpo", "--eight-bits"], "'eight_bits' does not apply to the task 'orpo'"),
         (["--task", "dpo", "--beta", "-1"], "'beta' must be a number of at least 0"),
