@@ -76,7 +76,7 @@ def main() -> None:
             )
         },
         "filling_examples_per_second": round(len(rows) / filled, 3),
-        "cache_bytes": cache.in_memory + cache.in_file,
+        "cache_bytes": cache.bytes_in_memory + cache.bytes_in_file,
         "dtype": given.dtype,
         "layers": given.layers,
         "adapted": top,

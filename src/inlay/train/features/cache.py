@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -36,46 +38,54 @@ class InFile:
 
 
 Kept = Tensor | InFile
+Reason = TypeVar("Reason", str, str | None)
 
 
 def in_memory(tensor: Kept) -> Tensor:
     return tensor.read() if isinstance(tensor, InFile) else tensor
 
 
-class FeatureCache:
+class FeatureCache(ABC):
     """Features that a model reads in place of running the layers that make them."""
 
     def __init__(self, path: Path) -> None:
         path.unlink(missing_ok=True)
         self.path = path
         self.left = int(SHARE_OF_MEMORY * available_memory())
-        self.in_memory = self.in_file = 0
+        self.bytes_in_memory = self.bytes_in_file = 0
 
     def where(self) -> str:
         """Return how much is kept in memory and in the file."""
-        parts = [f"{self.in_memory / 1e6:.1f} MB in memory"] if self.in_memory else []
-        parts += [f"{self.in_file / 1e6:.1f} MB in {self.path}"] if self.in_file else []
+        parts = [f"{self.bytes_in_memory / 1e6:.1f} MB in memory"] if self.bytes_in_memory else []
+        parts += [f"{self.bytes_in_file / 1e6:.1f} MB in {self.path}"] if self.bytes_in_file else []
         return ", ".join(parts)
 
     def keep(self, tensor: Tensor) -> Kept:
         size = tensor.numel() * tensor.itemsize
         if size <= self.left:
             self.left -= size
-            self.in_memory += size
+            self.bytes_in_memory += size
             return tensor.cpu().clone()
         flat = tensor.cpu().contiguous().view(-1).view(torch.uint8)
         with self.path.open("ab") as file:
             file.write(flat.numpy().tobytes())
-        self.in_file += size
-        return InFile(self.path, self.in_file - size, tensor.dtype, tuple(tensor.shape))
+        self.bytes_in_file += size
+        return InFile(self.path, self.bytes_in_file - size, tensor.dtype, tuple(tensor.shape))
 
+    @abstractmethod
     def reading(self) -> AbstractContextManager[None]:
         """Let the model read features from here inside the `with` block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forget(self) -> None:
         """Give up the features in memory."""
-        raise NotImplementedError
+
+    def refused(self, reason: Reason) -> Reason:
+        """Return why the cache cannot be used, if it cannot; its file is then removed."""
+        if reason is not None:
+            self.forget()
+            self.path.unlink(missing_ok=True)
+        return reason
 
     @contextmanager
     def used(self) -> Generator[None]:

@@ -54,7 +54,7 @@ class TrunkCache(FeatureCache):
 
     def put(self, call: dict[str, Tensor], hidden: Tensor) -> None:
         for sequence, start, end, row in rows_in(call):
-            if row in self.outputs:
+            if self.outputs.get(row, hidden) is None:  # the same padding ends many batches
                 self.outputs[row] = self.keep(hidden[sequence, start:end])
 
     def get(self, call: dict[str, Any]) -> Tensor | None:
@@ -64,14 +64,14 @@ class TrunkCache(FeatureCache):
         if call.get("position_ids") is not None and self.keeps_keys(call):
             return None
         found = list(rows_in(call))
-        kept = [self.outputs.get(row) for *_, row in found]
-        read = [in_memory(each) for each in kept if each is not None]
-        if len(read) < len(found):
+        every = (self.outputs.get(row) for *_, row in found)
+        kept = [each for each in every if each is not None]
+        if not kept or len(kept) < len(found):
             return None
-        ids = call["input_ids"]
-        hidden = read[0].new_zeros(*ids.shape, read[0].shape[1])
-        for (sequence, start, end, _), output in zip(found, read, strict=True):
-            hidden[sequence, start:end] = output
+        ids, first = call["input_ids"], kept[0]
+        hidden = torch.zeros(*ids.shape, first.shape[1], dtype=first.dtype)
+        for (sequence, start, end, _), output in zip(found, kept, strict=True):
+            hidden[sequence, start:end] = in_memory(output)
         return hidden.to(ids.device)
 
     def keeps_keys(self, call: dict[str, Any]) -> bool:
@@ -182,7 +182,6 @@ def cached_trunk(
         if reason is not None:
             return reason
         cache.fill(packed)
-        return cache.differs(tried, packed) or cache
+        return cache.refused(cache.differs(tried, packed)) or cache
     except (InlayError, OSError) as error:
-        cache.path.unlink(missing_ok=True)
-        return str(error)
+        return cache.refused(str(error))

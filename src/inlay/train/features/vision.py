@@ -216,7 +216,7 @@ def cached_vision(
         if reason is not None:
             return reason
         cache.fill(rows)
-        return cache.differs(with_images[:4]) or cache
+        return cache.refused(cache.differs(with_images[:4])) or cache
     except (InlayError, OSError, RuntimeError, ValueError) as error:
         path.unlink(missing_ok=True)
         return str(error).splitlines()[0]
