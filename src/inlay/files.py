@@ -93,7 +93,7 @@ def share_as_usual(path: Path) -> None:
 
 
 def is_full(error: Exception) -> bool:
-    """Say whether an error means that the disk is full."""
+    """Return whether an error means that the disk is full."""
     return getattr(error, "errno", None) == errno.ENOSPC or any(w in str(error) for w in FULL)
 
 

@@ -115,7 +115,7 @@ def wrapper_prefix(name: str, attached: Attached, params: Params | None) -> str:
 
 
 def covers(params: Params, module: nn.Module, before: int | None) -> bool:
-    """Say whether an adapter trains every row that a changed vocabulary has added."""
+    """Return whether an adapter trains every row that a changed vocabulary has added."""
     if before is None or tokens_of(params, "kept_rows"):
         return False
     return set(range(before, row_count(module))) <= set(tokens_of(params, "token_rows"))

@@ -96,7 +96,7 @@ class Places:
         return all(key.startswith(PREFIX) and self.has(key.removeprefix(PREFIX)) for key in keys)
 
     def has(self, name: str) -> bool:
-        """Say whether a name is a module's and, after it, a tensor's that the module can have."""
+        """Return whether a name is that of a module, then of a tensor that the module can have."""
         for cut in [i for i, letter in enumerate(name) if letter == "."][::-1]:
             module = self.modules.get(name[:cut])
             if module is None:

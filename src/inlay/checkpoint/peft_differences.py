@@ -70,7 +70,7 @@ def is_renamed(convert: Callable[[str], str], name: str) -> bool:
 
 
 def is_read(model: nn.Module, name: str) -> bool:
-    """Say whether code outside a layer's forward was seen to compute with its weight."""
+    """Return whether code outside a layer's forward was seen to compute with its weight."""
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer):
         return True  # in torch's fused path

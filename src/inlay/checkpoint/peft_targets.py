@@ -213,7 +213,7 @@ def block_numbers(config: Mapping[str, Any], where: str) -> set[int] | None:
 
 
 def in_blocks(name: str, blocks: set[int], patterns: str | Sequence[str]) -> bool:
-    """Say whether a module lies in one of these blocks, as HF PEFT numbers them."""
+    """Return whether a module lies in one of these blocks, as HF PEFT numbers them."""
     given = [patterns] if isinstance(patterns, str) else patterns
     rules = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in given] or [r".*?\.[^.]*\.(\d+)\."]
     match = next((m for m in (re.match(rule, name) for rule in rules) if m), None)

@@ -81,7 +81,7 @@ def place_names(model: nn.Module) -> list[str]:
 
 
 def meant(target: str | Sequence[str], name: str) -> bool:
-    """Say whether HF PEFT takes a module for one of its targets."""
+    """Return whether HF PEFT takes a module for one of its targets."""
     if isinstance(target, str):
         return re.fullmatch(target, name) is not None
     return any(name == t or name.endswith("." + t) for t in target)
@@ -131,7 +131,7 @@ def modules_and_parameters(
 
 
 def named_by_weight(model: nn.Module, method: Method, name: str) -> bool:
-    """Say whether HF PEFT reads a layer's name as an expert's, and can be given its weight's."""
+    """Return whether HF PEFT reads a layer's name as an expert's, and can be given its weight's."""
     taken = method.peft_type == "LORA" and name.rpartition(".")[2] in expert_names(model)
     return taken and not method.peft_fixed
 

@@ -198,7 +198,7 @@ def base_of(model: nn.Module, key: str) -> Iterator[Tensor]:
 
 
 def differs(value: Tensor, base: Tensor) -> bool:
-    """Say whether a copy of a base parameter is another value in the base's precision."""
+    """Return whether a copy of a base parameter is another value in the base's precision."""
     return not torch.equal(value.to(base.dtype), base.detach().cpu())
 
 

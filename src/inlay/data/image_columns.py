@@ -22,7 +22,7 @@ SHOWN = 40
 
 
 def hold_images(row: RawRow, **columns: Any) -> bool:
-    """Say whether a row has an image's column, or messages with an image among their parts.
+    """Return whether a row has an image's column, or messages with an image among their parts.
 
     A column's words are an image where they are a file's, an address, end as image files do, or
     are one word, which is taken for a path unless a key of the run reads the column.
@@ -54,7 +54,7 @@ def is_an_image(row: RawRow, name: str, columns: Mapping[str, Any]) -> bool:
 
 
 def names_an_image(value: Any, folder: Path, words: bool) -> bool:
-    """Say whether a value is an image; one word is, unless it may stand for itself."""
+    """Return whether a value is an image; one word is, unless it may stand for itself."""
     if not isinstance(value, str):
         return True
     kind, _ = guess_type(value)

@@ -139,7 +139,7 @@ def fetched(address: str, where: str, allow_urls: bool) -> bytes:
 
 
 def is_image(content: bytes) -> bool:
-    """Say whether bytes begin as an image file that can be read; its pixels are not decoded."""
+    """Return whether bytes begin as an image file that can be read; its pixels are not decoded."""
     from PIL import Image
 
     try:

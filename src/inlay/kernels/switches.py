@@ -55,12 +55,12 @@ off = from_environment()
 
 
 def is_on(name: str) -> bool:
-    """Say whether a fast path is on; none is while a function transform looks at what runs."""
+    """Return whether a fast path is on; none is while a function transform looks at what runs."""
     return name not in off and not transformed()
 
 
 def transformed() -> bool:
-    """Say whether a function transform is at work: it knows PyTorch's own operators alone."""
+    """Return whether a function transform is at work: it knows PyTorch's own operators alone."""
     if torch.compiler.is_compiling():
         return False
     return hidden._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -95,12 +95,12 @@ class Task(ABC):
         return self.read(raw, config, None)
 
     def fits(self, row: RawRow, keys: Mapping[str, Any]) -> bool:
-        """Say whether rows like this one are measured as the task's own."""
+        """Return whether rows like this one are measured as the task's own."""
         del row, keys
         return False
 
     def trained(self, head: Mapping[str, Any]) -> bool:
-        """Say whether an adapter whose folder says this of its head was trained for the task."""
+        """Return whether an adapter whose folder says this of its head was trained for the task."""
         del head
         return False
 

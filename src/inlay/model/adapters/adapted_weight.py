@@ -145,7 +145,7 @@ def recomputed_in_backward(
 
 
 def others_decide() -> bool:
-    """Say whether saved tensors go through other hooks now; yes when it is not known."""
+    """Return whether saved tensors go through other hooks now; yes when it is not known."""
     autograd: Any = getattr(torch._C, "_autograd", None)  # torch tells it nowhere else
     top = getattr(autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(False) is not None

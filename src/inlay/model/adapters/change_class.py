@@ -31,7 +31,7 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def is_shadowed(module: nn.Module) -> bool:
-    """Say whether an instance has its own forward, which does not call the class's."""
+    """Return whether an instance has its own forward, which does not call the class's."""
     if "forward" not in vars(module):
         return False
     own = forwards_of(type(module))

@@ -39,5 +39,5 @@ def follow_loaded(layer: nn.Module, keys: object) -> None:
 
 
 def is_concrete(params: Params) -> bool:
-    """Say whether tensors can be looked at: not while a graph is traced, nor fake ones."""
+    """Return whether tensors can be looked at: not while a graph is traced, nor fake ones."""
     return not torch.compiler.is_compiling() and not any(map(is_fake, params.parameters()))

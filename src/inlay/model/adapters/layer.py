@@ -210,7 +210,7 @@ class AdaptedLayer(Base):
         return params
 
     def is_computed(self, name: str) -> bool:
-        """Say whether a parameter acts otherwise than it is held: it is packed, or adapted now."""
+        """Return whether a parameter is packed, or adapted now: it acts as another than is held."""
         if name in ("weight", "bias") and not isinstance(self.base, ByWeight):
             adapted = any(isinstance(self.methods.get(n), WeightMethod) for n in self.active)
             return adapted or isinstance(self, FrozenLinear)

@@ -160,7 +160,7 @@ def label(name: str, module: nn.Module | None) -> str | None:
 
 
 def is_a_product(module: nn.Module) -> bool:
-    """Say whether a linear layer gives a tensor of its product's shape, as a router may not."""
+    """Return whether a linear layer gives a tensor of its product's shape, as a router may not."""
     return kind(module) is not None or gives_product(module)
 
 

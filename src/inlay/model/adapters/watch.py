@@ -143,13 +143,13 @@ class Watch:
             logger.info("not reached by the first input: the adapter at %s", listed(skipped))
 
     def is_used_elsewhere(self, name: str) -> bool:
-        """Say whether a place's tensors are also those of used places: tied trained copies."""
+        """Return whether a place's tensors are also those of used places: tied trained copies."""
         there = {id(p) for used in self.used for p in self.parameters(used)}
         own = self.parameters(name)
         return bool(own) and all(id(p) in there for p in own)
 
     def is_passed_by(self, name: str) -> bool:
-        """Say whether the module that holds a place has run: else the place is out with it."""
+        """Return whether the module that holds a place has run: else the place is out with it."""
         return name in self.layers and self.parents[name] in self.entered
 
     def wait_for_gradients(self) -> None:
@@ -177,7 +177,7 @@ class Watch:
             torch.autograd.Variable._execution_engine.queue_callback(self.after_backward)
 
     def is_last_backward(self) -> bool:
-        """Say whether this backward pass is the last over its graph, which is not kept."""
+        """Return whether this backward pass is the last over its graph, which is not kept."""
         engine: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
         keeps = getattr(engine, "_get_current_graph_task_keep_graph", None)
         return keeps is None or not keeps()

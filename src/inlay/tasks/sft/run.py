@@ -161,7 +161,7 @@ class SftRun(LanguageRun[RunWithImages, Encoded]):
         raise UsageError(f"'cache_trunk' cannot be used: {cache}; leave it at auto")
 
     def trunk_cache_pays(self, model: PreTrainedModel, rows: int) -> bool:
-        """Say whether at least the lower half of the blocks is frozen and rows come again."""
+        """Return whether at least the lower half of the blocks is frozen and rows come again."""
         trunk = trunk_of(model)
         return (
             isinstance(trunk, Trunk)

@@ -103,7 +103,7 @@ def near(one: Tensor, other: Tensor) -> bool:
 
 
 def no_decoder(small: Any) -> str | None:
-    """Say why a model's tokens do not attend to what its cache holds before them, or None."""
+    """Return why a model's tokens do not attend to what its cache holds before them, or None."""
     ids, name = text_for(small)["input_ids"], cache_argument(small.forward) or ""
     whole = small(input_ids=ids)[0]
     held: Any = cache_in(small(input_ids=ids[:, :3], use_cache=True).values())
@@ -152,7 +152,7 @@ def taken_by_encoder(small: Any) -> Takes:
 
 
 def no_embeddings(small: Any, text: dict[str, Tensor]) -> str | None:
-    """Say why a model does not read its tokens' embeddings as it reads the tokens, or None."""
+    """Return why a model does not read its tokens' embeddings as it reads the tokens, or None."""
     if EMBEDDINGS not in signature(small.forward).parameters:
         return f"it takes no {EMBEDDINGS}"
     try:
@@ -174,7 +174,7 @@ def no_embeddings(small: Any, text: dict[str, Tensor]) -> str | None:
 
 
 def no_keys(body: Any, text: dict[str, Tensor]) -> str | None:
-    """Say why an encoder's tokens do not attend to keys and values before them, or None."""
+    """Return why an encoder's tokens do not attend to keys and values before them, or None."""
     name = cache_argument(body.forward)
     if name is None:
         return NO_CACHE
@@ -205,7 +205,7 @@ def taken_by_encoder_decoder(small: Any) -> Takes:
 
 
 def no_decoder_keys(small: Any, text: dict[str, Tensor]) -> str | None:
-    """Say why a decoder's tokens do not attend to keys and values before them, or None."""
+    """Return why a decoder's tokens do not attend to keys and values before them, or None."""
     name = cache_argument(small.forward)
     if name is None:
         return NO_CACHE
